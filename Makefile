@@ -1,0 +1,43 @@
+# `make demo` and `make test` set themselves up: a virtual environment in $(VENV), the packages they
+# need, then the run. A second run finds the stamps in $(VENV) and starts at once.
+
+PYTHON ?= python3
+VENV ?= .venv
+WORKDIR ?= outputs/demo
+ARGS ?=
+
+BIN := $(VENV)/bin
+PIP := $(BIN)/python -m pip --disable-pip-version-check
+RUN := PYTHONPATH="$(CURDIR)" $(BIN)/python
+TORCH := $(shell sed -n 's/.*"\(torch==[^"]*\)".*/\1/p' pyproject.toml)
+CHECK_PYTHON := import sys; sys.exit(sys.version_info < (3, 11))
+
+.PHONY: demo test lint
+.DELETE_ON_ERROR:
+
+# Fuses the tiny family that ships with the repository and prints one table.
+demo: $(VENV)/.vfjax-demo
+	$(RUN) experiments/run.py --config=experiments/configs/demo.py --workdir="$(WORKDIR)" $(ARGS)
+
+# All tests and static checks; `make test ARGS="-k merge"` for some.
+test: $(VENV)/.vfjax-test
+	$(RUN) -m pytest $(ARGS)
+
+# The static checks alone.
+lint: $(VENV)/.vfjax-test
+	$(RUN) -m pytest tests/test_repository.py
+
+$(BIN)/pip:
+	@$(PYTHON) -c '$(CHECK_PYTHON)' 2>/dev/null || \
+		{ echo "vfjax needs Python 3.11 or newer: found $$($(PYTHON) --version 2>&1); name one, as in make PYTHON=python3.12" >&2; exit 1; }
+	$(PYTHON) -m venv $(VENV)
+
+$(VENV)/.vfjax-demo: pyproject.toml | $(BIN)/pip
+	$(PIP) install --quiet --editable '.[demo]'
+	@touch $@
+
+# torch goes first and alone: what is there already stays, so a CPU build is not replaced.
+$(VENV)/.vfjax-test: pyproject.toml | $(BIN)/pip
+	$(PIP) install --quiet '$(TORCH)'
+	$(PIP) install --quiet --editable '.[test]'
+	@touch $@

@@ -1,0 +1,12 @@
+"""PyTorch and Hugging Face checkpoints <-> vfjax models."""
+
+from converters import tables
+from converters.layouts import Source, open_source
+
+tables.register()
+
+from converters.export import export  # noqa: E402  (the tables must be there first)
+from converters.fuse import fuse  # noqa: E402
+from converters.load import load, load_encoder  # noqa: E402
+
+__all__ = ["Source", "export", "fuse", "load", "load_encoder", "open_source"]

@@ -1,0 +1,33 @@
+"""`python -m converters inspect|verify`."""
+
+import argparse
+import sys
+
+from vfjax import InputError
+
+
+def main() -> int:
+    """Runs one verb; 0 if all is well, 1 if a comparison failed, 2 on bad input."""
+    parser = argparse.ArgumentParser(prog="python -m converters", description=__doc__)
+    verbs = parser.add_subparsers(dest="verb", required=True)
+    look = verbs.add_parser("inspect", help="say what a checkpoint folder is (headers only)")
+    look.add_argument("path")
+    same = verbs.add_parser("verify", help="compare with recorded outputs of other code")
+    same.add_argument("case", nargs="+")
+    args = parser.parse_args()
+    try:
+        if args.verb == "inspect":
+            from converters.inspect import inspect
+
+            print(inspect(args.path))
+            return 0
+        from converters.verify import run
+
+        return 0 if run(args.case) else 1
+    except InputError as error:
+        print(error, file=sys.stderr)
+        return 2
+
+
+if __name__ == "__main__":
+    sys.exit(main())

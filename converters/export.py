@@ -1,0 +1,151 @@
+"""A model back to checkpoint files, by the same tables, read the other way."""
+
+import json
+import threading
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from types import EllipsisType
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+from jax.experimental import multihost_utils
+
+from converters.layouts import Prefixes
+from converters.load import TOKENIZER_FILES, Params, flatten, part_of, source_of
+from converters.rules import Rule
+from converters.tables import find
+from converters.writer import write_folder
+from vfjax import InputError, Model
+from vfjax.merge import LazyTensor
+
+
+def export(
+    model: Model,
+    out: str | Path,
+    *,
+    shard_bytes: float = 5e9,
+    progress: Callable[[int], object] | None = None,
+) -> None:
+    """Writes a model in the layout and under the names that it was loaded from.
+
+    A tower that was read from a folder of its own is written to `vision_tower/` inside `out`, where
+    `converters.load` finds it. Tokenizer and preprocessor files are copied from the folder that the
+    model came from. On several processes only the first writes.
+
+    Args:
+        model: made by `converters.load`; its parameters may have changed.
+        out: folder to make.
+        shard_bytes: largest size of a weights file.
+        progress: called with the number of bytes after each write.
+
+    Raises:
+        InputError: `out` exists, the model was not loaded, the folder it came from is gone, or the
+            disk fills up; nothing is left then.
+    """
+    record = source_of(model)
+    origin = Path(record["path"])
+    if not origin.is_dir():
+        raise InputError(
+            origin,
+            found="no folder",
+            expected="the checkpoint that the model was loaded from, for its tokenizer files",
+            fix="put it back",
+        )
+    params = _on_hosts(flatten(nnx.split(model)[1]))
+    if jax.process_index():
+        return
+    weights: dict[str, dict[str, LazyTensor]] = {"": {}}
+    for name, (rule, prefixes, folder) in _places(record, params).items():
+        target = weights.setdefault(folder, {})
+        target[_file_name(rule.source, prefixes)] = _Exported(params[name], rule)
+    files = {
+        name: origin / name
+        for name in (*TOKENIZER_FILES, "preprocessor_config.json", "processor_config.json")
+        if (origin / name).is_file()
+    }
+    texts = {"config.json": _config(record["config"], params)}
+    for tower in record["towers"].values():
+        texts["vision_tower/config.json"] = tower["config"]
+        texts["vision_tower/preprocessor_config.json"] = tower["preprocessor"]
+    write_folder(
+        out,
+        weights,
+        files={**files, **{name: to_bytes(value) for name, value in texts.items()}},
+        shard_bytes=shard_bytes,
+        progress=progress,
+    )
+
+
+def to_bytes(value: Mapping[str, Any]) -> bytes:
+    """A JSON file's content."""
+    return (json.dumps(value, indent=2, ensure_ascii=False) + "\n").encode()
+
+
+def _places(record: Mapping[str, Any], params: Params) -> dict[str, tuple[Rule, Prefixes, str]]:
+    """Parameter name -> its rule, its component's prefixes, the sub-folder it is written to."""
+    configs = {"llm": record["llm"]}
+    for branch in record["branches"]:
+        for kind in ("encoder", "connector"):
+            configs[f"branches.{branch['name']}.{kind}"] = branch[kind]
+    out = {}
+    for part, config in configs.items():
+        names = {path: name for name in params for p, path in [part_of(name)] if p == part}
+        table = find(config, part)
+        folder = "vision_tower" if part in record["towers"] else ""
+        prefixes = tuple(tuple(pair) for pair in record["prefixes"][part])
+        for path, rule in table.match({path: params[n].shape for path, n in names.items()}).items():
+            out[names[path]] = (rule, prefixes, folder)
+    return out
+
+
+def _file_name(name: str, prefixes: Prefixes) -> str:
+    """A table's name under the prefix that it was read by."""
+    old, new = next(pair for pair in prefixes if name.startswith(pair[1]))
+    return old + name.removeprefix(new)
+
+
+def _config(config: Mapping[str, Any], params: Params) -> dict[str, Any]:
+    """config.json with the dtype that the LLM has now."""
+    dtype = params["llm/embedding"].dtype.name
+    keys = [key for key in ("dtype", "torch_dtype") if key in config] or ["torch_dtype"]
+    return {**config, **dict.fromkeys(keys, dtype)}
+
+
+def _on_hosts(params: Params) -> Params:
+    """Parameters that this process can read; those spread over processes are gathered one by one."""
+    for name, param in params.items():
+        value = param.get_value()
+        if not value.is_fully_addressable:
+            gathered = multihost_utils.process_allgather(value, tiled=True)
+            params[name] = param.replace(gathered if jax.process_index() == 0 else None)
+    return params
+
+
+class _Exported:
+    """A parameter as the checkpoint tensor it came from; the host holds it while it is written."""
+
+    def __init__(self, param: nnx.Variable, rule: Rule):
+        self.param, self.rule = param, rule
+        self.shape = rule.source_shape(param.shape)
+        self.dtype = np.dtype(param.dtype)
+        self._unread = self.shape[0] if self.shape else 1
+        self._host: np.ndarray | None = None
+        self._lock = threading.Lock()
+
+    def __getitem__(self, rows: slice | EllipsisType) -> np.ndarray:
+        with self._lock:
+            if self._host is None:
+                self._host = self.rule.to_source(_to_host(self.param.get_value()))
+            part = self._host[rows]
+            self._unread -= part.shape[0] if part.shape else 1
+            if self._unread <= 0:  # read once through: the writer is done with it
+                self._host, self._unread = None, self.shape[0] if self.shape else 1
+            return part
+
+
+def _to_host(value: jax.Array | np.ndarray) -> np.ndarray:
+    """The values, without leaving JAX a second copy that lives as long as the array."""
+    return np.asarray(value if isinstance(value, np.ndarray) else jnp.copy(value))

@@ -1,0 +1,46 @@
+"""Says what a checkpoint folder is, from its configs and headers."""
+
+from pathlib import Path
+
+from converters.layouts import open_source
+from converters.load import abstract, check, model_config
+from vfjax.sharding import nbytes
+
+
+def inspect(path: str | Path) -> str:
+    """A few lines: layout, LLM, base if known, branches, tensors mapped and not.
+
+    Raises:
+        InputError: the folder is no checkpoint that `converters.load` would read.
+    """
+    source = open_source(path)
+    config = model_config(source)
+    _, params = abstract(config.build)
+    llm = config.llm
+    lines = [
+        f"{source.path}: layout {source.layout}, template {source.template}",
+        f"llm: {source.llm['model_type']}, {llm.layers} layers x {llm.width}, {llm.heads} heads "
+        f"({llm.kv_heads} for keys), vocabulary {llm.vocab}, context {llm.context}"
+        + (", tied head" if llm.tied else ""),
+        f"base: {source.config.get('base_model') or 'not said in the checkpoint'}",
+    ]
+    for branch, described in zip(config.branches, source.branches, strict=True):
+        encoder, images = branch.encoder, branch.images
+        part = f"branches.{branch.name}.encoder"
+        where = source.towers[part].path if part in source.towers else "this folder"
+        lines.append(
+            f"branch {branch.name}: {described['encoder']['model_type']}, {encoder.layers} layers x "
+            f"{encoder.width}, taps {list(branch.taps)}, {images.size} px {images.aspect}, "
+            f"{described['connector']['mm_projector_type']}, {branch.tokens} tokens a picture; "
+            f"tower from {where}"
+        )
+    for part, rules in check(source, params).items():
+        tensors = source.parts[part]
+        size = sum(nbytes(tensors[rule.source]) for rule in rules.values())
+        left = len(tensors) - len(rules)
+        lines.append(f"{part}: {len(rules)} tensors mapped, {size:,} bytes; {left} known, not read")
+    if source.unread:
+        lines.append(
+            f"{len(source.unread)} tensors not read: the tower's own folder is used instead"
+        )
+    return "\n".join(lines)

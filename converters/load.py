@@ -1,0 +1,242 @@
+"""Checkpoint folder -> sharded model: streams one tensor at a time onto the devices."""
+
+import functools
+import json
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+from jax.sharding import Mesh
+
+from converters.layouts import Source, open_source
+from converters.preprocessor import from_preprocessor
+from converters.reader import read_json, read_weights
+from converters.rules import Rule, rename
+from converters.tables import find
+from vfjax import InputError, Model, Processor
+from vfjax.merge import LazyTensor
+from vfjax.model import BranchConfig, ModelConfig
+from vfjax.sharding import RULES, param_sharding
+
+Params = dict[str, nnx.Variable]
+"""Parameter path, joined by "/" -> the parameter."""
+
+TOKENIZERS = ("tokenizer.json", "tokenizer.model")
+"""Files that hold a vocabulary."""
+
+TOKENIZER_FILES = (
+    *TOKENIZERS,
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "vocab.json",
+    "merges.txt",
+    "chat_template.jinja",
+    "generation_config.json",
+)
+"""Files that travel with a language model."""
+
+
+def load(
+    path: str | Path,
+    *,
+    mesh: Mesh | None = None,
+    dtype: Any = None,
+    towers: Mapping[str, str | Path] | None = None,
+    progress: Callable[[int], object] = lambda nbytes: None,
+) -> tuple[Model, Processor]:
+    """Any supported checkpoint folder as a model on the devices, and its processor.
+
+    Args:
+        path: an upstream or Hugging Face LLaVA, a fused folder, or a plain causal LM.
+        mesh: where parameters are sharded (`vfjax.sharding.make_mesh`); None: the default device.
+        dtype: of the parameters; None keeps the stored ones.
+        towers: name of a vision tower in config.json -> the folder where it is.
+        progress: called with the bytes of each tensor as it arrives.
+
+    Raises:
+        InputError: the folder cannot be read whole and exactly; see `open_source`.
+    """
+    source = open_source(path, towers=towers)
+    config = model_config(source)
+    graph, params = abstract(config.build)
+    for part, rules in check(source, params).items():
+        tensors = source.parts[part]
+        for name, rule in rules.items():
+            params[name] = fill(name, params[name], tensors[rule.source], rule, mesh, dtype)
+            progress(int(np.prod(params[name].shape)) * params[name].dtype.itemsize)
+    return join(graph, params), processor(source, config)
+
+
+def load_encoder(path: str | Path, *, mesh: Mesh | None = None, dtype: Any = None) -> nnx.Module:
+    """A vision encoder from its own Hugging Face folder (config.json and weights).
+
+    Raises:
+        InputError: no table for it, or tensors that don't fit it.
+    """
+    path = Path(path)
+    config = read_json(path / "config.json")
+    config = {"model_type": config.get("model_type"), **config.get("vision_config", config)}
+    table = find(config, str(path))
+    raw = read_weights(path)
+    tensors = {new: raw[old] for old, (new, _) in rename(raw, table.prefixes).items()}
+    graph, params = abstract(table.config(config).build)
+    rules = table.check({name: p.shape for name, p in params.items()}, tensors, str(path))
+    for name, rule in rules.items():
+        params[name] = fill(name, params[name], tensors[rule.source], rule, mesh, dtype)
+    return join(graph, params)
+
+
+def model_config(source: Source) -> ModelConfig:
+    """The configs of all components.
+
+    Raises:
+        InputError: a component that vfjax has no table for, or pictures that don't fit an encoder.
+    """
+    branches = []
+    for branch in source.branches:
+        part = f"branches.{branch['name']}"
+        where = f"{source.path}: {part}"
+        images = from_preprocessor(branch["preprocessor"], aspect=branch["aspect"], name=where)
+        encoder = source.table(f"{part}.encoder").config(
+            {**branch["encoder"], "input_size": images.size}
+        )
+        if images.size != getattr(encoder, "input_size", encoder.image_size):
+            raise InputError(
+                f"{where}: preprocessor",
+                found=f"pictures of {images.size} pixels",
+                expected=f"{encoder.image_size}, as the encoder was built for",
+                fix="use the preprocessor_config.json of the encoder's repository",
+            )
+        branches.append(
+            BranchConfig(
+                name=branch["name"],
+                encoder=encoder,
+                connector=source.table(f"{part}.connector").config(branch["connector"]),
+                images=images,
+                taps=tuple(branch["taps"]),
+                drop=branch["drop"],
+            )
+        )
+    llm = source.table("llm").config(source.llm)
+    return ModelConfig(tuple(branches), llm, source.to_json())
+
+
+def abstract(build: Callable[..., nnx.Module]) -> tuple[nnx.GraphDef, Params]:
+    """The module that `build(rngs=)` makes, as structure and shapes only."""
+    graph, state = nnx.split(nnx.eval_shape(lambda: build(rngs=nnx.Rngs(0))))
+    return graph, flatten(state)
+
+
+def flatten(state: nnx.State) -> Params:
+    """A module's state by parameter names."""
+    return {"/".join(map(str, path)): v for path, v in nnx.to_flat_state(state)}
+
+
+def join(graph: nnx.GraphDef, params: Params) -> Any:
+    """The module of a structure and its parameters."""
+    flat = [(tuple(map(_key, name.split("/"))), v) for name, v in params.items()]
+    return nnx.merge(graph, nnx.from_flat_state(flat))
+
+
+def _key(name: str) -> str | int:
+    return int(name) if name.isdigit() else name
+
+
+def part_of(name: str) -> tuple[str, str]:
+    """A model parameter's component and its path in there."""
+    depth = 1 if name.startswith("llm/") else 3
+    words = name.split("/")
+    return ".".join(words[:depth]), "/".join(words[depth:])
+
+
+def check(source: Source, params: Params) -> dict[str, dict[str, Rule]]:
+    """Component -> parameter name -> its rule; see `Table.check`.
+
+    Raises:
+        InputError: parameters and tensors don't fit one to one.
+    """
+    parts: dict[str, dict[str, str]] = {}
+    for name in params:
+        part, path = part_of(name)
+        parts.setdefault(part, {})[path] = name
+    out = {}
+    for part, names in parts.items():
+        shapes = {path: params[name].shape for path, name in names.items()}
+        where = f"{source.path}: {part}"
+        rules = source.table(part).check(shapes, source.parts.get(part, {}), where)
+        out[part] = {names[path]: rule for path, rule in rules.items()}
+    return out
+
+
+def fill(
+    name: str, param: nnx.Variable, tensor: LazyTensor, rule: Rule, mesh: Mesh | None, dtype: Any
+) -> nnx.Variable:
+    """A parameter with its tensor's values, on the devices; the host holds this tensor only."""
+
+    @functools.cache  # a callback runs once a shard
+    def read() -> np.ndarray:
+        return rule.to_param(tensor[...])
+
+    if mesh is None:
+        value = jax.device_put(read())
+    else:
+        sharding = param_sharding(name, param, mesh)
+        value = jax.make_array_from_callback(param.shape, sharding, lambda index: read()[index])
+    return param.replace(value if dtype is None else value.astype(dtype))
+
+
+def processor(source: Source, config: ModelConfig) -> Processor:
+    """The processor of an opened folder."""
+    tokenizer = load_tokenizer(source.path)
+    stop: set[int] = set()
+    for name in ("generation_config.json", "config.json"):
+        if not stop and (source.path / name).is_file():
+            found = read_json(source.path / name).get("eos_token_id", [])
+            stop |= set(found if isinstance(found, list) else [found])
+    if tokenizer is not None and tokenizer.eos_token_id is not None:
+        stop.add(tokenizer.eos_token_id)
+    return Processor(config, tokenizer, source.template, tuple(sorted(stop - {None})))
+
+
+def load_tokenizer(folder: Path) -> Any:
+    """The folder's transformers tokenizer, None if it has none; no code of the folder is run."""
+    if not any((folder / name).is_file() for name in TOKENIZERS):
+        return None
+    from transformers import AutoTokenizer  # seconds to import, so only where it is needed
+
+    options = {}
+    if not (folder / TOKENIZERS[0]).is_file():
+        # SentencePiece alone: what transformers 4, which wrote these folders, meant by silence.
+        file = folder / "tokenizer_config.json"
+        known = read_json(file) if file.is_file() else {}
+        options = {k: known.get(k, True) for k in ("add_bos_token", "legacy")}
+    try:
+        return AutoTokenizer.from_pretrained(folder, trust_remote_code=False, **options)
+    except (ValueError, OSError, KeyError) as error:
+        raise InputError(
+            folder,
+            found=f"a tokenizer that transformers can't read ({str(error).splitlines()[0]})",
+            expected="tokenizer.json, or tokenizer.model and tokenizer_config.json",
+            fix="copy the tokenizer files from the published repository",
+        ) from error
+
+
+def source_of(model: Model) -> dict[str, Any]:
+    """What `Source.to_json` kept of the folder a model was loaded from.
+
+    Raises:
+        InputError: the model was not loaded by `converters.load`.
+    """
+    if not model.config.source:
+        raise InputError(
+            "model",
+            found="no description of its checkpoint",
+            expected="a model made by converters.load",
+            fix="load it, then change its parameters",
+        )
+    return json.loads(model.config.source)

@@ -1,0 +1,147 @@
+"""Hugging Face image processors' settings -> `vfjax.images.ImageSpec`."""
+
+import math
+from collections.abc import Mapping
+from typing import Any, Literal
+
+from vfjax import InputError
+from vfjax.images import ImageSpec
+
+_HALF = (0.5, 0.5, 0.5)
+_SWITCHES = {"do_resize": True, "do_rescale": True, "do_normalize": True}
+_CLIP = {
+    **_SWITCHES,
+    "do_center_crop": True,
+    "size": {"shortest_edge": 224},
+    "crop_size": 224,
+    "resample": 3,
+    "rescale_factor": 1 / 255,
+    "image_mean": (0.48145466, 0.4578275, 0.40821073),
+    "image_std": (0.26862954, 0.26130258, 0.27577711),
+}
+_SIGLIP = {
+    **_SWITCHES,
+    "do_center_crop": False,
+    "size": {"height": 224, "width": 224},
+    "crop_size": None,
+    "resample": 3,
+    "rescale_factor": 1 / 255,
+    "image_mean": _HALF,
+    "image_std": _HALF,
+}
+# What transformers assumes for keys a preprocessor_config.json lacks.
+_DEFAULTS: dict[str, dict[str, Any]] = {
+    "CLIP": _CLIP,
+    "Bit": _CLIP,
+    "Siglip": _SIGLIP,
+    "ViT": {**_SIGLIP, "resample": 2},
+}
+_NO_EFFECT = {
+    "image_processor_type",
+    "feature_extractor_type",
+    "processor_class",
+    "do_convert_rgb",  # pictures always become RGB
+    "data_format",
+    "return_tensors",
+    "_valid_processor_keys",
+}
+
+
+def from_preprocessor(
+    config: Mapping[str, Any],
+    *,
+    aspect: Literal["pad", "crop"],
+    name: str = "preprocessor_config.json",
+) -> ImageSpec:
+    """Reads a Hugging Face image processor's settings.
+
+    Args:
+        config: content of a `preprocessor_config.json` of a CLIP, SigLIP, BiT (DINOv2) or ViT
+            (DINO) processor; keys it lacks have transformers' defaults.
+        aspect: from the model's own config (LLaVA's `image_aspect_ratio`), not in this file.
+        name: what to call the file in errors.
+
+    Raises:
+        InputError: an unknown processor, a setting this code does not follow, a value of the wrong
+            kind, or settings under which the output would not be one fixed square.
+    """
+    kind = _kind(config, name)
+    settings = dict(_DEFAULTS[kind])
+    for key, value in config.items():
+        if key in settings:
+            settings[key] = value
+        elif key not in _NO_EFFECT and value is not None and value is not False:
+            raise _unsupported(name, key, value, "no such setting")
+    for key in _SWITCHES:
+        if settings[key] is not True:
+            raise _unsupported(name, key, settings[key], "true")
+    if settings["resample"] not in range(6):
+        raise _unsupported(name, "resample", settings["resample"], "a Pillow filter, 0 to 5")
+    if not isinstance(settings["rescale_factor"], float | int):
+        raise _unsupported(name, "rescale_factor", settings["rescale_factor"], "a number")
+    edge, resize = _edge(settings["size"], kind, name)
+    size = edge
+    if settings["do_center_crop"]:
+        size = _square(settings["crop_size"], name, "crop_size")
+        if size > edge:
+            raise _unsupported(name, "crop_size", size, f"at most the resized edge, {edge}")
+    elif resize == "shortest":
+        raise _unsupported(name, "do_center_crop", False, "true, or a square size")
+    return ImageSpec(
+        size=size,
+        edge=edge,
+        resize=resize,
+        aspect=aspect,
+        mean=_channels(settings["image_mean"], name, "image_mean", -math.inf),
+        std=_channels(settings["image_std"], name, "image_std", 0.0),
+        resample=int(settings["resample"]),
+        rescale=float(settings["rescale_factor"]),
+    )
+
+
+def _unsupported(name: str, key: str, found: object, expected: str) -> InputError:
+    fix = "correct the file, or describe the preprocessing with an ImageSpec"
+    return InputError(f"{name}: {key}", found=repr(found), expected=expected, fix=fix)
+
+
+def _kind(config: Mapping[str, Any], name: str) -> str:
+    found = config.get("image_processor_type") or config.get("feature_extractor_type")
+    for kind in _DEFAULTS:
+        if found in (
+            f"{kind}ImageProcessor",
+            f"{kind}ImageProcessorFast",
+            f"{kind}FeatureExtractor",
+        ):
+            return kind
+    known = f"an image processor of {', '.join(_DEFAULTS)}"
+    raise _unsupported(name, "image_processor_type", found, known)
+
+
+def _edge(size: Any, kind: str, name: str) -> tuple[int, Literal["shortest", "squash"]]:
+    """An integer is a shortest edge to CLIP and BiT, a square to ViT, an error to SigLIP."""
+    if isinstance(size, Mapping) and set(size) == {"shortest_edge"}:
+        return _square(size["shortest_edge"], name, "size"), "shortest"
+    if isinstance(size, int):
+        if kind == "Siglip":
+            raise _unsupported(name, "size", size, '{"height", "width"}')
+        return _square(size, name, "size"), "squash" if kind == "ViT" else "shortest"
+    return _square(size, name, "size"), "squash"
+
+
+def _square(size: Any, name: str, key: str) -> int:
+    """One side from 224, [224, 224] or {"height": 224, "width": 224}."""
+    if isinstance(size, Mapping) and set(size) == {"height", "width"}:
+        size = [size["height"], size["width"]]
+    if isinstance(size, list | tuple) and len(size) == 2 and size[0] == size[1]:
+        size = size[0]
+    if not isinstance(size, int) or isinstance(size, bool) or size < 1:
+        raise _unsupported(name, key, size, "one positive whole number or a square")
+    return size
+
+
+def _channels(value: Any, name: str, key: str, above: float) -> tuple[float, float, float]:
+    is_list = isinstance(value, list | tuple) and len(value) == 3
+    if not is_list or not all(isinstance(v, float | int) and v > above for v in value):
+        raise _unsupported(name, key, value, f"three numbers above {above}")
+    red, green, blue = (float(v) for v in value)
+    return red, green, blue

@@ -1,0 +1,247 @@
+"""Lazy tensors of checkpoint files: safetensors (single, sharded) and PyTorch `.bin`.
+
+safetensors files are checked by the safetensors library when opened, then read by plain reads at the
+offsets of their header: unlike a memory map, a shard that shrinks under us ends in an error, not in
+a bus error, and nothing but the slice asked for is held.
+"""
+
+import dataclasses
+import json
+import struct
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from types import EllipsisType
+from typing import Any
+
+import ml_dtypes
+import numpy as np
+from safetensors import SafetensorError, safe_open
+
+from vfjax import InputError
+
+DTYPES: dict[str, np.dtype] = {
+    "F64": np.dtype(np.float64),
+    "F32": np.dtype(np.float32),
+    "F16": np.dtype(np.float16),
+    "BF16": np.dtype(ml_dtypes.bfloat16),
+    "F8_E4M3": np.dtype(ml_dtypes.float8_e4m3fn),
+    "F8_E5M2": np.dtype(ml_dtypes.float8_e5m2),
+    "I64": np.dtype(np.int64),
+    "I32": np.dtype(np.int32),
+    "I16": np.dtype(np.int16),
+    "I8": np.dtype(np.int8),
+    "U64": np.dtype(np.uint64),
+    "U32": np.dtype(np.uint32),
+    "U16": np.dtype(np.uint16),
+    "U8": np.dtype(np.uint8),
+    "BOOL": np.dtype(np.bool_),
+}
+"""safetensors dtype names."""
+
+
+@dataclasses.dataclass(frozen=True)
+class FileTensor:
+    """A tensor at an offset of a file; `tensor[a:b]` reads only those rows, `tensor[...]` all."""
+
+    path: Path
+    shape: tuple[int, ...]
+    dtype: np.dtype
+    offset: int
+
+    def __getitem__(self, index: slice | EllipsisType) -> np.ndarray:
+        """Rows of the first axis as a new array.
+
+        Raises:
+            InputError: the file is shorter than its header said.
+        """
+        start, stop = 0, self.shape[0] if self.shape else 1
+        if isinstance(index, slice):
+            start, stop, step = index.indices(stop)
+            assert step == 1, "only contiguous rows"
+        row = int(np.prod(self.shape[1:], dtype=np.int64)) * self.dtype.itemsize
+        size = max(stop - start, 0) * row
+        raw = np.fromfile(self.path, np.uint8, size, offset=self.offset + start * row)
+        if raw.size != size:
+            raise InputError(
+                self.path,
+                found=f"{raw.size} bytes at offset {self.offset + start * row}",
+                expected=f"{size}",
+                fix="the file was cut short; copy it again",
+            )
+        shape = (stop - start, *self.shape[1:]) if self.shape else ()
+        return raw.view(self.dtype).reshape(shape)
+
+
+@dataclasses.dataclass(frozen=True)
+class TorchTensor:
+    """A tensor of a `.bin` file, converted to numpy when read."""
+
+    path: Path
+    tensor: Any
+    shape: tuple[int, ...]
+    dtype: np.dtype
+
+    def __getitem__(self, index: slice | EllipsisType) -> np.ndarray:
+        """Rows of the first axis as a new array."""
+        import torch
+
+        part = self.tensor[index].contiguous()
+        if part.dtype == torch.bfloat16:
+            return part.view(torch.int16).numpy().view(self.dtype)
+        return part.numpy().copy()
+
+
+def read_weights(folder: Path, stem: str = "") -> dict[str, FileTensor | TorchTensor]:
+    """All tensors of a checkpoint folder, none of them read yet.
+
+    Args:
+        folder: holds `model.safetensors[.index.json]` or `pytorch_model.bin[.index.json]`.
+        stem: file stem in place of `model` and `pytorch_model`.
+
+    Raises:
+        InputError: no weights, not a safetensors file, a shard that is truncated, absent or outside
+            the folder, or an index that disagrees with its shards.
+    """
+    names = [f"{stem}{end}" for end in (".safetensors", ".bin")] if stem else WEIGHTS
+    for name in names:
+        if (index := folder / f"{name}.index.json").is_file():
+            return _sharded(index)
+        if (path := folder / name).is_file():
+            return _read_file(path)
+    raise InputError(
+        folder,
+        found="no weights",
+        expected=" or ".join(names) + ", or their .index.json",
+        fix="check the path, or download the missing files",
+    )
+
+
+WEIGHTS = ["model.safetensors", "pytorch_model.bin"]
+"""Names of a checkpoint's weights, in the order in which they are looked for."""
+
+
+def weight_files(folder: Path, stem: str = "") -> list[Path]:
+    """The files that `read_weights` reads tensors from, for hashing."""
+    return sorted({tensor.path for tensor in read_weights(folder, stem).values()})
+
+
+def _sharded(index: Path) -> dict[str, FileTensor | TorchTensor]:
+    places = read_json(index).get("weight_map")
+    if not isinstance(places, dict):
+        raise InputError(
+            index, found="no weight_map", expected="tensor -> shard", fix="download it again"
+        )
+    shards: dict[str, Mapping[str, FileTensor | TorchTensor]] = {}
+    for shard in sorted(set(places.values())):
+        path = index.parent / shard
+        if path.parent.resolve() != index.parent.resolve():
+            raise InputError(
+                index,
+                found=f"shard {shard!r} outside the folder",
+                expected="file names only",
+                fix="do not use this checkpoint; its index is malformed",
+            )
+        if not path.is_file():
+            raise InputError(
+                path, found="no file", expected=f"a shard of {index.name}", fix="download it again"
+            )
+        shards[shard] = _read_file(path)
+    for shard, tensors in shards.items():
+        listed = {name for name, place in places.items() if place == shard}
+        if odd := sorted(listed ^ set(tensors)):
+            raise InputError(
+                index.parent / shard,
+                found=f"{odd[0]!r} only in the {'index' if odd[0] in listed else 'shard'}",
+                expected=f"the tensors that {index.name} lists",
+                fix="download index and shards again, from one revision",
+            )
+    return {name: shards[place][name] for name, place in places.items()}
+
+
+def _read_file(path: Path) -> dict[str, FileTensor | TorchTensor]:
+    return dict(_safetensors(path) if path.suffix == ".safetensors" else _torch(path))
+
+
+def _safetensors(path: Path) -> Iterator[tuple[str, FileTensor | TorchTensor]]:
+    try:
+        with safe_open(path, framework="numpy"):
+            pass
+    except (SafetensorError, OSError) as error:
+        raise InputError(
+            path,
+            found=f"{path.stat().st_size} bytes that are no safetensors file ({error})",
+            expected="a whole safetensors file",
+            fix="download it again",
+        ) from error
+    with path.open("rb") as file:
+        (size,) = struct.unpack("<Q", file.read(8))
+        header = json.loads(file.read(size))
+    header.pop("__metadata__", None)
+    for name, entry in header.items():
+        if entry["dtype"] not in DTYPES:
+            raise InputError(
+                f"{path}: {name}",
+                found=f"dtype {entry['dtype']}",
+                expected=", ".join(DTYPES),
+                fix="dequantise the checkpoint first",
+            )
+        start = 8 + size + entry["data_offsets"][0]
+        yield name, FileTensor(path, tuple(entry["shape"]), DTYPES[entry["dtype"]], start)
+
+
+def _torch(path: Path) -> Iterator[tuple[str, FileTensor | TorchTensor]]:
+    try:
+        import torch
+    except ImportError as error:
+        raise InputError(
+            path,
+            found="no torch to read it with",
+            expected="torch",
+            fix="pip install 'vfjax[torch]', or convert the file to safetensors",
+        ) from error
+    try:
+        try:
+            state = torch.load(path, map_location="cpu", mmap=True, weights_only=True)
+        except RuntimeError:  # files from before the zip format cannot be mapped
+            state = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:
+        raise InputError(
+            path,
+            found=f"a file that torch refuses ({str(error).splitlines()[0]})",
+            expected="a pickle of tensors only",
+            fix="download it again; if it holds code, do not use it",
+        ) from error
+    for name, tensor in state.items():
+        if not isinstance(tensor, torch.Tensor):
+            raise InputError(
+                f"{path}: {name}",
+                found=type(tensor).__name__,
+                expected="a tensor",
+                fix="save the state dict alone",
+            )
+        kind = str(tensor.dtype).removeprefix("torch.")
+        dtype = np.dtype(getattr(ml_dtypes, kind, None) or kind)
+        yield name, TorchTensor(path, tensor.detach(), tuple(tensor.shape), dtype)
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """A JSON object of a checkpoint folder.
+
+    Raises:
+        InputError: no such file, or not a JSON object.
+    """
+    try:
+        value = json.loads(path.read_text())
+    except FileNotFoundError as error:
+        raise InputError(
+            path, found="no file", expected="a JSON file", fix="check the path"
+        ) from error
+    except (ValueError, OSError) as error:
+        raise InputError(
+            path, found=f"no readable JSON ({error})", expected="JSON", fix="download it again"
+        ) from error
+    if not isinstance(value, dict):
+        raise InputError(
+            path, found=type(value).__name__, expected="a JSON object", fix="download it again"
+        )
+    return value

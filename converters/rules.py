@@ -1,0 +1,160 @@
+"""Tables: which checkpoint tensor is which parameter, and how it is laid out, both ways."""
+
+import dataclasses
+import re
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any
+
+import numpy as np
+
+from vfjax import InputError
+from vfjax.merge import LazyTensor
+
+TRANSPOSE = (1, 0)
+"""torch Linear (out, in) -> kernel (in, out)."""
+
+CONV = (2, 3, 1, 0)
+"""torch Conv2d (out, in, h, w) -> kernel (h, w, in, out)."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Rule:
+    """One tensor, or one a layer where both names hold a `{}` for the layer's number.
+
+    Attributes:
+        source: name in the checkpoint.
+        path: path of the parameter.
+        perm: axes of the source in the parameter's order; None keeps them.
+        optional: the tensor is not read where the model has no such parameter (a tied head).
+    """
+
+    source: str
+    path: str
+    perm: tuple[int, ...] | None = None
+    optional: bool = False
+
+    def to_param(self, array: np.ndarray) -> np.ndarray:
+        """Checkpoint layout -> parameter layout, as a view."""
+        return array.transpose(self.perm) if self.perm else array
+
+    def to_source(self, array: np.ndarray) -> np.ndarray:
+        """Parameter layout -> checkpoint layout, as a view."""
+        return array.transpose(np.argsort(self.perm)) if self.perm else array
+
+    def source_shape(self, shape: tuple[int, ...]) -> tuple[int, ...]:
+        """Shape in the checkpoint of a parameter of `shape`."""
+        return tuple(shape[i] for i in np.argsort(self.perm)) if self.perm else shape
+
+
+@dataclasses.dataclass(frozen=True)
+class Published:
+    """The two JSON files of a published tower."""
+
+    config: Mapping[str, Any]
+    preprocessor: Mapping[str, Any]
+
+
+@dataclasses.dataclass(frozen=True)
+class Table:
+    """One component: a vision encoder, a connector or an LLM.
+
+    Attributes:
+        types: the `model_type` values of the configs it is for.
+        config: Hugging Face config dict -> the component's config.
+        rules: every parameter's rule.
+        ignore: patterns (full match) of tensors that are known and not read.
+        prefixes: how a stand-alone checkpoint names things: (prefix there, prefix in `rules`), the
+            first that fits; the first is what is written.
+        architecture: class that a causal LM's config.json names; empty for other components.
+        published: repository -> its config and preprocessor, for checkpoints that hold a tower
+            and only name where its config is.
+    """
+
+    types: tuple[str, ...]
+    config: Callable[[Mapping[str, Any]], Any]
+    rules: tuple[Rule, ...]
+    ignore: tuple[str, ...] = ()
+    prefixes: tuple[tuple[str, str], ...] = (("", ""),)
+    architecture: str = ""
+    published: Mapping[str, "Published"] = dataclasses.field(default_factory=dict)
+
+    def match(self, shapes: Mapping[str, tuple[int, ...]]) -> dict[str, Rule]:
+        """Parameter path -> its rule, with the layer's number filled in.
+
+        Args:
+            shapes: path -> shape of all of the component's parameters.
+        """
+        patterns = [
+            (re.compile(re.escape(rule.path).replace(r"\{\}", r"(\d+)")), rule)
+            for rule in self.rules
+        ]
+        return {path: _match_one(path, patterns) for path in shapes}
+
+    def ignores(self, name: str) -> bool:
+        """Whether a tensor that no parameter has is known."""
+        optional = any(rule.optional and rule.source == name for rule in self.rules)
+        return optional or any(re.fullmatch(pattern, name) for pattern in self.ignore)
+
+    def check(
+        self, shapes: Mapping[str, tuple[int, ...]], tensors: Mapping[str, LazyTensor], where: str
+    ) -> dict[str, Rule]:
+        """`match`, after checking that parameters and tensors fit one to one.
+
+        Raises:
+            InputError: a tensor is missing, unknown or of another shape.
+        """
+        rules = self.match(shapes)
+        names = {rule.source: path for path, rule in rules.items()}
+        missing = sorted(set(names) - set(tensors))
+        extra = sorted(n for n in set(tensors) - set(names) if not self.ignores(n))
+        if missing or extra:
+            raise InputError(
+                f"{where}: {(missing or extra)[0]}",
+                found=f"{len(missing)} tensors missing, {len(extra)} unknown",
+                expected="each parameter's tensor and no other",
+                fix="check that config.json belongs to these weights",
+            )
+        for name, path in names.items():
+            shape = rules[path].source_shape(shapes[path])
+            if tuple(tensors[name].shape) != shape:
+                raise InputError(
+                    f"{where}: {name}",
+                    found=f"shape {tuple(tensors[name].shape)}",
+                    expected=f"{shape} by the config",
+                    fix="check that config.json belongs to these weights",
+                )
+        return rules
+
+
+def _match_one(path: str, patterns: Iterable[tuple[re.Pattern[str], Rule]]) -> Rule:
+    found = [(m, rule) for pattern, rule in patterns if (m := pattern.fullmatch(path))]
+    assert len(found) == 1, f"{path} has {len(found)} rules"
+    (match, rule), number = found[0], found[0][0].groups()
+    return dataclasses.replace(rule, source=rule.source.format(*number), path=match.group())
+
+
+def rename(
+    names: Iterable[str], prefixes: Iterable[tuple[str, str]]
+) -> dict[str, tuple[str, tuple[str, str]]]:
+    """Name -> (name with its prefix replaced, the pair used); names that no prefix fits are left out."""
+    prefixes = tuple(prefixes)
+    out = {}
+    for name in names:
+        for old, new in prefixes:
+            if name.startswith(old):
+                out[name] = (new + name.removeprefix(old), (old, new))
+                break
+    return out
+
+
+def norm(source: str, path: str) -> tuple[Rule, ...]:
+    """Rules of a layer norm's scale and bias."""
+    return Rule(f"{source}.weight", f"{path}/scale"), Rule(f"{source}.bias", f"{path}/bias")
+
+
+def dense(source: str, path: str) -> tuple[Rule, ...]:
+    """Rules of a dense layer's kernel and bias."""
+    return (
+        Rule(f"{source}.weight", f"{path}/kernel", TRANSPOSE),
+        Rule(f"{source}.bias", f"{path}/bias"),
+    )

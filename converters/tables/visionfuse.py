@@ -1,0 +1,64 @@
+"""vfjax's own folders: a fused model under the standard names, and a plain causal LM."""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from converters import tables
+from converters.layouts import Layout, Source, Towers
+
+
+def describe_fused(path: Path, config: dict[str, Any], towers: Towers) -> Source:
+    """A fused folder's config.json is the normal form itself."""
+    del towers  # branches are in the folder
+    return Source(
+        path,
+        "visionfuse",
+        config,
+        llm=config["text_config"],
+        branches=config["branches"],
+        template=config["template"],
+    )
+
+
+def fused_prefixes(source: Source) -> tuple[tuple[str, str, str], ...]:
+    parts = [f"branches.{b['name']}.{kind}" for b in source.branches for kind in KINDS]
+    return (*((f"{part}.", part, "") for part in parts), ("", "llm", ""))
+
+
+KINDS = ("encoder", "connector")
+"""Components of a branch."""
+
+
+def fused_config(source: Source, recipe: Mapping[str, Any]) -> dict[str, Any]:
+    """config.json of a fused folder."""
+    return {
+        "architectures": ["VisionFuse"],
+        "model_type": "visionfuse",
+        "text_config": source.llm,
+        "branches": source.branches,
+        "template": source.template,
+        "recipe": dict(recipe),
+    }
+
+
+def describe_llm(path: Path, config: dict[str, Any], towers: Towers) -> Source:
+    """A plain causal LM: no branch."""
+    del towers
+    return Source(path, "llm", config, dict(config), [], template="plain")
+
+
+def _is_llm(config: Mapping[str, Any]) -> bool:
+    table = tables.TABLES.get(str(config.get("model_type")))
+    return table is not None and bool(table.architecture)
+
+
+LAYOUTS = (
+    Layout(
+        "visionfuse",
+        lambda config: config.get("model_type") == "visionfuse",
+        describe_fused,
+        fused_prefixes,
+    ),
+    Layout("llm", _is_llm, describe_llm, lambda source: (("", "llm", ""),)),
+)

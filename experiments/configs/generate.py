@@ -1,0 +1,23 @@
+"""A model, a picture and a question -> text."""
+
+from ml_collections import ConfigDict, config_dict
+
+
+def get_config() -> ConfigDict:
+    return ConfigDict(
+        {
+            "task": "generate",
+            "model": config_dict.placeholder(str),  # any supported folder, fused or not
+            "image": config_dict.placeholder(str),  # one picture; none asks about text alone
+            "prompt": config_dict.placeholder(str),  # the question; the template is put around it
+            "template": config_dict.placeholder(str),  # default: the checkpoint's
+            "max_new_tokens": 64,
+            "temperature": 0.0,
+            "top_k": config_dict.placeholder(int),
+            "top_p": config_dict.placeholder(float),
+            "seed": 0,
+            "dtype": config_dict.placeholder(str),  # default: as stored
+            "mesh": config_dict.placeholder(tuple),  # (data, model) devices; default: one device
+            "towers": (),  # "name in config.json=folder" for towers that are elsewhere
+        }
+    )

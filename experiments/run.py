@@ -1,0 +1,68 @@
+"""The one entry: `python experiments/run.py --config=experiments/configs/NAME.py`.
+
+`config.task` names a module of `experiments/tasks`; its `run(config, workdir)` does the work.
+"""
+
+import importlib
+import os
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import NoReturn
+
+import jax
+from absl import app, flags, logging
+from ml_collections import ConfigDict, config_flags
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from vfjax import InputError
+
+CONFIG = config_flags.DEFINE_config_file("config", None, "What to run.", lock_config=True)
+WORKDIR = flags.DEFINE_string("workdir", "outputs", "Where results are written.")
+
+
+def parse(argv: Sequence[str]) -> list[str]:
+    """Flags, with one line in place of a traceback for a config that is absent or misspelt."""
+    try:
+        return flags.FLAGS(list(argv))
+    except (AttributeError, KeyError) as error:
+        keys = ", ".join(sorted(CONFIG.value or ()))
+        fail(f"--config: found an unknown key ({error}), expected one of {keys}; correct it")
+    except (flags.Error, TypeError, ValueError, OSError) as error:
+        fail(str(error))
+
+
+def fail(message: str) -> NoReturn:
+    """Ends the run with one line on stderr and exit code 2."""
+    print(" ".join(message.split()), file=sys.stderr)
+    sys.exit(2)
+
+
+def read_config() -> ConfigDict:
+    """The config of --config, with its overrides."""
+    try:
+        config = CONFIG.value
+    except OSError as error:
+        fail(str(error))
+    if config is None:
+        fail("--config: found nothing, expected a file; pass --config=experiments/configs/NAME.py")
+    return config
+
+
+def main(argv: Sequence[str]) -> None:
+    logging.set_verbosity(logging.WARNING)  # JAX tells of every platform that it does not find
+    if len(argv) > 1:
+        fail(f"{argv[1]}: found an argument without --, expected flags only; see README.md")
+    config = read_config()
+    if os.environ.get("VFJAX_DISTRIBUTED"):  # a pod: the same command on every host
+        jax.distributed.initialize()
+    task = importlib.import_module(f"experiments.tasks.{config.task}")
+    try:
+        task.run(config, Path(WORKDIR.value))
+    except InputError as error:
+        fail(str(error))
+
+
+if __name__ == "__main__":
+    app.run(main, flags_parser=parse)

@@ -1,0 +1,46 @@
+"""What the tasks share: named folders from flags, progress bars."""
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+from tqdm import tqdm
+
+from vfjax import InputError
+
+
+def named(key: str, items: Sequence[str]) -> dict[str, str]:
+    """("name=folder", "folder", ...) -> name -> folder; a bare folder is named by its last part.
+
+    Raises:
+        InputError: two have the same name.
+    """
+    out: dict[str, str] = {}
+    for item in items:
+        name, equals, folder = item.rpartition("=")
+        name = name if equals else folder.rstrip("/").split("/")[-1].replace(".", "-")
+        if name in out:
+            raise InputError(
+                f"config.{key}",
+                found=f"two items named {name!r}",
+                expected="different names",
+                fix=f"write {key}=('a=folder', 'b=folder')",
+            )
+        out[name] = folder
+    return out
+
+
+def required(config: Any, *keys: str) -> None:
+    """Raises InputError for the first key that has no value."""
+    for key in keys:
+        if not config[key]:
+            raise InputError(
+                f"config.{key}", found="nothing", expected="a value", fix=f"pass --config.{key}=..."
+            )
+
+
+@contextmanager
+def bar(what: str) -> Iterator[Any]:
+    """A progress bar of bytes on stderr; yields the callable that advances it."""
+    with tqdm(desc=what, unit="B", unit_scale=True) as progress:
+        yield progress.update

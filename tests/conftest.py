@@ -1,0 +1,31 @@
+"""Eight CPU devices, one thread for PyTorch, no network; set before jax and torch are imported."""
+
+import os
+from pathlib import Path
+
+import hypothesis
+import pytest
+
+DEVICES = "--xla_force_host_platform_device_count=8"
+
+if "--xla_force_host_platform_device_count" not in os.environ.get("XLA_FLAGS", ""):
+    os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {DEVICES}".strip()
+os.environ.setdefault("JAX_PLATFORMS", "cpu")
+os.environ.setdefault("JAX_DEFAULT_MATMUL_PRECISION", "highest")  # GPU and TPU default to less
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # the reference outputs were recorded on one thread
+os.environ["HF_HUB_OFFLINE"] = "1"
+
+hypothesis.settings.register_profile("vfjax", deadline=None, derandomize=True)
+hypothesis.settings.load_profile("vfjax")
+
+
+@pytest.fixture(scope="session")
+def shared() -> Path:
+    """The folder of reference outputs, data and tokenizers: `../shared`, or $VFJAX_SHARED."""
+    named = os.environ.get("VFJAX_SHARED")
+    path = Path(named) if named else Path(__file__).resolve().parents[2] / "shared"
+    if not path.is_dir():
+        if named:
+            pytest.fail(f"VFJAX_SHARED: found no folder {named}; name one that exists, or unset it")
+        pytest.skip(f"no folder {path}; name another in VFJAX_SHARED")
+    return path

@@ -1,0 +1,156 @@
+"""Pixels through the settings of published preprocessors."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import transformers
+from PIL import Image
+from safetensors.numpy import load_file
+
+from converters.preprocessor import from_preprocessor
+from vfjax.errors import InputError
+from vfjax.images import preprocess
+
+CLIP = {"image_processor_type": "CLIPImageProcessor"}
+
+
+def noise(width: int, height: int, seed: int = 0) -> Image.Image:
+    rng = np.random.default_rng((seed, width, height))
+    return Image.fromarray(rng.integers(0, 256, (height, width, 3), dtype=np.uint8))
+
+
+@pytest.mark.parametrize(
+    "case",
+    [
+        "llava15_mlp2x",
+        "llava15_gqa",
+        "dc_sti",
+        "dc_sci",
+        "dc_dci",
+        "dc_sti_siglip",
+        "dc_dci_siglip",
+    ],
+)
+def test_pixels_equal_upstream(shared: Path, case: str):
+    folder = shared / "golden" / case
+    aspect = json.loads((folder / "config.json").read_text())["image_aspect_ratio"]
+    config = json.loads((folder / "vision_tower_preprocessor_config.json").read_text())
+    spec = from_preprocessor(config, aspect=aspect)
+    inputs, outputs = (
+        load_file(folder / "inputs.safetensors"),
+        load_file(folder / "outputs.safetensors"),
+    )
+    keys = [k for k in inputs if k.startswith("s") and ".image" in k]
+    assert keys
+    for key in keys:
+        sample, _, place = key.partition(".image")
+        recorded = outputs[f"{sample}.pixel_values"].reshape(-1, 3, spec.size, spec.size)
+        ours = preprocess(inputs[key], spec)
+        assert ours.dtype == np.float32
+        np.testing.assert_allclose(
+            ours, recorded[int(place)].transpose(1, 2, 0), rtol=0, atol=2e-6, err_msg=key
+        )
+
+
+DINOV2 = {
+    "image_processor_type": "BitImageProcessor",
+    "size": {"shortest_edge": 32},
+    "crop_size": {"height": 28, "width": 28},
+    "image_mean": [0.485, 0.456, 0.406],
+    "image_std": [0.229, 0.224, 0.225],
+}
+PROCESSORS = {
+    "CLIPImageProcessorPil": {**CLIP, "size": {"shortest_edge": 28}, "crop_size": 28},
+    "SiglipImageProcessorPil": {
+        "image_processor_type": "SiglipImageProcessor",
+        "size": {"height": 28, "width": 28},
+    },
+    "BitImageProcessorPil": DINOV2,
+    "ViTImageProcessorPil": {
+        "image_processor_type": "ViTImageProcessor",
+        "size": {"height": 28, "width": 28},
+    },
+}
+
+
+@pytest.mark.parametrize("name", PROCESSORS)
+def test_pixels_equal_transformers(name: str):
+    config = PROCESSORS[name]
+    theirs = getattr(transformers, name)(**config)
+    spec = from_preprocessor(config, aspect="crop")
+    rng = np.random.default_rng(1)
+    sizes = [(1, 1), (1, 97), (97, 1), (28, 28), (32, 32), (29, 28), (640, 427), (333, 500)]
+    sizes += [tuple(rng.integers(1, 300, 2)) for _ in range(40)]
+    for size in sizes:
+        image = noise(*size)
+        expected = theirs(image, return_tensors="np")["pixel_values"][0].transpose(1, 2, 0)
+        np.testing.assert_array_equal(preprocess(image, spec), expected, err_msg=str(size))
+
+
+@pytest.mark.parametrize("name", PROCESSORS)
+def test_missing_keys_mean_what_transformers_means(name: str):
+    theirs = getattr(transformers, name)()
+    kind = {"image_processor_type": name.removesuffix("Pil")}
+    assert from_preprocessor(kind, aspect="crop") == from_preprocessor(
+        theirs.to_dict(), aspect="crop"
+    )
+
+
+@pytest.mark.parametrize(
+    ("size", "edge", "resize"),
+    [
+        ({"size": 30, "crop_size": 28}, 30, "shortest"),
+        ({"size": {"shortest_edge": 30}, "crop_size": [28, 28]}, 30, "shortest"),
+        (
+            {"size": {"height": 30, "width": 30}, "crop_size": {"height": 28, "width": 28}},
+            30,
+            "squash",
+        ),
+        ({"size": [28, 28], "do_center_crop": False}, 28, "squash"),
+    ],
+)
+def test_ways_to_write_a_size(size: dict, edge: int, resize: str):
+    spec = from_preprocessor({**CLIP, **size}, aspect="pad")
+    assert (spec.size, spec.edge, spec.resize, spec.aspect) == (28, edge, resize, "pad")
+
+
+def test_an_integer_is_a_square_to_vit():
+    spec = from_preprocessor(
+        {"feature_extractor_type": "ViTFeatureExtractor", "size": 32}, aspect="crop"
+    )
+    assert (spec.size, spec.resize, spec.resample) == (32, "squash", 2)
+
+
+@pytest.mark.parametrize(
+    ("config", "key"),
+    [
+        ({}, "image_processor_type"),
+        ({"image_processor_type": "ConvNextImageProcessor"}, "image_processor_type"),
+        ({**CLIP, "do_pad": True}, "do_pad"),
+        ({**CLIP, "crop_pct": 0.9}, "crop_pct"),
+        ({**CLIP, "do_resize": False}, "do_resize"),
+        ({**CLIP, "do_normalize": False}, "do_normalize"),
+        ({**CLIP, "do_center_crop": False}, "do_center_crop"),
+        ({**CLIP, "crop_size": 300}, "crop_size"),
+        ({**CLIP, "crop_size": {"height": 224, "width": 200}}, "crop_size"),
+        ({**CLIP, "size": {"shortest_edge": 224, "longest_edge": 500}}, "size"),
+        ({**CLIP, "size": "224"}, "size"),
+        ({**CLIP, "resample": "bicubic"}, "resample"),
+        ({**CLIP, "rescale_factor": None}, "rescale_factor"),
+        ({**CLIP, "image_mean": [0.5]}, "image_mean"),
+        ({**CLIP, "image_std": [0.5, 0.0, 0.5]}, "image_std"),
+        ({"image_processor_type": "SiglipImageProcessor", "size": 224}, "size"),
+    ],
+)
+def test_settings_that_would_change_pixels_are_refused(config: dict, key: str):
+    with pytest.raises(InputError) as error:
+        from_preprocessor(config, aspect="crop", name="tower.json")
+    assert str(error.value).startswith(f"tower.json: {key}: ")
+    assert "\n" not in str(error.value)
+
+
+def test_settings_switched_off_are_accepted():
+    config = {**CLIP, "do_pad": False, "pad_size": None, "processor_class": "CLIPProcessor"}
+    assert from_preprocessor(config, aspect="crop") == from_preprocessor(CLIP, aspect="crop")

@@ -1,0 +1,93 @@
+"""The static checks, and facts about the tree that no linter knows."""
+
+import functools
+import re
+import subprocess
+import sys
+import tomllib
+from pathlib import Path
+
+import pytest
+
+import vfjax
+
+ROOT = Path(__file__).resolve().parents[1]
+PACKAGES = ("vfjax", "converters", "experiments")
+MAX_LINES = 500
+MACHINE_PATHS = tuple(f"/{name}/".encode() for name in ("work", "root"))
+UNTRACKED = {"__pycache__", "build", "dist", "outputs"}
+
+CHECKS = {
+    "ruff check": ["-m", "ruff", "check"],
+    "ruff format": ["-m", "ruff", "format", "--check"],
+    "mypy": ["-m", "mypy"],
+    "import-linter": ["-c", "from importlinter.cli import lint_imports_command as c; c()"],
+}
+
+
+@functools.cache
+def files() -> list[Path]:
+    """Files of the repository: what git does not ignore; outside a checkout, what it would not."""
+    command = ["git", "-C", str(ROOT), "ls-files", "-z", "--cached", "--others"]
+    if (ROOT / ".git").exists():
+        listing = subprocess.run(
+            [*command, "--exclude-standard"], capture_output=True, check=True, text=True
+        ).stdout
+        paths = [ROOT / name for name in listing.split("\0") if name]
+    else:
+        paths = list(walk(ROOT))
+    return sorted(p for p in paths if p.is_file())
+
+
+def walk(folder: Path) -> list[Path]:
+    """Files under a folder, without environments, caches and build products."""
+    found: list[Path] = []
+    for path in folder.iterdir():
+        if not path.is_dir():
+            found.append(path)
+        elif not (
+            path.name in UNTRACKED
+            or path.name.endswith(".egg-info")
+            or (path.name.startswith(".") and path.name != ".ci")
+            or (path / "pyvenv.cfg").exists()
+        ):
+            found += walk(path)
+    return found
+
+
+@pytest.mark.parametrize("name", CHECKS)
+def test_static_check(name: str) -> None:
+    done = subprocess.run(
+        [sys.executable, *CHECKS[name]], cwd=ROOT, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, f"{name}\n{done.stdout}{done.stderr}"
+
+
+def test_files_name_no_machine_path() -> None:
+    assert files()
+    wrong = [
+        f"{path.relative_to(ROOT)}: {text.decode()}"
+        for path in files()
+        for text in MACHINE_PATHS
+        if text in path.read_bytes()
+    ]
+    assert not wrong
+
+
+def test_python_files_are_short() -> None:
+    python = [p for p in files() if p.suffix == ".py" and p.relative_to(ROOT).parts[0] in PACKAGES]
+    assert {p.relative_to(ROOT).parts[0] for p in python} == set(PACKAGES)
+    lines = {str(p.relative_to(ROOT)): len(p.read_text().splitlines()) for p in python}
+    assert not {name: n for name, n in lines.items() if n > MAX_LINES}
+
+
+def test_readme_commands_are_make_targets() -> None:
+    commands = re.findall(r"^make (\w+)", (ROOT / "README.md").read_text(), re.MULTILINE)
+    targets = re.findall(r"^(\w+):", (ROOT / "Makefile").read_text(), re.MULTILINE)
+    assert {"demo", "test"} <= set(commands) <= set(targets)
+
+
+def test_pyproject_and_package_agree_on_the_version() -> None:
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    assert project["version"] == vfjax.__version__
+    assert f"[{project['version']}]" in (ROOT / "CHANGELOG.md").read_text()

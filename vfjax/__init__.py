@@ -1,0 +1,10 @@
+"""vfjax: several multimodal LLMs fused into one, without training, in JAX."""
+
+from vfjax.errors import InputError
+from vfjax.generate import generate, generate_ids
+from vfjax.model import Batch, Model, forward
+from vfjax.processor import Processor
+
+__version__ = "0.1.0"
+
+__all__ = ["Batch", "InputError", "Model", "Processor", "forward", "generate", "generate_ids"]

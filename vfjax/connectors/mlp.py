@@ -1,0 +1,40 @@
+"""LLaVA's projectors: `linear` and `mlpNx_gelu` (LLaVA llava/model/multimodal_projector/builder.py)."""
+
+import dataclasses
+
+import jax
+from flax import nnx
+
+from vfjax.layers import ACTIVATIONS, linear
+
+Array = jax.Array
+
+
+@dataclasses.dataclass(frozen=True)
+class MLPConfig:
+    """`layers` dense layers with an activation between; one layer is LLaVA's `linear`."""
+
+    din: int
+    dout: int
+    layers: int = 2
+    act: str = "gelu"
+
+    def build(self, *, rngs: nnx.Rngs) -> "MLP":
+        return MLP(self, rngs=rngs)
+
+
+class MLP(nnx.Module):
+    """Features float[n, s, din] -> visual tokens float[n, s, dout]."""
+
+    def __init__(self, config: MLPConfig, *, rngs: nnx.Rngs):
+        c = self.config = config
+        self.layers = nnx.List(
+            linear(c.dout if i else c.din, c.dout, (None, "embed"), rngs=rngs)
+            for i in range(c.layers)
+        )
+
+    def __call__(self, features: Array) -> Array:
+        x = self.layers[0](features)
+        for layer in self.layers[1:]:
+            x = layer(ACTIVATIONS[self.config.act](x))
+        return x

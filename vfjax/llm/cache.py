@@ -1,0 +1,70 @@
+"""The key-value cache of a decoder, passed in and out of every call."""
+
+import dataclasses
+from typing import Self
+
+import jax
+import jax.numpy as jnp
+
+Array = jax.Array
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Cache:
+    """Keys and values of the tokens read so far.
+
+    All rows write to the same slots; rows of unequal length differ in `mask` and `length`, so left
+    and right padding, and mixtures, decode alike.
+
+    Attributes:
+        k: one [b, s, g, h] array of keys a layer.
+        v: one [b, s, g, h] array of values a layer.
+        mask: bool[b, s], True at slots that hold a real token.
+        index: int32[], the next free slot.
+        length: int32[b], real tokens so far, which is the next token's position.
+    """
+
+    k: tuple[Array, ...]
+    v: tuple[Array, ...]
+    mask: Array
+    index: Array
+    length: Array
+
+    @classmethod
+    def empty(cls, b: int, size: int, layers: int, heads: int, dim: int, dtype: jnp.dtype) -> Self:
+        """A cache of `size` slots for `b` rows, with `heads` key heads of `dim` in each layer."""
+        make = lambda: tuple(jnp.zeros((b, size, heads, dim), dtype) for _ in range(layers))
+        return cls(
+            make(), make(), jnp.zeros((b, size), bool), jnp.int32(0), jnp.zeros(b, jnp.int32)
+        )
+
+    def extend(self, mask: Array) -> tuple["Cache", Array, Array]:
+        """Makes room for t more tokens a row.
+
+        Args:
+            mask: bool[b, t], True at real tokens.
+
+        Returns:
+            The cache with the new slots counted in (keys and values not yet written), the
+            positions int32[b, t] of the new tokens, and what each may look at, bool[b, t, s].
+        """
+        t, s = mask.shape[1], self.mask.shape[1]
+        positions = self.length[:, None] + jnp.maximum(jnp.cumsum(mask, axis=1) - 1, 0)
+        seen = jax.lax.dynamic_update_slice(self.mask, mask, (0, self.index))
+        causal = jnp.arange(s)[None] <= self.index + jnp.arange(t)[:, None]
+        cache = dataclasses.replace(
+            self,
+            mask=seen,
+            index=self.index + t,
+            length=self.length + mask.sum(axis=1, dtype=jnp.int32),
+        )
+        return cache, positions.astype(jnp.int32), seen[:, None] & causal[None]
+
+    def write(self, layer: int, k: Array, v: Array) -> tuple[Array, Array]:
+        """The layer's whole keys and values with [b, t, g, h] new ones in the slots last made."""
+        at = (0, self.index - k.shape[1], 0, 0)
+        return (
+            jax.lax.dynamic_update_slice(self.k[layer], k.astype(self.k[layer].dtype), at),
+            jax.lax.dynamic_update_slice(self.v[layer], v.astype(self.v[layer].dtype), at),
+        )

@@ -1,0 +1,173 @@
+"""Llama-family decoder (arXiv 2302.13971), as transformers' LlamaForCausalLM computes it."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+
+from vfjax.layers import ACTIVATIONS, attention, linear, param, rms_norm, rotate
+from vfjax.llm.cache import Cache
+
+Array = jax.Array
+
+
+@dataclasses.dataclass(frozen=True)
+class RopeScaling:
+    """Llama-3.1's frequency scaling (transformers modeling_rope_utils, rope_type `llama3`)."""
+
+    factor: float
+    low: float
+    high: float
+    original_context: int
+
+
+@dataclasses.dataclass(frozen=True)
+class LlamaConfig:
+    """Sizes of a decoder; `kv_heads` below `heads` is grouped-query attention."""
+
+    vocab: int
+    width: int
+    layers: int
+    heads: int
+    kv_heads: int
+    head_dim: int
+    mlp: int
+    context: int
+    act: str = "silu"
+    eps: float = 1e-5
+    rope_theta: float = 10000.0
+    rope_scaling: RopeScaling | None = None
+    qkv_bias: bool = False
+    out_bias: bool = False
+    mlp_bias: bool = False
+    tied: bool = False
+
+    def build(self, *, rngs: nnx.Rngs) -> "Llama":
+        return Llama(self, rngs=rngs)
+
+
+def frequencies(config: LlamaConfig) -> np.ndarray:
+    """Rotary frequencies float32[head_dim / 2], with Llama-3.1's scaling if the config has it.
+
+    Computed in float32 step by step as transformers does: at position 4000 one rounding more in a
+    frequency moves an angle by 2e-4.
+    """
+    exponent = np.arange(0, config.head_dim, 2, dtype=np.float32) / np.float32(config.head_dim)
+    freq = np.float32(1) / np.float32(config.rope_theta) ** exponent
+    if config.rope_scaling is None:
+        return freq
+    s = config.rope_scaling
+    wavelength = np.float32(2 * np.pi) / freq
+    slow = wavelength > s.original_context / s.low
+    fast = wavelength < s.original_context / s.high
+    smooth = (s.original_context / wavelength - s.low) / (s.high - s.low)
+    blend = (1 - smooth) * freq / s.factor + smooth * freq
+    return np.where(slow, freq / s.factor, np.where(fast, freq, blend)).astype(np.float32)
+
+
+class Attention(nnx.Module):
+    """Causal self-attention with rotary positions and grouped keys and values."""
+
+    def __init__(self, config: LlamaConfig, *, rngs: nnx.Rngs):
+        c = self.config = config
+        q, kv = c.heads * c.head_dim, c.kv_heads * c.head_dim
+        self.q = linear(c.width, q, ("embed", "heads"), bias=c.qkv_bias, rngs=rngs)
+        self.k = linear(c.width, kv, ("embed", "heads"), bias=c.qkv_bias, rngs=rngs)
+        self.v = linear(c.width, kv, ("embed", "heads"), bias=c.qkv_bias, rngs=rngs)
+        self.out = linear(q, c.width, ("heads", "embed"), bias=c.out_bias, rngs=rngs)
+
+    def qkv(self, x: Array, cos: Array, sin: Array) -> tuple[Array, Array, Array]:
+        """Queries [b, t, n, h], keys and values [b, t, g, h] of x [b, t, d], rotated."""
+        b, t, _ = x.shape
+        q, k, v = (f(x).reshape(b, t, -1, self.config.head_dim) for f in (self.q, self.k, self.v))
+        return rotate(q, cos, sin), rotate(k, cos, sin), v
+
+    def join(self, x: Array) -> Array:
+        """[b, t, n, h] attention output -> [b, t, d]."""
+        return self.out(x.reshape(*x.shape[:2], -1))
+
+
+class MLP(nnx.Module):
+    """Gated feed-forward, down(act(gate(x)) * up(x))."""
+
+    def __init__(self, config: LlamaConfig, *, rngs: nnx.Rngs):
+        c = config
+        self.act = c.act
+        self.gate = linear(c.width, c.mlp, ("embed", "mlp"), bias=c.mlp_bias, rngs=rngs)
+        self.up = linear(c.width, c.mlp, ("embed", "mlp"), bias=c.mlp_bias, rngs=rngs)
+        self.down = linear(c.mlp, c.width, ("mlp", "embed"), bias=c.mlp_bias, rngs=rngs)
+
+    def __call__(self, x: Array) -> Array:
+        return self.down(ACTIVATIONS[self.act](self.gate(x)) * self.up(x))
+
+
+class Block(nnx.Module):
+    """Pre-norm attention and feed-forward, each added to the stream."""
+
+    def __init__(self, config: LlamaConfig, *, rngs: nnx.Rngs):
+        self.norm1 = rms_norm(config.width, config.eps, rngs=rngs)
+        self.attn = Attention(config, rngs=rngs)
+        self.norm2 = rms_norm(config.width, config.eps, rngs=rngs)
+        self.mlp = MLP(config, rngs=rngs)
+
+
+class Llama(nnx.Module):
+    """Token embeddings -> hidden states -> logits, with an explicit cache."""
+
+    def __init__(self, config: LlamaConfig, *, rngs: nnx.Rngs):
+        c = self.config = config
+        self.embedding = param((c.vocab, c.width), ("vocab", "embed"), rngs=rngs)
+        self.blocks = nnx.List(Block(c, rngs=rngs) for _ in range(c.layers))
+        self.norm = rms_norm(c.width, c.eps, rngs=rngs)
+        if not c.tied:
+            self.head = linear(c.width, c.vocab, ("embed", "vocab"), bias=False, rngs=rngs)
+
+    def embed(self, ids: Array) -> Array:
+        """Embeddings [..., d] of int32 token ids; ids outside the vocabulary are undefined."""
+        return self.embedding[...][ids]
+
+    def new_cache(self, b: int, size: int) -> Cache:
+        """An empty cache of `size` slots for `b` rows, in the embedding's dtype."""
+        c = self.config
+        return Cache.empty(b, size, c.layers, c.kv_heads, c.head_dim, self.embedding.dtype)
+
+    def __call__(
+        self, x: Array, mask: Array, cache: Cache | None = None
+    ) -> tuple[Array, Cache | None]:
+        """Runs all blocks and the final norm.
+
+        Args:
+            x: [b, t, d] token embeddings (from `embed`, or visual tokens among them).
+            mask: bool[b, t], False at padding, wherever it stands. Positions count real tokens.
+            cache: what was read before; None reads x alone and keeps nothing.
+
+        Returns:
+            [b, t, d] hidden states (undefined at padding) and the cache with x in it.
+        """
+        if cache is None:
+            positions = jnp.maximum(jnp.cumsum(mask, axis=1) - 1, 0)
+            see = mask[:, None] & jnp.tril(jnp.ones((x.shape[1],) * 2, bool))[None]
+        else:
+            cache, positions, see = cache.extend(mask)
+        angles = positions[..., None].astype(jnp.float32) * frequencies(self.config)
+        cos, sin = jnp.cos(angles), jnp.sin(angles)
+        keys, values = [], []
+        for i, block in enumerate(self.blocks):
+            q, k, v = block.attn.qkv(block.norm1(x), cos, sin)
+            if cache is not None:
+                k, v = cache.write(i, k, v)
+                keys.append(k)
+                values.append(v)
+            x = x + block.attn.join(attention(q, k, v, see))
+            x = x + block.mlp(block.norm2(x))
+        if cache is not None:
+            cache = dataclasses.replace(cache, k=tuple(keys), v=tuple(values))
+        return self.norm(x), cache
+
+    def logits(self, hidden: Array) -> Array:
+        """float32[..., vocab] logits of [..., d] hidden states."""
+        if self.config.tied:
+            return (hidden @ self.embedding[...].T).astype(jnp.float32)
+        return self.head(hidden).astype(jnp.float32)

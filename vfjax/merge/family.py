@@ -1,0 +1,124 @@
+"""Do these models share a base? Answered from configs and tensor headers, before any work."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any, Protocol
+
+import numpy as np
+
+from vfjax.errors import InputError
+
+REMEDY = "merge only models that were fine-tuned from one base LLM"
+VOCABULARY = ("embed_tokens.weight", "lm_head.weight")
+"""Ends of the names of tensors with one row a token."""
+
+
+class Header(Protocol):
+    """What is known of a tensor before it is read."""
+
+    @property
+    def shape(self) -> tuple[int, ...]: ...
+
+    @property
+    def dtype(self) -> np.dtype: ...
+
+
+def check_tensors(sources: Sequence[tuple[str, Mapping[str, Header]]]) -> None:
+    """Checks that all sources have the first one's tensor names and shapes.
+
+    Args:
+        sources: (label, tensors), the reference first.
+
+    Raises:
+        InputError: naming the source and its first tensor that is missing, extra or differs.
+    """
+    (reference, expected), *others = sources
+    for label, tensors in others:
+        _check_names(label, list(tensors), reference, list(expected))
+        for name, tensor in tensors.items():
+            _check_shape(f"{label}: {name}", tensor.shape, reference, expected[name].shape)
+
+
+def _check_names(label: str, names: list[str], reference: str, expected: list[str]) -> None:
+    missing, extra = sorted(set(expected) - set(names)), sorted(set(names) - set(expected))
+    if not missing and not extra:
+        return
+    wrong = [f"{len(missing)} missing, the first {missing[0]!r}"] if missing else []
+    wrong += [f"{len(extra)} extra, the first {extra[0]!r}"] if extra else []
+    tied = any(name.endswith("lm_head.weight") for name in missing + extra)
+    hint = "lm_head is tied to the embedding in one of them (tie_word_embeddings); " if tied else ""
+    raise InputError(
+        label,
+        found=f"{len(names)} tensors: {'; '.join(wrong)}",
+        expected=f"the {len(expected)} tensors of {reference}",
+        fix=hint + REMEDY,
+    )
+
+
+def _check_shape(
+    where: str, shape: tuple[int, ...], reference: str, expected: tuple[int, ...]
+) -> None:
+    if shape == expected:
+        return
+    if where.endswith(VOCABULARY) and shape[1:] == expected[1:]:
+        _vocabulary_error(where, shape[0], reference, expected[0])
+    raise InputError(
+        where, found=f"shape {shape}", expected=f"{expected} as in {reference}", fix=REMEDY
+    )
+
+
+def _vocabulary_error(where: str, rows: int, reference: str, expected: int) -> None:
+    raise InputError(
+        where,
+        found=f"vocabulary of {rows} rows, {reference} has {expected}",
+        expected="one vocabulary",
+        fix="if only padding or added tokens differ, resize the embedding and lm_head "
+        "(resize_token_embeddings); otherwise " + REMEDY,
+    )
+
+
+def check_family(configs: Mapping[str, Mapping[str, Any]]) -> None:
+    """Checks that LLM configs describe one architecture, so that merging their weights has a sense.
+
+    Sizes, rotary embedding, norm epsilon and tied embeddings. A size that a config leaves to its
+    class's default is left to `check_tensors`; rope_theta and rms_norm_eps, which no tensor shows,
+    default to 10000 and 1e-6, as in all of Llama, Mistral, Qwen2 and Gemma.
+
+    Args:
+        configs: label -> LLM part of a Hugging Face config.json (of transformers 4 or 5), the
+            reference (base) first.
+
+    Raises:
+        InputError: naming the member and the key.
+    """
+    (reference, first), *others = configs.items()
+    expected = _facts(first)
+    for label, config in others:
+        for key, value in _facts(config).items():
+            if value == expected[key] or value is None or expected[key] is None:
+                continue
+            if key == "vocab_size":
+                _vocabulary_error(f"{label}: vocab_size", value, reference, expected[key])
+            raise InputError(
+                f"{label}: {key}",
+                found=value,
+                expected=f"{expected[key]} as in {reference}",
+                fix=REMEDY,
+            )
+
+
+def _facts(config: Mapping[str, Any]) -> dict[str, Any]:
+    """The values to compare, None where the config does not say."""
+    sizes = ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
+    facts = {key: config.get(key) for key in (*sizes, "vocab_size", "tie_word_embeddings")}
+    heads, hidden = facts["num_attention_heads"], facts["hidden_size"]
+    facts["num_key_value_heads"] = config.get("num_key_value_heads") or heads
+    facts["head_dim"] = config.get("head_dim") or (hidden // heads if heads and hidden else None)
+    facts["rms_norm_eps"] = config.get("rms_norm_eps", 1e-6)
+    # transformers 5 holds both in rope_parameters, transformers 4 in rope_theta and rope_scaling.
+    rope = dict(config.get("rope_parameters") or config.get("rope_scaling") or {})
+    facts["rope_theta"] = rope.pop("rope_theta", None) or config.get("rope_theta", 10000.0)
+    kind = rope.pop("rope_type", None) or rope.get("type") or "default"
+    rope.pop("type", None)
+    settings = {key: value for key, value in rope.items() if value is not None}
+    facts["rope_scaling"] = {"rope_type": kind} | settings
+    return facts

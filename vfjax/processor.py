@@ -1,0 +1,244 @@
+"""Pictures and prompts -> a `Batch` of static shape, on the host."""
+
+import dataclasses
+import os
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+from PIL import Image
+
+from vfjax import prompts as text
+from vfjax.errors import InputError
+from vfjax.images import open_image, preprocess
+from vfjax.model import Batch, BranchConfig, ModelConfig
+
+Picture = str | os.PathLike | Image.Image | np.ndarray
+
+LENGTHS = tuple(m << k for k in range(5, 18) for m in (2, 3))
+"""Default sequence lengths: 64, 96, 128, 192, ... each at most 1.5 x the one before."""
+
+POWERS = tuple(1 << k for k in range(20))
+"""Numbers of pictures that a batch is padded to."""
+
+
+@dataclasses.dataclass
+class Processor:
+    """Makes batches for one model.
+
+    Attributes:
+        config: the model's config.
+        tokenizer: a transformers tokenizer; None takes `input_ids` only.
+        template: name of the prompt template (`vfjax.prompts.TEMPLATES`).
+        stop_ids: token ids that end an answer.
+        lengths: sequence lengths that batches are padded to; one compilation each.
+    """
+
+    config: ModelConfig
+    tokenizer: Any = None
+    template: str = "vicuna_v1"
+    stop_ids: tuple[int, ...] = ()
+    lengths: tuple[int, ...] = LENGTHS
+
+    def chat(self, question: str, *, images: int = 1) -> str:
+        """A prompt for one question about `images` pictures, answer open."""
+        turn = (text.IMAGE_TOKEN + "\n") * images + question
+        return text.render(text.TEMPLATES[self.template], [(turn, None)])
+
+    def decode(self, ids: Sequence[int]) -> str:
+        """Text of new token ids, cut at the template's stop strings.
+
+        Raises:
+            InputError: there is no tokenizer.
+        """
+        out = self._tokenizer().decode(ids, skip_special_tokens=True)
+        for stop in text.TEMPLATES[self.template].stop:
+            out = out.split(stop)[0]
+        return out.strip()
+
+    def __call__(
+        self,
+        images: Sequence[Picture | Sequence[Picture]] | None = None,
+        prompts: Sequence[str] | None = None,
+        *,
+        input_ids: Sequence[Sequence[int]] | None = None,
+        labels: Sequence[Sequence[int]] | None = None,
+        padding: str = "right",
+    ) -> Batch:
+        """One row a prompt.
+
+        Args:
+            images: pictures in the order of the placeholders over the whole batch; or, if any item
+                is a list, one list a row.
+            prompts: texts with an `<image>` at each picture; see `chat`.
+            input_ids: in place of prompts, ids with -200 at each picture.
+            labels: ids to learn, as long as each row's ids (-100 where there is none).
+            padding: side on which short rows are filled, "right" or "left".
+
+        Returns:
+            A batch of numpy arrays, t and n rounded up to a bucket.
+
+        Raises:
+            InputError: placeholders and pictures don't match, a row is longer than the LLM's
+                context, an id outside the vocabulary, or a picture can't be read.
+        """
+        rows = self._rows(prompts, input_ids)
+        pictures = self._pictures(images, rows)
+        n = _bucket(len(pictures), POWERS) if pictures else 0
+        spliced, first = [], 0
+        for row in rows:
+            spliced.append(self._splice(row, first, n))
+            first += int((row == text.IMAGE_ID).sum())
+        t = self._length(max(len(s[0]) for s in spliced))
+        shape = (len(rows), t)
+        tokens, visual = np.zeros(shape, np.int32), np.full(shape, -1, np.int32)
+        mask, learn = np.zeros(shape, bool), np.full(shape, text.IGNORE, np.int32)
+        for i, (ids, where, source) in enumerate(spliced):
+            at = slice(t - len(ids), t) if padding == "left" else slice(0, len(ids))
+            tokens[i, at], visual[i, at], mask[i, at] = ids, where, True
+            if labels is not None:
+                learn[i, at] = np.where(where < 0, _labels(labels, i, rows)[source], text.IGNORE)
+        return Batch(
+            tokens=tokens,
+            visual=visual,
+            mask=mask,
+            images=self._inputs(pictures, n),
+            labels=None if labels is None else learn,
+        )
+
+    def _rows(
+        self, prompts: Sequence[str] | None, input_ids: Sequence[Sequence[int]] | None
+    ) -> list[np.ndarray]:
+        if (prompts is None) == (input_ids is None) or not (prompts or input_ids):
+            raise InputError(
+                "processor",
+                found="both or neither" if (prompts is None) == (input_ids is None) else "no row",
+                expected="prompts or input_ids, at least one row",
+                fix="pass one of the two",
+            )
+        if prompts is not None:
+            input_ids = [text.tokenize(self._tokenizer(), p) for p in prompts]
+        assert input_ids is not None
+        rows = [np.asarray(row, np.int64) for row in input_ids]
+        for i, row in enumerate(rows):
+            bad = row[(row != text.IMAGE_ID) & ((row < 0) | (row >= self.config.llm.vocab))]
+            if bad.size or not row.size:
+                raise InputError(
+                    f"row {i}",
+                    found=f"token id {bad[0]}" if bad.size else "no token",
+                    expected=f"ids within 0..{self.config.llm.vocab - 1}, {text.IMAGE_ID} for a picture",
+                    fix="use the checkpoint's own tokenizer",
+                )
+        return rows
+
+    def _pictures(
+        self, images: Sequence[Picture | Sequence[Picture]] | None, rows: Sequence[np.ndarray]
+    ) -> list[Picture]:
+        """All pictures in prompt order; their number must match the placeholders."""
+        places = [int((row == text.IMAGE_ID).sum()) for row in rows]
+        images = list(images or [])
+        if any(isinstance(image, (list, tuple)) for image in images):
+            if len(images) != len(rows):
+                raise InputError(
+                    "images",
+                    found=f"{len(images)} lists",
+                    expected=f"one list a row, {len(rows)} rows",
+                    fix="pass an empty list where a row has no picture",
+                )
+            lists = [list(i) if isinstance(i, (list, tuple)) else [i] for i in images]
+            where = [f"row {i}" for i in range(len(rows))]
+        else:
+            lists, places, where = [images], [sum(places)], ["the batch"]
+        for name, found, expected in zip(where, lists, places, strict=True):
+            if len(found) != expected:
+                raise InputError(
+                    name,
+                    found=f"{len(found)} pictures for {expected} {text.IMAGE_TOKEN} placeholders",
+                    expected="as many of one as of the other",
+                    fix=f"put one {text.IMAGE_TOKEN} into the prompt at each picture",
+                )
+        pictures = [picture for group in lists for picture in group]
+        if pictures and not self.config.branches:
+            raise InputError(
+                "images",
+                found=f"{len(pictures)} pictures",
+                expected="none: this model is a plain LLM without a visual branch",
+                fix="load a multimodal checkpoint",
+            )
+        return pictures
+
+    def _splice(
+        self, row: np.ndarray, first: int, n: int
+    ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """A row with each placeholder widened to its visual tokens.
+
+        Args:
+            row: int64[r] ids, -200 at each picture.
+            first: number of the row's first picture in the batch.
+            n: pictures in the batch, bucketed.
+
+        Returns:
+            int64[s] ids (0 at visual tokens), int64[s] numbers of the visual tokens (-1 at text),
+            int64[s] indices into `row`.
+        """
+        counts = [b.tokens for b in self.config.branches]
+        base = np.cumsum([0, *(n * count for count in counts)])
+        width = np.where(row == text.IMAGE_ID, sum(counts), 1)
+        source = np.repeat(np.arange(len(row)), width)
+        ids = np.where(row == text.IMAGE_ID, 0, row)[source]
+        where = np.full(len(source), -1)
+        for picture, place in enumerate(np.flatnonzero(row == text.IMAGE_ID), start=first):
+            at = int(width[:place].sum())
+            where[at : at + sum(counts)] = np.concatenate(
+                [base[k] + picture * c + np.arange(c) for k, c in enumerate(counts)]
+            )
+        return ids, where, source
+
+    def _length(self, longest: int) -> int:
+        context = self.config.llm.context
+        if longest > context:
+            raise InputError(
+                "prompt",
+                found=f"{longest} tokens, visual ones included",
+                expected=f"at most {context}, the LLM's context",
+                fix="shorten the prompt or pass fewer pictures",
+            )
+        return _bucket(longest, (*self.lengths, context))
+
+    def _inputs(self, pictures: Sequence[Picture], n: int) -> dict[str, dict[str, np.ndarray]]:
+        """Each branch's view of all pictures, padded with black to n of them."""
+        if not pictures:
+            return {}
+        opened = [open_image(p) for p in pictures]
+        return {b.name: {"pixels": _stack(b, opened, n)} for b in self.config.branches}
+
+    def _tokenizer(self) -> Any:
+        if self.tokenizer is None:
+            raise InputError(
+                "tokenizer",
+                found="none in the checkpoint folder",
+                expected="tokenizer.json, or tokenizer.model and tokenizer_config.json",
+                fix="add the files, or pass input_ids in place of prompts",
+            )
+        return self.tokenizer
+
+
+def _stack(branch: BranchConfig, pictures: Sequence[Image.Image], n: int) -> np.ndarray:
+    views = [preprocess(picture, branch.images) for picture in pictures]
+    return np.stack(views + [np.zeros_like(views[0])] * (n - len(views)))
+
+
+def _labels(labels: Sequence[Sequence[int]], i: int, rows: Sequence[np.ndarray]) -> np.ndarray:
+    if len(labels) != len(rows) or len(labels[i]) != len(rows[i]):
+        raise InputError(
+            f"labels of row {i}",
+            found=f"{len(labels)} rows" if len(labels) != len(rows) else f"{len(labels[i])} labels",
+            expected=f"{len(rows)} rows, {len(rows[i])} labels in this one, one an id",
+            fix="label every id, -100 where there is nothing to learn",
+        )
+    return np.asarray(labels[i], np.int32)
+
+
+def _bucket(size: int, sizes: Sequence[int]) -> int:
+    """The smallest bucket that holds `size`."""
+    return min(s for s in sizes if s >= size)

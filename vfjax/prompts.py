@@ -1,0 +1,420 @@
+"""Conversation templates, chunk-wise tokenisation and training labels.
+
+A fused model speaks the prompt format its members were trained with, so the templates here are
+literal copies of what LLaVA, Mini-Gemini (MGM), SliME and Dense Connector feed their LLMs, odd
+parts included: the Llama-3 templates of MGM and Dense Connector call the assistant `system`, and
+that is what the checkpoints learnt. "Upstream" below means `conversation.py`, `mm_utils.py` and
+`train/train.py` of those repositories.
+"""
+
+import warnings
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from types import MappingProxyType
+from typing import Any
+
+from vfjax.errors import InputError
+
+IMAGE_TOKEN = "<image>"
+IMAGE_ID = -200
+IGNORE = -100
+
+Turn = tuple[str, str | None]
+
+
+@dataclass(frozen=True)
+class Template:
+    """The strings a conversation is wrapped in.
+
+    A prompt is `head question middle space answer tail again question middle ...`; an open
+    assistant turn ends after `middle`.
+
+    Attributes:
+        name: key in `TEMPLATES`.
+        head: all before the first question: system text and user header.
+        middle: between a question and the answer: end of the user turn and assistant header.
+        tail: after an answer. None where upstream cannot render answers (`plain`).
+        again: before every question but the first.
+        stop: strings that end an answer while generating, beside the tokenizer's own eos.
+        space: between `middle` and an answer; not part of an open turn.
+        trained_tail: `tail` of the training text. None: upstream trains in another format.
+        image: what stands for a picture in the training text.
+        auto_bos: upstream's loss mask fits tokenizers that add BOS (True) or not (False).
+    """
+
+    name: str
+    head: str
+    middle: str
+    tail: str | None
+    again: str
+    stop: tuple[str, ...]
+    space: str = ""
+    trained_tail: str | None = None
+    image: str = IMAGE_TOKEN
+    auto_bos: bool = True
+
+
+_POLITE = "The assistant gives helpful, detailed, and polite answers to the {0}'s questions."
+_CURIOUS = "A chat between a curious {0} and an artificial intelligence assistant. " + _POLITE
+_MMTAG = (
+    "A chat between a curious user and an artificial intelligence assistant. The assistant is able "
+    "to understand the visual content that the user provides, and assist the user with a variety "
+    "of tasks using natural language.The visual content will be provided with the following "
+    "format: <Image>visual content</Image>."
+)
+_VISION = (
+    "You are a helpful language and vision assistant. You are able to understand the visual "
+    "content that the user provides, and assist the user with a variety of tasks using natural "
+    "language."
+)
+_SAFE = (
+    "You are a helpful, respectful and honest assistant. Always answer as helpfully as possible, "
+    "while being safe.  Your answers should not include any harmful, unethical, racist, sexist, "
+    "toxic, dangerous, or illegal content. Please ensure that your responses are socially unbiased "
+    "and positive in nature.\n\nIf a question does not make any sense, or is not factually "
+    "coherent, explain why instead of answering something not correct. If you don't know the "
+    "answer to a question, please don't share false information."
+)
+# The example talk that the first LLaVA release put before every user turn.
+_ENERGY = (
+    "What are the key differences between renewable and non-renewable energy sources?"
+    "###Assistant: Renewable energy sources are those that can be replenished naturally in a "
+    "relatively short amount of time, such as solar, wind, hydro, geothermal, and biomass. "
+    "Non-renewable energy sources, on the other hand, are finite and will eventually be depleted, "
+    "such as coal, oil, and natural gas. Here are some key differences between renewable and "
+    "non-renewable energy sources:\n1. Availability: Renewable energy sources are virtually "
+    "inexhaustible, while non-renewable energy sources are finite and will eventually run out.\n"
+    "2. Environmental impact: Renewable energy sources have a much lower environmental impact than "
+    "non-renewable sources, which can lead to air and water pollution, greenhouse gas emissions, "
+    "and other negative effects.\n3. Cost: Renewable energy sources can be more expensive to "
+    "initially set up, but they typically have lower operational costs than non-renewable "
+    "sources.\n4. Reliability: Renewable energy sources are often more reliable and can be used in "
+    "more remote locations than non-renewable sources.\n5. Flexibility: Renewable energy sources "
+    "are often more flexible and can be adapted to different situations and needs, while "
+    "non-renewable sources are more rigid and inflexible.\n6. Sustainability: Renewable energy "
+    "sources are more sustainable over the long term, while non-renewable sources are not, and "
+    "their depletion can lead to economic and social instability.\n###Human: "
+)
+
+
+def _single(name: str, system: str, example: str = "") -> Template:
+    """LLaVA v0 style: `###Human: q###Assistant: a###`."""
+    return Template(
+        name=name,
+        head=f"{system}###Human: {example}",
+        middle="###Assistant:",
+        space=" ",
+        tail="###",
+        again="Human: ",
+        stop=("###",),
+    )
+
+
+def _two(
+    name: str,
+    system: str,
+    end: str = "</s>",
+    image: str = IMAGE_TOKEN,
+    auto_bos: bool = True,
+) -> Template:
+    """Vicuna style: `USER: q ASSISTANT: a</s>`."""
+    return Template(
+        name=name,
+        head=f"{system} USER: ",
+        middle=" ASSISTANT:",
+        space=" ",
+        tail=end,
+        again="USER: ",
+        stop=(end,),
+        trained_tail=end,
+        image=image,
+        auto_bos=auto_bos,
+    )
+
+
+def _inst(name: str, system: str = "", sep: str = "<s>") -> Template:
+    """Llama-2 and Mistral style: `[INST] q [/INST] a </s>`.
+
+    Upstream's evaluation stops at `sep`, which no answer ends with; `</s>` is what does.
+    """
+    system = f"<<SYS>>\n{system}\n<</SYS>>\n\n" if system else ""
+    return Template(
+        name=name,
+        head=f"[INST] {system}",
+        middle=" [/INST]",
+        space=" ",
+        tail=" </s>",
+        again=f"{sep}[INST] ",
+        stop=("</s>",),
+        trained_tail=" </s>",
+    )
+
+
+def _chatml(name: str, system: str) -> Template:
+    """MPT and Yi style; no newline after `<|im_end|>`."""
+    user = "<|im_start|>user\n"
+    return Template(
+        name=name,
+        head=f"<|im_start|>system\n{system}<|im_end|>{user}",
+        middle="<|im_end|><|im_start|>assistant\n",
+        tail="<|im_end|>",
+        again=user,
+        stop=("<|im_end|>",),
+        trained_tail="<|im_end|>",
+        auto_bos=False,
+    )
+
+
+def _llama_3(name: str, bos: str) -> Template:
+    """Llama-3 style of MGM and Dense Connector: the assistant's header says `system`."""
+    user = "<|start_header_id|>user<|end_header_id|>\n\n"
+    system = "<|start_header_id|>system<|end_header_id|>\n\n"
+    return Template(
+        name=name,
+        head=f"{bos}{system}{_VISION}<|eot_id|>{user}",
+        middle=f"<|eot_id|>{system}",
+        tail="<|eot_id|>",
+        again=user,
+        stop=("<|eot_id|>",),
+        trained_tail="<|eot_id|>",
+        auto_bos=not bos,
+    )
+
+
+_HUMAN, _USER = _CURIOUS.format("human"), _CURIOUS.format("user")
+_SLIME_USER = "<|start_header_id|>user<|end_header_id|>\n\n"
+_DEFAULT = _single("default", _HUMAN, _ENERGY)
+_VICUNA = _two("vicuna_v1", _USER)
+_CHATML = _chatml("chatml_direct", "Answer the questions.")
+_PHI = _two("phi", _USER, end="<|endoftext|>", auto_bos=False)
+_PLAIN = Template(
+    name="plain", head="", middle="\n", tail=None, again="", stop=("\n",), trained_tail="\n"
+)
+
+# Upstream names. Where a name means different things, the less common meaning is marked with its
+# code base: `mistral_instruct_mgm`, `llama_3_dc` (plain `llama_3` is MGM's, `llama3` SliME's).
+TEMPLATES: Mapping[str, Template] = MappingProxyType(
+    {
+        "default": _DEFAULT,
+        "v0": _DEFAULT,
+        "llava_v0": _single("llava_v0", _HUMAN),
+        "v0_mmtag": _single("v0_mmtag", _MMTAG),
+        "vicuna_v1": _VICUNA,
+        "v1": _VICUNA,
+        "imgsp_v1": _VICUNA,
+        "llava_v1": _two("llava_v1", _HUMAN),
+        "v1_mmtag": _two("v1_mmtag", _MMTAG, image=f"<Image>{IMAGE_TOKEN}</Image>"),
+        "phi": _PHI,
+        "phi_2": _PHI,
+        "llama_2": _inst("llama_2", _SAFE),
+        "llava_llama_2": _inst("llava_llama_2", _VISION),
+        "mistral_instruct": _inst("mistral_instruct", sep=""),
+        "mistral_instruct_mgm": _inst("mistral_instruct_mgm"),
+        "chatml_direct": _CHATML,
+        "mistral_direct": _CHATML,
+        "mpt": _chatml(
+            "mpt",
+            "A conversation between a user and an LLM-based AI assistant. "
+            "The assistant gives helpful and honest answers.",
+        ),
+        "llama_3": _llama_3("llama_3", bos=""),
+        "llama_3_dc": _llama_3("llama_3_dc", bos="<|begin_of_text|>"),
+        "llama3": Template(
+            name="llama3",
+            head=_SLIME_USER,
+            middle="<|eot_id|><|start_header_id|>assistant<|end_header_id|>\n\n",
+            # SliME's own marker of an answered turn; taken out again before training.
+            tail="<|eot_id|><|eot_conversation|>",
+            again=_SLIME_USER,
+            stop=("<|eot_id|>",),
+            trained_tail="<|eot_id|>",
+        ),
+        "gemma": Template(
+            name="gemma",
+            head="<start_of_turn>user\n",
+            middle="<end_of_turn>\n<start_of_turn>model\n",
+            tail="<end_of_turn>\n<eos>",
+            again="<start_of_turn>user\n",
+            stop=("<end_of_turn>", "<eos>"),
+            trained_tail="<end_of_turn>\n<eos>",
+        ),
+        "plain": _PLAIN,
+        "v0_plain": _PLAIN,
+    }
+)
+
+
+def get_template(name: str) -> Template:
+    """Looks a template up by its upstream name.
+
+    Args:
+        name: a key of `TEMPLATES`.
+
+    Raises:
+        InputError: no such template.
+    """
+    if name not in TEMPLATES:
+        raise InputError(
+            "template", found=repr(name), expected=f"one of {', '.join(TEMPLATES)}", fix="rename it"
+        )
+    return TEMPLATES[name]
+
+
+def render(template: Template, turns: Sequence[Turn]) -> str:
+    """Writes a conversation as the prompt string its model was trained on.
+
+    Args:
+        template: one of `TEMPLATES`.
+        turns: (question, answer) pairs, oldest first; the last answer may be None, which leaves
+            the assistant's turn open for generation. Questions may hold `<image>`.
+
+    Returns:
+        The prompt, as by upstream's `Conversation.get_prompt`.
+
+    Raises:
+        InputError: no turns, an empty question or answer, an unanswered turn before the last, or
+            an answer where the template cannot hold one (`plain`, for which upstream fails too).
+    """
+    _check_turns(turns)
+    text = template.head
+    for i, (question, answer) in enumerate(turns):
+        text += (template.again if i else "") + question + template.middle
+        if answer is None:
+            continue
+        if template.tail is None:
+            raise InputError(
+                f"template {template.name!r}",
+                found="an answered turn",
+                expected="one open question",
+                fix="use a conversation template, or labels() for captions",
+            )
+        text += template.space + answer + template.tail
+    return text
+
+
+def tokenize(tokenizer: Any, prompt: str) -> list[int]:
+    """Tokenises the text around each `<image>` by itself and joins the pieces with -200.
+
+    Piece by piece matters: SentencePiece puts a word-start mark before the text after a picture,
+    and the models were trained with it. If the first piece starts with BOS, the first id of every
+    later piece is taken for a BOS too and dropped, whatever it is, as in upstream's
+    `tokenizer_image_token`.
+
+    Args:
+        tokenizer: a transformers tokenizer, or any callable that returns an object with
+            `input_ids` for a string and has `bos_token_id`.
+        prompt: text with any number of `<image>`.
+
+    Returns:
+        Token ids with `IMAGE_ID` at every picture.
+    """
+    first, *rest = (list(tokenizer(chunk).input_ids) for chunk in prompt.split(IMAGE_TOKEN))
+    skip = 1 if first and first[0] == tokenizer.bos_token_id else 0
+    ids = first
+    for chunk in rest:
+        ids += [IMAGE_ID, *chunk[skip:]]
+    return ids
+
+
+def labels(
+    tokenizer: Any, template: Template, turns: Sequence[Turn]
+) -> tuple[list[int], list[int]]:
+    """Makes training ids and the loss mask of one conversation.
+
+    As in upstream's `preprocess_multimodal` and `preprocess_*`: the pictures of a question become
+    one `<image>` line at its front; answers and their end tokens are trained on, all else is
+    masked; with `plain`, the text is `<image>`, caption, newline. Upstream finds the answers by
+    adding up the lengths of separately tokenised rounds, here they are the spans between
+    tokenised prefixes. Those sums go wrong in talks of several turns when the tokenizer's BOS
+    does not fit the template; upstream then masks the whole sample, and so does this.
+
+    Args:
+        tokenizer: as for `tokenize`.
+        template: one of `TEMPLATES`.
+        turns: (question, answer) pairs, all answered.
+
+    Returns:
+        (input_ids, labels) of equal length; labels are the ids where trained on, else `IGNORE`.
+
+    Raises:
+        InputError: as `render`; also an open turn, an `<image>` in an answer, a template without
+            a training form here (LLaVA v0 styles), or a `plain` sample that is not one caption.
+    """
+    _check_trainable(template, turns)
+    text, spans = "", []
+    for i, (question, answer) in enumerate(turns):
+        text += _before_answer(template, question, first=i == 0)
+        start = len(tokenize(tokenizer, text))
+        text += f"{template.space}{answer}{template.trained_tail}"
+        ids = tokenize(tokenizer, text)
+        spans.append((start, len(ids)))
+
+    targets = [IGNORE] * len(ids)
+    adds_bos = tokenizer.bos_token_id in tokenizer("").input_ids
+    if len(turns) > 1 and adds_bos != template.auto_bos:
+        warnings.warn(
+            f"template {template.name!r} is trained with tokenizers that "
+            f"{'add BOS by themselves' if template.auto_bos else 'do not add BOS'}, unlike this "
+            "one: conversations of several turns are masked whole (tokenization mismatch)",
+            stacklevel=2,
+        )
+        return ids, targets
+    for start, end in spans:
+        targets[start:end] = ids[start:end]
+    return ids, targets
+
+
+def _before_answer(template: Template, question: str, *, first: bool) -> str:
+    """The training text from the end of the last answer to the start of this one."""
+    if template.tail is None:  # captions: the picture is the whole question
+        return IMAGE_TOKEN
+    if IMAGE_TOKEN in question:
+        question = f"{IMAGE_TOKEN}\n{question.replace(IMAGE_TOKEN, '').strip()}".strip()
+        question = question.replace(IMAGE_TOKEN, template.image)
+    return (template.head if first else template.again) + question + template.middle
+
+
+def _check_turns(turns: Sequence[Turn]) -> None:
+    if not turns:
+        raise InputError("turns", found="none", expected="at least one question", fix="add one")
+    for i, (question, answer) in enumerate(turns):
+        if not question or answer == "":
+            raise InputError(
+                f"turns[{i}]",
+                found=f"an empty {'answer' if question else 'question'}",
+                expected="text",
+                fix="write it, or leave the last answer None to have it generated",
+            )
+        if answer is None and i + 1 < len(turns):
+            raise InputError(
+                f"turns[{i}]",
+                found="no answer",
+                expected="an answer in every turn but the last",
+                fix="answer it or drop the turns after it",
+            )
+
+
+def _check_trainable(template: Template, turns: Sequence[Turn]) -> None:
+    _check_turns(turns)
+    if template.trained_tail is None:
+        raise InputError(
+            f"template {template.name!r}",
+            found="a template that is for prompting only",
+            expected="one with a training form",
+            fix="use vicuna_v1",
+        )
+    for i, (_, answer) in enumerate(turns):
+        if answer is None or IMAGE_TOKEN in answer:
+            raise InputError(
+                f"turns[{i}]",
+                found="an open turn" if answer is None else f"{IMAGE_TOKEN} in the answer",
+                expected="an answer in words",
+                fix="correct or drop the sample",
+            )
+    if template.tail is None and (len(turns) != 1 or IMAGE_TOKEN not in turns[0][0]):
+        raise InputError(
+            f"template {template.name!r}",
+            found=f"{len(turns)} turns, first question {turns[0][0][:40]!r}",
+            expected=f"one turn with {IMAGE_TOKEN}",
+            fix="use a conversation template",
+        )

@@ -1,0 +1,99 @@
+"""Meshes, and where parameters and batches lie on them.
+
+Parameters name logical axes; `RULES` maps those to mesh axes. Meshes are `Auto`: the compiler
+propagates shardings and inserts the collectives.
+"""
+
+import math
+from collections.abc import Mapping
+from typing import TypeVar
+
+import jax
+import numpy as np
+from flax import nnx
+from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+
+from vfjax.errors import InputError
+
+T = TypeVar("T")
+
+RULES: Mapping[str, str | None] = {
+    "embed": None,
+    "heads": "model",
+    "mlp": "model",
+    "vocab": "model",
+}
+"""Logical axis of a parameter -> mesh axis; None keeps it whole."""
+
+
+def make_mesh(data: int = 1, model: int = 1) -> Mesh:
+    """A mesh of data x model devices, of all processes.
+
+    Raises:
+        InputError: the product is not the number of devices.
+    """
+    if data * model != jax.device_count():
+        raise InputError(
+            "mesh",
+            found=f"data={data} x model={model}",
+            expected=f"{jax.device_count()} devices",
+            fix="choose axes whose product is the number of devices",
+        )
+    return jax.make_mesh((data, model), ("data", "model"), axis_types=(AxisType.Auto,) * 2)
+
+
+def param_sharding(
+    name: str,
+    variable: nnx.Variable,
+    mesh: Mesh,
+    rules: Mapping[str, str | None] = RULES,
+) -> NamedSharding:
+    """Where a parameter lies, by its `axes` metadata.
+
+    Raises:
+        InputError: an axis does not divide, named with the parameter.
+    """
+    spec = []
+    for size, axis in zip(variable.shape, variable.axes, strict=True):
+        over = rules[axis] if axis is not None else None
+        if over is not None and size % mesh.shape[over]:
+            raise InputError(
+                name,
+                found=f"axis {axis!r} of size {size}",
+                expected=f"a multiple of {mesh.shape[over]}, the mesh's {over!r} axis",
+                fix="choose a mesh that divides it",
+            )
+        spec.append(over)
+    return NamedSharding(mesh, PartitionSpec(*spec))
+
+
+def mesh_of(tree: object) -> Mesh | None:
+    """The mesh that a tree's arrays lie on; None on a single device without one."""
+    for leaf in jax.tree.leaves(tree):
+        sharding = getattr(leaf, "sharding", None)
+        if isinstance(sharding, NamedSharding):
+            assert isinstance(sharding.mesh, Mesh)
+            return sharding.mesh
+    return None
+
+
+def place(tree: T, mesh: Mesh | None) -> T:
+    """Puts a tree of host arrays on the mesh, first axis over `data` where it divides.
+
+    Every process passes the same whole arrays. Without a mesh they go to the default device.
+    """
+    if mesh is None:
+        return jax.device_put(tree)
+
+    def put(x: np.ndarray | jax.Array) -> jax.Array:
+        over = "data" if x.ndim and x.shape[0] % mesh.shape["data"] == 0 else None
+        sharding = NamedSharding(mesh, PartitionSpec(over) if x.ndim else PartitionSpec())
+        host = np.asarray(x)
+        return jax.make_array_from_callback(x.shape, sharding, lambda index: host[index])
+
+    return jax.tree.map(put, tree)
+
+
+def nbytes(tree: object) -> int:
+    """Bytes of all arrays of a tree, as if unsharded."""
+    return sum(math.prod(x.shape) * x.dtype.itemsize for x in jax.tree.leaves(tree))

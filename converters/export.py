@@ -115,7 +115,7 @@ def _config(config: Mapping[str, Any], params: Params) -> dict[str, Any]:
 
 
 def _on_hosts(params: Params) -> Params:
-    """Parameters that this process can read; those spread over processes are gathered one by one."""
+    """Parameters that this process can read; others are gathered."""
     for name, param in params.items():
         value = param.get_value()
         if not value.is_fully_addressable:

@@ -1,4 +1,4 @@
-"""Members' folders -> one fused folder: merged LLM, branches as they are. Files to files, no model."""
+"""Members' folders -> one fused folder: merged LLM, branches as they are; files to files."""
 
 import re
 from collections.abc import Callable, Mapping
@@ -69,7 +69,10 @@ def fuse(
         for name, source in opened.items():
             merged |= _branch_tensors(name, source, tensors[name])
         config = fused_config(result, _recipe(opened, method, params))
-    files = {"config.json": to_bytes(config), **_tokenizer_files(opened, export)}
+    files: dict[str, bytes | Path] = {
+        "config.json": to_bytes(config),
+        **_tokenizer_files(opened, export),
+    }
     write_folder(out, {"": merged}, files=files, shard_bytes=shard_bytes, progress=progress)
     return open_source(out)
 

@@ -24,14 +24,14 @@ def inspect(path: str | Path) -> str:
         + (", tied head" if llm.tied else ""),
         f"base: {source.config.get('base_model') or 'not said in the checkpoint'}",
     ]
-    for branch, described in zip(config.branches, source.branches, strict=True):
+    for branch, parts in zip(config.branches, source.branches, strict=True):
         encoder, images = branch.encoder, branch.images
         part = f"branches.{branch.name}.encoder"
         where = source.towers[part].path if part in source.towers else "this folder"
         lines.append(
-            f"branch {branch.name}: {described['encoder']['model_type']}, {encoder.layers} layers x "
+            f"branch {branch.name}: {parts['encoder']['model_type']}, {encoder.layers} layers x "
             f"{encoder.width}, taps {list(branch.taps)}, {images.size} px {images.aspect}, "
-            f"{described['connector']['mm_projector_type']}, {branch.tokens} tokens a picture; "
+            f"{parts['connector']['mm_projector_type']}, {branch.tokens} tokens a picture; "
             f"tower from {where}"
         )
     for part, rules in check(source, params).items():

@@ -29,8 +29,8 @@ class Source:
         layout: name of its layout.
         config: its config.json.
         llm: Hugging Face config of the language model.
-        branches: one dict a branch: `name`; `encoder`, `connector` (configs whose `model_type` names
-            a table); `preprocessor` (preprocessor_config.json), `aspect` ("pad" or "crop"), `taps`,
+        branches: one dict a branch: `name`; `encoder`, `connector` (configs whose `model_type`
+            names a table); `preprocessor` (preprocessor_config.json), `aspect` ("pad" or "crop"), `taps`,
             `drop`.
         template: name of the prompt template.
         parts: component ("llm", "branches.NAME.encoder", ...) -> its tensors under the names of the
@@ -135,7 +135,7 @@ class Towers:
         return out
 
     def find(self, folder: Path, name: str) -> Tower | None:
-        """The tower's folder, or files `vision_tower*` in the checkpoint's; None if there is none."""
+        """The tower's folder, or files `vision_tower*` in the checkpoint's; None if absent."""
         if (folder / "vision_tower_config.json").is_file():
             return self._read(folder, "vision_tower")
         for path in self.candidates(folder, name):

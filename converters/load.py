@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 from jax.sharding import Mesh
@@ -20,7 +19,7 @@ from converters.tables import find
 from vfjax import InputError, Model, Processor
 from vfjax.merge import LazyTensor
 from vfjax.model import BranchConfig, ModelConfig
-from vfjax.sharding import RULES, param_sharding
+from vfjax.sharding import param_sharding
 
 Params = dict[str, nnx.Variable]
 """Parameter path, joined by "/" -> the parameter."""
@@ -207,7 +206,7 @@ def load_tokenizer(folder: Path) -> Any:
     """The folder's transformers tokenizer, None if it has none; no code of the folder is run."""
     if not any((folder / name).is_file() for name in TOKENIZERS):
         return None
-    from transformers import AutoTokenizer  # seconds to import, so only where it is needed
+    import transformers  # takes seconds, so only where it is needed
 
     options = {}
     if not (folder / TOKENIZERS[0]).is_file():
@@ -215,8 +214,11 @@ def load_tokenizer(folder: Path) -> Any:
         file = folder / "tokenizer_config.json"
         known = read_json(file) if file.is_file() else {}
         options = {k: known.get(k, True) for k in ("add_bos_token", "legacy")}
+    transformers.logging.set_verbosity_error()  # it warns of every model_type but its own
     try:
-        return AutoTokenizer.from_pretrained(folder, trust_remote_code=False, **options)
+        return transformers.AutoTokenizer.from_pretrained(
+            folder, trust_remote_code=False, **options
+        )
     except (ValueError, OSError, KeyError) as error:
         raise InputError(
             folder,

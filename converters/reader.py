@@ -1,8 +1,8 @@
 """Lazy tensors of checkpoint files: safetensors (single, sharded) and PyTorch `.bin`.
 
-safetensors files are checked by the safetensors library when opened, then read by plain reads at the
-offsets of their header: unlike a memory map, a shard that shrinks under us ends in an error, not in
-a bus error, and nothing but the slice asked for is held.
+safetensors files are checked by the safetensors library when opened, then read by plain reads at
+the offsets of their header: unlike a memory map, a shard that shrinks under us ends in an error,
+not in a bus error, and nothing but the slice asked for is held.
 """
 
 import dataclasses

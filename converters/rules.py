@@ -136,7 +136,7 @@ def _match_one(path: str, patterns: Iterable[tuple[re.Pattern[str], Rule]]) -> R
 def rename(
     names: Iterable[str], prefixes: Iterable[tuple[str, str]]
 ) -> dict[str, tuple[str, tuple[str, str]]]:
-    """Name -> (name with its prefix replaced, the pair used); names that no prefix fits are left out."""
+    """Name -> (name with its prefix replaced, the pair used); without names that none fits."""
     prefixes = tuple(prefixes)
     out = {}
     for name in names:

@@ -62,7 +62,8 @@ def verify(case: str | Path) -> list[Row]:
     """Runs a recorded case; the folder format is that of `golden/README.md`.
 
     Args:
-        case: a checkpoint folder that also holds inputs.safetensors, outputs.safetensors, case.json.
+        case: a checkpoint folder that also holds case.json, inputs.safetensors and
+            outputs.safetensors.
 
     Raises:
         InputError: the folder is no such case or cannot be loaded.
@@ -115,7 +116,7 @@ def _stages(
         (branch,) = model.branches.values()
         inputs = batch.images[branch.config.name]
         features = branch.features(inputs)
-        out["pixel_values"] = np.moveaxis(inputs["pixels"], -1, 1)
+        out["pixel_values"] = np.asarray(inputs["pixels"]).transpose(0, 3, 1, 2)
         out["vision_features"] = features
         out["image_features"] = branch.connector(features)
         for stage in out:  # the batch holds black pictures up to its bucket

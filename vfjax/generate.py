@@ -11,7 +11,7 @@ from jax.experimental import multihost_utils
 
 from vfjax.errors import InputError
 from vfjax.llm import Cache
-from vfjax.model import Batch, Model
+from vfjax.model import AnyArray, Batch, Model
 from vfjax.sharding import mesh_of, place
 
 if TYPE_CHECKING:
@@ -192,7 +192,7 @@ def sample(key: Array, logits: Array, temperature: Array, top_k: int | None, top
     return jnp.take_along_axis(order, drawn[:, None], axis=-1)[:, 0].astype(jnp.int32)
 
 
-def _fetch(x: Array) -> np.ndarray:
+def _fetch(x: AnyArray) -> np.ndarray:
     """A global array on every host."""
     if isinstance(x, jax.Array) and not x.is_fully_addressable:
         x = multihost_utils.process_allgather(x, tiled=True)

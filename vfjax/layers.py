@@ -1,8 +1,8 @@
 """Building blocks shared by encoders, connectors and LLMs.
 
-Every parameter names its logical axes in the metadata key `axes`; `vfjax.sharding` maps them to mesh
-axes. Kernels are stored (in, out). Computation follows the dtype of the inputs and weights; norms and
-softmax are reduced in float32.
+Every parameter names its logical axes in the metadata key `axes`; `vfjax.sharding` maps them to
+mesh axes. Kernels are stored (in, out). Computation follows the dtype of the inputs and weights;
+norms and softmax are reduced in float32.
 """
 
 from collections.abc import Callable

@@ -10,12 +10,14 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 
 from vfjax.images import ImageSpec
 from vfjax.llm import Cache
 
 Array = jax.Array
+AnyArray = jax.Array | np.ndarray
 
 
 @jax.tree_util.register_dataclass
@@ -33,11 +35,11 @@ class Batch:
         labels: int32[b, t] ids to learn, -100 where there is none; None outside training.
     """
 
-    tokens: Array
-    visual: Array
-    mask: Array
-    images: dict[str, dict[str, Array]]
-    labels: Array | None = None
+    tokens: AnyArray
+    visual: AnyArray
+    mask: AnyArray
+    images: dict[str, dict[str, AnyArray]]
+    labels: AnyArray | None = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -74,12 +76,12 @@ class Branch(nnx.Module):
         self.encoder = config.encoder.build(rngs=rngs)
         self.connector = config.connector.build(rngs=rngs)
 
-    def features(self, inputs: Mapping[str, Array]) -> Array:
+    def features(self, inputs: Mapping[str, AnyArray]) -> Array:
         """Encoder features [n, tokens, d_encoder] that enter the connector."""
-        states = self.encoder(inputs["pixels"], self.config.taps)
+        states = self.encoder(jnp.asarray(inputs["pixels"]), self.config.taps)
         return jnp.concatenate([s[:, self.config.drop :] for s in states], axis=-1)
 
-    def __call__(self, inputs: Mapping[str, Array]) -> Array:
+    def __call__(self, inputs: Mapping[str, AnyArray]) -> Array:
         """Visual tokens [n, tokens, d] of {"pixels": float[n, h, w, 3]}."""
         return self.connector(self.features(inputs))
 
@@ -108,7 +110,7 @@ class Model(nnx.Module):
         self.branches = nnx.Dict({b.name: Branch(b, rngs=rngs) for b in config.branches})
         self.llm = config.llm.build(rngs=rngs)
 
-    def visual_tokens(self, images: Mapping[str, Mapping[str, Array]]) -> Array:
+    def visual_tokens(self, images: Mapping[str, Mapping[str, AnyArray]]) -> Array:
         """All visual tokens [sum of n * tokens, d], branch by branch, picture by picture."""
         dtype = self.llm.embedding.dtype
         tokens = [self.branches[b.name](images[b.name]) for b in self.config.branches]
@@ -119,7 +121,7 @@ class Model(nnx.Module):
 
         LLaVA's prepare_inputs_labels_for_multimodal (llava/model/llava_arch.py).
         """
-        x = self.llm.embed(batch.tokens)
+        x = self.llm.embed(jnp.asarray(batch.tokens))
         if batch.images:
             visual = self.visual_tokens(batch.images)
             x = jnp.where(batch.visual[..., None] < 0, x, visual[jnp.maximum(batch.visual, 0)])
@@ -127,7 +129,7 @@ class Model(nnx.Module):
 
     def __call__(self, batch: Batch) -> Array:
         """Logits float32[b, t, vocab]; undefined at padding."""
-        hidden, _ = self.llm(self.embed(batch), batch.mask)
+        hidden, _ = self.llm(self.embed(batch), jnp.asarray(batch.mask))
         return self.llm.logits(hidden)
 
     def prefill(self, batch: Batch, size: int) -> tuple[Array, Cache]:
@@ -137,7 +139,7 @@ class Model(nnx.Module):
             float32[b, vocab] logits after each row's last real token, and the cache.
         """
         cache = self.llm.new_cache(batch.tokens.shape[0], size)
-        hidden, cache = self.llm(self.embed(batch), batch.mask, cache)
+        hidden, cache = self.llm(self.embed(batch), jnp.asarray(batch.mask), cache)
         t = batch.mask.shape[1]
         last = t - 1 - jnp.argmax(batch.mask[:, ::-1], axis=1)
         hidden = jnp.take_along_axis(hidden, last[:, None, None], axis=1)[:, 0]

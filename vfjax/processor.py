@@ -11,7 +11,7 @@ from PIL import Image
 from vfjax import prompts as text
 from vfjax.errors import InputError
 from vfjax.images import open_image, preprocess
-from vfjax.model import Batch, BranchConfig, ModelConfig
+from vfjax.model import AnyArray, Batch, BranchConfig, ModelConfig
 
 Picture = str | os.PathLike | Image.Image | np.ndarray
 
@@ -126,7 +126,7 @@ class Processor:
                 raise InputError(
                     f"row {i}",
                     found=f"token id {bad[0]}" if bad.size else "no token",
-                    expected=f"ids within 0..{self.config.llm.vocab - 1}, {text.IMAGE_ID} for a picture",
+                    expected=f"ids below {self.config.llm.vocab}, {text.IMAGE_ID} for a picture",
                     fix="use the checkpoint's own tokenizer",
                 )
         return rows
@@ -165,7 +165,7 @@ class Processor:
                 expected="none: this model is a plain LLM without a visual branch",
                 fix="load a multimodal checkpoint",
             )
-        return pictures
+        return pictures  # type: ignore[return-value]
 
     def _splice(
         self, row: np.ndarray, first: int, n: int
@@ -205,7 +205,7 @@ class Processor:
             )
         return _bucket(longest, (*self.lengths, context))
 
-    def _inputs(self, pictures: Sequence[Picture], n: int) -> dict[str, dict[str, np.ndarray]]:
+    def _inputs(self, pictures: Sequence[Picture], n: int) -> dict[str, dict[str, AnyArray]]:
         """Each branch's view of all pictures, padded with black to n of them."""
         if not pictures:
             return {}

@@ -1,4 +1,4 @@
-"""LLaVA-1.5 folders: upstream's layout (LLaVA llava/model), and transformers' in all its spellings."""
+"""LLaVA-1.5 folders: upstream's (LLaVA llava/model), and transformers' in all spellings."""
 
 from collections.abc import Mapping
 from pathlib import Path
@@ -81,6 +81,7 @@ OWN = (
 
 
 def upstream_prefixes(source: Source) -> tuple[tuple[str, str, str], ...]:
+    """Upstream's names."""
     branch = f"branches.{source.branches[0]['name']}"
     return (
         ("model.mm_projector.weight", f"{branch}.connector", "0.weight"),
@@ -124,7 +125,7 @@ def describe_hf(path: Path, config: dict[str, Any], towers: Towers) -> Source:
 
 
 def _preprocessor(path: Path) -> dict[str, Any]:
-    """transformers 5 keeps the image processor inside processor_config.json."""
+    """Transformers 5 keeps the image processor inside processor_config.json."""
     if (path / "preprocessor_config.json").is_file():
         return read_json(path / "preprocessor_config.json")
     if (path / "processor_config.json").is_file():
@@ -140,6 +141,7 @@ def _preprocessor(path: Path) -> dict[str, Any]:
 
 
 def hf_prefixes(source: Source) -> tuple[tuple[str, str, str], ...]:
+    """Names of the hub, and of later transformers in memory and on disk."""
     branch = f"branches.{source.branches[0]['name']}"
     return (
         ("language_model.model.", "llm", "model."),

@@ -1,10 +1,10 @@
-"""LLaVA's projectors, named by their place in a torch Sequential: linear, activation, linear, ..."""
+"""LLaVA's projectors, named by their place in a torch Sequential."""
 
 import re
 from collections.abc import Mapping
 from typing import Any
 
-from converters.rules import Rule, Table, dense
+from converters.rules import Table, dense
 from vfjax import InputError
 from vfjax.connectors import MLPConfig
 

@@ -22,6 +22,7 @@ def describe_fused(path: Path, config: dict[str, Any], towers: Towers) -> Source
 
 
 def fused_prefixes(source: Source) -> tuple[tuple[str, str, str], ...]:
+    """Branches under their names, the LLM under the standard ones."""
     parts = [f"branches.{b['name']}.{kind}" for b in source.branches for kind in KINDS]
     return (*((f"{part}.", part, "") for part in parts), ("", "llm", ""))
 

@@ -8,6 +8,7 @@ import dataclasses
 import shutil
 import time
 from pathlib import Path
+from typing import Any
 
 import jax
 import numpy as np
@@ -41,7 +42,7 @@ def run(config: ConfigDict, workdir: Path) -> None:
         _clear(workdir)
     folders = write_family(family, config.seed)
     members = {name: folders[name] for name in NAMES}
-    recipe = {"base": folders["base"], "params": {"weights": list(WEIGHTS)}}
+    recipe: dict[str, Any] = {"base": folders["base"], "params": {"weights": list(WEIGHTS)}}
     with bar("fuse") as progress:
         converters.fuse(members, workdir / "fused", **recipe, progress=progress)
         converters.fuse(members, workdir / "llm", **recipe, export="llm", progress=progress)

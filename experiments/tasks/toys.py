@@ -18,7 +18,7 @@ QUESTION = "What is in the picture?"
 
 SPECIAL = ("<unk>", "<s>", "</s>")
 
-LLM = {
+LLM: dict[str, Any] = {
     "architectures": ["LlamaForCausalLM"],
     "model_type": "llama",
     "vocab_size": 320,
@@ -36,7 +36,7 @@ LLM = {
     "torch_dtype": "bfloat16",
 }
 
-CLIP = {
+CLIP: dict[str, Any] = {
     "model_type": "clip_vision_model",
     "hidden_size": 64,
     "intermediate_size": 128,
@@ -48,13 +48,13 @@ CLIP = {
     "layer_norm_eps": 1e-5,
 }
 
-CLIP_IMAGES = {
+CLIP_IMAGES: dict[str, Any] = {
     "image_processor_type": "CLIPImageProcessor",
     "size": {"shortest_edge": 84},
     "crop_size": {"height": 84, "width": 84},
 }
 
-DINOV2 = {
+DINOV2: dict[str, Any] = {
     "model_type": "dinov2",
     "hidden_size": 96,
     "mlp_ratio": 2,
@@ -65,7 +65,7 @@ DINOV2 = {
     "layer_norm_eps": 1e-6,
 }
 
-DINOV2_IMAGES = {
+DINOV2_IMAGES: dict[str, Any] = {
     "image_processor_type": "BitImageProcessor",
     "size": {"shortest_edge": 80},
     "crop_size": {"height": 70, "width": 70},

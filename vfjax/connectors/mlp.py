@@ -1,4 +1,7 @@
-"""LLaVA's projectors: `linear` and `mlpNx_gelu` (LLaVA llava/model/multimodal_projector/builder.py)."""
+"""LLaVA's projectors, `linear` and `mlpNx_gelu`.
+
+LLaVA llava/model/multimodal_projector/builder.py.
+"""
 
 import dataclasses
 
@@ -34,7 +37,7 @@ class MLP(nnx.Module):
         )
 
     def __call__(self, features: Array) -> Array:
-        x = self.layers[0](features)
+        x = self.layers[0](features.astype(self.layers[0].kernel.dtype))
         for layer in self.layers[1:]:
             x = layer(ACTIVATIONS[self.config.act](x))
         return x

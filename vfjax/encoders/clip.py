@@ -63,7 +63,9 @@ class CLIP(nnx.Module):
         Raises:
             InputError: a tap outside the hidden states.
         """
-        x = self.patch(pixels).reshape(len(pixels), -1, self.config.width)
+        x = self.patch(pixels.astype(self.patch.kernel.dtype)).reshape(
+            len(pixels), -1, self.config.width
+        )
         cls = jnp.broadcast_to(self.cls[...], (len(x), 1, x.shape[-1]))
         x = self.pre_norm(jnp.concatenate([cls, x], axis=1) + self.pos[...])
         states = run(self.blocks, x, taps)

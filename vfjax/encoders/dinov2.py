@@ -85,7 +85,7 @@ class DINOv2(nnx.Module):
         Raises:
             InputError: a tap outside the hidden states.
         """
-        patches = self.patch(pixels)
+        patches = self.patch(pixels.astype(self.patch.kernel.dtype))
         n, h, w, d = patches.shape
         x = jnp.concatenate([self._expand(self.cls, n), patches.reshape(n, -1, d)], axis=1)
         x = x + self.positions(h, w)

@@ -1,4 +1,4 @@
-"""SigLIP's vision transformer (arXiv 2303.15343), as transformers' SiglipVisionModel computes it."""
+"""SigLIP's vision transformer (arXiv 2303.15343), as in transformers' SiglipVisionModel."""
 
 import dataclasses
 from collections.abc import Sequence
@@ -60,6 +60,11 @@ class SigLIP(nnx.Module):
         Raises:
             InputError: a tap outside the hidden states.
         """
-        x = self.patch(pixels).reshape(len(pixels), -1, self.config.width) + self.pos[...]
+        x = (
+            self.patch(pixels.astype(self.patch.kernel.dtype)).reshape(
+                len(pixels), -1, self.config.width
+            )
+            + self.pos[...]
+        )
         states = run(self.blocks, x, taps)
         return [self.norm(s) for s in states] if norm else states

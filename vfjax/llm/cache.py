@@ -34,10 +34,10 @@ class Cache:
     @classmethod
     def empty(cls, b: int, size: int, layers: int, heads: int, dim: int, dtype: jnp.dtype) -> Self:
         """A cache of `size` slots for `b` rows, with `heads` key heads of `dim` in each layer."""
-        make = lambda: tuple(jnp.zeros((b, size, heads, dim), dtype) for _ in range(layers))
-        return cls(
-            make(), make(), jnp.zeros((b, size), bool), jnp.int32(0), jnp.zeros(b, jnp.int32)
+        k, v = (
+            tuple(jnp.zeros((b, size, heads, dim), dtype) for _ in range(layers)) for _ in range(2)
         )
+        return cls(k, v, jnp.zeros((b, size), bool), jnp.int32(0), jnp.zeros(b, jnp.int32))
 
     def extend(self, mask: Array) -> tuple["Cache", Array, Array]:
         """Makes room for t more tokens a row.

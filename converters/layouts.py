@@ -30,8 +30,8 @@ class Source:
         config: its config.json.
         llm: Hugging Face config of the language model.
         branches: one dict a branch: `name`; `encoder`, `connector` (configs whose `model_type`
-            names a table); `preprocessor` (preprocessor_config.json), `aspect` ("pad" or "crop"), `taps`,
-            `drop`.
+            names a table); `preprocessor` (preprocessor_config.json); `aspect`, "pad" or
+            "crop"; `taps`; `drop`.
         template: name of the prompt template.
         parts: component ("llm", "branches.NAME.encoder", ...) -> its tensors under the names of the
             component's table.

@@ -66,7 +66,8 @@ def export(
         for name in (*TOKENIZER_FILES, "preprocessor_config.json", "processor_config.json")
         if (origin / name).is_file()
     }
-    texts = {"config.json": _config(record["config"], params)}
+    dtype = np.dtype(params["llm/embedding"].dtype)
+    texts = {"config.json": with_dtype(record["config"], dtype)}
     for tower in record["towers"].values():
         texts["vision_tower/config.json"] = tower["config"]
         texts["vision_tower/preprocessor_config.json"] = tower["preprocessor"]
@@ -107,11 +108,10 @@ def _file_name(name: str, prefixes: Prefixes) -> str:
     return old + name.removeprefix(new)
 
 
-def _config(config: Mapping[str, Any], params: Params) -> dict[str, Any]:
-    """config.json with the dtype that the LLM has now."""
-    dtype = params["llm/embedding"].dtype.name
+def with_dtype(config: Mapping[str, Any], dtype: np.dtype) -> dict[str, Any]:
+    """A config.json that names this dtype, under the keys of its transformers version."""
     keys = [key for key in ("dtype", "torch_dtype") if key in config] or ["torch_dtype"]
-    return {**config, **dict.fromkeys(keys, dtype)}
+    return {**config, **dict.fromkeys(keys, dtype.name)}
 
 
 def _on_hosts(params: Params) -> Params:

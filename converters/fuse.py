@@ -5,13 +5,21 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-from converters.export import to_bytes
+from converters.export import to_bytes, with_dtype
 from converters.layouts import Source, open_source
-from converters.load import TOKENIZER_FILES, TOKENIZERS, abstract, check, model_config
+from converters.load import (
+    TOKENIZER_FILES,
+    TOKENIZERS,
+    abstract,
+    check,
+    float_dtype,
+    model_config,
+)
 from converters.tables.visionfuse import KINDS, fused_config
 from converters.writer import sha256, write_folder
 from vfjax import InputError, __version__
 from vfjax.merge import LazyTensor, check_family, merge
+from vfjax.prompts import get_template
 
 Tensors = dict[str, LazyTensor]
 
@@ -49,20 +57,20 @@ def fuse(
         The fused folder, opened.
 
     Raises:
-        InputError: members of different families, unreadable folders, wrong parameters, NaN in a
+        InputError: members of different families, unreadable folders, wrong arguments, NaN in a
             source, `out` exists, disk full; nothing is left at `out` then.
     """
     out = Path(out)
-    _check_request(members, out, export)
+    _check_request(members, out, export, template)
     opened = {name: open_source(path, towers=towers) for name, path in members.items()}
     if base is not None:
         opened = {BASE: open_source(base), **opened}
     check_family({name: source.llm for name, source in opened.items()})
     tensors = {name: _mapped(source) for name, source in opened.items()}
     llms = {name: parts["llm"] for name, parts in tensors.items()}
-    merged = merge(llms.pop(BASE, None), llms, method, params, dtype=dtype)
+    merged = merge(llms.pop(BASE, None), llms, method, params, dtype=float_dtype(dtype))
     result = _describe(opened, out, template)
-    result.llm["torch_dtype"] = merged["model.embed_tokens.weight"].dtype.name
+    result.llm = with_dtype(result.llm, merged["model.embed_tokens.weight"].dtype)
     if export == "llm":
         config = result.llm
     else:
@@ -81,7 +89,9 @@ BASE = "base"
 """The base's label among the members."""
 
 
-def _check_request(members: Mapping[str, str | Path], out: Path, export: str) -> None:
+def _check_request(
+    members: Mapping[str, str | Path], out: Path, export: str, template: str | None
+) -> None:
     bad = [name for name in members if not re.fullmatch(r"[A-Za-z0-9_-]+", name) or name == BASE]
     if not members or bad:
         raise InputError(
@@ -94,6 +104,8 @@ def _check_request(members: Mapping[str, str | Path], out: Path, export: str) ->
         raise InputError(
             "export", found=repr(export), expected="'model' or 'llm'", fix="choose one"
         )
+    if template is not None:
+        get_template(template)
     if out.exists():
         raise InputError(
             out,
@@ -150,7 +162,7 @@ def _recipe(opened: Mapping[str, Source], method: str, params: Mapping[str, Any]
         "method": method,
         "params": dict(params),
         "sources": {
-            name: {str(f.relative_to(folder)): sha256(f) for folder, f in source.weight_files()}
+            name: {file: sha256(path) for file, path in source.weight_files().items()}
             for name, source in opened.items()
         },
         "vfjax": __version__,

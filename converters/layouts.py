@@ -4,9 +4,10 @@ A layout turns a folder into a `Source`: the same normal form whatever wrote the
 merging, inspecting and exporting know only the normal form.
 """
 
+import contextlib
 import dataclasses
 import json
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -62,10 +63,12 @@ class Source:
         """The table of a component."""
         return tables.find(self.component(part), f"{self.path}: {part}")
 
-    def weight_files(self) -> list[tuple[Path, Path]]:
-        """All files that tensors are read from, each with its folder."""
-        folders = [(self.path, "")] + [(t.path, t.stem) for t in self.towers.values()]
-        return [(folder, f) for folder, stem in folders for f in weight_files(folder, stem)]
+    def weight_files(self) -> dict[str, Path]:
+        """All files that tensors are read from; a tower's are named after its component."""
+        files = {file.name: file for file in weight_files(self.path)}
+        for part, tower in self.towers.items():
+            files |= {f"{part}/{f.name}": f for f in weight_files(tower.path, tower.stem)}
+        return files
 
     def to_json(self) -> str:
         """All but the tensors, for `ModelConfig.source`."""
@@ -156,7 +159,7 @@ class Towers:
             config=config,
             preprocessor=read_json(path / f"{start}preprocessor_config.json"),
             tensors={new: raw[old] for old, (new, _) in names.items()},
-            prefixes=_pairs(pair for _, pair in names.values()),
+            prefixes=_pairs(pair for new, pair in names.values() if not table.ignores(new)),
         )
 
     def missing(self, folder: Path, name: str) -> InputError:
@@ -194,9 +197,21 @@ def open_source(path: str | Path, *, towers: Mapping[str, str | Path] | None = N
             expected=f"one of the layouts {kinds}",
             fix="this kind of checkpoint is not supported",
         )
-    source = layout.describe(path, config, Towers(towers or {}))
+    with reading(path / "config.json"):
+        source = layout.describe(path, config, Towers(towers or {}))
     _assign(source, layout, read_weights(path))
     return source
+
+
+@contextlib.contextmanager
+def reading(path: Path) -> Iterator[None]:
+    """Turns the lack of a key in a config.json into an InputError."""
+    try:
+        yield
+    except KeyError as error:
+        raise InputError(
+            path, found=f"no key {error}", expected="it", fix="complete the file"
+        ) from error
 
 
 def _assign(source: Source, layout: Layout, tensors: Mapping[str, LazyTensor]) -> None:

@@ -11,12 +11,13 @@ import numpy as np
 from flax import nnx
 from jax.sharding import Mesh
 
-from converters.layouts import Source, open_source
+from converters.layouts import Source, open_source, reading
 from converters.preprocessor import from_preprocessor
 from converters.reader import read_json, read_weights
-from converters.rules import Rule, rename
+from converters.rules import FLOATS, Rule, rename
 from converters.tables import find
 from vfjax import InputError, Model, Processor
+from vfjax.layers import ACTIVATIONS
 from vfjax.merge import LazyTensor
 from vfjax.model import BranchConfig, ModelConfig
 from vfjax.sharding import param_sharding
@@ -58,8 +59,10 @@ def load(
         progress: called with the bytes of each tensor as it arrives.
 
     Raises:
-        InputError: the folder cannot be read whole and exactly; see `open_source`.
+        InputError: the folder cannot be read whole and exactly (see `open_source`), or `dtype` is
+            not one that parameters have.
     """
+    dtype = float_dtype(dtype)
     source = open_source(path, towers=towers)
     config = model_config(source)
     graph, params = abstract(config.build)
@@ -75,9 +78,10 @@ def load_encoder(path: str | Path, *, mesh: Mesh | None = None, dtype: Any = Non
     """A vision encoder from its own Hugging Face folder (config.json and weights).
 
     Raises:
-        InputError: no table for it, or tensors that don't fit it.
+        InputError: no table for it, tensors that don't fit it, or a `dtype` that parameters don't
+            have.
     """
-    path = Path(path)
+    path, dtype = Path(path), float_dtype(dtype)
     config = read_json(path / "config.json")
     config = {"model_type": config.get("model_type"), **config.get("vision_config", config)}
     table = find(config, str(path))
@@ -90,39 +94,66 @@ def load_encoder(path: str | Path, *, mesh: Mesh | None = None, dtype: Any = Non
     return join(graph, params)
 
 
+def float_dtype(dtype: Any) -> np.dtype | None:
+    """The dtype that a user asks for, None if there is none.
+
+    Raises:
+        InputError: it is not one that parameters have.
+    """
+    if dtype is None:
+        return None
+    names = {x.name: x for x in FLOATS}
+    name = dtype if isinstance(dtype, str) else np.dtype(dtype).name
+    if name not in names:
+        raise InputError("dtype", found=name, expected=", ".join(names), fix="choose one of them")
+    return names[name]
+
+
 def model_config(source: Source) -> ModelConfig:
     """The configs of all components.
 
     Raises:
-        InputError: a component that vfjax has no table for, or pictures that don't fit an encoder.
+        InputError: a component that vfjax has no table for, a config that lacks a key or names an
+            unknown activation, or pictures that don't fit an encoder.
     """
-    branches = []
-    for branch in source.branches:
-        part = f"branches.{branch['name']}"
-        where = f"{source.path}: {part}"
-        images = from_preprocessor(branch["preprocessor"], aspect=branch["aspect"], name=where)
-        encoder = source.table(f"{part}.encoder").config(
-            {**branch["encoder"], "input_size": images.size}
+    with reading(source.path / "config.json"):
+        branches = tuple(_branch_config(source, branch) for branch in source.branches)
+        llm = _component_config(source, "llm")
+    return ModelConfig(branches, llm, source.to_json())
+
+
+def _branch_config(source: Source, branch: Mapping[str, Any]) -> BranchConfig:
+    part = f"branches.{branch['name']}"
+    where = f"{source.path}: {part}"
+    images = from_preprocessor(branch["preprocessor"], aspect=branch["aspect"], name=where)
+    encoder = _component_config(source, f"{part}.encoder", input_size=images.size)
+    if images.size != getattr(encoder, "input_size", encoder.image_size):
+        raise InputError(
+            f"{where}: preprocessor",
+            found=f"pictures of {images.size} pixels",
+            expected=f"{encoder.image_size}, as the encoder was built for",
+            fix="use the preprocessor_config.json of the encoder's repository",
         )
-        if images.size != getattr(encoder, "input_size", encoder.image_size):
-            raise InputError(
-                f"{where}: preprocessor",
-                found=f"pictures of {images.size} pixels",
-                expected=f"{encoder.image_size}, as the encoder was built for",
-                fix="use the preprocessor_config.json of the encoder's repository",
-            )
-        branches.append(
-            BranchConfig(
-                name=branch["name"],
-                encoder=encoder,
-                connector=source.table(f"{part}.connector").config(branch["connector"]),
-                images=images,
-                taps=tuple(branch["taps"]),
-                drop=branch["drop"],
-            )
+    return BranchConfig(
+        name=branch["name"],
+        encoder=encoder,
+        connector=_component_config(source, f"{part}.connector"),
+        images=images,
+        taps=tuple(branch["taps"]),
+        drop=branch["drop"],
+    )
+
+
+def _component_config(source: Source, part: str, **more: Any) -> Any:
+    config = source.table(part).config({**source.component(part), **more})
+    if config.act not in ACTIVATIONS:
+        raise InputError(
+            f"{source.path}: {part}: activation",
+            found=repr(config.act),
+            expected=", ".join(ACTIVATIONS),
+            fix="this activation is not supported yet",
         )
-    llm = source.table("llm").config(source.llm)
-    return ModelConfig(tuple(branches), llm, source.to_json())
+    return config
 
 
 def abstract(build: Callable[..., nnx.Module]) -> tuple[nnx.GraphDef, Params]:

@@ -127,7 +127,7 @@ def weight_files(folder: Path, stem: str = "") -> list[Path]:
 
 def _sharded(index: Path) -> dict[str, FileTensor | TorchTensor]:
     places = read_json(index).get("weight_map")
-    if not isinstance(places, dict):
+    if not isinstance(places, dict) or not all(isinstance(x, str) for x in places.values()):
         raise InputError(
             index, found="no weight_map", expected="tensor -> shard", fix="download it again"
         )
@@ -179,14 +179,18 @@ def _safetensors(path: Path) -> Iterator[tuple[str, FileTensor | TorchTensor]]:
     header.pop("__metadata__", None)
     for name, entry in header.items():
         if entry["dtype"] not in DTYPES:
-            raise InputError(
-                f"{path}: {name}",
-                found=f"dtype {entry['dtype']}",
-                expected=", ".join(DTYPES),
-                fix="dequantise the checkpoint first",
-            )
+            raise _bad_dtype(f"{path}: {name}", entry["dtype"])
         start = 8 + size + entry["data_offsets"][0]
         yield name, FileTensor(path, tuple(entry["shape"]), DTYPES[entry["dtype"]], start)
+
+
+def _bad_dtype(where: str, dtype: str) -> InputError:
+    return InputError(
+        where,
+        found=f"dtype {dtype}",
+        expected=", ".join(map(str, DTYPES.values())),
+        fix="dequantise the checkpoint first",
+    )
 
 
 def _torch(path: Path) -> Iterator[tuple[str, FileTensor | TorchTensor]]:
@@ -211,6 +215,9 @@ def _torch(path: Path) -> Iterator[tuple[str, FileTensor | TorchTensor]]:
             expected="a pickle of tensors only",
             fix="download it again; if it holds code, do not use it",
         ) from error
+    if not isinstance(state, Mapping):
+        state = {"": state}
+    dtypes = {dtype.name: dtype for dtype in DTYPES.values()}
     for name, tensor in state.items():
         if not isinstance(tensor, torch.Tensor):
             raise InputError(
@@ -220,8 +227,9 @@ def _torch(path: Path) -> Iterator[tuple[str, FileTensor | TorchTensor]]:
                 fix="save the state dict alone",
             )
         kind = str(tensor.dtype).removeprefix("torch.")
-        dtype = np.dtype(getattr(ml_dtypes, kind, None) or kind)
-        yield name, TorchTensor(path, tensor.detach(), tuple(tensor.shape), dtype)
+        if kind not in dtypes:
+            raise _bad_dtype(f"{path}: {name}", kind)
+        yield name, TorchTensor(path, tensor.detach(), tuple(tensor.shape), dtypes[kind])
 
 
 def read_json(path: Path) -> dict[str, Any]:

@@ -5,6 +5,7 @@ import re
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
+import ml_dtypes
 import numpy as np
 
 from vfjax import InputError
@@ -15,6 +16,9 @@ TRANSPOSE = (1, 0)
 
 CONV = (2, 3, 1, 0)
 """torch Conv2d (out, in, h, w) -> kernel (h, w, in, out)."""
+
+FLOATS = tuple(map(np.dtype, (ml_dtypes.bfloat16, np.float16, np.float32)))
+"""Dtypes that parameters have."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -64,7 +68,7 @@ class Table:
         rules: every parameter's rule.
         ignore: patterns (full match) of tensors that are known and not read.
         prefixes: how a stand-alone checkpoint names things: (prefix there, prefix in `rules`), the
-            first that fits; the first is what is written.
+            first that fits.
         architecture: class that a causal LM's config.json names; empty for other components.
         published: repository -> its config and preprocessor, for checkpoints that hold a tower
             and only name where its config is.
@@ -101,7 +105,7 @@ class Table:
         """`match`, after checking that parameters and tensors fit one to one.
 
         Raises:
-            InputError: a tensor is missing, unknown or of another shape.
+            InputError: a tensor is missing, unknown, of another shape or not of a dtype in FLOATS.
         """
         rules = self.match(shapes)
         names = {rule.source: path for path, rule in rules.items()}
@@ -122,6 +126,13 @@ class Table:
                     found=f"shape {tuple(tensors[name].shape)}",
                     expected=f"{shape} by the config",
                     fix="check that config.json belongs to these weights",
+                )
+            if tensors[name].dtype not in FLOATS:
+                raise InputError(
+                    f"{where}: {name}",
+                    found=f"dtype {tensors[name].dtype}",
+                    expected=", ".join(map(str, FLOATS)),
+                    fix="convert the checkpoint first (dequantise it if it is quantised)",
                 )
         return rules
 

@@ -24,6 +24,9 @@ LIMITS: Mapping[str, float] = {
 }
 """Stage -> largest absolute difference from the recording, float32 on CPU; 0 is equality."""
 
+PICTURES = ("pixel_values", "vision_features", "image_features")
+"""Stages with one row a picture."""
+
 
 @dataclasses.dataclass(frozen=True)
 class Row:
@@ -111,19 +114,15 @@ def _stages(
 
     `wanted` is brought to the same form: rows at padding are undefined, so they are cut from both.
     """
-    out: dict[str, Any] = {}
-    if batch.images:
-        (branch,) = model.branches.values()
-        inputs = batch.images[branch.config.name]
-        features = branch.features(inputs)
+    out: dict[str, Any] = jax.tree.map(np.asarray, _outputs(model, batch))
+    for name, inputs in batch.images.items():
         out["pixel_values"] = np.asarray(inputs["pixels"]).transpose(0, 3, 1, 2)
-        out["vision_features"] = features
-        out["image_features"] = branch.connector(features)
-        for stage in out:  # the batch holds black pictures up to its bucket
-            out[stage] = np.asarray(out[stage])[: len(wanted.get(stage, ()))]
+        tokens = model.branches[name].config.tokens
+        for stage in PICTURES:  # the batch holds black pictures up to its bucket
+            out[stage] = out[stage][: np.sum(batch.visual >= 0) // tokens]
     real = wanted.get("attention_mask", np.True_).astype(bool)
-    for stage, value in (("inputs_embeds", model.embed(batch)), ("logits", model(batch))):
-        out[stage] = np.asarray(value)[batch.mask]
+    for stage in ("inputs_embeds", "logits"):
+        out[stage] = out[stage][batch.mask]
         if stage in wanted:
             wanted[stage] = wanted[stage][real].reshape(-1, wanted[stage].shape[-1])
     if "attention_mask" in wanted:
@@ -132,6 +131,17 @@ def _stages(
         (ids,) = generate_ids(model, batch, max_new_tokens=wanted["generated"].size)
         out["generated"] = np.asarray(ids)
     return out
+
+
+@jax.jit
+def _outputs(model: Model, batch: Batch) -> dict[str, jax.Array]:
+    """All stages of one forward pass."""
+    out = {}
+    if batch.images:
+        (branch,) = model.branches.values()
+        out["vision_features"] = branch.features(batch.images[branch.config.name])
+        out["image_features"] = branch.connector(out["vision_features"])
+    return out | {"inputs_embeds": model.embed(batch), "logits": model(batch)}
 
 
 def _error(found: np.ndarray | None, wanted: np.ndarray) -> float:

@@ -239,13 +239,14 @@ def _write_shard(
     pool: Executor,
     progress: Callable[[int], object] | None,
 ) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with _writing(where, shard.size), path.open("xb", buffering=0) as file:
-        _write(file, memoryview(shard.header))
-        for data in _read_ahead(pool, shard.tensors):
-            _write(file, data)
-            if progress:
-                progress(data.nbytes)
+    with _writing(where, shard.size):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with path.open("xb", buffering=0) as file:
+            _write(file, memoryview(shard.header))
+            for data in _read_ahead(pool, shard.tensors):
+                _write(file, data)
+                if progress:
+                    progress(data.nbytes)
 
 
 def _write(file: io.RawIOBase, data: memoryview) -> None:

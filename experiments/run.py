@@ -8,6 +8,7 @@ import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from types import ModuleType
 from typing import NoReturn
 
 import jax
@@ -27,9 +28,10 @@ def parse(argv: Sequence[str]) -> list[str]:
     try:
         return flags.FLAGS(list(argv))
     except (AttributeError, KeyError) as error:
-        keys = ", ".join(sorted(CONFIG.value or ()))
-        fail(f"--config: found an unknown key ({error}), expected one of {keys}; correct it")
-    except (flags.Error, TypeError, ValueError, OSError) as error:
+        found = error.args[0]
+        found = found.args[0] if isinstance(found, KeyError) else found
+        fail(f"--config: found unknown key {found}, expected one of the config file; correct it")
+    except (flags.Error, TypeError, ValueError, OSError, SyntaxError) as error:
         fail(str(error))
 
 
@@ -39,25 +41,27 @@ def fail(message: str) -> NoReturn:
     sys.exit(2)
 
 
-def read_config() -> ConfigDict:
-    """The config of --config, with its overrides."""
-    try:
-        config = CONFIG.value
-    except OSError as error:
-        fail(str(error))
+def read_task() -> tuple[ConfigDict, ModuleType]:
+    """The config of --config with its overrides, and the module that it names."""
+    config = CONFIG.value
     if config is None:
         fail("--config: found nothing, expected a file; pass --config=experiments/configs/NAME.py")
-    return config
+    try:
+        return config, importlib.import_module(f"experiments.tasks.{config.task}")
+    except (AttributeError, OSError) as error:  # an absent file fails when its config is read
+        found = error.__cause__ or error
+        fail(f"--config: found no config ({found}), expected a file with a task; correct the path")
+    except ModuleNotFoundError as error:
+        fail(f"config.task: found no module {error.name}, expected it; correct or install it")
 
 
 def main(argv: Sequence[str]) -> None:
     logging.set_verbosity(logging.WARNING)  # JAX tells of every platform that it does not find
     if len(argv) > 1:
         fail(f"{argv[1]}: found an argument without --, expected flags only; see README.md")
-    config = read_config()
+    config, task = read_task()
     if os.environ.get("VFJAX_DISTRIBUTED"):  # a pod: the same command on every host
         jax.distributed.initialize()
-    task = importlib.import_module(f"experiments.tasks.{config.task}")
     try:
         task.run(config, Path(WORKDIR.value))
     except InputError as error:

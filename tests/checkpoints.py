@@ -8,22 +8,25 @@ Hugging Face config; every weight is drawn from `seed`.
 import copy
 import dataclasses
 import json
+import tempfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import tokenizers
 import torch
 import transformers
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from torch import nn
+from transformers.initialization import no_init_weights
 
 transformers.utils.logging.disable_progress_bar()
 
 CLIP = {
     "hidden_size": 32,
     "intermediate_size": 48,
-    "num_hidden_layers": 4,
+    "num_hidden_layers": 3,
     "num_attention_heads": 4,
     "image_size": 28,
     "patch_size": 7,
@@ -36,7 +39,7 @@ SIGLIP = {**CLIP, "hidden_size": 24, "layer_norm_eps": 2e-3}
 DINOV2 = {
     "hidden_size": 32,
     "mlp_ratio": 2,
-    "num_hidden_layers": 4,
+    "num_hidden_layers": 3,
     "num_attention_heads": 4,
     "image_size": 35,
     "patch_size": 7,
@@ -48,7 +51,7 @@ LLAMA = {
     "vocab_size": 320,
     "hidden_size": 32,
     "intermediate_size": 48,
-    "num_hidden_layers": 3,
+    "num_hidden_layers": 2,
     "num_attention_heads": 4,
     "num_key_value_heads": 2,
     "max_position_embeddings": 512,
@@ -110,13 +113,17 @@ def tuned(llm: transformers.LlamaForCausalLM, seed: int, size: float = 0.1) -> n
 def make_tower(kind: str, seed: int, **config: Any) -> nn.Module:
     """A vision tower of `TOWERS`."""
     config_class, model_class, sizes = TOWERS[kind]
-    return randomize(model_class(config_class(**{**sizes, **config})), seed)
+    with no_init_weights():
+        tower = model_class(config_class(**{**sizes, **config}))
+    return randomize(tower, seed)
 
 
 def make_llama(seed: int, **config: Any) -> transformers.LlamaForCausalLM:
     """A decoder."""
-    config = transformers.LlamaConfig(**{**LLAMA, **config})
-    return randomize(transformers.LlamaForCausalLM(config), seed)
+    with no_init_weights():
+        llm = transformers.LlamaForCausalLM(transformers.LlamaConfig(**{**LLAMA, **config}))
+    llm.tie_weights()  # left out with the rest of the initialisation
+    return randomize(llm, seed)
 
 
 def make_connector(sizes: Sequence[int], seed: int) -> nn.Sequential:
@@ -187,7 +194,7 @@ def hf_llava_folder(
     text: Mapping[str, Any] | None = None,
     **config: Any,
 ) -> transformers.LlavaForConditionalGeneration:
-    """transformers' LLaVA as its save_pretrained writes it.
+    """Transformers' LLaVA as its save_pretrained writes it.
 
     Args:
         path: folder to make.
@@ -244,7 +251,7 @@ def upstream_llava_folder(
     width = llm.config.hidden_size
     connector = make_connector((encoder.config.hidden_size, width, width), seed + 2)
     state = {
-        **llm.state_dict(),
+        **published(llm),
         **{f"model.mm_projector.{name}": x for name, x in connector.state_dict().items()},
         **(tensors or {}),
     }
@@ -272,7 +279,7 @@ def upstream_llava_folder(
     if weights == "bin":
         torch.save(state, path / "pytorch_model.bin")
     else:
-        save_file(contiguous(state), path / "model.safetensors", {"format": "pt"})
+        save_file(state, path / "model.safetensors", {"format": "pt"})
     tokenizer_files(path)
     return Member(encoder, connector, llm)
 
@@ -282,7 +289,7 @@ def fused_folder(
     llm: transformers.LlamaForCausalLM,
     branches: Mapping[str, tuple[nn.Module, nn.Sequential, Mapping[str, Any]]],
 ) -> None:
-    """vfjax's own folder.
+    """Vfjax's own folder.
 
     Args:
         path: folder to make.
@@ -290,10 +297,10 @@ def fused_folder(
         branches: name -> tower, connector and what the branch's entry in config.json says beside
             them: `taps`, `drop`, `aspect`.
     """
-    state, entries = dict(llm.state_dict()), []
+    state, entries = published(llm), []
     for name, (tower, connector, entry) in branches.items():
         start = f"branches.{name}"
-        state |= {f"{start}.encoder.{k}": x for k, x in tower.state_dict().items()}
+        state |= {f"{start}.encoder.{k}": x for k, x in published(tower).items()}
         state |= {f"{start}.connector.{k}": x for k, x in connector.state_dict().items()}
         kind = {
             "model_type": "mlp",
@@ -311,7 +318,7 @@ def fused_folder(
             }
         )
     path.mkdir(parents=True, exist_ok=True)
-    save_file(contiguous(state), path / "model.safetensors", {"format": "pt"})
+    save_file(state, path / "model.safetensors", {"format": "pt"})
     write_json(
         path / "config.json",
         {
@@ -324,6 +331,41 @@ def fused_folder(
         },
     )
     tokenizer_files(path)
+
+
+@torch.no_grad()
+def reference_logits(
+    llm: transformers.LlamaForCausalLM,
+    branches: Mapping[str, tuple[nn.Module, nn.Sequential, Mapping[str, Any]]],
+    ids: Sequence[int],
+    pixels: Mapping[str, np.ndarray],
+) -> np.ndarray:
+    """What a fused model must say, put together from torch's modules alone.
+
+    Args:
+        llm: reads text and visual tokens.
+        branches: as for `fused_folder`.
+        ids: one row, -200 at each picture.
+        pixels: branch -> float32[n, h, w, 3], the row's pictures.
+
+    Returns:
+        float32[t, vocab], t with the visual tokens.
+    """
+    pictures: list[list[torch.Tensor]] = []
+    for name, (tower, connector, entry) in branches.items() if -200 in ids else ():
+        x = torch.from_numpy(np.moveaxis(pixels[name], -1, 1).copy())
+        states = tower(x, output_hidden_states=True).hidden_states
+        kept = [states[tap][:, entry["drop"] :] for tap in entry["taps"]]
+        pictures.append(list(connector(torch.cat(kept, dim=-1))))
+    embed = llm.get_input_embeddings()
+    parts, seen = [], 0
+    for token in ids:
+        if token == -200:
+            parts += [branch[seen] for branch in pictures]
+            seen += 1
+        else:
+            parts.append(embed(torch.tensor([token])))
+    return llm(inputs_embeds=torch.cat(parts)[None]).logits[0].numpy()
 
 
 def tokenizer_files(path: Path) -> None:
@@ -341,9 +383,11 @@ def tokenizer_files(path: Path) -> None:
     ).save_pretrained(path)
 
 
-def contiguous(state: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """Tensors as safetensors wants them: contiguous, none sharing another's memory."""
-    return {name: tensor.clone().contiguous() for name, tensor in state.items()}
+def published(model: transformers.PreTrainedModel) -> dict[str, torch.Tensor]:
+    """Tensors under their names on disk, which transformers 5 no longer uses in memory."""
+    with tempfile.TemporaryDirectory() as folder:
+        model.save_pretrained(folder)
+        return load_file(Path(folder, "model.safetensors"))
 
 
 def write_json(path: Path, value: Mapping[str, Any]) -> None:

@@ -60,5 +60,5 @@ TABLE = Table(
         *norm("layernorm", "norm"),
     ),
     ignore=(r"classifier\..*",),
-    prefixes=(("", ""), ("dinov2.", ""), ("dinov2_with_registers.", "")),
+    prefixes=(("dinov2.", ""), ("dinov2_with_registers.", ""), ("", "")),
 )

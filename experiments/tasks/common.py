@@ -41,6 +41,6 @@ def required(config: Any, *keys: str) -> None:
 
 @contextmanager
 def bar(what: str) -> Iterator[Any]:
-    """A progress bar of bytes on stderr; yields the callable that advances it."""
-    with tqdm(desc=what, unit="B", unit_scale=True) as progress:
+    """A progress bar of bytes, where stderr is a terminal; yields the callable that advances it."""
+    with tqdm(desc=what, unit="B", unit_scale=True, disable=None) as progress:
         yield progress.update

@@ -55,7 +55,8 @@ def frequencies(config: LlamaConfig) -> np.ndarray:
     frequency moves an angle by 2e-4.
     """
     exponent = np.arange(0, config.head_dim, 2, dtype=np.float32) / np.float32(config.head_dim)
-    freq = np.float32(1) / np.float32(config.rope_theta) ** exponent
+    power = config.rope_theta ** exponent.astype(np.float64)  # torch's float32 power rounds once
+    freq = np.float32(1) / power.astype(np.float32)
     if config.rope_scaling is None:
         return freq
     s = config.rope_scaling

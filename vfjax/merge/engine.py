@@ -18,7 +18,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from vfjax.errors import InputError
-from vfjax.merge.family import REMEDY, check_tensors
+from vfjax.merge.family import REMEDY, Header, check_tensors
 from vfjax.merge.methods import Array, Flags, Method, find
 
 BLOCK = 1 << 20
@@ -34,23 +34,15 @@ EXPONENTS: dict[np.dtype, Any] = {
 """Dtypes that merge, with their exponent bits: all of them set is what makes NaN and infinity."""
 
 
-class LazyTensor(Protocol):
+class LazyTensor(Header, Protocol):
     """A tensor that is read, or computed, when sliced; a numpy array is one.
 
     `tensor[a:b]` reads those rows of the first axis and no others, `tensor[...]` everything. Slices
     may be taken in any order and from several threads.
     """
 
-    @property
-    def shape(self) -> tuple[int, ...]:
-        """Sizes of the axes."""
-
-    @property
-    def dtype(self) -> np.dtype:
-        """Of numpy, or of ml_dtypes for bfloat16 and float8."""
-
     def __getitem__(self, rows: slice | EllipsisType, /) -> np.ndarray:
-        """Rows of the first axis."""
+        """Rows of the first axis, or everything."""
 
 
 Tensors = Mapping[str, LazyTensor]
@@ -94,7 +86,7 @@ def merge(
         raise InputError(
             f"method {method}", found="no base", expected="the base LLM", fix="set base"
         )
-    out = None if dtype is None else _checked("dtype", np.dtype(dtype))
+    out = None if dtype is None else _checked("dtype", dtype)
     listed = [(f"member {label!r}", tensors) for label, tensors in members.items()]
     everything = listed if base is None else [("base", base), *listed]
     check_tensors(everything)
@@ -113,7 +105,8 @@ def merge(
         for label, tensor in sources:
             _checked(f"{label}: {name}", tensor.dtype)
         sources = tuple((label, tensors[name]) for label, tensors in used)
-        merged[name] = _Merged(name, like.shape, out or like.dtype, sources, rule)
+        target = like.dtype if out is None else out
+        merged[name] = _Merged(name, like.shape, target, sources, rule)
     return merged
 
 
@@ -122,15 +115,19 @@ def _is_exact(dtype: np.dtype) -> bool:
     return dtype.kind in "iub"
 
 
-def _checked(where: str, dtype: np.dtype) -> np.dtype:
-    if dtype not in EXPONENTS:
+def _checked(where: str, dtype: Any) -> np.dtype:
+    try:
+        known = np.dtype(dtype) in EXPONENTS
+    except TypeError:  # no numpy dtype at all
+        known = False
+    if not known:
         raise InputError(
             where,
             found=f"dtype {dtype}",
             expected=", ".join(map(str, EXPONENTS)),
-            fix="convert the checkpoint to one of these (dequantise it if it is quantised)",
+            fix="convert to one of these first (dequantise what is quantised)",
         )
-    return dtype
+    return np.dtype(dtype)
 
 
 @dataclasses.dataclass(frozen=True)

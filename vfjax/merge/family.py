@@ -16,10 +16,12 @@ class Header(Protocol):
     """What is known of a tensor before it is read."""
 
     @property
-    def shape(self) -> tuple[int, ...]: ...
+    def shape(self) -> tuple[int, ...]:
+        """Sizes of the axes."""
 
     @property
-    def dtype(self) -> np.dtype: ...
+    def dtype(self) -> np.dtype:
+        """Of numpy, or of ml_dtypes for bfloat16 and float8."""
 
 
 def check_tensors(sources: Sequence[tuple[str, Mapping[str, Header]]]) -> None:

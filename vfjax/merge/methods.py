@@ -57,6 +57,7 @@ def register(fn: Callable[..., jax.Array]) -> Callable[..., jax.Array]:
     """Adds a formula to `METHODS`; its signature is its schema."""
     signature = inspect.signature(fn).parameters
     params = {name: p for name, p in signature.items() if p.kind is p.KEYWORD_ONLY}
+    assert all(p.annotation in (Weights, float, bool) for p in params.values()), fn.__name__
     METHODS[fn.__name__] = Method(fn.__name__, fn, "base" in signature, params)
     return fn
 
@@ -151,14 +152,14 @@ def find(name: str, params: Mapping[str, Any], count: int) -> tuple[Method, Numb
 
 
 def _wants(param: inspect.Parameter, count: int) -> str:
-    if param.annotation is Weights:
+    if param.annotation == Weights:
         return f"{count} finite numbers, one a member"
     return "True or False" if param.annotation is bool else "a finite number"
 
 
 def _typed(where: str, param: inspect.Parameter, value: Any, count: int) -> Any:
     """The value as its parameter's type, or InputError."""
-    many = param.annotation is Weights
+    many = param.annotation == Weights
     good = isinstance(value, bool)
     if param.annotation is not bool:
         is_list = isinstance(value, Sequence | np.ndarray) and not isinstance(value, str)
@@ -174,4 +175,4 @@ def _typed(where: str, param: inspect.Parameter, value: Any, count: int) -> Any:
 def _finite(x: Any) -> bool:
     """A number, finite in float32 too."""
     number = isinstance(x, numbers.Real) and type(x) is not bool
-    return number and bool(abs(float(x)) <= np.finfo(np.float32).max)
+    return number and abs(float(x)) <= float(np.finfo(np.float32).max)

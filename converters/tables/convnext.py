@@ -1,0 +1,79 @@
+"""OpenCLIP's ConvNeXt towers (open_clip TimmModel around timm's ConvNeXt)."""
+
+from collections.abc import Mapping
+from typing import Any
+
+from converters.rules import CONV, Rule, Table, dense, norm
+from vfjax import InputError
+from vfjax.encoders import ConvNeXtConfig
+
+STAGE = "stages.{}."
+BLOCK = STAGE + "blocks.{}."
+PATH = "stages/{}/blocks/{}/"
+
+SIZES = {
+    "convnext_tiny": ((3, 3, 9, 3), (96, 192, 384, 768)),
+    "convnext_small": ((3, 3, 27, 3), (96, 192, 384, 768)),
+    "convnext_base": ((3, 3, 27, 3), (128, 256, 512, 1024)),
+    "convnext_large": ((3, 3, 27, 3), (192, 384, 768, 1536)),
+    "convnext_xlarge": ((3, 3, 27, 3), (256, 512, 1024, 2048)),
+}
+"""Depths and widths by timm's name (arXiv 2201.03545, section 3)."""
+
+
+def config(hf: Mapping[str, Any]) -> ConvNeXtConfig:
+    """From the `vision_cfg` of an open_clip_config.json, `model_type` added.
+
+    `golden_depths` and `golden_dims`, which only models of toy size have, take the place of the
+    sizes by name. `input_size`, which no such file has, is the side of the pictures that are fed.
+
+    Raises:
+        InputError: a timm model of another kind.
+    """
+    name = hf.get("timm_model_name")
+    if name not in SIZES:
+        raise InputError(
+            "open_clip_config.json: timm_model_name",
+            found=repr(name),
+            expected=", ".join(SIZES),
+            fix="this tower is not supported yet",
+        )
+    depths, widths = SIZES[name]
+    return ConvNeXtConfig(
+        depths=tuple(hf.get("golden_depths", depths)),
+        widths=tuple(hf.get("golden_dims", widths)),
+        image_size=hf.get("input_size", hf.get("image_size", 224)),
+    )
+
+
+def conv(source: str, path: str) -> tuple[Rule, ...]:
+    """Rules of a convolution's kernel and bias."""
+    return Rule(f"{source}.weight", f"{path}/kernel", CONV), Rule(f"{source}.bias", f"{path}/bias")
+
+
+TABLE = Table(
+    types=("open_clip_convnext",),
+    config=config,
+    rules=(
+        *conv("stem.0", "stem"),
+        *norm("stem.1", "stem_norm"),
+        *norm(STAGE + "downsample.0", "stages/{}/norm"),
+        *conv(STAGE + "downsample.1", "stages/{}/halve"),
+        *conv(BLOCK + "conv_dw", PATH + "conv"),
+        *norm(BLOCK + "norm", PATH + "norm"),
+        *dense(BLOCK + "mlp.fc1", PATH + "mlp/fc1"),
+        *dense(BLOCK + "mlp.fc2", PATH + "mlp/fc2"),
+        Rule(BLOCK + "gamma", PATH + "gamma"),
+    ),
+    ignore=(
+        r"head\..*",
+        r"visual\.head\..*",
+        r"transformer\..*",
+        r"token_embedding\.weight",
+        r"positional_embedding",
+        r"ln_final\..*",
+        r"text_projection",
+        r"logit_scale",
+    ),
+    prefixes=(("visual.trunk.", ""), ("module.visual.trunk.", ""), ("module.", ""), ("", "")),
+)

@@ -1,0 +1,253 @@
+"""Whole models against transformers' LLaVA, and against several of its towers put together."""
+
+import dataclasses
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import torch
+from flax import nnx
+
+import converters
+from tests import checkpoints
+from tests.checkpoints import IMAGE_TOKEN, make_connector, make_llama, make_tower
+from vfjax import Batch, forward
+
+LIMIT = 2e-5
+"""Largest difference of logits, as a share of the largest."""
+
+PICTURE = -200
+ROWS = [[1, 40, PICTURE, 50, 60], [1, PICTURE, 70, PICTURE, 80, 90, 41], [1, 42, 43]]
+"""One picture, several, none."""
+
+
+def pictures(n: int, seed: int = 0) -> list[np.ndarray]:
+    """Pictures of n sizes."""
+    rng = np.random.default_rng(seed)
+    sizes = rng.integers(20, 90, (n, 2))
+    return [rng.integers(0, 256, (h, w, 3), dtype=np.uint8) for h, w in sizes]
+
+
+def pixels_of(batch: Batch, row: int, rows=ROWS) -> dict[str, np.ndarray]:
+    """Branch -> the pixels of a row's own pictures."""
+    first = sum(r.count(PICTURE) for r in rows[:row])
+    count = rows[row].count(PICTURE)
+    return {name: x["pixels"][first : first + count] for name, x in batch.images.items()}
+
+
+def assert_close(found, expected, what: object = "") -> None:
+    assert found.shape == expected.shape, what
+    error = np.abs(np.asarray(found) - expected).max() / np.abs(expected).max()
+    assert error <= LIMIT, (what, error)
+
+
+LLAVAS = {
+    "clip": {},
+    "clip with class token": {"vision_feature_select_strategy": "full"},
+    "clip, two layers": {"vision_feature_layer": [-3, -2]},
+    "clip, last layer": {"vision_feature_layer": -1},
+    "siglip": {"kind": "siglip", "vision_feature_select_strategy": "full"},
+    "tanh projector": {"projector_hidden_act": "gelu_pytorch_tanh"},
+    "tied head": {"tie_word_embeddings": True, "text": {"tie_word_embeddings": True}},
+}
+
+
+@pytest.mark.parametrize("name", LLAVAS)
+def test_llava_of_transformers(tmp_path, name: str):
+    theirs = checkpoints.hf_llava_folder(tmp_path, 1, **LLAVAS[name])
+    model, processor = converters.load(tmp_path)
+    batch = processor(pictures(3), input_ids=ROWS)
+    logits = forward(model, batch)
+    assert logits.dtype == jnp.float32
+    (config,) = model.config.branches
+    for i, row in enumerate(ROWS):
+        ids = [t for token in row for t in expand(token, config.tokens)]
+        inputs = {"input_ids": torch.tensor([ids])}
+        if PICTURE in row:
+            (x,) = pixels_of(batch, i).values()
+            inputs["pixel_values"] = torch.from_numpy(np.moveaxis(x, -1, 1).copy())
+        with torch.no_grad():
+            expected = theirs(**inputs).logits[0].numpy()
+        assert_close(logits[i][batch.mask[i]], expected, i)
+
+
+def expand(token: int, count: int) -> list[int]:
+    return [IMAGE_TOKEN] * count if token == PICTURE else [token]
+
+
+@pytest.fixture(scope="module")
+def upstream(tmp_path_factory) -> tuple:
+    """A LLaVA-1.5 as its authors publish it: its folder and torch parts."""
+    folder = tmp_path_factory.mktemp("upstream") / "llava"
+    return folder, checkpoints.upstream_llava_folder(folder, 4)
+
+
+def test_upstream_llava(upstream):
+    folder, member = upstream
+    model, processor = converters.load(folder)
+    batch = processor(pictures(3), input_ids=ROWS)
+    logits = forward(model, batch)
+    branches = {"clip": (member.tower, member.connector, {"taps": [-2], "drop": 1})}
+    for i, row in enumerate(ROWS):
+        expected = checkpoints.reference_logits(member.llm, branches, row, pixels_of(batch, i))
+        assert_close(logits[i][batch.mask[i]], expected, i)
+
+
+def test_one_branch_is_the_member_bit_for_bit(upstream, tmp_path):
+    folder, member = upstream
+    entry = {"taps": [-2], "drop": 1, "aspect": "pad"}
+    branches = {"only": (member.tower, member.connector, entry)}
+    checkpoints.fused_folder(tmp_path / "fused", member.llm, branches)
+    found = []
+    for path in (folder, tmp_path / "fused"):
+        model, processor = converters.load(path)
+        batch = processor(pictures(3), input_ids=ROWS)
+        found.append((np.asarray(forward(model, batch)), batch))
+    (a, left), (b, right) = found
+    np.testing.assert_array_equal(left.visual, right.visual)
+    np.testing.assert_array_equal(left.images["clip"]["pixels"], right.images["only"]["pixels"])
+    np.testing.assert_array_equal(a[left.mask], b[left.mask])
+
+
+KINDS = {
+    "clip": {"taps": [-2], "drop": 1, "aspect": "pad"},
+    "dinov2": {"taps": [1, -1], "drop": 1, "aspect": "crop"},
+    "siglip": {"taps": [-2], "drop": 0, "aspect": "crop"},
+    "dinov2_with_registers": {"taps": [-2], "drop": 5, "aspect": "crop"},
+}
+FUSIONS = [("clip", "dinov2"), ("dinov2_with_registers", "clip", "siglip")]
+
+
+def parts(names: tuple[str, ...]) -> tuple:
+    """An LLM and branches whose projectors have one layer, two, three."""
+    llm = make_llama(20)
+    branches = {}
+    for i, name in enumerate(names):
+        tower = make_tower(name, 30 + i)
+        din = tower.config.hidden_size * len(KINDS[name]["taps"])
+        sizes = (din, *[llm.config.hidden_size] * (i + 1))
+        branches[f"b{i}"] = (tower, make_connector(sizes, 40 + i), KINDS[name])
+    return llm, branches
+
+
+@pytest.fixture(scope="module", params=FUSIONS, ids="+".join)
+def fused(request, tmp_path_factory) -> tuple:
+    folder = tmp_path_factory.mktemp("fused")
+    llm, branches = parts(request.param)
+    checkpoints.fused_folder(folder, llm, branches)
+    return llm, branches, *converters.load(folder)
+
+
+def test_several_branches(fused):
+    """Every row of a mixed batch equals the torch assembly of that row alone."""
+    llm, branches, model, processor = fused
+    assert [b.name for b in model.config.branches] == list(branches)
+    batch = processor(pictures(3), input_ids=ROWS)
+    logits = np.asarray(forward(model, batch))
+    for i, row in enumerate(ROWS):
+        expected = checkpoints.reference_logits(llm, branches, row, pixels_of(batch, i))
+        found = logits[i][batch.mask[i]]
+        assert_close(found, expected, i)
+        assert np.abs(found - expected).max() <= 2e-4
+
+
+def test_order_of_branches_is_the_order_of_tokens(fused):
+    """The comparison above would notice branches in another order."""
+    llm, branches, model, processor = fused
+    batch = processor(pictures(1), input_ids=ROWS[:1])
+    (logits,) = np.asarray(forward(model, batch))
+    other = dict(reversed(branches.items()))
+    expected = checkpoints.reference_logits(llm, other, ROWS[0], pixels_of(batch, 0))
+    assert np.abs(logits[batch.mask[0]] - expected).max() > 0.1
+
+
+def test_padding_sides_are_equal(fused):
+    _, _, model, processor = fused
+    right, left = (
+        processor(pictures(3), input_ids=ROWS, padding=side) for side in ("right", "left")
+    )
+    a, b = (np.asarray(forward(model, x)) for x in (right, left))
+    assert not np.array_equal(right.mask, left.mask)
+    for i in range(len(ROWS)):
+        assert_close(b[i][left.mask[i]], a[i][right.mask[i]], i)
+
+
+def test_rows_do_not_see_one_another(fused):
+    _, _, model, processor = fused
+    some = pictures(3)
+    batch = processor(some, input_ids=ROWS)
+    together = np.asarray(forward(model, batch))
+    alone = processor(some[1:], input_ids=ROWS[1:2])
+    found = np.asarray(forward(model, alone))[0][alone.mask[0]]
+    assert_close(found, together[1][batch.mask[1]])
+    other = processor([pictures(1, seed=9)[0], *some[1:]], input_ids=ROWS)
+    changed = np.asarray(forward(model, other))
+    np.testing.assert_array_equal(changed[1:], together[1:])
+    assert np.abs(changed[0] - together[0])[batch.mask[0]].max() > 0.1
+
+
+@pytest.mark.parametrize("padding", ["right", "left"])
+def test_prefill_ends_where_each_row_ends(fused, padding: str):
+    _, _, model, processor = fused
+    batch = processor(pictures(3), input_ids=ROWS, padding=padding)
+    every = np.asarray(forward(model, batch))
+    last, cache = nnx.jit(lambda model, batch: model.prefill(batch, 200))(model, batch)
+    for i in range(len(ROWS)):
+        assert_close(last[i], every[i][batch.mask[i]][-1], i)
+    np.testing.assert_array_equal(cache.length, batch.mask.sum(axis=1))
+    assert cache.k[0].shape[1] == 200
+
+
+def test_embeddings_are_zero_at_padding(fused):
+    _, _, model, processor = fused
+    batch = processor(pictures(3), input_ids=ROWS)
+    x = np.asarray(model.embed(batch))
+    assert not x[~batch.mask].any()
+    assert np.abs(x[batch.mask]).max(axis=-1).min() > 0
+    np.testing.assert_array_equal(x[2, :3], np.asarray(model.llm.embedding[...])[ROWS[2]])
+
+
+def test_text_alone_is_the_llm(fused):
+    llm, _, model, processor = fused
+    batch = processor(input_ids=ROWS[2:])
+    expected = checkpoints.reference_logits(llm, {}, ROWS[2], {})
+    assert_close(forward(model, batch)[0][batch.mask[0]], expected)
+
+
+def test_no_branch_is_a_plain_llm(tmp_path):
+    llm = checkpoints.llama_folder(tmp_path, 6)
+    model, processor = converters.load(tmp_path)
+    assert model.config.branches == ()
+    batch = processor(input_ids=ROWS[2:])
+    expected = checkpoints.reference_logits(llm, {}, ROWS[2], {})
+    assert_close(forward(model, batch)[0][batch.mask[0]], expected)
+
+
+def test_layers_past_the_tap_are_not_read(upstream):
+    model, processor = converters.load(upstream[0])
+    batch = processor(pictures(3), input_ids=ROWS)
+    expected = np.asarray(forward(model, batch))
+    encoder = model.branches["clip"].encoder
+    for module in (encoder.blocks[-1], encoder.norm):
+        for _, leaf in nnx.to_flat_state(nnx.state(module)):
+            leaf[...] = jnp.full_like(leaf[...], jnp.nan)
+    found = np.asarray(forward(model, batch))
+    np.testing.assert_array_equal(found[batch.mask], expected[batch.mask])
+
+
+def test_bfloat16(upstream):
+    """Everything runs in the weights' dtype; logits come back as float32, near the exact ones."""
+    exact, processor = converters.load(upstream[0])
+    model, _ = converters.load(upstream[0], dtype=jnp.bfloat16)
+    assert {leaf.dtype.name for _, leaf in nnx.to_flat_state(nnx.state(model))} == {"bfloat16"}
+    batch = processor(pictures(3), input_ids=ROWS)
+    half = dataclasses.replace(
+        batch,
+        images={"clip": {"pixels": jnp.asarray(batch.images["clip"]["pixels"], jnp.bfloat16)}},
+    )
+    expected = np.asarray(forward(exact, batch))[batch.mask]
+    for inputs in (batch, half):
+        found = forward(model, inputs)
+        assert found.dtype == jnp.float32
+        error = np.abs(np.asarray(found)[batch.mask] - expected).max() / np.abs(expected).max()
+        assert 1e-4 < error < 0.1

@@ -1,0 +1,187 @@
+"""SliME's connector: gated global adapter, local resampler, text-guided router.
+
+SliME llava/model/multimodal_projector/builder.py, llava/model/multimodal_resampler and
+llava/model/llava_arch.py; arXiv 2406.08487, section 3.
+"""
+
+import dataclasses
+import math
+from collections.abc import Callable, Mapping, Sequence
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from vfjax.connectors.combine import Combine
+from vfjax.connectors.mlp import MLPConfig
+from vfjax.encoders.dinov2 import bicubic
+from vfjax.layers import attention, layer_norm, linear, param
+
+Array = jax.Array
+
+
+@dataclasses.dataclass(frozen=True)
+class SliMEConfig:
+    """Sizes and options, under the names of the checkpoint's config where it has them.
+
+    Attributes:
+        projector: the MLP that global and local tokens share.
+        width: of the encoder.
+        queries: local tokens a tile after the resampler (mm_resampler_dim), a square number.
+        grid: side of the encoder's token grid.
+        separator: id of the token between global and local ones (`seperator`).
+        top_p: share of the router's probability that is kept (mm_resampler_topp).
+        temperature: of the router (mm_resampler_temp).
+        gate: -1 mixes both experts, 0 or 1 takes that one (mm_learnable_gated).
+        tiles: most tiles of a picture; fixes the number of slots.
+    """
+
+    projector: MLPConfig
+    width: int
+    grid: int = 24
+    queries: int = 144
+    separator: int = 1919
+    top_p: float = 0.95
+    temperature: float = 1.0
+    gate: int = -1
+    tiles: int = 7
+    combine: Combine = Combine()
+
+    @property
+    def taps(self) -> dict[str, tuple[int, ...]]:
+        """Hidden states that are read of each encoder."""
+        return {"encoder": self.combine.taps}
+
+    def build(self, *, rngs: nnx.Rngs) -> "SliME":
+        return SliME(self, rngs=rngs)
+
+
+class Resampler(nnx.Module):
+    """Queries that read a grid of tokens once: [n, grid * grid, width] -> [n, queries, width].
+
+    One cross-attention with positions on queries and keys, not on values. The keys' table is the
+    queries' own, resized by torch's bicubic when the grids differ.
+    """
+
+    def __init__(self, width: int, queries: int, grid: int, *, rngs: nnx.Rngs):
+        self.grid, self.heads = grid, width // 128
+        self.query = param((queries, width), (None, None), rngs=rngs)
+        self.pos = param((queries, width), (None, None), rngs=rngs)
+        self.norm_q, self.norm_kv, self.norm_post = (
+            layer_norm(width, 1e-6, rngs=rngs) for _ in range(3)
+        )
+        self.q, self.k, self.v = (linear(width, width, ("embed", "heads"), rngs=rngs) for _ in "qkv")
+        self.out = linear(width, width, ("heads", "embed"), rngs=rngs)
+
+    def __call__(self, x: Array) -> Array:
+        n, s, d = x.shape
+        x = self.norm_kv(x)
+        query = jnp.broadcast_to(self.norm_q(self.query[...]) + self.pos[...], (n, *self.pos.shape))
+        split = (n, -1, self.heads, d // self.heads)
+        q, k, v = self.q(query), self.k(x + self.key_positions()), self.v(x)
+        y = attention(q.reshape(split), k.reshape(split), v.reshape(split))
+        return self.norm_post(self.out(y.reshape(n, -1, d)))
+
+    def key_positions(self) -> Array:
+        """The table [grid * grid, width] at the keys' grid."""
+        side = math.isqrt(self.pos.shape[0])
+        if side == self.grid:
+            return self.pos[...]
+        weights = jnp.asarray(bicubic(side, self.grid, antialias=False), jnp.float32)
+        table = self.pos[...].reshape(side, side, -1).astype(jnp.float32)
+        table = jnp.einsum("yi,xj,ijd->yxd", weights, weights, table, precision="highest")
+        return table.reshape(self.grid**2, -1).astype(self.pos.dtype)
+
+
+class SliME(nnx.Module):
+    """Hidden states of a whole view and of tiles -> visual tokens, and which of them are kept."""
+
+    def __init__(self, config: SliMEConfig, *, rngs: nnx.Rngs):
+        c = self.config = config
+        self.projector = c.projector.build(rngs=rngs)
+        self.expert = Resampler(c.width, c.grid**2, c.grid, rngs=rngs)
+        self.sampler = Resampler(c.width, c.queries, c.grid, rngs=rngs)
+        self.gate = param((c.width, 2), (None, None), rngs=rngs)
+
+    def __call__(
+        self,
+        states: Mapping[str, Sequence[Array]],
+        inputs: Mapping[str, Array],
+        embed: Callable[[Array], Array],
+    ) -> dict[str, Array]:
+        """Stages up to the visual tokens.
+
+        Args:
+            states: "encoder": hidden states [n * (1 + tiles), 1 + s, d], picture by picture, the
+                whole view first, then tiles in raster order, then empty slots.
+            inputs: "tile_mask" bool[n, tiles], False at empty slots; "raster" int32[n, tiles *
+                queries], where each local token stands in the raster over all tiles, empty ones
+                last; "text" int32[n, l] ids of the picture's prompt; "text_mask" bool[n, l].
+            embed: the LLM's embedding.
+
+        Returns:
+            global_features [n, s, D]; local_features [n, tiles * queries, D] in raster order;
+            keep, bool[n, tiles * queries]; and what leads there.
+        """
+        c = self.config
+        plain, _ = c.combine(states["encoder"])
+        x = plain.reshape(-1, 1 + c.tiles, *plain.shape[1:])
+        gates = self.gates(x[:, 0])
+        whole = self.mixed(x[:, 0], gates)
+        small = self.sampler(x[:, 1:].reshape(-1, *x.shape[2:]))
+        local = self.projector(small).reshape(len(x), c.tiles * c.queries, -1)
+        local = jnp.take_along_axis(local, inputs["raster"][..., None], axis=1)
+        real = jnp.repeat(inputs["tile_mask"], c.queries, axis=1)  # empty slots stay last
+        scores = router(local, real, embed(inputs["text"]), inputs["text_mask"], c.temperature)
+        return {
+            "vision_features": plain,
+            "gates": gates,
+            "global_features": whole,
+            "local_compressed": small,
+            "local_features": local,
+            "router_scores": scores,
+            "keep": kept(scores, real, c.top_p),
+        }
+
+    def gates(self, x: Array) -> Array:
+        """Shares [n, s, 2] of the two experts."""
+        p = jax.nn.softmax(x @ self.gate[...], axis=-1)
+        return p / (p.sum(axis=-1, keepdims=True) + 1e-6)
+
+    def mixed(self, x: Array, gates: Array) -> Array:
+        """The global adapter: [n, s, d] -> [n, s, D]; both experts share one MLP."""
+        experts = (lambda: self.projector(x), lambda: self.projector(self.expert(x)))
+        if self.config.gate >= 0:
+            return experts[self.config.gate]()
+        return gates[..., :1] * experts[0]() + gates[..., 1:] * experts[1]()
+
+
+def router(
+    local: Array, real: Array, text: Array, text_mask: Array, temperature: float
+) -> Array:
+    """Probability float32[n, l] of each local token by its cosines with the text, summed.
+
+    Args:
+        local: [n, l, D] tokens.
+        real: bool[n, l].
+        text: [n, t, D] embeddings of the prompt.
+        text_mask: bool[n, t].
+        temperature: divides the sums before the softmax.
+    """
+
+    def unit(x: Array) -> Array:
+        x = x.astype(jnp.float32)
+        return x / jnp.maximum(jnp.linalg.norm(x, axis=-1, keepdims=True), 1e-8)
+
+    cosines = jnp.einsum("nld,ntd->nlt", unit(local), unit(text), precision="highest")
+    total = jnp.where(text_mask[:, None], cosines, 0).sum(axis=-1) / temperature
+    return jax.nn.softmax(jnp.where(real, total, -jnp.inf), axis=-1)
+
+
+def kept(p: Array, real: Array, top_p: float) -> Array:
+    """The likeliest tokens whose probabilities sum to at most `top_p`, and one more: bool[n, l]."""
+    order = jnp.argsort(-p, axis=-1)  # stable
+    ranked = jnp.take_along_axis(p, order, axis=-1)
+    count = (jnp.cumsum(ranked, axis=-1) <= top_p).sum(axis=-1) + 1
+    rank = jnp.argsort(order, axis=-1)
+    return (rank < count[:, None]) & real

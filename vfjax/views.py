@@ -1,0 +1,204 @@
+"""What a branch is shown of a batch's pictures, and in which order its tokens are read; on the host.
+
+A branch turns its inputs into a flat memory of visual tokens of static size; each picture's tokens
+are a list of indices into it. Tiling, unpadding and newlines are thus one gather on the device.
+"""
+
+import dataclasses
+from collections.abc import Sequence
+
+import numpy as np
+from PIL import Image
+
+from vfjax import tiling
+from vfjax.connectors.mining import bilinear
+from vfjax.images import ImageSpec, preprocess
+
+Pictures = Sequence[Image.Image]
+
+
+@dataclasses.dataclass(frozen=True)
+class Prepared:
+    """A branch's share of a batch.
+
+    Attributes:
+        inputs: arrays of static shape for the branch.
+        indices: for each picture, int64[k] indices of its tokens in the branch's memory.
+        size: tokens in that memory.
+    """
+
+    inputs: dict[str, np.ndarray]
+    indices: list[np.ndarray]
+    size: int
+
+
+def bucket(count: int) -> int:
+    """Pictures or tiles that a batch is filled up to: the next power of two."""
+    return 1 << (count - 1).bit_length()
+
+
+def stacked(views: Sequence[np.ndarray], count: int) -> np.ndarray:
+    """Views as one array, with black ones up to `count`."""
+    out = np.zeros((count, *views[0].shape), views[0].dtype)
+    out[: len(views)] = views
+    return out
+
+
+@dataclasses.dataclass(frozen=True)
+class Whole:
+    """Each picture is one view (LLaVA-1.5)."""
+
+    images: ImageSpec
+    tokens: int
+
+    def most(self) -> int:
+        """Tokens of a picture at most."""
+        return self.tokens
+
+    def __call__(self, pictures: Pictures) -> Prepared:
+        """Inputs: pixels float32[n, s, s, 3]."""
+        n = bucket(len(pictures))
+        pixels = stacked([preprocess(p, self.images) for p in pictures], n)
+        indices = [i * self.tokens + np.arange(self.tokens) for i in range(len(pictures))]
+        return Prepared({"pixels": pixels}, indices, n * self.tokens)
+
+
+@dataclasses.dataclass(frozen=True)
+class Anyres:
+    """The whole picture and tiles of it (LLaVA-NeXT, Dense Connector).
+
+    Attributes:
+        images: of each view; its `aspect` is "crop".
+        pinpoints: canvases (width, height) that a picture may be tiled on.
+        side: a view has side * side tokens.
+        merge: the config's mm_patch_merge_type: "flat", "spatial" or "spatial_unpad".
+    """
+
+    images: ImageSpec
+    pinpoints: tuple[tuple[int, int], ...]
+    side: int
+    merge: str
+
+    def most(self) -> int:
+        """Tokens of a picture at most."""
+        tile = self.images.size
+        grids = [(w // tile, h // tile) for w, h in self.pinpoints]
+        return max(len(self._order(point, g)) for point, g in zip(self.pinpoints, grids, strict=True))
+
+    def __call__(self, pictures: Pictures) -> Prepared:
+        """Inputs: pixels float32[t, s, s, 3], all views of all pictures."""
+        tile, per_view = self.images.size, self.side**2
+        views: list[np.ndarray] = []
+        starts, orders = [], []
+        for picture in pictures:
+            grid = tiling.anyres_grid(picture.size, self.pinpoints, tile)
+            starts.append(len(views) * per_view)
+            orders.append(self._order(picture.size, grid))
+            views += [preprocess(v, self.images) for v in tiling.tiles(picture, grid, tile)]
+            orders[-1] = np.where(
+                orders[-1] == (1 + grid[0] * grid[1]) * per_view, -1, orders[-1] + starts[-1]
+            )
+        count = bucket(len(views))
+        newline = count * per_view  # one row behind all views
+        indices = [np.where(order < 0, newline, order) for order in orders]
+        pixels = stacked(views, count)
+        return Prepared({"pixels": pixels}, indices, newline + (self.merge == "spatial_unpad"))
+
+    def _order(self, size: tuple[int, int], grid: tuple[int, int]) -> np.ndarray:
+        if self.merge == "flat":
+            return np.arange((1 + grid[0] * grid[1]) * self.side**2)
+        unpad = self.merge == "spatial_unpad"
+        return tiling.spatial_indices(size, grid, self.side, unpad=unpad, newline=unpad)
+
+
+@dataclasses.dataclass(frozen=True)
+class TwoScales:
+    """A high-resolution picture, and low-resolution views made of its pixels (Mini-Gemini).
+
+    MGM mgm/model/processor and mgm/model/builder.py: the low one is a plain bilinear resize of the
+    normalised high one, not of the photograph.
+
+    Attributes:
+        images: of the high-resolution picture.
+        size: side of a low-resolution view.
+        grid: views a side that the low-resolution picture is cut into.
+        whole: one more view of the whole picture, after the others.
+        tokens: of a view.
+    """
+
+    images: ImageSpec
+    size: int
+    grid: int
+    whole: bool
+    tokens: int
+
+    def most(self) -> int:
+        """Tokens of a picture at most."""
+        return self.tokens * (self.grid**2 + self.whole)
+
+    def __call__(self, pictures: Pictures) -> Prepared:
+        """Inputs: pixels float32[n * views, s, s, 3], pixels_aux float32[n, S, S, 3]."""
+        n, each = bucket(len(pictures)), self.most()
+        high = [preprocess(p, self.images) for p in pictures]
+        low = [view for picture in high for view in self._views(picture)]
+        inputs = {
+            "pixels": stacked(low, n * (self.grid**2 + self.whole)),
+            "pixels_aux": stacked(high, n),
+        }
+        return Prepared(inputs, [i * each + np.arange(each) for i in range(len(high))], n * each)
+
+    def _views(self, picture: np.ndarray) -> list[np.ndarray]:
+        low = resized(picture, self.size * self.grid)
+        cuts = [slice(i * self.size, (i + 1) * self.size) for i in range(self.grid)]
+        views = [low[rows, cols] for rows in cuts for cols in cuts]
+        return [*views, resized(low, self.size)] if self.whole else views
+
+
+def resized(picture: np.ndarray, side: int) -> np.ndarray:
+    """float32[h, w, c] -> [side, side, c], torch's bilinear without antialiasing."""
+    rows, cols = (bilinear(k, side).astype(np.float32) for k in picture.shape[:2])
+    return np.einsum("yh,xw,hwc->yxc", rows, cols, picture, optimize=True)
+
+
+@dataclasses.dataclass(frozen=True)
+class Sliced:
+    """The whole picture and as many tiles as its size asks for (SliME).
+
+    Attributes:
+        images: of each view; its `aspect` is "crop".
+        tokens: of the whole view.
+        side: a tile has side * side tokens.
+        tiles: slots for tiles.
+    """
+
+    images: ImageSpec
+    tokens: int
+    side: int
+    tiles: int = 7
+
+    def most(self) -> int:
+        """Tokens of a picture at most: whole view, separator, tiles."""
+        return self.tokens + 1 + self.tiles * self.side**2
+
+    def __call__(self, pictures: Pictures) -> Prepared:
+        """Inputs: pixels float32[n * (1 + tiles), s, s, 3], tile_mask bool[n, tiles], raster."""
+        n, each, per_tile = bucket(len(pictures)), self.most(), self.side**2
+        size = self.images.size
+        pixels = np.zeros((n, 1 + self.tiles, size, size, 3), np.float32)
+        mask = np.zeros((n, self.tiles), bool)
+        raster = np.tile(np.arange(self.tiles * per_tile, dtype=np.int32), (n, 1))
+        indices = []
+        for i, picture in enumerate(pictures):
+            grid = tiling.adaptive_grid(picture.size, size)
+            views = tiling.tiles(picture, grid, size)
+            count = len(views) - 1
+            pixels[i, : len(views)] = [preprocess(v, self.images) for v in views]
+            mask[i, :count] = True
+            raster[i, : count * per_tile] = tiling.raster_indices(grid, self.side).ravel()
+            indices.append(i * each + np.arange(self.tokens + 1 + count * per_tile))
+        inputs = {
+            "pixels": pixels.reshape(-1, *pixels.shape[2:]),
+            "tile_mask": mask,
+            "raster": raster,
+        }
+        return Prepared(inputs, indices, n * each)

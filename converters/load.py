@@ -13,7 +13,7 @@ from jax.sharding import Mesh
 
 from converters.layouts import Source, open_source, reading
 from converters.preprocessor import from_preprocessor
-from converters.reader import read_json, read_weights
+from converters.reader import first_line, read_json, read_weights
 from converters.rules import FLOATS, Rule, rename
 from converters.tables import find
 from vfjax import InputError, Model, Processor
@@ -253,7 +253,7 @@ def load_tokenizer(folder: Path) -> Any:
     except (ValueError, OSError, KeyError) as error:
         raise InputError(
             folder,
-            found=f"a tokenizer that transformers can't read ({str(error).splitlines()[0]})",
+            found=f"a tokenizer that transformers can't read ({first_line(error)})",
             expected="tokenizer.json, or tokenizer.model and tokenizer_config.json",
             fix="copy the tokenizer files from the published repository",
         ) from error

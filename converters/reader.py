@@ -211,7 +211,7 @@ def _torch(path: Path) -> Iterator[tuple[str, FileTensor | TorchTensor]]:
     except Exception as error:
         raise InputError(
             path,
-            found=f"a file that torch refuses ({str(error).splitlines()[0]})",
+            found=f"a file that torch refuses ({first_line(error)})",
             expected="a pickle of tensors only",
             fix="download it again; if it holds code, do not use it",
         ) from error
@@ -230,6 +230,11 @@ def _torch(path: Path) -> Iterator[tuple[str, FileTensor | TorchTensor]]:
         if kind not in dtypes:
             raise _bad_dtype(f"{path}: {name}", kind)
         yield name, TorchTensor(path, tensor.detach(), tuple(tensor.shape), dtypes[kind])
+
+
+def first_line(error: Exception) -> str:
+    """The first line of what another library says."""
+    return (str(error).splitlines() or [type(error).__name__])[0]
 
 
 def read_json(path: Path) -> dict[str, Any]:

@@ -55,13 +55,28 @@ def read_task() -> tuple[ConfigDict, ModuleType]:
         fail(f"config.task: found no module {error.name}, expected it; correct or install it")
 
 
+def join_processes() -> None:
+    """The same command runs on every host: connects them, and lets the first one print.
+
+    JAX itself reads JAX_COORDINATOR_ADDRESS, but neither the number of processes nor this one's.
+    """
+    names = ("JAX_NUM_PROCESSES", "JAX_PROCESS_ID")
+    try:
+        count, index = (int(os.environ[name]) if name in os.environ else None for name in names)
+        jax.distributed.initialize(num_processes=count, process_id=index)
+    except ValueError as error:
+        fail(f"VFJAX_DISTRIBUTED: found no cluster ({error}), expected one; see BUILD.md")
+    if jax.process_index():
+        sys.stdout = open(os.devnull, "w")  # noqa: SIM115
+
+
 def main(argv: Sequence[str]) -> None:
     logging.set_verbosity(logging.WARNING)  # JAX tells of every platform that it does not find
     if len(argv) > 1:
         fail(f"{argv[1]}: found an argument without --, expected flags only; see README.md")
     config, task = read_task()
-    if os.environ.get("VFJAX_DISTRIBUTED"):  # a pod: the same command on every host
-        jax.distributed.initialize()
+    if os.environ.get("VFJAX_DISTRIBUTED"):
+        join_processes()
     try:
         task.run(config, Path(WORKDIR.value))
     except InputError as error:

@@ -16,6 +16,7 @@ from converters.tables import find
 from tests.checkpoints import TOWERS, make_tower, tower_folder
 from vfjax import InputError
 from vfjax.encoders import CLIPConfig
+from vfjax.encoders.dinov2 import bicubic
 
 LIMIT = 2e-5
 """Largest difference, as a share of the activation's largest value."""
@@ -106,26 +107,34 @@ def test_dinov2_of_other_sizes(pairs, kind: str, size: tuple[int, int]):
     assert_all_taps(pairs[kind], pixels(2, *size))
 
 
-GRIDS = [(4, 4), (8, 8), (4, 9), (9, 4), (1, 25), (2, 1), (5, 4), (16, 15), (1, 1)]
-
-
+@pytest.mark.parametrize(("trained", "grid"), [(37, (16, 16)), (16, (37, 24))])
 @pytest.mark.parametrize("kind", ["dinov2", "dinov2_with_registers"])
-@pytest.mark.parametrize(
-    ("trained", "grids"),
-    [(5, GRIDS), (37, [(16, 16), (24, 24), (48, 48), (16, 37)]), (16, [(37, 37), (24, 16)])],
-)
-def test_dinov2_positions(kind: str, trained: int, grids: list[tuple[int, int]]):
+def test_dinov2_positions(kind: str, trained: int, grid: tuple[int, int]):
     """37 is the published tables' side, 16 the grid of the 224 pixels that they are mostly fed."""
-    sizes = {"hidden_size": 16, "num_hidden_layers": 0, "image_size": trained * 7}
-    theirs = make_tower(kind, 3, **sizes)
-    config = find({"model_type": kind}, "test").config(theirs.config.to_dict())
-    ours = config.build(rngs=nnx.Rngs(0))
+    theirs = make_tower(kind, 3, hidden_size=16, num_hidden_layers=0, image_size=trained * 7)
+    ours = (
+        find({"model_type": kind}, "test").config(theirs.config.to_dict()).build(rngs=nnx.Rngs(0))
+    )
     ours.pos[...] = jnp.asarray(theirs.embeddings.position_embeddings.detach().numpy())
-    for h, w in grids:
+    h, w = grid
+    with torch.no_grad():
         blank = torch.zeros(1, h * w + 1, 16)
-        with torch.no_grad():
-            expected = theirs.embeddings.interpolate_pos_encoding(blank, h * 7, w * 7)
-        assert_close(ours.positions(h, w), expected.numpy(), (trained, h, w))
+        expected = theirs.embeddings.interpolate_pos_encoding(blank, h * 7, w * 7)
+    assert_close(ours.positions(h, w), expected.numpy(), grid)
+
+
+@pytest.mark.parametrize("antialias", [False, True])
+@pytest.mark.parametrize("source", [1, 2, 5, 16, 37])
+def test_bicubic_is_torchs(source: int, antialias: bool):
+    """Float32 weights are sums of cubes: torch's own differ from exact ones by some 1e-6."""
+    grid = torch.randn(1, 1, source, source, generator=torch.Generator().manual_seed(0))
+    for size in [(1, 1), (2, 3), (5, 5), (4, 9), (16, 16), (15, 37), (48, 41), (100, 7)]:
+        expected = torch.nn.functional.interpolate(
+            grid, size=size, mode="bicubic", align_corners=False, antialias=antialias
+        )
+        rows, cols = (bicubic(source, k, antialias=antialias) for k in size)
+        found = rows @ grid[0, 0].numpy() @ cols.T
+        np.testing.assert_allclose(found, expected[0, 0], rtol=0, atol=1e-5, err_msg=str(size))
 
 
 @pytest.mark.parametrize("kind", KINDS)

@@ -88,13 +88,12 @@ def test_logits_equal_those_of_one_device(single, sharded, mesh, name, rows) -> 
     assert np.abs(found - expected).max() <= LIMIT * np.abs(expected).max()
 
 
-@pytest.mark.parametrize(("name", "rows"), [("llava", 3), ("fused", 4)])
-def test_tokens_equal_those_of_one_device(single, sharded, name, rows) -> None:
-    model, processor = single[name]
-    batch = make_batch(processor, rows)
-    tokens = [generate_ids(m, batch, max_new_tokens=8) for m in (model, sharded[name])]
+def test_tokens_equal_those_of_one_device(single, sharded) -> None:
+    model, processor = single["fused"]
+    batch = make_batch(processor, 4)
+    tokens = [generate_ids(m, batch, max_new_tokens=8) for m in (model, sharded["fused"])]
     assert tokens[0] == tokens[1]
-    assert [len(row) for row in tokens[0]] == [8] * rows
+    assert [len(row) for row in tokens[0]] == [8] * 4
 
 
 def test_every_parameter_is_divided_as_its_axes_say(sharded, mesh) -> None:

@@ -28,6 +28,7 @@ from vfjax.encoders import ConvNeXtConfig
 DEPTHS, WIDTHS = (1, 2, 3, 1), (8, 12, 16, 24)
 KIND = "open_clip_convnext"
 TAPS = (0, 1, 2, 3)
+WEIGHTS = "model.safetensors"
 
 
 class ChannelNorm(nn.LayerNorm):
@@ -89,14 +90,14 @@ class Twin(nn.Module):
         return maps
 
 
-@pytest.fixture(scope="module", params=["", "module."], ids=["bare", "module."])
-def pair(request, tmp_path_factory) -> tuple:
+@pytest.fixture(scope="module")
+def pair(tmp_path_factory) -> tuple:
     """A twin and ours, read from a file with its names, head and text half beside them."""
     path, twin = tmp_path_factory.mktemp("convnext"), randomize(Twin(), seed=4)
     state = {f"visual.trunk.{name}": x for name, x in twin.state_dict().items()}
     for name in ("visual.trunk.head.norm.weight", "visual.head.mlp.fc1.weight", "logit_scale"):
         state[name] = torch.ones(3)
-    save_file({request.param + n: x.contiguous() for n, x in state.items()}, path / WEIGHTS)
+    save_file(state, path / WEIGHTS)
     sizes = {"golden_depths": DEPTHS, "golden_dims": WIDTHS}
     write_json(
         path / "config.json",
@@ -105,10 +106,7 @@ def pair(request, tmp_path_factory) -> tuple:
     return twin, converters.load_encoder(path)
 
 
-WEIGHTS = "model.safetensors"
-
-
-@pytest.mark.parametrize("size", [(64, 64), (32, 128), (75, 102)], ids=str)
+@pytest.mark.parametrize("size", [(64, 64), (75, 102)], ids=str)
 def test_every_stage(pair, size: tuple[int, int]):
     """The last size is no multiple of the strides."""
     twin, ours = pair
@@ -118,11 +116,11 @@ def test_every_stage(pair, size: tuple[int, int]):
 
 
 def test_taps_in_any_order(pair):
-    _, ours = pair
-    x = pixels(1, 64, 64)
-    every = run(ours, x, TAPS)
-    for tap, found in zip((2, 0, -1, 2), run(ours, x, (2, 0, -1, 2)), strict=True):
-        np.testing.assert_allclose(found, every[tap], rtol=0, atol=1e-5)
+    twin, ours = pair
+    x, taps = pixels(1, 64, 64), (2, 0, -1, 2)
+    expected = twin(channels_first(x))
+    for tap, found in zip(taps, run(ours, x, taps), strict=True):
+        assert_close(found, expected[tap], tap)
 
 
 def test_nothing_is_computed_past_the_last_stage(pair):
@@ -139,7 +137,7 @@ def test_bad_taps(pair, taps: tuple[int, ...]):
         pair[1](pixels(1, 64, 64), taps)
 
 
-@pytest.mark.parametrize("case", ["mgm_plain", "mgm_hd", "mgm_gemma"])
+@pytest.mark.parametrize("case", ["mgm_plain", "mgm_hd"])
 def test_recorded_features(shared, tmp_path, case: str):
     """Stages resized to the first one's size and joined on channels; limit of golden/README.md."""
     folder = shared / "golden" / case
@@ -160,28 +158,30 @@ def test_recorded_features(shared, tmp_path, case: str):
         np.testing.assert_allclose(found, expected, rtol=0, atol=1e-4)
 
 
-def test_published_file(shared):
+@pytest.mark.parametrize("start", ["", "module."])
+def test_published_file(shared, start: str):
+    """Training with several processes leaves `module.` before the names."""
     model = spec(shared, "CLIP-convnext_large_d_320.laion2B-s29B-b131K-ft-soup")
     config = {"model_type": KIND, **model["config"]["vision_cfg"]}
-    tensors = model["files"]["model"]
+    tensors = {start + name: tensor for name, tensor in model["files"]["model"].items()}
     ours, unread, count = published(config, tensors)
     assert ours == ConvNeXtConfig()
-    kept = [n for n in tensors if n.startswith(("visual.trunk.stem.", "visual.trunk.stages."))]
-    assert sorted(unread + kept) == sorted(tensors)
-    assert count == 196_227_264  # specs/mllms.md, section 3
+    parts = tuple(f"{start}visual.trunk.{part}." for part in ("stem", "stages"))
+    assert unread == sorted(n for n in tensors if not n.startswith(parts))
+    assert count == 196_227_264  # stem and stages of the published tower
 
 
 def test_copy_inside_mini_gemini(shared):
-    """The same tensors under other names; the LLM and the other tower beside them."""
-    prefix = "model.vision_tower_aux.vision_"
+    """The same tensors after a longer prefix, in a checkpoint of an LLM and two towers."""
+    start = "model.vision_tower_aux.vision_"
     tensors = {
-        name.removeprefix(prefix): tensor
+        name.removeprefix(start): tensor
         for file in spec(shared, "MGM-7B-HD")["files"].values()
         for name, tensor in file.items()
-        if name.startswith(prefix)
+        if name.startswith(start)
     }
-    config = {"model_type": KIND, "timm_model_name": "convnext_large"}
-    assert published(config, tensors)[1] == []
+    config = {"model_type": KIND, "timm_model_name": "convnext_large", "image_size": 320}
+    assert published(config, tensors) == (ConvNeXtConfig(), [], 196_227_264)
 
 
 def test_unknown_size():

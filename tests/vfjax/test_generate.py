@@ -1,0 +1,298 @@
+"""Generation against transformers' generate, batches against rows, and sampling."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import torch
+from flax import nnx
+from transformers import TemperatureLogitsWarper, TopKLogitsWarper, TopPLogitsWarper
+
+import converters
+from tests import checkpoints
+from tests.checkpoints import IMAGE_TOKEN
+from vfjax import Batch, InputError, generate, generate_ids
+from vfjax.generate import _decode, _prefill, sample
+
+PICTURE = -200
+NEW = 32
+TEXTS = [[1, 40, 50, 60, 61, 62, 63], [1, 70], [1, 80, 81, 82, 83, 84, 85, 86, 87, 90, 91], [5]]
+ROWS = [
+    [1, 40, PICTURE, 50, 60],
+    [1, 70],
+    [1, PICTURE, 80, 81, 82, PICTURE, 83, 84, 85, 86, 87],
+    [PICTURE, 5],
+]
+
+
+def pictures(n: int) -> list[np.ndarray]:
+    rng = np.random.default_rng(0)
+    return [rng.integers(0, 256, (20 + i, 30, 3), dtype=np.uint8) for i in range(n)]
+
+
+@pytest.fixture(scope="module")
+def llm(tmp_path_factory) -> tuple:
+    """Torch's plain LLM; model, processor."""
+    folder = tmp_path_factory.mktemp("llm")
+    return checkpoints.llama_folder(folder, 11), *converters.load(folder)
+
+
+@pytest.fixture(scope="module")
+def llava(tmp_path_factory) -> tuple:
+    """Torch's LLaVA; model, processor."""
+    folder = tmp_path_factory.mktemp("llava")
+    return checkpoints.hf_llava_folder(folder, 12), *converters.load(folder)
+
+
+@torch.no_grad()
+def reference(model: torch.nn.Module, rows: list[list[int]], **inputs) -> list[list[int]]:
+    """Transformers' greedy tokens of a batch padded on the left, no token ending a row."""
+    longest = max(map(len, rows))
+    ids = torch.tensor([[0] * (longest - len(row)) + row for row in rows])
+    mask = torch.tensor([[0] * (longest - len(row)) + [1] * len(row) for row in rows])
+    model.generation_config.eos_token_id = None
+    out = model.generate(
+        input_ids=ids,
+        attention_mask=mask,
+        max_new_tokens=NEW,
+        do_sample=False,
+        pad_token_id=0,
+        **inputs,
+    )
+    return out[:, longest:].tolist()
+
+
+@pytest.fixture(scope="module")
+def greedy(llm) -> list[list[int]]:
+    """Transformers' tokens of TEXTS."""
+    return reference(llm[0], TEXTS)
+
+
+@pytest.mark.parametrize("padding", ["right", "left"])
+def test_greedy_text_equals_transformers(llm, greedy, padding: str):
+    _, model, processor = llm
+    batch = processor(input_ids=TEXTS, padding=padding)
+    found = generate_ids(model, batch, max_new_tokens=NEW)
+    assert found == greedy
+    assert len({token for row in found for token in row}) > 20  # not one token for ever
+
+
+def test_greedy_with_pictures_equals_transformers(llava):
+    theirs, model, processor = llava
+    batch = processor(pictures(4), input_ids=ROWS)
+    count = model.config.branches[0].tokens
+    rows = [[t for x in r for t in ([IMAGE_TOKEN] * count if x == PICTURE else [x])] for r in ROWS]
+    pixels = np.moveaxis(batch.images["clip"]["pixels"], -1, 1)
+    expected = reference(theirs, rows, pixel_values=torch.from_numpy(pixels.copy()))
+    assert generate_ids(model, batch, max_new_tokens=NEW) == expected
+
+
+def mixed(processor, rows: list[list[int]], some: list[np.ndarray]) -> Batch:
+    """Rows 0 and 2 padded on the right, 1 and 3 on the left."""
+    right, left = (processor(some, input_ids=rows, padding=p) for p in ("right", "left"))
+    odd = (np.arange(len(rows)) % 2 == 1)[:, None]
+    names = ("tokens", "visual", "mask")
+    fields = {n: np.where(odd, getattr(left, n), getattr(right, n)) for n in names}
+    assert not np.array_equal(fields["mask"], right.mask)
+    assert not np.array_equal(fields["mask"], left.mask)
+    return dataclasses.replace(right, **fields)
+
+
+def test_four_at_once_equal_one_by_one(llava):
+    _, model, processor = llava
+    some = pictures(4)
+    together = generate_ids(model, processor(some, input_ids=ROWS), max_new_tokens=NEW)
+    assert generate_ids(model, mixed(processor, ROWS, some), max_new_tokens=NEW) == together
+    first = 0
+    for i, row in enumerate(ROWS):
+        last = first + row.count(PICTURE)
+        alone = processor(some[first:last], input_ids=[row])
+        assert generate_ids(model, alone, max_new_tokens=NEW) == together[i : i + 1], i
+        first = last
+
+
+def cut(rows: list[list[int]], stop: tuple[int, ...]) -> list[list[int]]:
+    """What is before the first stop id of each row."""
+    ends = [next((i for i, t in enumerate(row) if t in stop), len(row)) for row in rows]
+    return [row[:end] for row, end in zip(rows, ends, strict=True)]
+
+
+def test_each_row_stops_by_itself(llm, greedy):
+    _, model, processor = llm
+    batch = processor(input_ids=TEXTS)
+    for places in [(0, 0), (3, 9), (31, 31), (5, 17)]:
+        stop = (greedy[0][places[0]], greedy[1][places[1]])
+        expected = cut(greedy, stop)
+        assert len({len(row) for row in expected}) > 1
+        assert generate_ids(model, batch, max_new_tokens=NEW, stop=stop) == expected
+    first = tuple(row[0] for row in greedy)
+    assert generate_ids(model, batch, max_new_tokens=NEW, stop=first) == [[], [], [], []]
+
+
+@pytest.mark.parametrize("count", [1, 2, 31, 64, 65])
+def test_number_of_new_tokens(llm, greedy, count: int):
+    _, model, processor = llm
+    found = generate_ids(model, processor(input_ids=TEXTS), max_new_tokens=count)
+    assert [len(row) for row in found] == [count] * 4
+    assert [row[:NEW] for row in found] == [row[:count] for row in greedy]
+
+
+def test_generate_gives_text(llm, greedy):
+    """Stop ids are the processor's, and special tokens are no text."""
+    _, model, processor = llm
+    stop = greedy[2][10]
+    assert processor.stop_ids == (2,)
+    processor = dataclasses.replace(processor, stop_ids=(2, stop), template="vicuna_v1")
+    found = generate(model, processor, processor(input_ids=TEXTS), max_new_tokens=NEW)
+    assert found == [processor.decode(row) for row in cut(greedy, (2, stop))]
+    assert len(set(found)) == 4
+
+
+BAD = {
+    "no token": ({"max_new_tokens": 0}, "max_new_tokens: found 0, expected at least 1"),
+    "negative temperature": ({"temperature": -0.1}, "temperature: found -0.1, expected 0 or more"),
+    "temperature nan": ({"temperature": float("nan")}, "temperature: found nan"),
+    "top_k": ({"top_k": 0}, "top_k: found 0, expected None or at least 1"),
+    "top_p 0": ({"top_p": 0.0}, r"top_p: found 0.0, expected None or within (0, 1]"),
+    "top_p above 1": ({"top_p": 1.5}, "top_p: found 1.5"),
+    "too long": (
+        {"max_new_tokens": 502},
+        "max_new_tokens: found 11 tokens in the longest row and 502 new ones, expected at most 512",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", BAD)
+def test_bad_parameters(llm, name: str):
+    _, model, processor = llm
+    arguments, message = BAD[name]
+    with pytest.raises(InputError) as error:
+        generate_ids(model, processor(input_ids=TEXTS), **arguments)
+    assert str(error.value).startswith(message)
+    assert "\n" not in str(error.value)
+
+
+def test_context_may_be_filled(llm):
+    """The context counts a row's tokens, not the padding of its batch."""
+    theirs, model, processor = llm
+    rows = [[1 + i % 300 for i in range(500)], [1, 70]]
+    batch = processor(input_ids=rows)
+    assert batch.tokens.shape[1] == 512
+    found = generate_ids(model, batch, max_new_tokens=12)
+    assert found == [row[:12] for row in (reference(theirs, [r])[0] for r in rows)]
+
+
+LOGITS = np.array([2.0, -1.0, 0.5, 1.9, 0.0, -3.0, 1.0, 0.4, -0.5, 1.2, -2.0, 0.1], np.float32)
+SAMPLINGS = {
+    "plain": (1.0, None, 1.0),
+    "cold": (0.5, None, 1.0),
+    "hot": (2.0, None, 1.0),
+    "top_k": (1.0, 4, 1.0),
+    "top_p": (1.0, None, 0.7),
+    "small top_p": (1.0, None, 0.01),
+    "hot top_p": (2.0, None, 0.7),
+    "all": (0.8, 6, 0.8),
+    "top_k above the vocabulary": (1.0, 99, 1.0),
+}
+
+
+compiled_sample = jax.jit(sample, static_argnums=3)
+
+
+def expected_distribution(
+    logits: np.ndarray, temperature: float, top_k: int | None, top_p: float
+) -> np.ndarray:
+    """Probabilities after the filters, in numpy."""
+    p = np.exp(logits.astype(np.float64) / temperature)
+    order = np.argsort(-p)
+    p[order[top_k:]] = 0 if top_k is not None else p[order[top_k:]]
+    p /= p.sum()
+    before = np.cumsum(p[order]) - p[order]
+    p[order[before >= top_p]] = 0
+    return p / p.sum()
+
+
+@pytest.mark.parametrize("name", SAMPLINGS)
+def test_sampled_distribution(name: str):
+    temperature, top_k, top_p = SAMPLINGS[name]
+    p = expected_distribution(LOGITS, temperature, top_k, top_p)
+    warpers = [TemperatureLogitsWarper(temperature), TopPLogitsWarper(top_p)]
+    if top_k is not None:
+        warpers.insert(1, TopKLogitsWarper(top_k))
+    scores = torch.from_numpy(LOGITS.copy())[None]
+    for warper in warpers:
+        scores = warper(None, scores)
+    np.testing.assert_allclose(p, scores.softmax(dim=-1)[0], atol=1e-6)
+
+    count = 20000
+    rows = jnp.broadcast_to(LOGITS, (count, len(LOGITS)))
+    draws = compiled_sample(jax.random.key(3), rows, temperature, top_k, top_p)
+    found = np.bincount(draws, minlength=len(LOGITS)) / count
+    assert not found[p == 0].any()
+    deviation = np.abs(found - p) / np.sqrt(np.maximum(p * (1 - p), 1e-12) / count)
+    assert deviation.max() < 4.5
+
+
+def test_sampling_differs_between_steps_rows_and_seeds(llm):
+    """An LLM whose logits are all zero: 16 seeds, 4 rows and 64 steps are 4096 even draws of 320."""
+    _, model, processor = llm
+    model = nnx.clone(model)
+    model.llm.norm.scale[...] = jnp.zeros_like(model.llm.norm.scale[...])
+    batch = processor(input_ids=TEXTS)
+    draws = np.array([generate_ids(model, batch, temperature=1.0, seed=s) for s in range(16)])
+    assert draws.shape == (16, 4, 64)
+    expected = draws.size / 320
+    chi2 = ((np.bincount(draws.ravel(), minlength=320) - expected) ** 2 / expected).sum()
+    assert 319 - 4 * 25.3 < chi2 < 319 + 4 * 25.3  # mean and standard deviation of chi-squared
+    for axis in range(3):
+        for k in range(1, 4):  # by chance 1 / 320 are equal
+            a, b = np.take(draws, range(k, draws.shape[axis]), axis), draws
+            b = np.take(b, range(draws.shape[axis] - k), axis)
+            assert (a == b).mean() < 0.02, (axis, k)
+
+
+def test_seeds_and_filters_reach_the_loop(llm, greedy):
+    _, model, processor = llm
+    batch = processor(input_ids=TEXTS)
+
+    def run(**options) -> list[list[int]]:
+        return generate_ids(model, batch, max_new_tokens=NEW, **options)
+
+    one = run(temperature=1.0, seed=1)
+    compiled = _decode._cache_size()
+    assert run(temperature=1.0, seed=1) == one
+    assert run(temperature=1.0, seed=2) != one
+    assert one != greedy
+    assert run(temperature=1.0, top_p=1e-6, seed=1) == greedy
+    assert run(temperature=1e-4, seed=1) == greedy
+    assert _decode._cache_size() == compiled  # temperature, top_p and seed are no constants
+    assert run(temperature=1.0, top_k=1, seed=1) == greedy
+    assert run(temperature=0.0, top_k=None, top_p=0.5, seed=1) == greedy
+
+
+def test_a_rows_draw_does_not_depend_on_the_others():
+    logits = jnp.asarray(np.random.default_rng(0).normal(size=(64, 320)), jnp.float32)
+    every = compiled_sample(jax.random.key(1), logits, 1.0, None, 1.0)
+    some = compiled_sample(jax.random.key(1), logits[:7], 1.0, None, 1.0)
+    np.testing.assert_array_equal(some, every[:7])
+
+
+def test_compilations_are_as_few_as_buckets(llava):
+    """50 pictures of 50 sizes, prompts of 50 lengths, three buckets."""
+    _, model, processor = llava
+    processor = dataclasses.replace(processor, lengths=(32, 48, 80))
+    rng = np.random.default_rng(1)
+    before = _prefill._cache_size(), _decode._cache_size()
+    used = set()
+    for i in range(50):
+        h, w = rng.integers(10, 120, 2)
+        picture = rng.integers(0, 256, (h, w, 3), dtype=np.uint8)
+        words = rng.integers(3, 300, 3 + i).tolist()
+        batch = processor([picture], input_ids=[[1, PICTURE, *words]])
+        used.add(batch.tokens.shape)
+        generate_ids(model, batch, max_new_tokens=1 + i % 5)
+    assert used == {(1, 32), (1, 48), (1, 80)}
+    assert _prefill._cache_size() - before[0] == 3
+    assert _decode._cache_size() - before[1] == 3

@@ -2,7 +2,7 @@
 
 import json
 import threading
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from types import EllipsisType
 from typing import Any
@@ -19,7 +19,6 @@ from converters.rules import Rule
 from converters.tables import find
 from converters.writer import write_folder
 from vfjax import InputError, Model
-from vfjax.merge import LazyTensor
 
 
 def export(
@@ -31,8 +30,8 @@ def export(
 ) -> None:
     """Writes a model in the layout and under the names that it was loaded from.
 
-    A tower that was read from a folder of its own is written to `vision_tower/` inside `out`, where
-    `converters.load` finds it. Tokenizer and preprocessor files are copied from the folder that the
+    A tower that was read from a folder of its own is written to `vision_tower/` (a second one to
+    `vision_tower_aux/`) inside `out`, where `converters.load` finds it. Tokenizer and preprocessor files are copied from the folder that the
     model came from. On several processes only the first writes.
 
     Args:
@@ -57,10 +56,14 @@ def export(
     params = _on_hosts(flatten(nnx.split(model)[1]))
     if jax.process_index():
         return
-    weights: dict[str, dict[str, LazyTensor]] = {"": {}}
+    parts: dict[str, dict[str, list[tuple[nnx.Variable, Rule]]]] = {"": {}}
     for name, (rule, prefixes, folder) in _places(record, params).items():
-        target = weights.setdefault(folder, {})
-        target[_file_name(rule.source, prefixes)] = _Exported(params[name], rule)
+        target = parts.setdefault(folder, {})
+        target.setdefault(_file_name(rule.source, prefixes), []).append((params[name], rule))
+    weights = {
+        folder: {name: _Exported(pieces) for name, pieces in tensors.items()}
+        for folder, tensors in parts.items()
+    }
     files = {
         name: origin / name
         for name in (*TOKENIZER_FILES, "preprocessor_config.json", "processor_config.json")
@@ -68,9 +71,9 @@ def export(
     }
     dtype = np.dtype(params["llm/embedding"].dtype)
     texts = {"config.json": with_dtype(record["config"], dtype)}
-    for tower in record["towers"].values():
-        texts["vision_tower/config.json"] = tower["config"]
-        texts["vision_tower/preprocessor_config.json"] = tower["preprocessor"]
+    for part, tower in record["towers"].items():
+        for file, value in tower_files(tower).items():
+            texts[f"{FOLDERS[part.split('.')[-1]]}/{file}"] = value
     write_folder(
         out,
         weights,
@@ -78,6 +81,18 @@ def export(
         shard_bytes=shard_bytes,
         progress=progress,
     )
+
+
+FOLDERS = {"encoder": "vision_tower", "aux": "vision_tower_aux"}
+"""Sub-folders of towers that have a folder of their own."""
+
+
+def tower_files(tower: Mapping[str, Any]) -> dict[str, Mapping[str, Any]]:
+    """The JSON files of a tower's folder."""
+    if tower["config"]["model_type"] == "open_clip_convnext":
+        vision = {key: value for key, value in tower["config"].items() if key != "model_type"}
+        return {"open_clip_config.json": {"model_cfg": {"vision_cfg": vision}}}
+    return {"config.json": tower["config"], "preprocessor_config.json": tower["preprocessor"]}
 
 
 def to_bytes(value: Mapping[str, Any]) -> bytes:
@@ -89,13 +104,14 @@ def _places(record: Mapping[str, Any], params: Params) -> dict[str, tuple[Rule, 
     """Parameter name -> its rule, its component's prefixes, the sub-folder it is written to."""
     configs = {"llm": record["llm"]}
     for branch in record["branches"]:
-        for kind in ("encoder", "connector"):
-            configs[f"branches.{branch['name']}.{kind}"] = branch[kind]
+        for kind in ("encoder", "aux", "connector"):
+            if kind in branch:
+                configs[f"branches.{branch['name']}.{kind}"] = branch[kind]
     out = {}
     for part, config in configs.items():
         names = {path: name for name in params for p, path in [part_of(name)] if p == part}
         table = find(config, part)
-        folder = "vision_tower" if part in record["towers"] else ""
+        folder = FOLDERS[part.split(".")[-1]] if part in record["towers"] else ""
         prefixes = tuple(tuple(pair) for pair in record["prefixes"][part])
         for path, rule in table.match({path: params[n].shape for path, n in names.items()}).items():
             out[names[path]] = (rule, prefixes, folder)
@@ -125,10 +141,11 @@ def _on_hosts(params: Params) -> Params:
 
 
 class _Exported:
-    """A parameter as the checkpoint tensor it came from; the host holds it while it is written."""
+    """Parameters as the checkpoint tensor they came from; the host holds it while it is written."""
 
-    def __init__(self, param: nnx.Variable, rule: Rule):
-        self.param, self.rule = param, rule
+    def __init__(self, pieces: Sequence[tuple[nnx.Variable, Rule]]):
+        self.pieces = sorted(pieces, key=lambda piece: piece[1].part)
+        param, rule = pieces[0]
         self.shape = rule.source_shape(param.shape)
         self.dtype = np.dtype(param.dtype)
         self._unread = self.shape[0] if self.shape else 1
@@ -138,7 +155,8 @@ class _Exported:
     def __getitem__(self, rows: slice | EllipsisType) -> np.ndarray:
         with self._lock:
             if self._host is None:
-                self._host = self.rule.to_source(_to_host(self.param.get_value()))
+                parts = [rule.to_source(_to_host(p.get_value())) for p, rule in self.pieces]
+                self._host = np.concatenate(parts) if len(parts) > 1 else parts[0]
             part = self._host[rows]
             self._unread -= part.shape[0] if part.shape else 1
             if self._unread <= 0:  # read once through: the writer is done with it

@@ -13,9 +13,10 @@ from jax.sharding import Mesh
 
 from converters.layouts import Source, open_source, reading
 from converters.preprocessor import from_preprocessor
-from converters.reader import first_line, read_json, read_weights
-from converters.rules import FLOATS, Rule, rename
+from converters.reader import first_line, read_json
+from converters.rules import FLOATS, Rule
 from converters.tables import find
+from converters.towers import KINDS, read_tower
 from vfjax import InputError, Model, Processor
 from vfjax.layers import ACTIVATIONS
 from vfjax.merge import LazyTensor
@@ -47,6 +48,7 @@ def load(
     mesh: Mesh | None = None,
     dtype: Any = None,
     towers: Mapping[str, str | Path] | None = None,
+    tower_source: str = "auto",
     progress: Callable[[int], object] = lambda nbytes: None,
 ) -> tuple[Model, Processor]:
     """Any supported checkpoint folder as a model on the devices, and its processor.
@@ -56,6 +58,8 @@ def load(
         mesh: where parameters are sharded (`vfjax.sharding.make_mesh`); None: the default device.
         dtype: of the parameters; None keeps the stored ones.
         towers: name of a vision tower in config.json -> the folder where it is.
+        tower_source: which copy of a tower is read when the checkpoint holds one too: "auto" as
+            its authors' loader does, "checkpoint", or "hub" for the tower's own folder.
         progress: called with the bytes of each tensor as it arrives.
 
     Raises:
@@ -63,7 +67,7 @@ def load(
             not one that parameters have.
     """
     dtype = float_dtype(dtype)
-    source = open_source(path, towers=towers)
+    source = open_source(path, towers=towers, tower_source=tower_source)
     config = model_config(source)
     graph, params = abstract(config.build)
     for part, rules in check(source, params).items():
@@ -82,15 +86,12 @@ def load_encoder(path: str | Path, *, mesh: Mesh | None = None, dtype: Any = Non
             have.
     """
     path, dtype = Path(path), float_dtype(dtype)
-    config = read_json(path / "config.json")
-    config = {"model_type": config.get("model_type"), **config.get("vision_config", config)}
-    table = find(config, str(path))
-    raw = read_weights(path)
-    tensors = {new: raw[old] for old, (new, _) in rename(raw, table.prefixes).items()}
-    graph, params = abstract(table.config(config).build)
-    rules = table.check({name: p.shape for name, p in params.items()}, tensors, str(path))
-    for name, rule in rules.items():
-        params[name] = fill(name, params[name], tensors[rule.source], rule, mesh, dtype)
+    tower = read_tower(path, next((f for f in KINDS if (path / f).is_file()), "config.json"))
+    table = find(tower.config, str(path))
+    graph, params = abstract(table.config(tower.config).build)
+    shapes = {name: p.shape for name, p in params.items()}
+    for name, rule in table.check(shapes, tower.tensors, str(path)).items():
+        params[name] = fill(name, params[name], tower.tensors[rule.source], rule, mesh, dtype)
     return join(graph, params)
 
 
@@ -134,13 +135,15 @@ def _branch_config(source: Source, branch: Mapping[str, Any]) -> BranchConfig:
             expected=f"{encoder.image_size}, as the encoder was built for",
             fix="use the preprocessor_config.json of the encoder's repository",
         )
+    connector = _component_config(source, f"{part}.connector")
+    views = source.table(f"{part}.connector").views
+    assert views is not None, f"the table of {part}.connector has no views"
     return BranchConfig(
         name=branch["name"],
         encoder=encoder,
-        connector=_component_config(source, f"{part}.connector"),
-        images=images,
-        taps=tuple(branch["taps"]),
-        drop=branch["drop"],
+        connector=connector,
+        views=views(branch["connector"], images, encoder, connector),
+        aux=_component_config(source, f"{part}.aux") if "aux" in branch else None,
     )
 
 

@@ -8,7 +8,7 @@ not in a bus error, and nothing but the slice asked for is held.
 import dataclasses
 import json
 import struct
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from types import EllipsisType
 from typing import Any
@@ -37,6 +37,9 @@ DTYPES: dict[str, np.dtype] = {
     "BOOL": np.dtype(np.bool_),
 }
 """safetensors dtype names."""
+
+STEMS = ("model", "pytorch_model")
+"""Names of a checkpoint's weights files, without their ending."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -91,18 +94,18 @@ class TorchTensor:
         return part.numpy().copy()
 
 
-def read_weights(folder: Path, stem: str = "") -> dict[str, FileTensor | TorchTensor]:
+def read_weights(folder: Path, stems: Sequence[str] = STEMS) -> dict[str, FileTensor | TorchTensor]:
     """All tensors of a checkpoint folder, none of them read yet.
 
     Args:
         folder: holds `model.safetensors[.index.json]` or `pytorch_model.bin[.index.json]`.
-        stem: file stem in place of `model` and `pytorch_model`.
+        stems: names of the files without their ending, in the order they are looked for.
 
     Raises:
         InputError: no weights, not a safetensors file, a shard that is truncated, absent or outside
             the folder, or an index that disagrees with its shards.
     """
-    names = [f"{stem}{end}" for end in (".safetensors", ".bin")] if stem else WEIGHTS
+    names = [stem + end for end in (".safetensors", ".bin") for stem in stems]
     for name in names:
         if (index := folder / f"{name}.index.json").is_file():
             return _sharded(index)
@@ -116,13 +119,9 @@ def read_weights(folder: Path, stem: str = "") -> dict[str, FileTensor | TorchTe
     )
 
 
-WEIGHTS = ["model.safetensors", "pytorch_model.bin"]
-"""Names of a checkpoint's weights, in the order in which they are looked for."""
-
-
-def weight_files(folder: Path, stem: str = "") -> list[Path]:
+def weight_files(folder: Path) -> list[Path]:
     """The files that `read_weights` reads tensors from, for hashing."""
-    return sorted({tensor.path for tensor in read_weights(folder, stem).values()})
+    return sorted({tensor.path for tensor in read_weights(folder).values()})
 
 
 def _sharded(index: Path) -> dict[str, FileTensor | TorchTensor]:

@@ -9,7 +9,10 @@ import ml_dtypes
 import numpy as np
 
 from vfjax import InputError
+from vfjax.images import ImageSpec
 from vfjax.merge import LazyTensor
+
+Arrays = Mapping[str, np.ndarray]
 
 TRANSPOSE = (1, 0)
 """torch Linear (out, in) -> kernel (in, out)."""
@@ -29,25 +32,30 @@ class Rule:
         source: name in the checkpoint.
         path: path of the parameter.
         perm: axes of the source in the parameter's order; None keeps them.
+        part: (i, n) takes the i-th of n equal parts of the source's first axis; n rules share it.
         optional: the tensor is not read where the model has no such parameter (a tied head).
     """
 
     source: str
     path: str
     perm: tuple[int, ...] | None = None
+    part: tuple[int, int] = (0, 1)
     optional: bool = False
 
     def to_param(self, array: np.ndarray) -> np.ndarray:
         """Checkpoint layout -> parameter layout, as a view."""
+        if self.part[1] > 1:
+            array = np.split(array, self.part[1])[self.part[0]]
         return array.transpose(self.perm) if self.perm else array
 
     def to_source(self, array: np.ndarray) -> np.ndarray:
-        """Parameter layout -> checkpoint layout, as a view."""
+        """Parameter layout -> checkpoint layout (of its part), as a view."""
         return array.transpose(np.argsort(self.perm)) if self.perm else array
 
     def source_shape(self, shape: tuple[int, ...]) -> tuple[int, ...]:
         """Shape in the checkpoint of a parameter of `shape`."""
-        return tuple(shape[i] for i in np.argsort(self.perm)) if self.perm else shape
+        own = tuple(shape[i] for i in np.argsort(self.perm)) if self.perm else shape
+        return (own[0] * self.part[1], *own[1:]) if self.part[1] > 1 else own
 
 
 @dataclasses.dataclass(frozen=True)
@@ -70,8 +78,13 @@ class Table:
         prefixes: how a stand-alone checkpoint names things: (prefix there, prefix in `rules`), the
             first that fits.
         architecture: class that a causal LM's config.json names; empty for other components.
-        published: repository -> its config and preprocessor, for checkpoints that hold a tower
-            and only name where its config is.
+        views: for connectors: (branch of the normal form, preprocessing, encoder's config,
+            connector's config) -> what the encoders are shown (`vfjax.views`).
+        recorded: for connectors: (connector's config, the branch's inputs, its stages) -> the
+            stages under the names of the authors' code, for `converters verify`.
+        limits: for connectors: stage -> limit of `converters verify` in place of the usual one.
+        published: last part of a repository's name -> its config and preprocessor, for checkpoints
+            that hold a tower and only name where its config is.
     """
 
     types: tuple[str, ...]
@@ -80,6 +93,9 @@ class Table:
     ignore: tuple[str, ...] = ()
     prefixes: tuple[tuple[str, str], ...] = (("", ""),)
     architecture: str = ""
+    views: Callable[[Mapping[str, Any], ImageSpec, Any, Any], Any] | None = None
+    recorded: Callable[[Any, Arrays, Arrays], Arrays] | None = None
+    limits: Mapping[str, float] = dataclasses.field(default_factory=dict)
     published: Mapping[str, "Published"] = dataclasses.field(default_factory=dict)
 
     def match(self, shapes: Mapping[str, tuple[int, ...]]) -> dict[str, Rule]:
@@ -108,9 +124,9 @@ class Table:
             InputError: a tensor is missing, unknown, of another shape or not of a dtype in FLOATS.
         """
         rules = self.match(shapes)
-        names = {rule.source: path for path, rule in rules.items()}
-        missing = sorted(set(names) - set(tensors))
-        extra = sorted(n for n in set(tensors) - set(names) if not self.ignores(n))
+        names = {rule.source for rule in rules.values()}
+        missing = sorted(names - set(tensors))
+        extra = sorted(n for n in set(tensors) - names if not self.ignores(n))
         if missing or extra:
             raise InputError(
                 f"{where}: {(missing or extra)[0]}",
@@ -118,8 +134,8 @@ class Table:
                 expected="each parameter's tensor and no other",
                 fix="check that config.json belongs to these weights",
             )
-        for name, path in names.items():
-            shape = rules[path].source_shape(shapes[path])
+        for path, rule in rules.items():
+            name, shape = rule.source, rule.source_shape(shapes[path])
             if tuple(tensors[name].shape) != shape:
                 raise InputError(
                     f"{where}: {name}",

@@ -9,6 +9,7 @@ import jax
 import numpy as np
 from safetensors.numpy import load_file
 
+from converters.layouts import Source, open_source
 from converters.load import load
 from converters.reader import read_json
 from vfjax import Batch, InputError, Model, Processor, generate_ids
@@ -16,16 +17,25 @@ from vfjax import Batch, InputError, Model, Processor, generate_ids
 LIMITS: Mapping[str, float] = {
     "attention_mask": 0,
     "pixel_values": 2e-6,
+    "pixel_values_aux": 2e-6,
     "vision_features": 1e-4,
+    "aux_features_strided": 1e-4,
+    "mined": 1e-4,
+    "mined_local": 1e-4,
+    "mined_global": 1e-4,
+    "gates": 2e-5,
+    "global_features": 1e-4,
+    "local_compressed": 1e-4,
+    "local_projected_raster": 1e-4,
+    "router_scores": 2e-5,
+    "selected_local": 0,
+    "connector_features": 1e-4,
     "image_features": 1e-4,
     "inputs_embeds": 1e-4,
     "logits": 2e-4,
     "generated": 0,
 }
 """Stage -> largest absolute difference from the recording, float32 on CPU; 0 is equality."""
-
-PICTURES = ("pixel_values", "vision_features", "image_features")
-"""Stages with one row a picture."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -39,6 +49,7 @@ class Row:
             is recorded but unknown here; None where it is not recorded.
         worst: the sample with that difference.
         count: samples compared.
+        limit: what the error may be at most.
     """
 
     case: str
@@ -46,18 +57,19 @@ class Row:
     error: float | None
     worst: str
     count: int
+    limit: float
 
     @property
     def ok(self) -> bool:
         """Whether the stage holds; an absent one neither holds nor fails."""
-        return self.error is None or self.error <= LIMITS.get(self.stage, 0)
+        return self.error is None or self.error <= self.limit
 
     def __str__(self) -> str:
         name = f"{self.case:<20} {self.stage:<18}"
         if self.error is None:
             return f"{name} {'absent':>10}  not recorded in this case"
         verdict = "ok" if self.ok else f"FAILED at {self.worst}"
-        limit = f"{LIMITS[self.stage]:.0e}" if LIMITS.get(self.stage) else "equal"
+        limit = f"{self.limit:.0e}" if self.limit else "equal"
         return f"{name} {self.error:>10.2e}  limit {limit:<6} samples {self.count}  {verdict}"
 
 
@@ -82,66 +94,97 @@ def verify(case: str | Path) -> list[Row]:
         load_file(case / "inputs.safetensors"),
         load_file(case / "outputs.safetensors"),
     )
+    source = open_source(case)
     model, processor = load(case, dtype="float32")
     errors: dict[str, list[tuple[float, str]]] = {}
+    computed: set[str] = set()
+    limit = source.config.get("tokenizer_model_max_length")  # where upstream cuts
     with jax.default_matmul_precision("highest"):
         for sample in sorted({name.split(".")[0] for name in inputs}):
             start = f"{sample}."
             wanted = {k.removeprefix(start): v for k, v in recorded.items() if k.startswith(start)}
-            found = _stages(model, _batch(processor, inputs, sample), wanted)
+            found = _stages(model, source, _batch(processor, inputs, sample, limit), wanted)
+            computed |= set(found) & set(LIMITS)
             for stage, value in wanted.items():
                 errors.setdefault(stage, []).append((_error(found.get(stage), value), sample))
+    limits = {**LIMITS, **_limits(source)}
     rows = []
-    for stage in [*LIMITS, *sorted(set(errors) - set(LIMITS))]:
+    for stage in [*(s for s in LIMITS if s in computed), *sorted(set(errors) - computed)]:
         error, worst = max(errors.get(stage, [(None, "")]))
-        rows.append(Row(case.name, stage, error, worst, len(errors.get(stage, []))))
+        count = len(errors.get(stage, []))
+        rows.append(Row(case.name, stage, error, worst, count, limits.get(stage, 0)))
     return rows
 
 
-def _batch(processor: Processor, inputs: Mapping[str, np.ndarray], sample: str) -> Batch:
+def _limits(source: Source) -> Mapping[str, float]:
+    """Limits that a connector's table sets for itself."""
+    parts = [f"branches.{branch['name']}.connector" for branch in source.branches]
+    return {k: v for part in parts for k, v in source.table(part).limits.items()}
+
+
+def _batch(
+    processor: Processor, inputs: Mapping[str, np.ndarray], sample: str, limit: int | None
+) -> Batch:
     ids = np.atleast_2d(inputs[f"{sample}.input_ids"])
     real = np.atleast_2d(inputs[f"{sample}.attention_mask"]).astype(bool)
     names = [n for n in inputs if n.startswith(f"{sample}.image")]
     names.sort(key=lambda n: (len(n), n))
     rows = [row[keep] for row, keep in zip(ids, real, strict=True)]
-    return processor([inputs[n] for n in names], input_ids=rows)
+    return processor([inputs[n] for n in names], input_ids=rows, truncate=limit)
 
 
 def _stages(
-    model: Model, batch: Batch, wanted: dict[str, np.ndarray]
+    model: Model, source: Source, batch: Batch, wanted: dict[str, np.ndarray]
 ) -> dict[str, np.ndarray | None]:
-    """Our tensors under the names that the recording gives them.
+    """Our tensors under the names that the recording gives them, cut to what it holds.
 
     `wanted` is brought to the same form: rows at padding are undefined, so they are cut from both.
     """
-    out: dict[str, Any] = jax.tree.map(np.asarray, _outputs(model, batch))
-    for name, inputs in batch.images.items():
-        out["pixel_values"] = np.asarray(inputs["pixels"]).transpose(0, 3, 1, 2)
-        tokens = model.branches[name].config.tokens
-        for stage in PICTURES:  # the batch holds black pictures up to its bucket
-            out[stage] = out[stage][: np.sum(batch.visual >= 0) // tokens]
+    outputs = jax.tree.map(np.asarray, _outputs(model, batch))
+    out: dict[str, Any] = {}
+    if batch.images:
+        (branch,) = model.branches.values()
+        inputs = jax.tree.map(np.asarray, batch.images[branch.config.name])
+        table = source.table(f"branches.{branch.config.name}.connector")
+        assert table.recorded is not None, f"{table.types[0]} names no stages"
+        out = dict(table.recorded(branch.config.connector, inputs, outputs["stages"]))
+        for stage in set(out) & set(wanted):  # the batch holds black pictures up to its bucket
+            if _axis(wanted, stage) != 0:
+                out[stage] = out[stage][: len(wanted[stage])]
+    mask = outputs["mask"]
     real = wanted.get("attention_mask", np.True_).astype(bool)
     for stage in ("inputs_embeds", "logits"):
-        out[stage] = out[stage][batch.mask]
+        out[stage] = outputs[stage][mask]
         if stage in wanted:
             wanted[stage] = wanted[stage][real].reshape(-1, wanted[stage].shape[-1])
     if "attention_mask" in wanted:
-        out["attention_mask"] = batch.mask[:, : wanted["attention_mask"].shape[1]]
+        out["attention_mask"] = mask[:, : wanted["attention_mask"].shape[1]]
     if "generated" in wanted:
         (ids,) = generate_ids(model, batch, max_new_tokens=wanted["generated"].size)
         out["generated"] = np.asarray(ids)
+    for stage in [name.removesuffix(".rows") for name in wanted if name.endswith(".rows")]:
+        axis = _axis(wanted, stage)
+        out[stage] = out[stage].take(wanted.pop(f"{stage}.rows"), axis=axis)
     return out
 
 
+def _axis(wanted: Mapping[str, np.ndarray], stage: str) -> int | None:
+    """The axis of which only the rows in `stage.rows` are recorded, None if all is."""
+    if f"{stage}.rows" not in wanted:
+        return None
+    return wanted[stage].shape.index(len(wanted[f"{stage}.rows"]))
+
+
 @jax.jit
-def _outputs(model: Model, batch: Batch) -> dict[str, jax.Array]:
+def _outputs(model: Model, batch: Batch) -> dict[str, Any]:
     """All stages of one forward pass."""
-    out = {}
+    out: dict[str, Any] = {}
     if batch.images:
         (branch,) = model.branches.values()
-        out["vision_features"] = branch.features(batch.images[branch.config.name])
-        out["image_features"] = branch.connector(out["vision_features"])
-    return out | {"inputs_embeds": model.embed(batch), "logits": model(batch)}
+        inputs = batch.images[branch.config.name]
+        out["stages"] = branch.stages(inputs, model.llm.embed)
+    x, mask = model.embed(batch)
+    return out | {"inputs_embeds": x, "mask": mask, "logits": model(batch)}
 
 
 def _error(found: np.ndarray | None, wanted: np.ndarray) -> float:

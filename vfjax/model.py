@@ -5,7 +5,7 @@ the text where the image was; one LLM reads them all. One branch is an ordinary 
 """
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
@@ -13,7 +13,6 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from vfjax.images import ImageSpec
 from vfjax.llm import Cache
 
 Array = jax.Array
@@ -28,10 +27,10 @@ class Batch:
     Attributes:
         tokens: int32[b, t] text ids, 0 at visual slots and padding.
         visual: int32[b, t] which of the batch's visual tokens stands here, -1 for text. They are
-            counted branch by branch, picture by picture.
+            counted branch by branch.
         mask: bool[b, t], False at padding.
-        images: branch name -> the branch's inputs, {"pixels": float32[n, h, w, 3]}; empty when no
-            row has a picture.
+        images: branch name -> what its views prepared, such as {"pixels": float32[n, h, w, 3]};
+            empty when no row has a picture.
         labels: int32[b, t] ids to learn, -100 where there is none; None outside training.
     """
 
@@ -50,22 +49,20 @@ class BranchConfig:
         name: unique in the model.
         encoder: config of an encoder (`vfjax.encoders`).
         connector: config of a connector (`vfjax.connectors`).
-        images: the preprocessing.
-        taps: hidden states that are read, joined on channels if several.
-        drop: leading tokens (class, registers) that are left out.
+        views: what the encoders are shown (`vfjax.views`).
+        aux: config of a second encoder, None without one.
     """
 
     name: str
     encoder: Any
     connector: Any
-    images: ImageSpec
-    taps: tuple[int, ...] = (-2,)
-    drop: int = 1
+    views: Any
+    aux: Any = None
 
     @property
     def tokens(self) -> int:
-        """Visual tokens of one picture."""
-        return self.encoder.prefix + self.encoder.tokens - self.drop
+        """Visual tokens of one picture, at most."""
+        return self.views.most()
 
 
 class Branch(nnx.Module):
@@ -74,16 +71,28 @@ class Branch(nnx.Module):
     def __init__(self, config: BranchConfig, *, rngs: nnx.Rngs):
         self.config = config
         self.encoder = config.encoder.build(rngs=rngs)
+        if config.aux is not None:
+            self.aux = config.aux.build(rngs=rngs)
         self.connector = config.connector.build(rngs=rngs)
 
-    def features(self, inputs: Mapping[str, AnyArray]) -> Array:
-        """Encoder features [n, tokens, d_encoder] that enter the connector."""
-        states = self.encoder(jnp.asarray(inputs["pixels"]), self.config.taps)
-        return jnp.concatenate([s[:, self.config.drop :] for s in states], axis=-1)
+    def stages(
+        self, inputs: Mapping[str, AnyArray], embed: Callable[[Array], Array]
+    ) -> dict[str, Array]:
+        """All that is computed on the way, by name; the last are the branch's memory.
 
-    def __call__(self, inputs: Mapping[str, AnyArray]) -> Array:
-        """Visual tokens [n, tokens, d] of {"pixels": float[n, h, w, 3]}."""
-        return self.connector(self.features(inputs))
+        Args:
+            inputs: what `config.views` prepared.
+            embed: the LLM's embedding, int32[..., t] ids -> [..., t, d].
+
+        Returns:
+            Among others "tokens" [m, d], the branch's memory of visual tokens, and, if the
+            connector leaves some out, "keep" bool[m].
+        """
+        taps = self.config.connector.taps
+        states = {"encoder": self.encoder(jnp.asarray(inputs["pixels"]), taps["encoder"])}
+        if self.config.aux is not None:
+            states["aux"] = self.aux(jnp.asarray(inputs["pixels_aux"]), taps["aux"])
+        return self.connector(states, inputs, embed)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -110,26 +119,36 @@ class Model(nnx.Module):
         self.branches = nnx.Dict({b.name: Branch(b, rngs=rngs) for b in config.branches})
         self.llm = config.llm.build(rngs=rngs)
 
-    def visual_tokens(self, images: Mapping[str, Mapping[str, AnyArray]]) -> Array:
-        """All visual tokens [sum of n * tokens, d], branch by branch, picture by picture."""
+    def visual_tokens(self, images: Mapping[str, Mapping[str, AnyArray]]) -> tuple[Array, Array]:
+        """All branches' memories one after another, [m, d], and which tokens are read, bool[m]."""
         dtype = self.llm.embedding.dtype
-        tokens = [self.branches[b.name](images[b.name]) for b in self.config.branches]
-        return jnp.concatenate([t.reshape(-1, t.shape[-1]).astype(dtype) for t in tokens])
+        tokens, keep = [], []
+        for branch in self.config.branches:
+            stages = self.branches[branch.name].stages(images[branch.name], self.llm.embed)
+            tokens.append(stages["tokens"].astype(dtype))
+            keep.append(stages.get("keep", jnp.ones(len(tokens[-1]), bool)))
+        return jnp.concatenate(tokens), jnp.concatenate(keep)
 
-    def embed(self, batch: Batch) -> Array:
-        """Text embeddings with the visual tokens spliced in, [b, t, d]; zero at padding.
+    def embed(self, batch: Batch) -> tuple[Array, Array]:
+        """Text embeddings with the visual tokens spliced in.
 
         LLaVA's prepare_inputs_labels_for_multimodal (llava/model/llava_arch.py).
+
+        Returns:
+            [b, t, d] embeddings, zero where nothing is read, and bool[b, t], where something is:
+            `batch.mask` without the visual tokens that a connector leaves out.
         """
-        x = self.llm.embed(jnp.asarray(batch.tokens))
+        x, mask = self.llm.embed(jnp.asarray(batch.tokens)), jnp.asarray(batch.mask)
         if batch.images:
-            visual = self.visual_tokens(batch.images)
-            x = jnp.where(batch.visual[..., None] < 0, x, visual[jnp.maximum(batch.visual, 0)])
-        return jnp.where(batch.mask[..., None], x, 0)
+            visual, keep = self.visual_tokens(batch.images)
+            at = jnp.maximum(batch.visual, 0)
+            x = jnp.where(batch.visual[..., None] < 0, x, visual[at])
+            mask &= (batch.visual < 0) | keep[at]
+        return jnp.where(mask[..., None], x, 0), mask
 
     def __call__(self, batch: Batch) -> Array:
         """Logits float32[b, t, vocab]; undefined at padding."""
-        hidden, _ = self.llm(self.embed(batch), jnp.asarray(batch.mask))
+        hidden, _ = self.llm(*self.embed(batch))
         return self.llm.logits(hidden)
 
     def prefill(self, batch: Batch, size: int) -> tuple[Array, Cache]:
@@ -139,9 +158,9 @@ class Model(nnx.Module):
             float32[b, vocab] logits after each row's last real token, and the cache.
         """
         cache = self.llm.new_cache(batch.tokens.shape[0], size)
-        hidden, cache = self.llm(self.embed(batch), jnp.asarray(batch.mask), cache)
-        t = batch.mask.shape[1]
-        last = t - 1 - jnp.argmax(batch.mask[:, ::-1], axis=1)
+        x, mask = self.embed(batch)
+        hidden, cache = self.llm(x, mask, cache)
+        last = mask.shape[1] - 1 - jnp.argmax(mask[:, ::-1], axis=1)
         hidden = jnp.take_along_axis(hidden, last[:, None, None], axis=1)[:, 0]
         return self.llm.logits(hidden), cache
 

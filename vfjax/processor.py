@@ -10,16 +10,14 @@ from PIL import Image
 
 from vfjax import prompts as text
 from vfjax.errors import InputError
-from vfjax.images import open_image, preprocess
-from vfjax.model import AnyArray, Batch, BranchConfig, ModelConfig
+from vfjax.images import open_image
+from vfjax.model import AnyArray, Batch, ModelConfig
+from vfjax.views import bucket
 
 Picture = str | os.PathLike | Image.Image | np.ndarray
 
 LENGTHS = tuple(m << k for k in range(5, 18) for m in (2, 3))
 """Default sequence lengths: 64, 96, 128, 192, ... each at most 1.5 x the one before."""
-
-POWERS = tuple(1 << k for k in range(20))
-"""Numbers of pictures that a batch is padded to."""
 
 
 @dataclasses.dataclass
@@ -64,6 +62,7 @@ class Processor:
         input_ids: Sequence[Sequence[int]] | None = None,
         labels: Sequence[Sequence[int]] | None = None,
         padding: str = "right",
+        truncate: int | None = None,
     ) -> Batch:
         """One row a prompt.
 
@@ -74,6 +73,8 @@ class Processor:
             input_ids: in place of prompts, ids with -200 at each picture.
             labels: ids to learn, as long as each row's ids (-100 where there is none).
             padding: side on which short rows are filled, "right" or "left".
+            truncate: cut rows to this many tokens, visual ones included, as upstream does at its
+                tokenizer_model_max_length; a long picture then cuts the question.
 
         Returns:
             A batch of numpy arrays, t and n rounded up to a bucket.
@@ -84,11 +85,12 @@ class Processor:
         """
         rows = self._rows(prompts, input_ids)
         pictures = self._pictures(images, rows)
-        n = _bucket(len(pictures), POWERS) if pictures else 0
+        images_in, seen = self._prepare(pictures, rows)
         spliced, first = [], 0
         for row in rows:
-            spliced.append(self._splice(row, first, n))
-            first += int((row == text.IMAGE_ID).sum())
+            last = first + int((row == text.IMAGE_ID).sum())
+            spliced.append(tuple(a[:truncate] for a in _splice(row, seen[first:last])))
+            first = last
         t = self._length(max(len(s[0]) for s in spliced))
         shape = (len(rows), t)
         tokens, visual = np.zeros(shape, np.int32), np.full(shape, -1, np.int32)
@@ -102,7 +104,7 @@ class Processor:
             tokens=tokens,
             visual=visual,
             mask=mask,
-            images=self._inputs(pictures, n),
+            images=images_in,
             labels=None if labels is None else learn,
         )
 
@@ -167,33 +169,6 @@ class Processor:
             )
         return pictures  # type: ignore[return-value]
 
-    def _splice(
-        self, row: np.ndarray, first: int, n: int
-    ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """A row with each placeholder widened to its visual tokens.
-
-        Args:
-            row: int64[r] ids, -200 at each picture.
-            first: number of the row's first picture in the batch.
-            n: pictures in the batch, bucketed.
-
-        Returns:
-            int64[s] ids (0 at visual tokens), int64[s] numbers of the visual tokens (-1 at text),
-            int64[s] indices into `row`.
-        """
-        counts = [b.tokens for b in self.config.branches]
-        base = np.cumsum([0, *(n * count for count in counts)])
-        width = np.where(row == text.IMAGE_ID, sum(counts), 1)
-        source = np.repeat(np.arange(len(row)), width)
-        ids = np.where(row == text.IMAGE_ID, 0, row)[source]
-        where = np.full(len(source), -1)
-        for picture, place in enumerate(np.flatnonzero(row == text.IMAGE_ID), start=first):
-            at = int(width[:place].sum())
-            where[at : at + sum(counts)] = np.concatenate(
-                [base[k] + picture * c + np.arange(c) for k, c in enumerate(counts)]
-            )
-        return ids, where, source
-
     def _length(self, longest: int) -> int:
         context = self.config.llm.context
         if longest > context:
@@ -205,12 +180,33 @@ class Processor:
             )
         return _bucket(longest, (*self.lengths, context))
 
-    def _inputs(self, pictures: Sequence[Picture], n: int) -> dict[str, dict[str, AnyArray]]:
-        """Each branch's view of all pictures, padded with black to n of them."""
+    def _prepare(
+        self, pictures: Sequence[Picture], rows: Sequence[np.ndarray]
+    ) -> tuple[dict[str, dict[str, AnyArray]], list[np.ndarray]]:
+        """Each branch's inputs, and each picture's visual tokens as numbers in the batch."""
         if not pictures:
-            return {}
+            return {}, []
         opened = [open_image(p) for p in pictures]
-        return {b.name: {"pixels": _stack(b, opened, n)} for b in self.config.branches}
+        words = _words(rows)
+        inputs, numbers, base = {}, [[] for _ in pictures], 0
+        for branch in self.config.branches:
+            ready = branch.views(opened)
+            inputs[branch.name] = ready.inputs
+            if branch.views.reads_text:
+                inputs[branch.name] |= self._texts(words)
+            for picture, indices in zip(numbers, ready.indices, strict=True):
+                picture.append(base + indices)
+            base += ready.size
+        return inputs, [np.concatenate(parts) for parts in numbers]
+
+    def _texts(self, words: Sequence[np.ndarray]) -> dict[str, AnyArray]:
+        """For each picture the ids of its prompt, int32[n, l], and where they are."""
+        n = bucket(len(words))
+        ids = np.zeros((n, self._length(max(map(len, words)))), np.int32)
+        mask = np.zeros(ids.shape, bool)
+        for i, row in enumerate(words):
+            ids[i, : len(row)], mask[i, : len(row)] = row, True
+        return {"text": ids, "text_mask": mask}
 
     def _tokenizer(self) -> Any:
         if self.tokenizer is None:
@@ -223,9 +219,35 @@ class Processor:
         return self.tokenizer
 
 
-def _stack(branch: BranchConfig, pictures: Sequence[Image.Image], n: int) -> np.ndarray:
-    views = [preprocess(picture, branch.images) for picture in pictures]
-    return np.stack(views + [np.zeros_like(views[0])] * (n - len(views)))
+def _splice(
+    row: np.ndarray, seen: Sequence[np.ndarray]
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """A row with each placeholder widened to its picture's visual tokens.
+
+    Args:
+        row: int64[r] ids, -200 at each picture.
+        seen: the numbers of each picture's visual tokens.
+
+    Returns:
+        int64[s] ids (0 at visual tokens), int64[s] numbers of the visual tokens (-1 at text),
+        int64[s] indices into `row`.
+    """
+    width = np.ones(len(row), np.int64)
+    places = np.flatnonzero(row == text.IMAGE_ID)
+    width[places] = [len(numbers) for numbers in seen]
+    source = np.repeat(np.arange(len(row)), width)
+    ids = np.where(row == text.IMAGE_ID, 0, row)[source]
+    where = np.full(len(source), -1)
+    if seen:
+        where[row[source] == text.IMAGE_ID] = np.concatenate(seen)
+    return ids, where, source
+
+
+def _words(rows: Sequence[np.ndarray]) -> list[np.ndarray]:
+    """For each picture the text ids of its row."""
+    return [
+        row[row != text.IMAGE_ID] for row in rows for _ in range(int((row == text.IMAGE_ID).sum()))
+    ]
 
 
 def _labels(labels: Sequence[Sequence[int]], i: int, rows: Sequence[np.ndarray]) -> np.ndarray:

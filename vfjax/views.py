@@ -11,7 +11,6 @@ import numpy as np
 from PIL import Image
 
 from vfjax import tiling
-from vfjax.connectors.mining import bilinear
 from vfjax.images import ImageSpec, preprocess
 
 Pictures = Sequence[Image.Image]
@@ -51,6 +50,8 @@ class Whole:
     images: ImageSpec
     tokens: int
 
+    reads_text = False
+
     def most(self) -> int:
         """Tokens of a picture at most."""
         return self.tokens
@@ -79,11 +80,15 @@ class Anyres:
     side: int
     merge: str
 
+    reads_text = False
+
     def most(self) -> int:
         """Tokens of a picture at most."""
         tile = self.images.size
         grids = [(w // tile, h // tile) for w, h in self.pinpoints]
-        return max(len(self._order(point, g)) for point, g in zip(self.pinpoints, grids, strict=True))
+        return max(
+            len(self._order(point, g)) for point, g in zip(self.pinpoints, grids, strict=True)
+        )
 
     def __call__(self, pictures: Pictures) -> Prepared:
         """Inputs: pixels float32[t, s, s, 3], all views of all pictures."""
@@ -132,6 +137,8 @@ class TwoScales:
     whole: bool
     tokens: int
 
+    reads_text = False
+
     def most(self) -> int:
         """Tokens of a picture at most."""
         return self.tokens * (self.grid**2 + self.whole)
@@ -155,9 +162,27 @@ class TwoScales:
 
 
 def resized(picture: np.ndarray, side: int) -> np.ndarray:
-    """float32[h, w, c] -> [side, side, c], torch's bilinear without antialiasing."""
-    rows, cols = (bilinear(k, side).astype(np.float32) for k in picture.shape[:2])
-    return np.einsum("yh,xw,hwc->yxc", rows, cols, picture, optimize=True)
+    """float32[h, w, c] -> [side, side, c], torch's bilinear without antialiasing.
+
+    Every step is rounded as torch rounds it: pixels are compared to 1e-5.
+    """
+    rows, cols = (_neighbours(size, side) for size in picture.shape[:2])
+    low, high, share = cols
+    across = [
+        picture[line][:, low] * (1 - share)[:, None] + picture[line][:, high] * share[:, None]
+        for line in rows[:2]
+    ]
+    share = rows[2][:, None, None]
+    return across[0] * (1 - share) + across[1] * share
+
+
+def _neighbours(source: int, target: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """For each target pixel the two source pixels around it and the second's share, in float32."""
+    scale = np.float32(source) / np.float32(target)
+    centre = scale * (np.arange(target, dtype=np.float32) + np.float32(0.5)) - np.float32(0.5)
+    centre = np.maximum(centre, np.float32(0))
+    low = np.minimum(centre.astype(np.int64), source - 1)
+    return low, np.minimum(low + 1, source - 1), centre - low.astype(np.float32)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -175,6 +200,8 @@ class Sliced:
     tokens: int
     side: int
     tiles: int = 7
+
+    reads_text = True  # the router asks which tiles the prompt is about
 
     def most(self) -> int:
         """Tokens of a picture at most: whole view, separator, tiles."""

@@ -1,65 +1,16 @@
-"""LLaVA-1.5 folders: upstream's (LLaVA llava/model), and transformers' in all spellings."""
+"""LLaVA-1.5 and 1.6 folders: upstream's (LLaVA llava/model), and transformers' in all spellings."""
 
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from converters.layouts import Layout, Source, Towers
+from converters.layouts import Layout, Source
 from converters.reader import read_json
+from converters.towers import Tower, Towers
 from vfjax import InputError
 
-OTHERS = ("mm_dense_connector_type", "mm_vision_tower_aux")
-"""Config keys of families that share upstream's names but not its computation."""
-
-
-def describe_upstream(path: Path, config: dict[str, Any], towers: Towers) -> Source:
-    """Normal form of an upstream folder; the tower is the separate one unless it was tuned."""
-    where = path / "config.json"
-    for key in OTHERS:
-        if config.get(key):
-            raise InputError(
-                f"{where}: {key}", found=repr(config[key]), expected="none", fix="not supported yet"
-            )
-    aspect = config.get("image_aspect_ratio") or "square"
-    if aspect not in ("pad", "square"):
-        raise InputError(
-            f"{where}: image_aspect_ratio",
-            found=repr(aspect),
-            expected="'pad' or 'square'",
-            fix="not supported yet",
-        )
-    if (select := config.get("mm_vision_select_feature", "patch")) not in ("patch", "cls_patch"):
-        raise InputError(
-            f"{where}: mm_vision_select_feature",
-            found=repr(select),
-            expected="'patch' or 'cls_patch'",
-            fix="correct the config",
-        )
-    name = config.get("mm_vision_tower") or config.get("vision_tower")
-    tower = towers.find(path, str(name))
-    if tower is None:
-        raise towers.missing(path, str(name))
-    branch = {
-        "name": tower.config["model_type"].split("_")[0],
-        "encoder": tower.config,
-        "preprocessor": tower.preprocessor,
-        "connector": {
-            "model_type": "mlp",
-            "mm_projector_type": config.get("mm_projector_type", "linear"),
-            "din": config["mm_hidden_size"],
-            "dout": config["hidden_size"],
-        },
-        "aspect": "pad" if aspect == "pad" else "crop",
-        "taps": [config.get("mm_vision_select_layer", -2)],
-        "drop": 1 if select == "patch" else 0,
-    }
-    llm = {k: v for k, v in config.items() if k not in OWN and not k.startswith("mm_")}
-    llm |= {"model_type": "llama", "architectures": ["LlamaForCausalLM"]}
-    source = Source(path, "llava", config, llm, [branch], template="vicuna_v1")
-    if not config.get("unfreeze_mm_vision_tower"):
-        source.towers[f"branches.{branch['name']}.encoder"] = tower
-    return source
-
+MODELS = {"llava": "llama", "llava_llama": "llama", "llava_mistral": "mistral"}
+"""Upstream's `model_type` -> its LLM's."""
 
 OWN = (
     "_name_or_path",
@@ -79,14 +30,103 @@ OWN = (
 )
 """Keys of upstream's config that are not the LLM's, beside `mm_*`."""
 
+Names = tuple[tuple[str, str, str], ...]
 
-def upstream_prefixes(source: Source) -> tuple[tuple[str, str, str], ...]:
+
+def is_upstream(config: Mapping[str, Any]) -> bool:
+    """Whether a config.json is of LLaVA's code or of code that grew from it."""
+    return config.get("model_type") in MODELS and "text_config" not in config
+
+
+def describe_upstream(path: Path, config: dict[str, Any], towers: Towers) -> Source:
+    """Normal form of an upstream folder; the tower is the separate one unless it was tuned."""
+    tower = upstream_tower(path, config, towers)
+    branch = upstream_branch(path, config, tower)
+    return upstream_source(path, "llava", config, branch, tower)
+
+
+def upstream_tower(path: Path, config: Mapping[str, Any], towers: Towers) -> Tower:
+    """The tower that an upstream config names."""
+    return towers.find(path, str(config.get("mm_vision_tower") or config.get("vision_tower")))
+
+
+def upstream_branch(path: Path, config: Mapping[str, Any], tower: Tower) -> dict[str, Any]:
+    """The branch of an upstream folder, one layer through a projector.
+
+    Raises:
+        InputError: an image_aspect_ratio, merge or feature that upstream does not have.
+    """
+    aspect = choice(path, config, "image_aspect_ratio", "square", ("pad", "square", "anyres"))
+    select = choice(path, config, "mm_vision_select_feature", "patch", ("patch", "cls_patch"))
+    connector = {
+        "model_type": "mlp",
+        "mm_projector_type": config.get("mm_projector_type", "linear"),
+        "din": config["mm_hidden_size"],
+        "dout": config["hidden_size"],
+        "groups": [[config.get("mm_vision_select_layer", -2)]],
+        "drop": 1 if select == "patch" else 0,
+    }
+    if aspect == "anyres":
+        merges = ("flat", "spatial", "spatial_unpad")
+        connector["merge"] = choice(path, config, "mm_patch_merge_type", "flat", merges)
+        connector["pinpoints"] = config["image_grid_pinpoints"]
+    return {
+        "name": tower.config["model_type"].split("_")[0],
+        "encoder": tower.config,
+        "preprocessor": tower.preprocessor,
+        "aspect": "pad" if aspect == "pad" else "crop",
+        "connector": connector,
+    }
+
+
+def choice(
+    path: Path, config: Mapping[str, Any], key: str, default: str, known: tuple[str, ...]
+) -> str:
+    """A config value that must be one of a few.
+
+    Raises:
+        InputError: it is another.
+    """
+    value = config.get(key) or default
+    if value not in known:
+        raise InputError(
+            f"{path / 'config.json'}: {key}",
+            found=repr(value),
+            expected=", ".join(map(repr, known)),
+            fix="correct the config, or this kind of model is not supported",
+        )
+    return value
+
+
+def upstream_source(
+    path: Path,
+    layout: str,
+    config: dict[str, Any],
+    branch: dict[str, Any],
+    tower: Tower,
+    *,
+    llm: str = "",
+    template: str = "vicuna_v1",
+    own: tuple[str, ...] = (),
+) -> Source:
+    """An upstream folder's normal form from its parts; `own` are more keys that are not the LLM's."""
+    kept = {k: v for k, v in config.items() if k not in (*OWN, *own) and not k.startswith("mm_")}
+    kept["model_type"] = llm or MODELS[config["model_type"]]
+    encoder = f"branches.{branch['name']}.encoder"
+    tuned = (encoder,) if config.get("unfreeze_mm_vision_tower") else ()
+    return Source(
+        path, layout, config, kept, [branch], template, towers={encoder: tower}, tuned=tuned
+    )
+
+
+def upstream_names(source: Source) -> Names:
     """Upstream's names."""
     branch = f"branches.{source.branches[0]['name']}"
     return (
         ("model.mm_projector.weight", f"{branch}.connector", "0.weight"),
         ("model.mm_projector.bias", f"{branch}.connector", "0.bias"),
         ("model.mm_projector.", f"{branch}.connector", ""),
+        ("model.image_newline", f"{branch}.connector", "image_newline"),
         ("model.vision_tower.vision_tower.vision_model.", f"{branch}.encoder", ""),
         ("model.vision_tower.vision_tower.", f"{branch}.encoder", ""),
         ("", "llm", ""),
@@ -99,33 +139,32 @@ def describe_hf(path: Path, config: dict[str, Any], towers: Towers) -> Source:
     vision, llm = dict(config["vision_config"]), dict(config["text_config"])
     vision.setdefault("model_type", "clip_vision_model")  # the defaults of LlavaConfig
     llm.setdefault("model_type", "llama")
-    llm |= {"architectures": ["LlamaForCausalLM"]}
     for key in ("torch_dtype", "dtype", "tie_word_embeddings"):
         if key in config:
             llm.setdefault(key, config[key])
     layer = config.get("vision_feature_layer", -2)
-    select = config.get("vision_feature_select_strategy", "default")
     taps = list(layer) if isinstance(layer, list) else [layer]
+    select = config.get("vision_feature_select_strategy", "default")
     branch = {
         "name": vision["model_type"].split("_")[0],
         "encoder": vision,
         "preprocessor": _preprocessor(path),
+        "aspect": "crop",
         "connector": {
             "model_type": "mlp",
             "mm_projector_type": "mlp2x_gelu",
             "act": config.get("projector_hidden_act", "gelu"),
             "din": vision.get("hidden_size", 768) * len(taps),
             "dout": llm.get("hidden_size", 4096),
+            "groups": [[tap] for tap in taps],
+            "drop": 1 if select == "default" else 0,
         },
-        "aspect": "crop",
-        "taps": taps,
-        "drop": 1 if select == "default" else 0,
     }
     return Source(path, "llava-hf", config, llm, [branch], template="vicuna_v1")
 
 
 def _preprocessor(path: Path) -> dict[str, Any]:
-    """Transformers 5 keeps the image processor inside processor_config.json."""
+    """Version 5 of transformers keeps the image processor inside processor_config.json."""
     if (path / "preprocessor_config.json").is_file():
         return read_json(path / "preprocessor_config.json")
     if (path / "processor_config.json").is_file():
@@ -140,7 +179,7 @@ def _preprocessor(path: Path) -> dict[str, Any]:
     )
 
 
-def hf_prefixes(source: Source) -> tuple[tuple[str, str, str], ...]:
+def hf_names(source: Source) -> Names:
     """Names of the hub, and of later transformers in memory and on disk."""
     branch = f"branches.{source.branches[0]['name']}"
     return (
@@ -161,15 +200,11 @@ def hf_prefixes(source: Source) -> tuple[tuple[str, str, str], ...]:
     )
 
 
-def _is_upstream(config: Mapping[str, Any]) -> bool:
-    return config.get("model_type") in ("llava", "llava_llama") and "text_config" not in config
-
-
 def _is_hf(config: Mapping[str, Any]) -> bool:
     return config.get("model_type") == "llava" and "text_config" in config
 
 
 LAYOUTS = (
-    Layout("llava", _is_upstream, describe_upstream, upstream_prefixes),
-    Layout("llava-hf", _is_hf, describe_hf, hf_prefixes),
+    Layout("llava", is_upstream, describe_upstream, upstream_names, general=True),
+    Layout("llava-hf", _is_hf, describe_hf, hf_names),
 )

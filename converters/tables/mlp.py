@@ -1,18 +1,21 @@
-"""LLaVA's projectors, named by their place in a torch Sequential."""
+"""LLaVA's projectors, named by their place in a torch Sequential, and what goes into them."""
 
+import math
 import re
 from collections.abc import Mapping
 from typing import Any
 
-from converters.rules import Table, dense
+from converters.rules import Arrays, Rule, Table, dense
 from vfjax import InputError
-from vfjax.connectors import MLPConfig
+from vfjax.connectors import Combine, LLaVAConfig, MLPConfig
+from vfjax.images import ImageSpec
+from vfjax.views import Anyres, Whole
 
 MOST = 8
 """Layers that a projector has at most."""
 
 
-def config(hf: Mapping[str, Any]) -> MLPConfig:
+def projector(hf: Mapping[str, Any]) -> MLPConfig:
     """From `mm_projector_type`, `din` and `dout`.
 
     Raises:
@@ -27,16 +30,61 @@ def config(hf: Mapping[str, Any]) -> MLPConfig:
             expected=f"'linear' or 'mlpNx_gelu' with N up to {MOST}",
             fix="this connector is not supported yet",
         )
-    return MLPConfig(
-        din=hf["din"],
-        dout=hf["dout"],
-        layers=int(deep[1]) if deep else 1,
-        act=hf.get("act", "gelu"),
+    layers = int(deep[1]) if deep else 1
+    return MLPConfig(hf["din"], hf["dout"], layers, act=hf.get("act", "gelu"))
+
+
+def projector_rules(source: str, path: str) -> tuple[Rule, ...]:
+    """Rules of all layers that a projector may have; activations have the odd numbers."""
+    return tuple(
+        rule for i in range(MOST) for rule in dense(f"{source}{2 * i}", f"{path}/layers/{i}")
     )
+
+
+def combine(hf: Mapping[str, Any]) -> Combine:
+    """From `groups`, `axis`, `pool` and `drop`."""
+    return Combine(
+        groups=tuple(map(tuple, hf["groups"])),
+        axis=hf.get("axis", "channels"),
+        pool=hf.get("pool", 1),
+        drop=hf["drop"],
+    )
+
+
+def config(hf: Mapping[str, Any]) -> LLaVAConfig:
+    """A projector on joined hidden states; see `projector` and `combine`."""
+    newline = hf.get("merge") == "spatial_unpad"
+    return LLaVAConfig(projector(hf), combine(hf), newline)
+
+
+def views(
+    hf: Mapping[str, Any], images: ImageSpec, encoder: Any, connector: LLaVAConfig
+) -> Whole | Anyres:
+    """Tiles if the connector has `pinpoints`, the whole picture otherwise."""
+    plain = encoder.prefix + encoder.tokens - connector.combine.drop
+    if "pinpoints" not in hf:
+        return Whole(images, connector.combine.tokens(plain))
+    if connector.combine.axis == "tokens":
+        raise InputError(
+            "config.json: mm_dense_connector_type",
+            found="tokens of several layers on tiles",
+            expected="one token a patch",
+            fix="use 'sci' or 'dci' with image_aspect_ratio 'anyres'",
+        )
+    pinpoints = tuple((int(w), int(h)) for w, h in hf["pinpoints"])
+    return Anyres(images, pinpoints, math.isqrt(plain), hf["merge"])
+
+
+def recorded(config: Any, inputs: Arrays, stages: Arrays) -> Arrays:
+    """Stages have the names of LLaVA's code already; pixels are NCHW there."""
+    del config
+    return {**stages, "pixel_values": inputs["pixels"].transpose(0, 3, 1, 2)}
 
 
 TABLE = Table(
     types=("mlp",),
     config=config,
-    rules=tuple(rule for i in range(MOST) for rule in dense(f"{2 * i}", f"layers/{i}")),
+    views=views,
+    recorded=recorded,
+    rules=(*projector_rules("", "projector"), Rule("image_newline", "newline", optional=True)),
 )

@@ -5,7 +5,8 @@ from pathlib import Path
 from typing import Any
 
 from converters import tables
-from converters.layouts import Layout, Source, Towers
+from converters.layouts import Layout, Source
+from converters.towers import Towers
 
 
 def describe_fused(path: Path, config: dict[str, Any], towers: Towers) -> Source:
@@ -27,7 +28,7 @@ def fused_prefixes(source: Source) -> tuple[tuple[str, str, str], ...]:
     return (*((f"{part}.", part, "") for part in parts), ("", "llm", ""))
 
 
-KINDS = ("encoder", "connector")
+KINDS = ("encoder", "aux", "connector")
 """Components of a branch."""
 
 

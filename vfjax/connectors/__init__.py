@@ -1,5 +1,23 @@
-"""Connectors: encoder features -> visual tokens in the LLM's width."""
+"""Connectors: hidden states of the encoders -> visual tokens in the LLM's width.
 
+A connector's config is a frozen dataclass with `taps` (encoder -> hidden states that are read) and
+`build(rngs=)`; the connector is called with `(states, inputs, embed)` and names its stages.
+"""
+
+from vfjax.connectors.combine import Combine
+from vfjax.connectors.llava import LLaVA, LLaVAConfig
+from vfjax.connectors.mining import Mining, MiningConfig
 from vfjax.connectors.mlp import MLP, MLPConfig
+from vfjax.connectors.slime import SliME, SliMEConfig
 
-__all__ = ["MLP", "MLPConfig"]
+__all__ = [
+    "MLP",
+    "Combine",
+    "LLaVA",
+    "LLaVAConfig",
+    "MLPConfig",
+    "Mining",
+    "MiningConfig",
+    "SliME",
+    "SliMEConfig",
+]

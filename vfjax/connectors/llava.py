@@ -26,6 +26,11 @@ class LLaVAConfig:
     newline: bool = False
 
     @property
+    def act(self) -> str:
+        """Activation of the projector."""
+        return self.projector.act
+
+    @property
     def taps(self) -> dict[str, tuple[int, ...]]:
         """Hidden states that are read of each encoder."""
         return {"encoder": self.combine.taps}

@@ -1,13 +1,13 @@
 """Mini-Gemini's patch info mining (MGM mgm/model/mgm_arch.py; arXiv 2403.18814, section 3.2).
 
 Each token of a low-resolution view asks the high-resolution pixels of its own cell. The joined
-ConvNeXt map of an HD picture has 2880 x 384 x 384 values; it is never made: resizing is linear along
-rows and columns, so each view takes its part of every stage by its own rows of the weights.
+ConvNeXt map of an HD picture has 2880 x 384 x 384 values; it is never made: resizing is linear
+along rows and columns, so each view takes its part of every stage by its own rows of the weights.
 """
 
 import dataclasses
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 import jax
 import jax.numpy as jnp
@@ -57,6 +57,11 @@ class MiningConfig:
     combine: Combine = Combine()
 
     @property
+    def act(self) -> str:
+        """Activation of the projector."""
+        return self.projector.act
+
+    @property
     def taps(self) -> dict[str, tuple[int, ...]]:
         """Hidden states that are read of each encoder; of the ConvNeXt, all stages."""
         return {"encoder": self.combine.taps, "aux": (0, 1, 2, 3)}
@@ -104,17 +109,25 @@ class Mining(nnx.Module):
         shares = jax.nn.softmax(jnp.nan_to_num(scores), axis=-1)
         return jnp.einsum("nsc,nscd->nsd", shares, self.value(found))
 
-    def __call__(self, states: Mapping[str, Sequence[Array]]) -> dict[str, Array]:
+    def __call__(
+        self,
+        states: Mapping[str, Sequence[Array]],
+        inputs: Mapping[str, Array],
+        embed: Callable[[Array], Array],
+    ) -> dict[str, Array]:
         """Stages up to the visual tokens.
 
         Args:
             states: "encoder": hidden states [n * views, 1 + s, d] of the low-resolution views,
                 picture by picture, the whole one last; "aux": stages [n, h, w, c].
+            inputs: not read.
+            embed: not read.
 
         Returns:
             vision_features [n * views, s, d]; mined, likewise; connector_features and
-            image_features [n, views * s, ...], the whole view first.
+            image_features [n, views * s, ...], the whole view first; tokens, the same flat.
         """
+        del inputs, embed
         c = self.config
         plain, joined = c.combine(states["encoder"])
         maps = states["aux"]
@@ -128,11 +141,14 @@ class Mining(nnx.Module):
         if c.whole:
             features = jnp.roll(features, 1, axis=1)
         features = features.reshape(n, -1, features.shape[-1])
+        projected = self.projector(features)
         return {
             "vision_features": plain,
             "mined": mined,
+            "aux_features": joined_map(maps),  # of use to comparisons only: dropped if not read
             "connector_features": features,
-            "image_features": self.projector(features),
+            "image_features": projected,
+            "tokens": projected.reshape(-1, projected.shape[-1]),
         }
 
     def _weights(self, maps: Sequence[Array]) -> list[list[tuple[np.ndarray, np.ndarray]]]:
@@ -156,6 +172,6 @@ def resized(x: Array, rows: np.ndarray, cols: np.ndarray) -> Array:
 
 
 def joined_map(maps: Sequence[Array]) -> Array:
-    """All stages at the first one's size, [n, h, w, sum of c]: what the views take their parts of."""
+    """All stages at the first one's size, [n, h, w, sum of c], of which views take their parts."""
     side = maps[0].shape[1]
     return jnp.concatenate([resized(m, *[bilinear(m.shape[1], side)] * 2) for m in maps], axis=-1)

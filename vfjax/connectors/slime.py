@@ -48,6 +48,11 @@ class SliMEConfig:
     combine: Combine = Combine()
 
     @property
+    def act(self) -> str:
+        """Activation of the projector."""
+        return self.projector.act
+
+    @property
     def taps(self) -> dict[str, tuple[int, ...]]:
         """Hidden states that are read of each encoder."""
         return {"encoder": self.combine.taps}
@@ -70,7 +75,9 @@ class Resampler(nnx.Module):
         self.norm_q, self.norm_kv, self.norm_post = (
             layer_norm(width, 1e-6, rngs=rngs) for _ in range(3)
         )
-        self.q, self.k, self.v = (linear(width, width, ("embed", "heads"), rngs=rngs) for _ in "qkv")
+        self.q, self.k, self.v = (
+            linear(width, width, ("embed", "heads"), rngs=rngs) for _ in range(3)
+        )
         self.out = linear(width, width, ("heads", "embed"), rngs=rngs)
 
     def __call__(self, x: Array) -> Array:
@@ -120,8 +127,8 @@ class SliME(nnx.Module):
             embed: the LLM's embedding.
 
         Returns:
-            global_features [n, s, D]; local_features [n, tiles * queries, D] in raster order;
-            keep, bool[n, tiles * queries]; and what leads there.
+            tokens: of each picture the whole view's s, the separator, the local ones in raster
+            order; keep, False at the local ones that the router leaves out; and what leads there.
         """
         c = self.config
         plain, _ = c.combine(states["encoder"])
@@ -132,7 +139,11 @@ class SliME(nnx.Module):
         local = self.projector(small).reshape(len(x), c.tiles * c.queries, -1)
         local = jnp.take_along_axis(local, inputs["raster"][..., None], axis=1)
         real = jnp.repeat(inputs["tile_mask"], c.queries, axis=1)  # empty slots stay last
-        scores = router(local, real, embed(inputs["text"]), inputs["text_mask"], c.temperature)
+        scores = router(local, embed(inputs["text"]), inputs["text_mask"])
+        keep = kept(jnp.where(real, scores, -jnp.inf) / c.temperature, real, c.top_p)
+        n, d = len(x), whole.shape[-1]
+        comma = jnp.broadcast_to(embed(jnp.asarray([c.separator])).astype(whole.dtype), (n, 1, d))
+        before = jnp.ones((n, whole.shape[1] + 1), bool)
         return {
             "vision_features": plain,
             "gates": gates,
@@ -140,7 +151,9 @@ class SliME(nnx.Module):
             "local_compressed": small,
             "local_features": local,
             "router_scores": scores,
-            "keep": kept(scores, real, c.top_p),
+            "selected": keep,
+            "tokens": jnp.concatenate([whole, comma, local], axis=1).reshape(-1, d),
+            "keep": jnp.concatenate([before, keep], axis=1).reshape(-1),
         }
 
     def gates(self, x: Array) -> Array:
@@ -156,17 +169,13 @@ class SliME(nnx.Module):
         return gates[..., :1] * experts[0]() + gates[..., 1:] * experts[1]()
 
 
-def router(
-    local: Array, real: Array, text: Array, text_mask: Array, temperature: float
-) -> Array:
-    """Probability float32[n, l] of each local token by its cosines with the text, summed.
+def router(local: Array, text: Array, text_mask: Array) -> Array:
+    """Score float32[n, l] of each local token: its cosines with the text, summed.
 
     Args:
         local: [n, l, D] tokens.
-        real: bool[n, l].
         text: [n, t, D] embeddings of the prompt.
         text_mask: bool[n, t].
-        temperature: divides the sums before the softmax.
     """
 
     def unit(x: Array) -> Array:
@@ -174,12 +183,12 @@ def router(
         return x / jnp.maximum(jnp.linalg.norm(x, axis=-1, keepdims=True), 1e-8)
 
     cosines = jnp.einsum("nld,ntd->nlt", unit(local), unit(text), precision="highest")
-    total = jnp.where(text_mask[:, None], cosines, 0).sum(axis=-1) / temperature
-    return jax.nn.softmax(jnp.where(real, total, -jnp.inf), axis=-1)
+    return jnp.where(text_mask[:, None], cosines, 0).sum(axis=-1)
 
 
-def kept(p: Array, real: Array, top_p: float) -> Array:
+def kept(logits: Array, real: Array, top_p: float) -> Array:
     """The likeliest tokens whose probabilities sum to at most `top_p`, and one more: bool[n, l]."""
+    p = jax.nn.softmax(logits, axis=-1)
     order = jnp.argsort(-p, axis=-1)  # stable
     ranked = jnp.take_along_axis(p, order, axis=-1)
     count = (jnp.cumsum(ranked, axis=-1) <= top_p).sum(axis=-1) + 1

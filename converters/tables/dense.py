@@ -1,0 +1,62 @@
+"""Dense Connector folders (DenseConnector llava/model; arXiv 2405.13800): several layers' features."""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from converters.layouts import Layout, Source
+from converters.tables.llava import (
+    choice,
+    is_upstream,
+    upstream_branch,
+    upstream_names,
+    upstream_source,
+    upstream_tower,
+)
+from converters.towers import Towers
+
+KINDS = ("sti", "sci", "dci")
+
+
+def groups(path: Path, config: Mapping[str, Any], encoder: Mapping[str, Any]) -> dict[str, Any]:
+    """What the connector reads: its fixed layers, by the kind and the tower.
+
+    DenseConnector llava/model/multimodal_encoder; layer 0 is the embedding output. CLIP's second
+    mean includes the plain feature, SigLIP's does not. SigLIP has no class token.
+    """
+    kind = choice(path, config, "mm_dense_connector_type", "", KINDS)
+    siglip = encoder["model_type"].startswith("siglip")
+    plain = 26 if siglip else config.get("mm_vision_select_layer", -2)
+    half = 13 if siglip else 12
+    if kind == "dci":
+        means = [list(range(half)), list(range(half, 2 * half))]
+    else:
+        means = [[7], [15]]
+    return {
+        "groups": [[plain], *means],
+        "axis": "tokens" if kind == "sti" else "channels",
+        "pool": 8 if kind == "sti" else 1,
+        "drop": 0 if siglip else 1,
+    }
+
+
+def describe(path: Path, config: dict[str, Any], towers: Towers) -> Source:
+    """Normal form: LLaVA's, with more layers read.
+
+    Raises:
+        InputError: a tower with too few layers.
+    """
+    tower = upstream_tower(path, config, towers)
+    branch = upstream_branch(path, config, tower)
+    branch["connector"] |= groups(path, config, tower.config)
+    return upstream_source(path, "dense-connector", config, branch, tower)
+
+
+LAYOUTS = (
+    Layout(
+        "dense-connector",
+        lambda config: is_upstream(config) and config.get("mm_dense_connector_type") in KINDS,
+        describe,
+        upstream_names,
+    ),
+)

@@ -1,0 +1,153 @@
+"""Mini-Gemini folders (MGM mgm/model): CLIP and ConvNeXt, patch info mining."""
+
+import dataclasses
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from converters.layouts import Layout, Source
+from converters.rules import Arrays, Rule, Table, dense, norm
+from converters.tables import dense as dense_connector
+from converters.tables.llava import (
+    Names,
+    upstream_branch,
+    upstream_names,
+    upstream_source,
+    upstream_tower,
+)
+from converters.tables.mlp import combine, projector, projector_rules
+from converters.towers import Towers
+from vfjax.connectors import MiningConfig
+from vfjax.images import ImageSpec
+from vfjax.views import TwoScales
+
+MODELS = {
+    f"{start}{end}": llm
+    for start in ("mgm", "mini_gemini")
+    for end, llm in (
+        ("", "llama"),
+        ("_llama", "llama"),
+        ("_gemma", "gemma"),
+        ("_mistral", "mistral"),
+        ("_mixtral", "mixtral"),
+    )
+}
+"""`model_type` -> the LLM's; early uploads are called mini_gemini."""
+
+OWN = (
+    "image_global",
+    "image_grid",
+    "image_size_aux",
+    "optimize_vision_tower",
+    "optimize_vision_tower_aux",
+)
+
+TEMPLATES = {"gemma": "gemma", "mixtral": "mistral_instruct_mgm", "mistral": "mistral_instruct"}
+"""LLM -> template of the published models, where it is not Vicuna's or Llama-3's."""
+
+
+def config(hf: Mapping[str, Any]) -> MiningConfig:
+    """Sizes from the checkpoint's config."""
+    return MiningConfig(
+        projector=projector(hf),
+        width=hf["width"],
+        aux_width=hf["aux_width"],
+        grid=hf["grid"],
+        whole=hf["whole"],
+        combine=combine(hf),
+    )
+
+
+def views(
+    hf: Mapping[str, Any], images: ImageSpec, encoder: Any, connector: MiningConfig
+) -> TwoScales:
+    """The high-resolution picture, and views of it for the encoder."""
+    side = hf["image_size_aux"]
+    high = dataclasses.replace(images, size=side, edge=side)
+    tokens = encoder.prefix + encoder.tokens - connector.combine.drop
+    return TwoScales(high, images.size, connector.grid, connector.whole, tokens)
+
+
+def recorded(config: MiningConfig, inputs: Arrays, stages: Arrays) -> Arrays:
+    """MGM's names; of the joined map the tests keep every few rows and columns, from 1 on."""
+    crops = config.grid**2
+    out = {
+        **stages,
+        "pixel_values": inputs["pixels"].transpose(0, 3, 1, 2),
+        "pixel_values_aux": inputs["pixels_aux"].transpose(0, 3, 1, 2),
+        "aux_features_strided": stages["aux_features"].transpose(0, 3, 1, 2)[:, :, 1::4, 1::4],
+    }
+    if config.whole:
+        mined = out.pop("mined")
+        out |= {"mined_local": mined[:crops], "mined_global": mined[crops:]}
+    return out
+
+
+def asker(source: str, path: str) -> tuple[Rule, ...]:
+    """Rules of a layer norm and a dense layer in a torch Sequential."""
+    return (*norm(f"{source}.0", f"{path}/norm"), *dense(f"{source}.1", f"{path}/dense"))
+
+
+TABLE = Table(
+    types=("mining",),
+    config=config,
+    views=views,
+    recorded=recorded,
+    limits={"pixel_values": 1e-5},  # resized after their normalisation
+    rules=(
+        *projector_rules("mm_projector.", "projector"),
+        *asker("vlm_uni_query_projector", "query"),
+        *asker("vlm_uni_aux_projector", "key"),
+        *asker("vlm_uni_val_projector", "value"),
+    ),
+)
+
+
+def describe(path: Path, config: dict[str, Any], towers: Towers) -> Source:
+    """Normal form. The CLIP copy in the checkpoint is the one to read, the ConvNeXt's is not."""
+    tower = upstream_tower(path, config, towers)
+    aux = towers.find(path, config["mm_vision_tower_aux"], "vision_tower_aux")
+    branch = upstream_branch(path, config, tower)
+    branch["aux"] = aux.config
+    if config.get("mm_dense_connector_type") in dense_connector.KINDS:
+        branch["connector"] |= dense_connector.groups(path, config, tower.config)
+    branch["connector"] |= {
+        "model_type": "mining",
+        "width": tower.config["hidden_size"],
+        "aux_width": config["mm_hidden_size_aux"],
+        "grid": config.get("image_grid", 1),
+        "whole": bool(config.get("image_global", False)),
+        "image_size_aux": config.get("image_size_aux", 320),
+    }
+    llm = MODELS[config["model_type"]]
+    source = upstream_source(
+        path, "mgm", config, branch, tower, llm=llm, template=template(llm, config), own=OWN
+    )
+    part = f"branches.{branch['name']}"
+    source.towers[f"{part}.aux"] = aux
+    source.tuned = (f"{part}.encoder",)
+    if config.get("optimize_vision_tower_aux"):
+        source.tuned += (f"{part}.aux",)
+    return source
+
+
+def template(llm: str, config: Mapping[str, Any]) -> str:
+    """What the authors' scripts pass for each published model, told apart by LLM and vocabulary."""
+    by_vocabulary = {128256: "llama_3", 64000: "chatml_direct"}
+    return TEMPLATES.get(llm) or by_vocabulary.get(config.get("vocab_size", 0), "vicuna_v1")
+
+
+def names(source: Source) -> Names:
+    """Names of the parts that are not LLaVA's."""
+    branch = f"branches.{source.branches[0]['name']}"
+    aux = "model.vision_tower_aux."
+    return (
+        ("model.mm_projector.", f"{branch}.connector", "mm_projector."),
+        ("model.vlm_uni_", f"{branch}.connector", "vlm_uni_"),
+        (f"{aux}vision_stem.", f"{branch}.aux", "stem."),
+        (f"{aux}vision_stages.", f"{branch}.aux", "stages."),
+        *upstream_names(source),
+    )
+
+
+LAYOUTS = (Layout("mgm", lambda config: config.get("model_type") in MODELS, describe, names),)

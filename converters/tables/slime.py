@@ -1,0 +1,141 @@
+"""SliME folders (SliME llava/model): tiles by the picture's size, resamplers, a text-guided router."""
+
+import math
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from converters.layouts import Layout, Source
+from converters.rules import TRANSPOSE, Arrays, Rule, Table, dense, norm
+from converters.tables.llava import (
+    Names,
+    choice,
+    is_upstream,
+    upstream_branch,
+    upstream_names,
+    upstream_source,
+    upstream_tower,
+)
+from converters.tables.mlp import combine, projector, projector_rules
+from converters.towers import Towers
+from vfjax.connectors import SliMEConfig
+from vfjax.images import ImageSpec
+from vfjax.views import Sliced
+
+OWN = ("seperator", "use_global_only", "use_local_only")
+
+
+def config(hf: Mapping[str, Any]) -> SliMEConfig:
+    """Options under the checkpoint's names; missing ones as its code has them."""
+    return SliMEConfig(
+        projector=projector(hf),
+        width=hf["din"],
+        grid=24,  # fixed in upstream's connector
+        queries=hf.get("mm_resampler_dim", 144),
+        separator=hf.get("seperator", 1919),
+        top_p=hf.get("mm_resampler_topp", 0.95),
+        temperature=hf.get("mm_resampler_temp", 1.0),
+        gate=hf.get("mm_learnable_gated", -1),
+        combine=combine(hf),
+    )
+
+
+def views(hf: Mapping[str, Any], images: ImageSpec, encoder: Any, connector: SliMEConfig) -> Sliced:
+    """The whole picture and tiles."""
+    del hf
+    tokens = encoder.prefix + encoder.tokens - connector.combine.drop
+    return Sliced(images, tokens, math.isqrt(connector.queries), connector.tiles)
+
+
+def recorded(config: SliMEConfig, inputs: Arrays, stages: Arrays) -> Arrays:
+    """SliME's names, for a batch of one picture; empty slots for tiles are cut."""
+    tiles = int(inputs["tile_mask"][0].sum())
+    local = tiles * config.queries
+    return {
+        "pixel_values": inputs["pixels"].transpose(0, 3, 1, 2)[: 1 + tiles],
+        "vision_features": stages["vision_features"][: 1 + tiles],
+        "gates": stages["gates"][0],
+        "global_features": stages["global_features"][0],
+        "local_compressed": stages["local_compressed"][:tiles],
+        "local_projected_raster": stages["local_features"][0, :local],
+        "router_scores": stages["router_scores"][0, :local],
+        "selected_local": np.flatnonzero(stages["selected"][0]),
+        "image_features": stages["tokens"][stages["keep"]],
+    }
+
+
+def resampler(source: str, path: str) -> tuple[Rule, ...]:
+    """Rules of a resampler; torch keeps its queries', keys' and values' kernels in one tensor."""
+    parts = tuple(
+        rule
+        for i, name in enumerate(("q", "k", "v"))
+        for rule in (
+            Rule(f"{source}.attn.in_proj_weight", f"{path}/{name}/kernel", TRANSPOSE, part=(i, 3)),
+            Rule(f"{source}.attn.in_proj_bias", f"{path}/{name}/bias", part=(i, 3)),
+        )
+    )
+    return (
+        Rule(f"{source}.query", f"{path}/query"),
+        Rule(f"{source}.pos_embed", f"{path}/pos"),
+        *norm(f"{source}.ln_q", f"{path}/norm_q"),
+        *norm(f"{source}.ln_kv", f"{path}/norm_kv"),
+        *norm(f"{source}.ln_post", f"{path}/norm_post"),
+        *parts,
+        *dense(f"{source}.attn.out_proj", f"{path}/out"),
+    )
+
+
+TABLE = Table(
+    types=("slime",),
+    config=config,
+    views=views,
+    recorded=recorded,
+    rules=(
+        *projector_rules("mm_projector.projection.", "projector"),
+        *resampler("mm_projector.attn", "expert"),
+        *resampler("sampler.post_qformer", "sampler"),
+        Rule("mm_projector.w_gate", "gate"),
+    ),
+    ignore=(r"mm_projector\.(w_noise|mean|std)",),  # of the noise in training
+)
+
+
+def describe(path: Path, config: dict[str, Any], towers: Towers) -> Source:
+    """Normal form.
+
+    Raises:
+        InputError: a router other than the published one.
+    """
+    choice(path, config, "mm_resampler_type", "", ("cosine",))
+    tower = upstream_tower(path, config, towers)
+    branch = upstream_branch(path, {**config, "mm_projector_type": "mlp2x_gelu"}, tower)
+    for key in ("merge", "pinpoints"):  # in the config, but not read by upstream
+        branch["connector"].pop(key, None)
+    wanted = ("mm_resampler_dim", "mm_resampler_topp", "mm_resampler_temp", "mm_learnable_gated")
+    branch["connector"] |= {"model_type": "slime"} | {
+        key: config[key] for key in (*wanted, "seperator") if key in config
+    }
+    template = "llama3" if config.get("vocab_size") == 128256 else "vicuna_v1"
+    return upstream_source(path, "slime", config, branch, tower, template=template, own=OWN)
+
+
+def names(source: Source) -> Names:
+    """Names of the parts that are not LLaVA's."""
+    branch = f"branches.{source.branches[0]['name']}"
+    return (
+        ("model.mm_projector.", f"{branch}.connector", "mm_projector."),
+        ("model.sampler.", f"{branch}.connector", "sampler."),
+        *upstream_names(source),
+    )
+
+
+LAYOUTS = (
+    Layout(
+        "slime",
+        lambda config: is_upstream(config) and config.get("mm_projector_type") == "gated",
+        describe,
+        names,
+    ),
+)

@@ -1,0 +1,140 @@
+"""Vision towers that a checkpoint only names: where they are looked for, and what is found."""
+
+import dataclasses
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+from converters import tables
+from converters.reader import read_json, read_weights
+from converters.rules import rename
+from vfjax import InputError
+from vfjax.merge import LazyTensor
+
+Tensors = dict[str, LazyTensor]
+Prefixes = tuple[tuple[str, str], ...]
+
+KINDS = {
+    "config.json": ("model", "pytorch_model"),
+    "open_clip_config.json": ("open_clip_model", "open_clip_pytorch_model"),
+}
+"""Config file of a tower's folder -> stems of its weights files."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Tower:
+    """A vision tower.
+
+    Attributes:
+        config: its Hugging Face config, `model_type` naming a table.
+        preprocessor: its preprocessor_config.json; empty for OpenCLIP's.
+        files: its weights files, by name.
+        tensors: under the names of its table.
+        prefixes: the (prefix in the folder, prefix in the table) pairs they were read by.
+    """
+
+    config: dict[str, Any]
+    preprocessor: dict[str, Any]
+    path: Path | None = None
+    files: dict[str, Path] = dataclasses.field(default_factory=dict)
+    tensors: Tensors = dataclasses.field(default_factory=dict)
+    prefixes: Prefixes = ()
+
+
+@dataclasses.dataclass(frozen=True)
+class Towers:
+    """Where towers are looked for.
+
+    Attributes:
+        places: name in the checkpoint's config -> folder, first of all.
+        source: which copy of a tower is read when a checkpoint holds one too: "auto" as its
+            authors' loader does, "checkpoint", or "hub" for the tower's own folder.
+    """
+
+    places: Mapping[str, str | Path] = dataclasses.field(default_factory=dict)
+    source: str = "auto"
+
+    def __post_init__(self) -> None:
+        if self.source not in ("auto", "checkpoint", "hub"):
+            raise InputError(
+                "tower_source",
+                found=repr(self.source),
+                expected="'auto', 'checkpoint' or 'hub'",
+                fix="choose one",
+            )
+
+    def find(self, folder: Path, name: str, slot: str = "vision_tower") -> Tower:
+        """The tower of a checkpoint folder.
+
+        Args:
+            folder: the checkpoint's.
+            name: what its config.json says.
+            slot: stem of the tower's files, and name of its folder, inside `folder`.
+
+        Returns:
+            The tower; without tensors if only its config is known, as of a published one.
+
+        Raises:
+            InputError: it is nowhere, or unreadable.
+        """
+        for config in KINDS:
+            if (folder / f"{slot}_{config}").is_file():
+                return read_tower(folder, config, slot)
+        for path in self.candidates(folder, name, slot):
+            for config in KINDS:
+                if (path / config).is_file():
+                    return read_tower(path, config)
+        for table in tables.TABLES.values():
+            if known := table.published.get(name.rstrip("/").split("/")[-1]):
+                return Tower(dict(known.config), dict(known.preprocessor))
+        places = ", ".join(map(str, self.candidates(folder, name, slot)))
+        raise InputError(
+            f"{folder}: vision tower {name!r}",
+            found="none",
+            expected=f"a Hugging Face folder in one of: {places}",
+            fix=f"put it there, or pass towers={{{name!r}: folder}}",
+        )
+
+    def candidates(self, folder: Path, name: str, slot: str) -> list[Path]:
+        """Folders in which the tower is looked for, in this order."""
+        out = [Path(self.places[name])] if name in self.places else []
+        last = name.rstrip("/").split("/")[-1]
+        out += [folder / slot, Path(name), folder / name, folder.parent / last]
+        try:
+            from huggingface_hub import snapshot_download
+            from huggingface_hub.errors import HFValidationError, LocalEntryNotFoundError
+
+            out.append(Path(snapshot_download(name, local_files_only=True)))
+        except (HFValidationError, LocalEntryNotFoundError):
+            pass
+        return out
+
+
+def read_tower(path: Path, file: str, slot: str = "") -> Tower:
+    """A tower of a folder of its own, or of files that start with `slot`."""
+    start = f"{slot}_" if slot else ""
+    config = vision_config(read_json(path / f"{start}{file}"))
+    preprocessor = path / f"{start}preprocessor_config.json"
+    table = tables.find(config, str(path))
+    raw = read_weights(path, (slot,) if slot else KINDS[file])
+    names = rename(raw, table.prefixes)
+    return Tower(
+        config=config,
+        preprocessor=read_json(preprocessor) if file == "config.json" else {},
+        path=path,
+        files={tensor.path.name: tensor.path for tensor in raw.values()},
+        tensors={new: raw[old] for old, (new, _) in names.items()},
+        prefixes=pairs(pair for new, pair in names.values() if not table.ignores(new)),
+    )
+
+
+def vision_config(config: Mapping[str, Any]) -> dict[str, Any]:
+    """The vision half of a CLIP-like config, or of an OpenCLIP one, with a `model_type`."""
+    if "model_cfg" in config:
+        return {"model_type": "open_clip_convnext", **config["model_cfg"]["vision_cfg"]}
+    return {"model_type": config.get("model_type"), **config.get("vision_config", config)}
+
+
+def pairs(found: Iterable[tuple[str, str]]) -> Prefixes:
+    """Distinct pairs, the most telling table prefix first."""
+    return tuple(sorted(set(found), key=lambda pair: (-len(pair[1]), pair)))

@@ -70,7 +70,7 @@ def export(
         if (origin / name).is_file()
     }
     dtype = np.dtype(params["llm/embedding"].dtype)
-    texts = {"config.json": with_dtype(record["config"], dtype)}
+    texts: dict[str, Mapping[str, Any]] = {"config.json": with_dtype(record["config"], dtype)}
     for part, tower in record["towers"].items():
         for file, value in tower_files(tower).items():
             texts[f"{FOLDERS[part.split('.')[-1]]}/{file}"] = value

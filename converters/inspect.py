@@ -25,13 +25,13 @@ def inspect(path: str | Path) -> str:
         f"base: {source.config.get('base_model') or 'not said in the checkpoint'}",
     ]
     for branch, parts in zip(config.branches, source.branches, strict=True):
-        encoder, images = branch.encoder, branch.images
+        encoder, views = branch.encoder, branch.views
         part = f"branches.{branch.name}.encoder"
         where = source.towers[part].path if part in source.towers else "this folder"
         lines.append(
             f"branch {branch.name}: {parts['encoder']['model_type']}, {encoder.layers} layers x "
-            f"{encoder.width}, taps {list(branch.taps)}, {images.size} px {images.aspect}, "
-            f"{parts['connector']['mm_projector_type']}, {branch.tokens} tokens a picture; "
+            f"{encoder.width}, taps {list(branch.connector.taps['encoder'])}, {views.images.size} px {views.images.aspect}, "
+            f"{parts['connector']['mm_projector_type']}, up to {branch.tokens} tokens a picture; "
             f"tower from {where}"
         )
     for part, rules in check(source, params).items():

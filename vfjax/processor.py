@@ -188,7 +188,8 @@ class Processor:
             return {}, []
         opened = [open_image(p) for p in pictures]
         words = _words(rows)
-        inputs, numbers, base = {}, [[] for _ in pictures], 0
+        numbers: list[list[np.ndarray]] = [[] for _ in pictures]
+        inputs, base = {}, 0
         for branch in self.config.branches:
             ready = branch.views(opened)
             inputs[branch.name] = ready.inputs

@@ -1,4 +1,4 @@
-"""What a branch is shown of a batch's pictures, and in which order its tokens are read; on the host.
+"""What a branch is shown of a batch's pictures, and the order of its tokens; on the host.
 
 A branch turns its inputs into a flat memory of visual tokens of static size; each picture's tokens
 are a list of indices into it. Tiling, unpadding and newlines are thus one gather on the device.

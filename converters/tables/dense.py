@@ -1,4 +1,4 @@
-"""Dense Connector folders (DenseConnector llava/model; arXiv 2405.13800): several layers' features."""
+"""Dense Connector folders (DenseConnector llava/model; arXiv 2405.13800): several layers."""
 
 from collections.abc import Mapping
 from pathlib import Path
@@ -28,12 +28,9 @@ def groups(path: Path, config: Mapping[str, Any], encoder: Mapping[str, Any]) ->
     siglip = encoder["model_type"].startswith("siglip")
     plain = 26 if siglip else config.get("mm_vision_select_layer", -2)
     half = 13 if siglip else 12
-    if kind == "dci":
-        means = [list(range(half)), list(range(half, 2 * half))]
-    else:
-        means = [[7], [15]]
+    halves = [list(range(half)), list(range(half, 2 * half))]
     return {
-        "groups": [[plain], *means],
+        "groups": [[plain], *(halves if kind == "dci" else [[7], [15]])],
         "axis": "tokens" if kind == "sti" else "channels",
         "pool": 8 if kind == "sti" else 1,
         "drop": 0 if siglip else 1,

@@ -109,7 +109,7 @@ def upstream_source(
     template: str = "vicuna_v1",
     own: tuple[str, ...] = (),
 ) -> Source:
-    """An upstream folder's normal form from its parts; `own` are more keys that are not the LLM's."""
+    """An upstream folder's normal form; `own` are more keys that are not the LLM's."""
     kept = {k: v for k, v in config.items() if k not in (*OWN, *own) and not k.startswith("mm_")}
     kept["model_type"] = llm or MODELS[config["model_type"]]
     encoder = f"branches.{branch['name']}.encoder"

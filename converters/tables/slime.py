@@ -1,4 +1,4 @@
-"""SliME folders (SliME llava/model): tiles by the picture's size, resamplers, a text-guided router."""
+"""SliME folders (SliME llava/model): tiles, resamplers, a router that reads the prompt."""
 
 import math
 from collections.abc import Mapping

@@ -10,8 +10,9 @@ import tokenizers
 from flax import nnx
 
 import converters
-from converters.layouts import Prefixes, Source, Tower
+from converters.layouts import Source
 from converters.load import model_config
+from converters.towers import Prefixes, Tower
 from vfjax import Model
 
 QUESTION = "What is in the picture?"
@@ -126,7 +127,7 @@ def upstream(path: Path) -> Source:
         "branches.clip.connector": (("model.mm_projector.", ""),),
         "branches.clip.encoder": (("vision_model.", ""),),
     }
-    tower = {"branches.clip.encoder": Tower(path, "", CLIP, CLIP_IMAGES)}
+    tower = {"branches.clip.encoder": Tower(CLIP, CLIP_IMAGES)}
     return Source(path, "llava", config, LLM, [branch], "vicuna_v1", {}, prefixes, tower)
 
 
@@ -166,10 +167,10 @@ def branch_of(
             "mm_projector_type": "mlp2x_gelu",
             "din": encoder["hidden_size"],
             "dout": LLM["hidden_size"],
+            "groups": [[-2]],
+            "drop": 1,
         },
         "aspect": aspect,
-        "taps": [-2],
-        "drop": 1,
     }
 
 

@@ -236,7 +236,7 @@ def test_sampled_distribution(name: str):
 
 
 def test_sampling_differs_between_steps_rows_and_seeds(llm):
-    """An LLM whose logits are all zero: 16 seeds, 4 rows and 64 steps are 4096 even draws of 320."""
+    """Logits of zero: 16 seeds, 4 rows and 64 steps are 4096 even draws of 320."""
     _, model, processor = llm
     model = nnx.clone(model)
     model.llm.norm.scale[...] = jnp.zeros_like(model.llm.norm.scale[...])

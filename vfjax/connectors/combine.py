@@ -47,12 +47,20 @@ class Combine:
         return tokens + more
 
     def __call__(self, states: Sequence[Array]) -> tuple[Array, Array]:
-        """The plain feature [n, s, d] and the joined ones, of hidden states in the order of `taps`."""
+        """The plain feature [n, s, d] and the joined ones, of the hidden states at `taps`."""
         by_tap = {tap: s[:, self.drop :] for tap, s in zip(self.taps, states, strict=True)}
-        first, *others = (sum(by_tap[t] for t in group) / len(group) for group in self.groups)
+        first, *others = (mean([by_tap[t] for t in group]) for group in self.groups)
         if self.axis == "channels":
             return first, jnp.concatenate([first, *others], axis=-1)
         return first, jnp.concatenate([first, *(pooled(x, self.pool) for x in others)], axis=1)
+
+
+def mean(arrays: Sequence[Array]) -> Array:
+    """Sum, then division, as upstream rounds it."""
+    total = arrays[0]
+    for x in arrays[1:]:
+        total = total + x
+    return total / len(arrays) if len(arrays) > 1 else total
 
 
 def pooled(x: Array, k: int) -> Array:

@@ -17,22 +17,9 @@ from flax import nnx
 from vfjax.connectors.combine import Combine
 from vfjax.connectors.mlp import MLPConfig
 from vfjax.layers import layer_norm, linear
+from vfjax.resize import bilinear
 
 Array = jax.Array
-
-
-def bilinear(source: int, target: int) -> np.ndarray:
-    """Weights float64[target, source] of torch's bilinear resize along one axis.
-
-    `interpolate(mode="bilinear", align_corners=False)`: half-pixel centres, no antialiasing.
-    """
-    centre = ((np.arange(target) + 0.5) * source / target - 0.5).clip(0, source - 1)
-    low = np.floor(centre).astype(int)
-    weights = np.zeros((target, source))
-    rows = np.arange(target)
-    np.add.at(weights, (rows, low), 1 - (centre - low))
-    np.add.at(weights, (rows, (low + 1).clip(max=source - 1)), centre - low)
-    return weights
 
 
 @dataclasses.dataclass(frozen=True)

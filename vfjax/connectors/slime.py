@@ -14,8 +14,8 @@ from flax import nnx
 
 from vfjax.connectors.combine import Combine
 from vfjax.connectors.mlp import MLPConfig
-from vfjax.encoders.dinov2 import bicubic
 from vfjax.layers import attention, layer_norm, linear, param
+from vfjax.resize import bicubic
 
 Array = jax.Array
 

@@ -7,9 +7,9 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from vfjax.encoders.dinov2 import bicubic
 from vfjax.encoders.vit import MLP, Block, patch_conv, run
 from vfjax.layers import layer_norm, param
+from vfjax.resize import bicubic
 
 Array = jax.Array
 

@@ -8,11 +8,11 @@ from collections.abc import Sequence
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from flax import nnx
 
 from vfjax.encoders.vit import MLP, Block, SwiGLU, patch_conv, run
 from vfjax.layers import layer_norm, param
+from vfjax.resize import bicubic
 
 Array = jax.Array
 
@@ -111,28 +111,3 @@ class DINOv2(nnx.Module):
         grid = jnp.einsum("yi,xj,ijd->yxd", rows, cols, grid, precision="highest")
         grid = grid.reshape(1, h * w, -1).astype(table.dtype)
         return jnp.concatenate([table[:, :1], grid], axis=1)
-
-
-def bicubic(source: int, target: int, *, antialias: bool) -> np.ndarray:
-    """Weights float64[target, source] of torch's bicubic resize along one axis.
-
-    torch's `interpolate(mode="bicubic", align_corners=False)` uses a = -0.75 with clamped borders;
-    with `antialias=True` a = -0.5, a support widened when shrinking, and weights renormalised at
-    the borders. `jax.image.resize` has only the latter kind.
-    """
-    scale = source / target
-    stretch = max(scale, 1.0) if antialias else 1.0
-    a = -0.5 if antialias else -0.75
-    centre = (np.arange(target) + 0.5) * scale - 0.5
-    reach = int(np.ceil(2 * stretch))
-    taps = np.floor(centre)[:, None].astype(int) + np.arange(-reach, reach + 2)[None]
-    x = np.abs((taps - centre[:, None]) / stretch)
-    near = ((a + 2) * x - (a + 3)) * x * x + 1
-    far = ((a * x - 5 * a) * x + 8 * a) * x - 4 * a
-    kernel = np.where(x <= 1, near, np.where(x < 2, far, 0.0))
-    if antialias:
-        kernel = np.where((taps >= 0) & (taps < source), kernel, 0.0)
-        kernel /= kernel.sum(axis=1, keepdims=True)
-    weights = np.zeros((target, source))
-    np.add.at(weights, (np.arange(target)[:, None], taps.clip(0, source - 1)), kernel)
-    return weights

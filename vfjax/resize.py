@@ -1,0 +1,42 @@
+"""Weights of torch's resizes along one axis; `jax.image.resize` has other borders and kernels."""
+
+import numpy as np
+
+
+def bilinear(source: int, target: int) -> np.ndarray:
+    """Weights float64[target, source] of torch's bilinear resize along one axis.
+
+    `interpolate(mode="bilinear", align_corners=False)`: half-pixel centres, no antialiasing.
+    """
+    centre = ((np.arange(target) + 0.5) * source / target - 0.5).clip(0, source - 1)
+    low = np.floor(centre).astype(int)
+    weights = np.zeros((target, source))
+    rows = np.arange(target)
+    np.add.at(weights, (rows, low), 1 - (centre - low))
+    np.add.at(weights, (rows, (low + 1).clip(max=source - 1)), centre - low)
+    return weights
+
+
+def bicubic(source: int, target: int, *, antialias: bool) -> np.ndarray:
+    """Weights float64[target, source] of torch's bicubic resize along one axis.
+
+    torch's `interpolate(mode="bicubic", align_corners=False)` uses a = -0.75 with clamped borders;
+    with `antialias=True` a = -0.5, a support widened when shrinking, and weights renormalised at
+    the borders. `jax.image.resize` has only the latter kind.
+    """
+    scale = source / target
+    stretch = max(scale, 1.0) if antialias else 1.0
+    a = -0.5 if antialias else -0.75
+    centre = (np.arange(target) + 0.5) * scale - 0.5
+    reach = int(np.ceil(2 * stretch))
+    taps = np.floor(centre)[:, None].astype(int) + np.arange(-reach, reach + 2)[None]
+    x = np.abs((taps - centre[:, None]) / stretch)
+    near = ((a + 2) * x - (a + 3)) * x * x + 1
+    far = ((a * x - 5 * a) * x + 8 * a) * x - 4 * a
+    kernel = np.where(x <= 1, near, np.where(x < 2, far, 0.0))
+    if antialias:
+        kernel = np.where((taps >= 0) & (taps < source), kernel, 0.0)
+        kernel /= kernel.sum(axis=1, keepdims=True)
+    weights = np.zeros((target, source))
+    np.add.at(weights, (np.arange(target)[:, None], taps.clip(0, source - 1)), kernel)
+    return weights

@@ -31,8 +31,9 @@ def export(
     """Writes a model in the layout and under the names that it was loaded from.
 
     A tower that was read from a folder of its own is written to `vision_tower/` (a second one to
-    `vision_tower_aux/`) inside `out`, where `converters.load` finds it. Tokenizer and preprocessor files are copied from the folder that the
-    model came from. On several processes only the first writes.
+    `vision_tower_aux/`) inside `out`, where `converters.load` finds it. Tokenizer and
+    preprocessor files are copied from the folder that the model came from. On several processes
+    only the first writes.
 
     Args:
         model: made by `converters.load`; its parameters may have changed.

@@ -30,7 +30,8 @@ def inspect(path: str | Path) -> str:
         where = source.towers[part].path if part in source.towers else "this folder"
         lines.append(
             f"branch {branch.name}: {parts['encoder']['model_type']}, {encoder.layers} layers x "
-            f"{encoder.width}, taps {list(branch.connector.taps['encoder'])}, {views.images.size} px {views.images.aspect}, "
+            f"{encoder.width}, taps {list(branch.connector.taps['encoder'])}, "
+            f"{views.images.size} px {views.images.aspect}, "
             f"{parts['connector']['mm_projector_type']}, up to {branch.tokens} tokens a picture; "
             f"tower from {where}"
         )

@@ -47,9 +47,23 @@ def layer_norm(width: int, eps: float, *, rngs: nnx.Rngs) -> nnx.LayerNorm:
     )
 
 
-def rms_norm(width: int, eps: float, *, rngs: nnx.Rngs) -> nnx.RMSNorm:
-    """Root-mean-square normalisation over the last axis, reduced in float32 (arXiv 1910.07467)."""
-    return nnx.RMSNorm(width, epsilon=eps, scale_metadata={"axes": (None,)}, rngs=rngs)
+class RMSNorm(nnx.Module):
+    """Root-mean-square normalisation over the last axis, reduced in float32 (arXiv 1910.07467).
+
+    As transformers rounds it: Llama's multiplies by the scale in the input's dtype; Gemma's, whose
+    stored scale is an `offset` from one, in float32.
+    """
+
+    def __init__(self, width: int, eps: float, *, offset: bool = False, rngs: nnx.Rngs):
+        self.eps, self.offset = eps, offset
+        self.scale = nnx.Param(jnp.full(width, 0.0 if offset else 1.0), axes=(None,))
+
+    def __call__(self, x: Array) -> Array:
+        y = x.astype(jnp.float32)
+        y = y * jax.lax.rsqrt(jnp.mean(y * y, axis=-1, keepdims=True) + self.eps)
+        if self.offset:
+            return (y * (1 + self.scale[...].astype(jnp.float32))).astype(x.dtype)
+        return self.scale[...] * y.astype(x.dtype)
 
 
 def attention(q: Array, k: Array, v: Array, mask: Array | None = None) -> Array:

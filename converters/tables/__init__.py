@@ -36,9 +36,9 @@ def find(config: Mapping[str, Any], where: str) -> Table:
 
 
 def register() -> None:
-    """Imports the modules of this folder and collects their TABLE and LAYOUTS."""
+    """Imports the modules of this folder and collects their TABLE or TABLES, and LAYOUTS."""
     for module in sorted(pkgutil.iter_modules(__path__), key=lambda m: m.name):
         found = importlib.import_module(f"{__name__}.{module.name}")
-        if table := getattr(found, "TABLE", None):
-            TABLES.update(dict.fromkeys(table.types, table))
+        own = (found.TABLE,) if hasattr(found, "TABLE") else getattr(found, "TABLES", ())
+        TABLES.update({kind: table for table in own for kind in table.types})
         LAYOUTS.extend(getattr(found, "LAYOUTS", ()))

@@ -60,9 +60,9 @@ def assert_close(found: jax.Array, expected: np.ndarray, what: object) -> None:
     assert error <= LIMIT, (what, error)
 
 
-@functools.partial(jax.jit, static_argnames=("taps", "norm"))
-def states_of(model: nnx.Module, x: jax.Array, taps: Sequence[int], *, norm: bool = False) -> list:
-    return model(x, taps, norm=norm)
+@functools.partial(jax.jit, static_argnums=2)
+def states_of(model: nnx.Module, x: jax.Array, taps: Sequence[int]) -> list[jax.Array]:
+    return model(x, taps)
 
 
 def assert_all_taps(pair: tuple, x: np.ndarray) -> None:
@@ -125,7 +125,7 @@ def test_dinov2_positions(tmp_path, kind: str, trained: int, grid: tuple[int, in
 @pytest.mark.parametrize("antialias", [False, True])
 @pytest.mark.parametrize("source", [1, 2, 5, 16, 37])
 def test_bicubic_is_torchs(source: int, antialias: bool):
-    """torch computes coordinates in float32, which moves the weights by some 1e-6 a pixel."""
+    """Torch computes coordinates in float32, which moves the weights by some 1e-6 a pixel."""
     grid = torch.randn(1, 1, source, source, generator=torch.Generator().manual_seed(0))
     for size in [(1, 1), (2, 3), (5, 5), (4, 9), (16, 16), (15, 37), (48, 41), (100, 7)]:
         expected = torch.nn.functional.interpolate(

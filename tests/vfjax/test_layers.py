@@ -9,7 +9,7 @@ from flax import nnx
 from transformers.activations import ACT2FN
 from transformers.models.llama.modeling_llama import LlamaRMSNorm, apply_rotary_pos_emb
 
-from vfjax.layers import ACTIVATIONS, attention, layer_norm, linear, param, rms_norm, rotate
+from vfjax.layers import ACTIVATIONS, RMSNorm, attention, layer_norm, linear, param, rotate
 
 BFLOAT16_ULP = 2.0**-8
 
@@ -40,7 +40,7 @@ def test_layer_norm(offset: float, limit: float):
 def test_rms_norm():
     width, eps = 40, 1e-3
     x, scale = normal(0, 3, 5, width), normal(1, width)
-    norm = rms_norm(width, eps, rngs=nnx.Rngs(0))
+    norm = RMSNorm(width, eps, rngs=nnx.Rngs(0))
     norm.scale[...] = scale
     theirs = LlamaRMSNorm(width, eps)
     theirs.weight.data = torch.from_numpy(scale)
@@ -48,7 +48,7 @@ def test_rms_norm():
     np.testing.assert_allclose(norm(jnp.asarray(x)), expected, rtol=0, atol=2e-6)
 
 
-@pytest.mark.parametrize("make", [layer_norm, rms_norm])
+@pytest.mark.parametrize("make", [layer_norm, RMSNorm])
 def test_norms_reduce_in_float32(make):
     """In bfloat16 the sum of 4096 squares would be off by percents."""
     x = jnp.asarray(normal(0, 2, 4096), jnp.bfloat16)

@@ -1,4 +1,7 @@
-"""Llama-family decoder (arXiv 2302.13971), as transformers' LlamaForCausalLM computes it."""
+"""Llama-family decoders (arXiv 2302.13971), as transformers computes them.
+
+Llama, Vicuna, Yi, Mistral, Qwen2, Qwen3 and Gemma differ in a few switches.
+"""
 
 import dataclasses
 
@@ -7,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from vfjax.layers import ACTIVATIONS, attention, linear, param, rms_norm, rotate
+from vfjax.layers import ACTIVATIONS, RMSNorm, attention, linear, param, rotate
 from vfjax.llm.cache import Cache
 
 Array = jax.Array
@@ -25,7 +28,12 @@ class RopeScaling:
 
 @dataclasses.dataclass(frozen=True)
 class LlamaConfig:
-    """Sizes of a decoder; `kv_heads` below `heads` is grouped-query attention."""
+    """Sizes and options of a decoder.
+
+    `kv_heads` below `heads` is grouped-query attention. Beyond Llama: `qk_norm` normalises queries
+    and keys (Qwen3); `gemma` multiplies the input by sqrt(width), visual tokens too, and keeps
+    norms' scales as offsets from one.
+    """
 
     vocab: int
     width: int
@@ -43,6 +51,8 @@ class LlamaConfig:
     out_bias: bool = False
     mlp_bias: bool = False
     tied: bool = False
+    qk_norm: bool = False
+    gemma: bool = False
 
     def build(self, *, rngs: nnx.Rngs) -> "Llama":
         return Llama(self, rngs=rngs)
@@ -78,11 +88,16 @@ class Attention(nnx.Module):
         self.k = linear(c.width, kv, ("embed", "heads"), bias=c.qkv_bias, rngs=rngs)
         self.v = linear(c.width, kv, ("embed", "heads"), bias=c.qkv_bias, rngs=rngs)
         self.out = linear(q, c.width, ("heads", "embed"), bias=c.out_bias, rngs=rngs)
+        if c.qk_norm:
+            self.q_norm = RMSNorm(c.head_dim, c.eps, rngs=rngs)
+            self.k_norm = RMSNorm(c.head_dim, c.eps, rngs=rngs)
 
     def qkv(self, x: Array, cos: Array, sin: Array) -> tuple[Array, Array, Array]:
         """Queries [b, t, n, h], keys and values [b, t, g, h] of x [b, t, d], rotated."""
         b, t, _ = x.shape
         q, k, v = (f(x).reshape(b, t, -1, self.config.head_dim) for f in (self.q, self.k, self.v))
+        if self.config.qk_norm:
+            q, k = self.q_norm(q), self.k_norm(k)
         return rotate(q, cos, sin), rotate(k, cos, sin), v
 
     def join(self, x: Array) -> Array:
@@ -108,9 +123,9 @@ class Block(nnx.Module):
     """Pre-norm attention and feed-forward, each added to the stream."""
 
     def __init__(self, config: LlamaConfig, *, rngs: nnx.Rngs):
-        self.norm1 = rms_norm(config.width, config.eps, rngs=rngs)
+        self.norm1 = RMSNorm(config.width, config.eps, offset=config.gemma, rngs=rngs)
         self.attn = Attention(config, rngs=rngs)
-        self.norm2 = rms_norm(config.width, config.eps, rngs=rngs)
+        self.norm2 = RMSNorm(config.width, config.eps, offset=config.gemma, rngs=rngs)
         self.mlp = MLP(config, rngs=rngs)
 
 
@@ -121,7 +136,7 @@ class Llama(nnx.Module):
         c = self.config = config
         self.embedding = param((c.vocab, c.width), ("vocab", "embed"), rngs=rngs)
         self.blocks = nnx.List(Block(c, rngs=rngs) for _ in range(c.layers))
-        self.norm = rms_norm(c.width, c.eps, rngs=rngs)
+        self.norm = RMSNorm(c.width, c.eps, offset=c.gemma, rngs=rngs)
         if not c.tied:
             self.head = linear(c.width, c.vocab, ("embed", "vocab"), bias=False, rngs=rngs)
 
@@ -152,6 +167,8 @@ class Llama(nnx.Module):
             see = mask[:, None] & jnp.tril(jnp.ones((x.shape[1],) * 2, bool))[None]
         else:
             cache, positions, see = cache.extend(mask)
+        if self.config.gemma:
+            x = x * jnp.asarray(self.config.width**0.5, x.dtype)
         angles = positions[..., None].astype(jnp.float32) * frequencies(self.config)
         cos, sin = jnp.cos(angles), jnp.sin(angles)
         keys, values = [], []

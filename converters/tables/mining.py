@@ -123,8 +123,8 @@ def describe(path: Path, config: dict[str, Any], towers: Towers) -> Source:
     source = upstream_source(
         path, "mgm", config, branch, tower, llm=llm, template=template(llm, config), own=OWN
     )
-    # MGM's transformers computes hidden_act to the letter, where later ones know better.
-    source.llm.setdefault("hidden_activation", config.get("hidden_act"))
+    if llm == "gemma":  # MGM's transformers takes hidden_act to the letter
+        source.llm.setdefault("hidden_activation", config.get("hidden_act"))
     part = f"branches.{branch['name']}"
     source.towers[f"{part}.aux"] = aux
     source.tuned = (f"{part}.encoder",)

@@ -161,8 +161,15 @@ def _component_config(source: Source, part: str, **more: Any) -> Any:
 
 def abstract(build: Callable[..., nnx.Module]) -> tuple[nnx.GraphDef, Params]:
     """The module that `build(rngs=)` makes, as structure and shapes only."""
-    graph, state = nnx.split(nnx.eval_shape(lambda: build(rngs=nnx.Rngs(0))))
+    graph, state = nnx.split(nnx.eval_shape(lambda: build(rngs=_OneKey())))
     return graph, flatten(state)
+
+
+class _OneKey:
+    """In place of `nnx.Rngs` where no value is drawn: tracing its counter takes quadratic time."""
+
+    def params(self) -> jax.Array:
+        return jax.random.key(0)
 
 
 def flatten(state: nnx.State) -> Params:

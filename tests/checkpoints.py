@@ -294,27 +294,28 @@ def fused_folder(
     Args:
         path: folder to make.
         llm: under the standard names.
-        branches: name -> tower, connector and what the branch's entry in config.json says beside
-            them: `taps`, `drop`, `aspect`.
+        branches: name -> tower, connector and how they are used: `taps`, hidden states that are
+            joined on channels; `drop`, leading tokens that are left out; `aspect`.
     """
     state, entries = published(llm), []
     for name, (tower, connector, entry) in branches.items():
         start = f"branches.{name}"
         state |= {f"{start}.encoder.{k}": x for k, x in published(tower).items()}
         state |= {f"{start}.connector.{k}": x for k, x in connector.state_dict().items()}
-        kind = {
-            "model_type": "mlp",
-            "mm_projector_type": f"mlp{(len(connector) + 1) // 2}x_gelu",
-            "din": connector[0].in_features,
-            "dout": connector[-1].out_features,
-        }
         entries.append(
             {
                 "name": name,
                 "encoder": tower.config.to_dict(),
                 "preprocessor": preprocessor(tower.config),
-                "connector": kind,
-                **entry,
+                "aspect": entry["aspect"],
+                "connector": {
+                    "model_type": "mlp",
+                    "mm_projector_type": f"mlp{(len(connector) + 1) // 2}x_gelu",
+                    "din": connector[0].in_features,
+                    "dout": connector[-1].out_features,
+                    "groups": [[tap] for tap in entry["taps"]],
+                    "drop": entry["drop"],
+                },
             }
         )
     path.mkdir(parents=True, exist_ok=True)

@@ -210,9 +210,10 @@ def prefill(model: Model, batch: Batch, size: int) -> tuple:
 def test_embeddings_are_zero_at_padding(fused):
     _, _, model, processor = fused
     batch = processor(pictures(3), input_ids=ROWS)
-    x = np.asarray(jax.jit(Model.embed)(model, batch))
-    assert not x[~batch.mask].any()
-    assert np.abs(x[batch.mask]).max(axis=-1).min() > 0
+    x, mask = (np.asarray(y) for y in jax.jit(Model.embed)(model, batch))
+    np.testing.assert_array_equal(mask, batch.mask)
+    assert not x[~mask].any()
+    assert np.abs(x[mask]).max(axis=-1).min() > 0
     np.testing.assert_array_equal(x[2, :3], np.asarray(model.llm.embedding[...])[ROWS[2]])
 
 
@@ -245,13 +246,20 @@ def test_layers_past_the_tap_are_not_read(upstream):
     np.testing.assert_array_equal(found[batch.mask], expected[batch.mask])
 
 
+def features(model: Model, batch: Batch) -> jax.Array:
+    (branch,) = model.branches.values()
+    (inputs,) = batch.images.values()
+    return branch.stages(inputs, model.llm.embed)["vision_features"]
+
+
 def test_bfloat16(upstream):
-    """Embeddings and cache have the weights' dtype, logits are float32 and near the exact ones."""
+    """Features, embeddings and cache have the weights' dtype; logits are float32 and near."""
     folder, _, exact, processor = upstream
     model, _ = converters.load(folder, dtype=jnp.bfloat16)
     assert {leaf.dtype.name for _, leaf in nnx.to_flat_state(nnx.state(model))} == {"bfloat16"}
     batch = processor(pictures(3), input_ids=ROWS)
-    assert jax.eval_shape(Model.embed, model, batch).dtype == jnp.bfloat16
+    assert jax.eval_shape(Model.embed, model, batch)[0].dtype == jnp.bfloat16
+    assert jax.eval_shape(features, model, batch).dtype == jnp.bfloat16
     expected = np.asarray(forward(exact, batch))[batch.mask]
     _, cache = jax.eval_shape(lambda: model.prefill(batch, 64))
     assert {x.dtype.name for x in (*cache.k, *cache.v)} == {"bfloat16"}

@@ -9,12 +9,13 @@ from transformers import AutoTokenizer
 
 from tests.checkpoints import tokenizer_files
 from vfjax import InputError, Processor
-from vfjax.connectors import MLPConfig
+from vfjax.connectors import Combine, LLaVAConfig, MLPConfig
 from vfjax.encoders import CLIPConfig, DINOv2Config, SigLIPConfig
 from vfjax.images import ImageSpec, preprocess
 from vfjax.llm import LlamaConfig
 from vfjax.model import Batch, BranchConfig, ModelConfig
 from vfjax.processor import LENGTHS
+from vfjax.views import Whole
 
 VOCAB, CONTEXT = 320, 400
 PICTURE = -200
@@ -34,7 +35,8 @@ def branch(name: str) -> BranchConfig:
     encoder = ENCODERS[name]
     size = getattr(encoder, "input_size", encoder.image_size)
     images = ImageSpec(size, size, "squash", "crop", HALF, HALF)
-    return BranchConfig(name, encoder, MLPConfig(8, 8), images, drop=DROPS[name])
+    connector = LLaVAConfig(MLPConfig(8, 8), Combine(drop=DROPS[name]))
+    return BranchConfig(name, encoder, connector, Whole(images, TOKENS[name]))
 
 
 def make(*names: str, **options) -> Processor:
@@ -134,9 +136,9 @@ def test_each_branch_sees_the_pictures_in_order_then_black():
     batch = processor(some, input_ids=rows)
     for config in processor.config.branches:
         found = batch.images[config.name]["pixels"]
-        assert found.shape == (4, config.images.size, config.images.size, 3)
+        assert found.shape == (4, config.views.images.size, config.views.images.size, 3)
         for view, picture in zip(found, some, strict=False):
-            np.testing.assert_array_equal(view, preprocess(picture, config.images))
+            np.testing.assert_array_equal(view, preprocess(picture, config.views.images))
         assert not found[3].any()
     by_row = processor([[some[0]], [], some[1:]], input_ids=rows)
     np.testing.assert_array_equal(by_row.visual, batch.visual)
@@ -296,6 +298,22 @@ def test_longest_that_fits():
     batch = make("clip")(pictures(1), input_ids=[row])
     assert batch.tokens.shape == (1, CONTEXT)
     assert batch.mask.all()
+
+
+@pytest.mark.parametrize("padding", ["right", "left"])
+def test_truncation_cuts_ends_of_rows(padding: str):
+    """Inside a picture too; labels go with their ids."""
+    rows = [[5, PICTURE, 6, 7, 8], [9, 10], [11, PICTURE]]
+    options = {"labels": [[-100, -100, 6, 7, 8], [9, 10], [11, -100]], "padding": padding}
+    whole = make("clip")(pictures(2), input_ids=rows, **options)
+    batch = make("clip")(pictures(2), input_ids=rows, truncate=4, **options)
+    assert batch.mask.sum(axis=1).tolist() == [4, 2, 4]
+    for name in ("tokens", "visual", "labels"):
+        for i in range(3):
+            expected = getattr(whole, name)[i][whole.mask[i]][:4]
+            np.testing.assert_array_equal(getattr(batch, name)[i][batch.mask[i]], expected)
+    long = make("clip")(input_ids=[[5] * (CONTEXT + 1)], truncate=CONTEXT)
+    assert long.mask.sum() == CONTEXT
 
 
 def test_decode_without_tokenizer():

@@ -138,7 +138,7 @@ def _branch_tensors(member: str, source: Source, parts: Mapping[str, Tensors]) -
     for branch in source.branches:
         name = _branch_name(member, source, branch["name"])
         for kind in KINDS:
-            tensors = parts[f"branches.{branch['name']}.{kind}"]
+            tensors = parts.get(f"branches.{branch['name']}.{kind}", {})  # few have an aux
             out |= {f"branches.{name}.{kind}.{key}": value for key, value in tensors.items()}
     return out
 

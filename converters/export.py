@@ -31,9 +31,9 @@ def export(
     """Writes a model in the layout and under the names that it was loaded from.
 
     A tower that was read from a folder of its own is written to `vision_tower/` (a second one to
-    `vision_tower_aux/`) inside `out`, where `converters.load` finds it. Tokenizer and
-    preprocessor files are copied from the folder that the model came from. On several processes
-    only the first writes.
+    `vision_tower_aux/`) inside `out`, where `converters.load` finds it; one that the checkpoint
+    holds has its configs there. Tokenizer and preprocessor files are copied from the folder that
+    the model came from. On several processes only the first writes.
 
     Args:
         model: made by `converters.load`; its parameters may have changed.
@@ -72,7 +72,7 @@ def export(
     }
     dtype = np.dtype(params["llm/embedding"].dtype)
     texts: dict[str, Mapping[str, Any]] = {"config.json": with_dtype(record["config"], dtype)}
-    for part, tower in record["towers"].items():
+    for part, tower in {**record["towers"], **record["held"]}.items():
         for file, value in tower_files(tower).items():
             texts[f"{FOLDERS[part.split('.')[-1]]}/{file}"] = value
     write_folder(

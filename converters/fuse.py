@@ -153,7 +153,8 @@ def _describe(opened: Mapping[str, Source], out: Path, template: str | None) -> 
         for branch in source.branches
     ]
     first = next(iter(members.values()))
-    return Source(out, "visionfuse", {}, dict(reference.llm), branches, template or first.template)
+    llm = {**reference.llm, "architectures": [reference.table("llm").architecture]}
+    return Source(out, "visionfuse", {}, llm, branches, template or first.template)
 
 
 def _recipe(opened: Mapping[str, Source], method: str, params: Mapping[str, Any]) -> dict[str, Any]:

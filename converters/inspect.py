@@ -37,9 +37,9 @@ def inspect(path: str | Path) -> str:
         )
     for part, rules in check(source, params).items():
         tensors = source.parts[part]
-        size = sum(nbytes(tensors[rule.source]) for rule in rules.values())
-        left = len(tensors) - len(rules)
-        lines.append(f"{part}: {len(rules)} tensors mapped, {size:,} bytes; {left} known, not read")
+        used = {rule.source for rule in rules.values()}
+        size, left = sum(nbytes(tensors[name]) for name in used), len(tensors) - len(used)
+        lines.append(f"{part}: {len(used)} tensors mapped, {size:,} bytes; {left} known, not read")
     if source.unread:
         lines.append(
             f"{len(source.unread)} tensors not read: the tower's own folder is used instead"

@@ -35,8 +35,9 @@ class Source:
         parts: component ("llm", "branches.NAME.encoder", ...) -> its tensors under the names of the
             component's table.
         prefixes: component -> the (prefix in the folder, prefix in the table) pairs it was read by.
-        towers: component -> the tower that config.json names; those that are read in place of the
-            checkpoint's own copy, once the tensors are there.
+        towers: component -> the tower that config.json names, read in place of the checkpoint's own
+            copy.
+        held: the towers whose tensors are read from the checkpoint; in `towers` until they are.
         tuned: components whose copy in the checkpoint is the one to read.
         unread: tensors of the folder that another copy takes the place of.
     """
@@ -50,6 +51,7 @@ class Source:
     parts: dict[str, Tensors] = dataclasses.field(default_factory=dict)
     prefixes: dict[str, Prefixes] = dataclasses.field(default_factory=dict)
     towers: dict[str, Tower] = dataclasses.field(default_factory=dict)
+    held: dict[str, Tower] = dataclasses.field(default_factory=dict)
     tuned: tuple[str, ...] = ()
     unread: tuple[str, ...] = ()
 
@@ -76,10 +78,11 @@ class Source:
         keep = ("layout", "config", "llm", "branches", "template", "prefixes")
         record = {key: getattr(self, key) for key in keep}
         record["path"] = str(self.path)
-        record["towers"] = {
-            part: {"config": t.config, "preprocessor": t.preprocessor}
-            for part, t in self.towers.items()
-        }
+        for key in ("towers", "held"):
+            record[key] = {
+                part: {"config": t.config, "preprocessor": t.preprocessor}
+                for part, t in getattr(self, key).items()
+            }
         return json.dumps(record, sort_keys=True)
 
 
@@ -165,11 +168,16 @@ def _assign(
             fix="check that config.json belongs to these weights",
         )
     held = {new.partition("\0")[0] for new, _ in names.values()}
-    source.towers = {
-        part: tower
-        for part, tower in source.towers.items()
-        if not _reads_own(part, tower, held, source.tuned, tower_source)
-    }
+    for part, tower in list(source.towers.items()):
+        if _reads_own(part, tower, held, source.tuned, tower_source):
+            source.held[part] = source.towers.pop(part)
+        elif not tower.tensors:
+            raise InputError(
+                f"{source.path}: {part}",
+                found=f"no weights here, nor in {tower.path or 'a folder of its own'}",
+                expected="the vision tower that config.json names",
+                fix="download its weights",
+            )
     found: dict[str, list[tuple[str, str]]] = {}
     unread = []
     for old, (new, (prefix, target)) in names.items():

@@ -105,7 +105,7 @@ def read_weights(folder: Path, stems: Sequence[str] = STEMS) -> dict[str, FileTe
         InputError: no weights, not a safetensors file, a shard that is truncated, absent or outside
             the folder, or an index that disagrees with its shards.
     """
-    names = [stem + end for end in (".safetensors", ".bin") for stem in stems]
+    names = _names(stems)
     for name in names:
         if (index := folder / f"{name}.index.json").is_file():
             return _sharded(index)
@@ -117,6 +117,16 @@ def read_weights(folder: Path, stems: Sequence[str] = STEMS) -> dict[str, FileTe
         expected=" or ".join(names) + ", or their .index.json",
         fix="check the path, or download the missing files",
     )
+
+
+def has_weights(folder: Path, stems: Sequence[str] = STEMS) -> bool:
+    """Whether `read_weights` has something to read."""
+    ends = ("", ".index.json")
+    return any((folder / (name + end)).is_file() for name in _names(stems) for end in ends)
+
+
+def _names(stems: Sequence[str]) -> list[str]:
+    return [stem + end for end in (".safetensors", ".bin") for stem in stems]
 
 
 def weight_files(folder: Path) -> list[Path]:

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from converters import tables
-from converters.reader import read_json, read_weights
+from converters.reader import has_weights, read_json, read_weights
 from converters.rules import rename
 from vfjax import InputError
 from vfjax.merge import LazyTensor
@@ -16,9 +16,9 @@ Prefixes = tuple[tuple[str, str], ...]
 
 KINDS = {
     "config.json": ("model", "pytorch_model"),
-    "open_clip_config.json": ("open_clip_model", "open_clip_pytorch_model"),
+    "open_clip_config.json": ("open_clip_model", "open_clip_pytorch_model", "model"),
 }
-"""Config file of a tower's folder -> stems of its weights files."""
+"""Config file of a tower's folder -> stems of its weights files; ours are called "model"."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -72,7 +72,7 @@ class Towers:
             slot: stem of the tower's files, and name of its folder, inside `folder`.
 
         Returns:
-            The tower; without tensors if only its config is known, as of a published one.
+            The tower; without tensors if only its config is there, or it is a published one.
 
         Raises:
             InputError: it is nowhere, or unreadable.
@@ -81,9 +81,9 @@ class Towers:
             if (folder / f"{slot}_{config}").is_file():
                 return read_tower(folder, config, slot)
         for path in self.candidates(folder, name, slot):
-            for config in KINDS:
+            for config, stems in KINDS.items():
                 if (path / config).is_file():
-                    return read_tower(path, config)
+                    return read_tower(path, config, weights=has_weights(path, stems))
         for table in tables.TABLES.values():
             if known := table.published.get(name.rstrip("/").split("/")[-1]):
                 return Tower(dict(known.config), dict(known.preprocessor))
@@ -110,13 +110,17 @@ class Towers:
         return out
 
 
-def read_tower(path: Path, file: str, slot: str = "") -> Tower:
-    """A tower of a folder of its own, or of files that start with `slot`."""
+def read_tower(path: Path, file: str, slot: str = "", *, weights: bool = True) -> Tower:
+    """A tower of a folder of its own, or of files that start with `slot`, perhaps its configs only.
+
+    Raises:
+        InputError: a file is absent or unreadable, or there is no table for it.
+    """
     start = f"{slot}_" if slot else ""
     config = vision_config(read_json(path / f"{start}{file}"))
     preprocessor = path / f"{start}preprocessor_config.json"
     table = tables.find(config, str(path))
-    raw = read_weights(path, (slot,) if slot else KINDS[file])
+    raw = read_weights(path, (slot,) if slot else KINDS[file]) if weights else {}
     names = rename(raw, table.prefixes)
     return Tower(
         config=config,

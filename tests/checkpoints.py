@@ -8,6 +8,8 @@ Hugging Face config; every weight is drawn from `seed`.
 import copy
 import dataclasses
 import json
+import math
+import struct
 import tempfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -20,6 +22,8 @@ import transformers
 from safetensors.torch import load_file, save_file
 from torch import nn
 from transformers.initialization import no_init_weights
+
+from converters.reader import DTYPES
 
 transformers.utils.logging.disable_progress_bar()
 
@@ -367,6 +371,23 @@ def reference_logits(
         else:
             parts.append(embed(torch.tensor([token])))
     return llm(inputs_embeds=torch.cat(parts)[None]).logits[0].numpy()
+
+
+def header_file(path: Path, tensors: Mapping[str, tuple[str, Sequence[int]]]) -> None:
+    """A safetensors file whose data is a hole: any size, no bytes on the disk, all zeros.
+
+    Args:
+        path: file to make.
+        tensors: name -> safetensors dtype and shape.
+    """
+    header, end = {}, 0
+    for name, (dtype, shape) in tensors.items():
+        start, end = end, end + math.prod(shape) * DTYPES[dtype].itemsize
+        header[name] = {"dtype": dtype, "shape": list(shape), "data_offsets": [start, end]}
+    text = json.dumps(header).encode()
+    with path.open("xb") as file:
+        file.write(struct.pack("<Q", len(text)) + text)
+        file.truncate(8 + len(text) + end)
 
 
 def tokenizer_files(path: Path) -> None:

@@ -110,8 +110,9 @@ def describe(path: Path, config: dict[str, Any], towers: Towers) -> Source:
     """
     choice(path, config, "mm_resampler_type", "", ("cosine",))
     tower = upstream_tower(path, config, towers)
-    branch = upstream_branch(path, {**config, "mm_projector_type": "mlp2x_gelu"}, tower)
-    for key in ("merge", "pinpoints"):  # in the config, but not read by upstream
+    own = {"mm_projector_type": "mlp2x_gelu", "image_grid_pinpoints": None}
+    branch = upstream_branch(path, config | own, tower)
+    for key in ("merge", "pinpoints"):  # not read by upstream
         branch["connector"].pop(key, None)
     wanted = ("mm_resampler_dim", "mm_resampler_topp", "mm_resampler_temp", "mm_learnable_gated")
     branch["connector"] |= {"model_type": "slime"} | {

@@ -125,7 +125,7 @@ def test_a_stem_takes_the_place_of_the_usual_names(tmp_path: Path):
     expected = arrays(1)
     save_file(arrays(), tmp_path / "model.safetensors")
     save_file(expected, tmp_path / "vision_tower.safetensors")
-    assert_reads(read_weights(tmp_path, "vision_tower"), expected)
+    assert_reads(read_weights(tmp_path, ["tower", "vision_tower"]), expected)
 
 
 def refused(folder: Path) -> str:
@@ -138,8 +138,9 @@ def refused(folder: Path) -> str:
 
 def test_no_weights(tmp_path: Path):
     assert refused(tmp_path) == (
-        f"{tmp_path}: found no weights, expected model.safetensors or pytorch_model.bin, or their "
-        ".index.json; check the path, or download the missing files"
+        f"{tmp_path}: found no weights, expected model.safetensors or pytorch_model.safetensors or "
+        "model.bin or pytorch_model.bin, or their .index.json; check the path, or download the "
+        "missing files"
     )
 
 

@@ -188,8 +188,9 @@ def test_cache_has_the_sizes_asked_for(grouped):
 @pytest.mark.parametrize("rope", [None, LLAMA3], ids=["default", "llama3"])
 def test_long_row(tmp_path, rope: dict | None):
     """1500 positions, and a step after them."""
-    config = {"rope_parameters": rope} if rope else {}
-    theirs, ours = load(tmp_path, 2, max_position_embeddings=4096, **config)
+    config = {"num_hidden_layers": 1, "max_position_embeddings": 4096}
+    config |= {"rope_parameters": rope} if rope else {}
+    theirs, ours = load(tmp_path, 2, **config)
     ids = tokens(1, 1500)
     expected = reference(theirs, ids)[1]
     logits, cache = prefill(ours, ids[:, :-1], np.ones((1, 1499), bool), size=1500)
@@ -280,10 +281,7 @@ def wide(tmp_path_factory) -> tuple:
 def test_true_width(wide):
     theirs, ours = wide
     ids = tokens(1, 128)
-    hidden, expected = reference(theirs, ids)
-    found = uncached(ours, ids, np.ones(ids.shape, bool))
-    assert_close(found[0], hidden, "hidden")
-    assert_close(found[1], expected, "logits")
+    _, expected = reference(theirs, ids)
     logits, cache = prefill(ours, ids[:, :126], np.ones((1, 126), bool), size=128)
     assert_close(logits, expected[:, :126])
     for at in (126, 127):

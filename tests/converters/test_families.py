@@ -1,4 +1,4 @@
-"""Every kind of published MLLM: recordings of the authors' code, and members of several kinds fused."""
+"""Every kind of published MLLM: recordings of the authors' code, and several kinds fused."""
 
 import hashlib
 from pathlib import Path

@@ -67,7 +67,7 @@ SIDES = st.sampled_from(["right", "left"])
 def test_splicing_inverts(rows: list[list[int]], names: list[str], padding: str):
     """The row comes back from the arrays, and every visual token of a real picture is used once."""
     places = sum(row.count(PICTURE) for row in rows)
-    labels = [[t if t >= 0 and t % 3 else -100 for t in row] for row in rows]
+    labels = [[7 if t == PICTURE else t if t % 3 else -100 for t in row] for row in rows]
     batch = make(*names)(pictures(places), input_ids=rows, labels=labels, padding=padding)
     b, t = batch.tokens.shape
     assert b == len(rows)

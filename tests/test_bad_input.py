@@ -1,0 +1,235 @@
+"""What users get wrong: one line that names it, a non-zero exit, nothing left that loads."""
+
+import json
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from safetensors.torch import load_file, save_file
+
+import converters
+from tests import checkpoints
+from vfjax import InputError
+
+ROOT = Path(__file__).resolve().parents[1]
+
+
+def refused(run: Callable[[], object], *words: object) -> None:
+    """`run` ends in one line that holds all words, and the remedy behind a semicolon."""
+    with pytest.raises(InputError) as caught:
+        run()
+    line = str(caught.value)
+    assert "\n" not in line
+    assert ": found " in line and ", expected " in line and "; " in line, line
+    for word in words:
+        assert str(word) in line, line
+
+
+@pytest.fixture(scope="module")
+def family(tmp_path_factory) -> dict[str, Path]:
+    """A base and two LLaVAs of it, one in each layout."""
+    root = tmp_path_factory.mktemp("family")
+    paths = {name: root / name for name in ("base", "one", "two")}
+    llm = checkpoints.llama_folder(paths["base"], 1)
+    for seed, name in enumerate(("one", "two"), 2):
+        checkpoints.upstream_llava_folder(
+            paths[name], seed, llm=checkpoints.tuned(llm, seed), weights="safetensors"
+        )
+    return paths
+
+
+@pytest.fixture
+def member(family: dict[str, Path], tmp_path: Path) -> Path:
+    """A copy of a member, to be broken."""
+    shutil.copytree(family["two"], tmp_path / "member")
+    return tmp_path / "member"
+
+
+def edit_config(folder: Path, **keys: object) -> None:
+    config = json.loads((folder / "config.json").read_text())
+    checkpoints.write_json(folder / "config.json", config | keys)
+
+
+def edit_weights(folder: Path, change: Callable[[dict[str, torch.Tensor]], object]) -> None:
+    tensors = load_file(folder / "model.safetensors")
+    change(tensors)
+    save_file(tensors, folder / "model.safetensors", {"format": "pt"})
+
+
+NORM = "model.layers.1.input_layernorm.weight"
+
+BROKEN = {
+    "missing tensor": (lambda t: t.pop(NORM), [NORM, "1 tensors missing"]),
+    "extra tensor": (lambda t: t.update(surplus=torch.zeros(3)), ["surplus", "1 unknown"]),
+    "misshaped tensor": (lambda t: t.update({NORM: torch.ones(5)}), [NORM, "(5,)", "(32,)"]),
+    "integer tensor": (
+        lambda t: t.update({NORM: torch.ones(32, dtype=torch.int32)}),
+        [NORM, "int32"],
+    ),
+}
+
+
+@pytest.mark.parametrize("name", BROKEN)
+def test_tensors(member: Path, name: str):
+    change, words = BROKEN[name]
+    edit_weights(member, change)
+    refused(lambda: converters.load(member), member, *words)
+
+
+CONFIGS = {
+    "model_type": ({"model_type": "what"}, ["model_type 'what'", "llava"]),
+    "projector": ({"mm_projector_type": "qformer"}, ["mm_projector_type", "'qformer'"]),
+    "aspect": ({"image_aspect_ratio": "round"}, ["image_aspect_ratio", "'round'"]),
+    "rope": ({"rope_scaling": {"type": "dynamic", "factor": 2.0}}, ["rope_scaling", "'dynamic'"]),
+    "activation": ({"hidden_act": "relu7"}, ["relu7"]),
+    "tower": ({"mm_vision_tower": "nobody/nothing"}, ["nobody/nothing", "towers="]),
+}
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_config(member: Path, name: str):
+    keys, words = CONFIGS[name]
+    if name == "tower":
+        shutil.rmtree(member / "vision_tower")
+    edit_config(member, **keys)
+    refused(lambda: converters.load(member), *words)
+
+
+def test_missing_files(member: Path, tmp_path: Path):
+    refused(lambda: converters.load(tmp_path / "nowhere"), tmp_path / "nowhere", "no folder")
+    (member / "vision_tower" / "preprocessor_config.json").unlink()
+    refused(lambda: converters.load(member), "preprocessor_config.json", "no file")
+    (member / "config.json").write_text("{")
+    refused(lambda: converters.load(member), member / "config.json", "JSON")
+
+
+def test_a_broken_tokenizer(member: Path):
+    (member / "tokenizer.json").write_text("{}")
+    refused(lambda: converters.load(member), member, "tokenizer")
+
+
+def picture(kind: str, folder: Path) -> Path:
+    path = folder / f"{kind}.png"
+    if kind == "unreadable":
+        path.write_bytes(b"no picture")
+    elif kind == "empty":
+        path.write_bytes(b"")
+    elif kind == "20,000 pixels":
+        Image.new("1", (20_000, 20)).save(path)
+    return path
+
+
+@pytest.mark.parametrize("kind", ["absent", "unreadable", "empty", "20,000 pixels"])
+def test_pictures(family: dict[str, Path], tmp_path: Path, kind: str):
+    _, processor = converters.load(family["one"])
+    path = picture(kind, tmp_path)
+    refused(lambda: processor([path], input_ids=[[1, -200]]), path)
+
+
+def test_prompts(family: dict[str, Path]):
+    _, processor = converters.load(family["one"])
+    image = np.zeros((8, 8, 3), np.uint8)
+    refused(lambda: processor([image], ["no place"]), "1 pictures for 0 <image>")
+    refused(lambda: processor([image], ["<image> <image>"]), "1 pictures for 2 <image>")
+    refused(lambda: processor(None, ["word " * 2000]), "tokens", "context")
+
+
+def fuse(family: dict[str, Path], member: Path, out: Path, **options: object) -> None:
+    members = {"one": family["one"], "two": member}
+    params = {"weights": [0.5, 0.5]}
+    converters.fuse(members, out, **({"base": family["base"], "params": params} | options))
+
+
+OTHERS = {
+    "vocabulary": ({"vocab_size": 330}, ["two: vocab_size", "330", "320"]),
+    "width": ({"num_key_value_heads": 4}, ["two: num_key_value_heads", "4", "2"]),
+    "depth": ({"num_hidden_layers": 3}, ["two: num_hidden_layers", "3", "2"]),
+}
+
+
+@pytest.mark.parametrize("name", OTHERS)
+def test_members_of_another_family(family: dict[str, Path], tmp_path: Path, name: str):
+    config, words = OTHERS[name]
+    other = tmp_path / "other"
+    checkpoints.upstream_llava_folder(other, 9, llm=checkpoints.make_llama(9, **config))
+    refused(lambda: fuse(family, other, tmp_path / "out"), *words)
+    assert not (tmp_path / "out").exists()
+
+
+def test_members_with_other_rotations(family: dict[str, Path], member: Path, tmp_path: Path):
+    edit_config(member, rope_theta=5e5)
+    refused(lambda: fuse(family, member, tmp_path / "out"), "two: rope_theta", "500000")
+    assert not (tmp_path / "out").exists()
+
+
+def test_nan_in_a_member(family: dict[str, Path], member: Path, tmp_path: Path):
+    edit_weights(member, lambda t: t[NORM].__setitem__(slice(2), torch.nan))
+    refused(lambda: fuse(family, member, tmp_path / "out"), "two", NORM, "2 NaN")
+    assert list(tmp_path.glob("*out*")) == []
+
+
+REQUESTS = {
+    "method": ({"method": "tie"}, ["method", "'tie'", "linear"]),
+    "weights": ({"params": {"weights": [1.0]}}, ["weights", "2 finite numbers"]),
+    "export": ({"export": "onnx"}, ["export", "'onnx'"]),
+    "template": ({"template": "vicuna_v9"}, ["vicuna_v9"]),
+    "base": ({"base": None}, ["task_arithmetic", "base"]),
+    "dtype": ({"dtype": "int8"}, ["dtype", "int8"]),
+}
+
+
+@pytest.mark.parametrize("name", REQUESTS)
+def test_requests(family: dict[str, Path], tmp_path: Path, name: str):
+    options, words = REQUESTS[name]
+    refused(lambda: fuse(family, family["two"], tmp_path / "out", **options), *words)
+    assert not (tmp_path / "out").exists()
+
+
+def test_an_output_that_exists(family: dict[str, Path], tmp_path: Path):
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "mine").touch()
+    refused(lambda: fuse(family, family["two"], tmp_path / "out"), tmp_path / "out", "existing")
+    assert [f.name for f in (tmp_path / "out").iterdir()] == ["mine"]
+
+
+LIMITED = """
+import resource, sys
+resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, 20_000))
+sys.argv = sys.argv[1:]
+import runpy
+runpy.run_path(sys.argv[0], run_name="__main__")
+"""
+
+
+def command(*args: str, code: str | None = None) -> subprocess.CompletedProcess[str]:
+    start = [sys.executable, *(["-c", code] if code else []), "experiments/run.py"]
+    return subprocess.run([*start, *args], cwd=ROOT, capture_output=True, text=True, check=False)
+
+
+def test_the_command_on_a_full_disk(family: dict[str, Path], tmp_path: Path):
+    """The file system refuses after 20,000 bytes, as a full one would."""
+    done = command(
+        "--config=experiments/configs/fuse.py",
+        f"--config.members=('{family['one']}', '{family['two']}')",
+        f"--config.base={family['base']}",
+        f"--config.output={tmp_path / 'out'}",
+        code=LIMITED,
+    )
+    assert done.returncode != 0
+    line = done.stderr.strip().splitlines()[-1]
+    assert "model.safetensors" in line and "while writing" in line, done.stderr
+    assert "Traceback" not in done.stderr
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_the_command_with_an_unknown_key():
+    done = command("--config=experiments/configs/fuse.py", "--config.membres=('a',)")
+    assert done.returncode != 0
+    (line,) = done.stderr.strip().splitlines()
+    assert "membres" in line and "expected" in line

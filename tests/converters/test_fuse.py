@@ -1,163 +1,376 @@
-"""Fusing folders: values, names, order, and what transformers makes of the result."""
+"""Fusing folders: the merged LLM value by value, the branches as they were, all or nothing."""
 
 import hashlib
-import json
+import re
+import shutil
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
+import ml_dtypes
 import numpy as np
 import pytest
 import torch
 import transformers
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 import converters
-from tests import checkpoints
-from vfjax import forward
+from converters.reader import read_json, read_weights
+from tests.checkpoints import (
+    hf_llava_folder,
+    llama_folder,
+    make_llama,
+    tuned,
+    upstream_llava_folder,
+    write_json,
+)
+from vfjax import InputError
 
-WEIGHTS = (0.5, 0.5)
+BF16 = np.dtype(ml_dtypes.bfloat16)
+WEIGHTS = {"task_arithmetic": [0.5, 0.5], "linear": [1.0, 1.0]}
+HF = ("language_model.model.", "model."), ("language_model.lm_head.", "lm_head.")
+"""Prefixes of transformers' LLaVA, and of its LLM alone."""
+
+
+def hf_member(path: Path, llm: transformers.LlamaForCausalLM, seed: int, **config: Any) -> None:
+    """Transformers' LLaVA, in bfloat16, with a given LLM."""
+    hf_llava_folder(path, seed, **config)
+    tensors = load_file(path / "model.safetensors")
+    for name, tensor in llm.state_dict().items():
+        old, new = HF["lm_head" in name]
+        tensors[name.replace(new, old, 1)] = tensor
+    save_file({n: x.bfloat16().clone() for n, x in tensors.items()}, path / "model.safetensors")
 
 
 @pytest.fixture(scope="module")
-def family(tmp_path_factory) -> dict[str, Path]:
-    """A base in bfloat16 and members of it: two upstream LLaVAs, two of transformers."""
+def family(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """`base`, three upstream members and two of transformers, fine-tuned from it, in bfloat16."""
     root = tmp_path_factory.mktemp("family")
-    paths = {name: root / name for name in ("base", "up1", "up2", "hf1", "hf2")}
-    base = checkpoints.llama_folder(paths["base"], llm=checkpoints.make_llama(1).bfloat16())
-    for seed, name in enumerate(("up1", "up2"), 2):
-        llm = checkpoints.tuned(base, seed)
-        checkpoints.upstream_llava_folder(paths[name], seed, llm=llm, weights="safetensors")
-    for seed, name in enumerate(("hf1", "hf2"), 4):
-        llava = checkpoints.hf_llava_folder(paths[name], seed).bfloat16()
-        llm = checkpoints.tuned(base, seed)
-        llava.model.language_model.load_state_dict(llm.model.state_dict())
-        llava.lm_head.load_state_dict(llm.lm_head.state_dict())
-        llava.save_pretrained(paths[name])
-    return paths
+    base = make_llama(0).bfloat16()
+    llama_folder(root / "base", llm=base)
+    for i, name in enumerate(("up1", "up2", "up3"), 1):
+        weights = "bin" if i == 1 else "safetensors"
+        upstream_llava_folder(root / name, 10 * i, llm=tuned(base, i).bfloat16(), weights=weights)
+    hf_member(root / "hf1", tuned(base, 4), 40)
+    hf_member(root / "hf2", tuned(base, 5), 50, kind="dinov2")
+    return root
+
+
+def named(family: Path, names: str) -> dict[str, Path]:
+    return {name: family / name for name in names.split()}
 
 
 def llm_of(folder: Path) -> dict[str, np.ndarray]:
-    tensors = converters.open_source(folder).parts["llm"]
-    return {name: tensor[...] for name, tensor in tensors.items()}
+    """The LLM's tensors of any of these folders, under its own names."""
+    out = {}
+    for name, tensor in read_weights(folder).items():
+        for old, new in HF:
+            name = name.replace(old, new)
+        if not re.match(r"branches|multi_modal|vision|model\.mm", name):
+            out[name] = tensor[...]
+    return out
 
 
-def ulps(a: np.ndarray, b: np.ndarray) -> np.ndarray:
-    """Steps between bfloat16 values, counted through zero."""
+def exact(base: np.ndarray, members: Sequence[np.ndarray], method: str) -> np.ndarray:
+    """The method's formula in float64."""
+    weights = WEIGHTS[method]
+    wide = [x.astype(np.float64) for x in members]
+    if method == "linear":
+        return sum(w * x for w, x in zip(weights, wide, strict=True)) / sum(weights)
+    start = base.astype(np.float64)
+    return start + sum(w * (x - start) for w, x in zip(weights, wide, strict=True))
 
-    def order(x: np.ndarray) -> np.ndarray:
-        bits = x.view(np.int16).astype(np.int32)
-        return np.where(bits < 0, -32768 - bits, bits)
 
-    return np.abs(order(a) - order(b))
-
-
-def assert_closed_form(out: Path, base: Path | None, members: list[Path]) -> None:
-    """Float64, rounded once to bfloat16: equal for 99.99 %, one unit in the last place else."""
-    found, sources = llm_of(out), [llm_of(path) for path in members]
-    start = llm_of(base) if base else None
-    different = total = 0
+def assert_merged(folder: Path, family: Path, names: str, method: str = "task_arithmetic") -> None:
+    """Every value is the formula's, rounded once: the same bits, or next to them in 1 of 10,000."""
+    base, found = llm_of(family / "base"), llm_of(folder)
+    members = [llm_of(path) for path in named(family, names).values()]
+    assert found.keys() == base.keys()
+    other = total = 0
     for name, value in found.items():
-        terms = [w * s[name].astype(np.float64) for w, s in zip(WEIGHTS, sources, strict=True)]
-        exact = sum(terms) / sum(WEIGHTS)
-        if start is not None:
-            origin = start[name].astype(np.float64)
-            exact = origin + sum(t - w * origin for t, w in zip(terms, WEIGHTS, strict=True))
-        apart = ulps(exact.astype(value.dtype), value)
-        assert apart.max() <= 1, name
-        different += int((apart > 0).sum())
-        total += value.size
-    assert different <= 1e-4 * total
-    assert set(found) == set(sources[0])
+        expected = exact(base[name], [m[name] for m in members], method).astype(BF16)
+        assert (value.dtype, value.shape) == (BF16, expected.shape), name
+        ulps = value.view(np.int16).astype(int) - expected.view(np.int16)
+        assert np.abs(ulps).max() <= 1, name
+        other, total = other + np.count_nonzero(ulps), total + ulps.size
+        assert all((value != m[name]).any() for m in (base, *members)), name
+    assert other <= total / 10_000
 
 
-PAIRS = {"upstream": ("up1", "up2"), "transformers": ("hf1", "hf2"), "mixed": ("up1", "hf2")}
-
-
-@pytest.mark.parametrize("method", ["task_arithmetic", "linear"])
-@pytest.mark.parametrize("pair", PAIRS)
-def test_the_llm_opens_in_transformers(family, tmp_path: Path, pair: str, method: str):
-    """Two transformers LLaVAs, alone and with a plain base, are where mergekit fails.
-
-    It drops the whole LLM of the first kind and returns the base unchanged for the second, both
-    with exit code 0.
-    """
-    members = {name: family[name] for name in PAIRS[pair]}
-    base = family["base"] if method == "task_arithmetic" else None
-    out = tmp_path / "llm"
-    params = {"weights": list(WEIGHTS)}
-    converters.fuse(members, out, base=base, method=method, params=params, export="llm")
-    model, report = transformers.AutoModelForCausalLM.from_pretrained(out, output_loading_info=True)
-    assert not report["missing_keys"] and not report["unexpected_keys"]
-    assert model.dtype == torch.bfloat16
-    assert_closed_form(out, base, list(members.values()))
-    origin = llm_of(family["base"])
-    moved = [name for name, value in llm_of(out).items() if (value != origin[name]).any()]
-    assert len(moved) == len(origin)
-    assert transformers.AutoTokenizer.from_pretrained(out)("a").input_ids
-
-
-def test_a_fused_folder_reads_all_branches(family, tmp_path: Path):
-    out = tmp_path / "fused"
-    members = {"b": family["up2"], "a": family["hf1"]}
-    options = {"base": family["base"], "params": {"weights": list(WEIGHTS)}}
-    source = converters.fuse(members, out, **options)
-    assert [b["name"] for b in source.branches] == ["b", "a"]
-    model, processor = converters.load(out, dtype="float32")
-    picture = np.random.default_rng(0).integers(0, 256, (40, 60, 3), dtype=np.uint8)
-    batch = processor([picture], input_ids=[[1, -200, 7]])
-    tokens, _ = model.visual_tokens(batch.images)
-    start = 0
-    for name, path in members.items():
-        alone, own = converters.load(path, dtype="float32")
-        expected, _ = alone.visual_tokens(own([picture], input_ids=[[1, -200, 7]]).images)
-        np.testing.assert_array_equal(tokens[start : start + len(expected)], expected, name)
-        start += len(expected)
-    assert start == len(tokens) == batch.mask.sum() - 2
-    assert np.isfinite(forward(model, batch)[batch.mask]).all()
-
-    recipe = json.loads((out / "config.json").read_text())["recipe"]
-    assert recipe["method"] == "task_arithmetic" and list(recipe["sources"]) == ["base", "b", "a"]
-    for name, path in {"base": family["base"], **members}.items():
-        file = path / "model.safetensors"
-        digest = hashlib.sha256(file.read_bytes()).hexdigest()
-        assert recipe["sources"][name]["model.safetensors"] == digest
-
-
-def test_the_same_bytes_twice(family, tmp_path: Path):
-    options = {"base": family["base"], "params": {"weights": list(WEIGHTS)}}
-    members = {name: family[name] for name in PAIRS["mixed"]}
-    for name in ("first", "second"):
-        converters.fuse(members, tmp_path / name, **options)
-    first, second = (
-        {p.name: p.read_bytes() for p in (tmp_path / name).iterdir()}
-        for name in ("first", "second")
+@pytest.mark.parametrize("names", ["up1 up2", "hf1 hf2", "hf1 up1"])
+def test_llm_opens_in_transformers(family: Path, tmp_path: Path, names: str):
+    converters.fuse(
+        named(family, names),
+        tmp_path / "out",
+        base=family / "base",
+        params={"weights": WEIGHTS["task_arithmetic"]},
+        export="llm",
     )
-    assert first == second
+    assert_merged(tmp_path / "out", family, names)
+    model, report = transformers.AutoModelForCausalLM.from_pretrained(
+        tmp_path / "out", output_loading_info=True
+    )
+    assert not any(report.values())
+    assert type(model) is transformers.LlamaForCausalLM
+    assert model.dtype == torch.bfloat16
+    tokenizer = transformers.AutoTokenizer.from_pretrained(tmp_path / "out")
+    assert tokenizer("ab")["input_ids"][0] == tokenizer.bos_token_id
+    config = read_json(tmp_path / "out" / "config.json")
+    assert config["architectures"] == ["LlamaForCausalLM"]
+    assert not any("mm_" in key or "vision" in key for key in config)
 
 
-def test_a_fused_member_keeps_its_branches(family, tmp_path: Path):
-    options = {"base": family["base"], "params": {"weights": [0.5, 0.5]}}
-    converters.fuse({n: family[n] for n in PAIRS["upstream"]}, tmp_path / "two", **options)
-    members = {"pair": tmp_path / "two", "third": family["hf1"]}
-    source = converters.fuse(members, tmp_path / "three", **options)
-    assert [b["name"] for b in source.branches] == ["pair-up1", "pair-up2", "third"]
-    model, processor = converters.load(tmp_path / "three")
-    batch = processor([np.zeros((9, 9, 3), np.uint8)], input_ids=[[1, -200]])
-    assert batch.mask.sum() == 1 + 3 * 16
+def test_two_members_of_transformers_without_a_base_keep_their_llm(family: Path, tmp_path: Path):
+    """Where mergekit leaves the LLM out without a word: linear, two HF LLaVAs."""
+    params = {"weights": WEIGHTS["linear"]}
+    members = named(family, "hf1 hf2")
+    converters.fuse(members, tmp_path / "out", method="linear", params=params, export="llm")
+    assert_merged(tmp_path / "out", family, "hf1 hf2", "linear")
 
 
-def test_branches_are_copied_to_the_bit(family, tmp_path: Path):
-    options = {"base": family["base"], "params": {"weights": list(WEIGHTS)}}
-    converters.fuse({n: family[n] for n in PAIRS["mixed"]}, tmp_path / "out", **options)
-    fused = load_file(tmp_path / "out" / "model.safetensors")
-    for name in PAIRS["mixed"]:
-        source = converters.open_source(family[name])
-        for part, tensors in source.parts.items():
-            if part == "llm":
-                continue
-            kind = part.split(".")[-1]
-            for key in tensors:
-                if (stored := f"branches.{name}.{kind}.{key}") in fused:
-                    theirs = np.asarray(tensors[key][...])
-                    ours = fused[stored]
-                    assert tuple(ours.shape) == theirs.shape
-                    assert ours.view(torch.uint8).numpy().tobytes() == theirs.tobytes(), stored
+def test_two_members_of_transformers_on_a_plain_base_are_merged(family: Path, tmp_path: Path):
+    """Where mergekit gives the base back: task arithmetic, a plain LLM, two HF LLaVAs."""
+    converters.fuse(
+        named(family, "hf1 hf2"),
+        tmp_path / "out",
+        base=family / "base",
+        params={"weights": WEIGHTS["task_arithmetic"]},
+    )
+    assert_merged(tmp_path / "out", family, "hf1 hf2")
+
+
+@pytest.fixture(scope="module")
+def fused(family: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """hf2 and up3, in this order."""
+    out = tmp_path_factory.mktemp("fused") / "fused"
+    converters.fuse(
+        named(family, "hf2 up3"),
+        out,
+        base=family / "base",
+        params={"weights": WEIGHTS["task_arithmetic"]},
+        template="chatml_direct",
+    )
+    return out
+
+
+PICTURE = np.random.default_rng(0).integers(0, 256, (40, 60, 3), dtype=np.uint8)
+
+
+def visual_tokens(folder: Path) -> np.ndarray:
+    model, processor = converters.load(folder, dtype="float32")
+    batch = processor([PICTURE], input_ids=[[1, -200, 5]])
+    assert int((batch.visual >= 0).sum()) == sum(b.tokens for b in model.config.branches)
+    return np.asarray(model.visual_tokens(batch.images)[0])
+
+
+def test_branches_are_read_in_the_members_order(fused: Path, family: Path):
+    assert_merged(fused, family, "hf2 up3")
+    own = [visual_tokens(family / name) for name in ("hf2", "up3")]
+    np.testing.assert_allclose(visual_tokens(fused), np.concatenate(own), rtol=0, atol=1e-6)
+
+
+def test_branches_are_the_members_bytes(fused: Path, family: Path):
+    found, hf2 = read_weights(fused), read_weights(family / "hf2")
+    tower = read_weights(family / "up3" / "vision_tower")
+    assert not {name for name in found if re.match(r"branches\.(?!(hf2|up3)\.)", name)}
+    for ours, theirs in (
+        ("branches.hf2.encoder.layernorm.weight", hf2["vision_tower.layernorm.weight"]),
+        ("branches.hf2.connector.2.bias", hf2["multi_modal_projector.linear_2.bias"]),
+        (
+            "branches.up3.encoder.embeddings.patch_embedding.weight",
+            tower["embeddings.patch_embedding.weight"],
+        ),
+        (
+            "branches.up3.connector.0.weight",
+            read_weights(family / "up3")["model.mm_projector.0.weight"],
+        ),
+    ):
+        assert found[ours].dtype == theirs.dtype
+        np.testing.assert_array_equal(found[ours][...], theirs[...])
+
+
+def test_config_of_a_fused_folder(fused: Path, family: Path):
+    config = read_json(fused / "config.json")
+    assert config["model_type"] == "visionfuse"
+    assert config["template"] == "chatml_direct"
+    assert [b["name"] for b in config["branches"]] == ["hf2", "up3"]
+    assert [b["aspect"] for b in config["branches"]] == ["crop", "pad"]
+    recipe = config["recipe"]
+    assert recipe["method"] == "task_arithmetic"
+    assert recipe["params"] == {"weights": [0.5, 0.5]}
+
+    def sha(path: str) -> str:
+        return hashlib.sha256((family / path).read_bytes()).hexdigest()
+
+    assert recipe["sources"] == {
+        "base": {"model.safetensors": sha("base/model.safetensors")},
+        "hf2": {"model.safetensors": sha("hf2/model.safetensors")},
+        "up3": {
+            "model.safetensors": sha("up3/model.safetensors"),
+            "branches.clip.encoder/model.safetensors": sha("up3/vision_tower/model.safetensors"),
+        },
+    }
+    assert str(family) not in (fused / "config.json").read_text()
+
+
+def test_a_fused_member_keeps_its_branches(fused: Path, family: Path, tmp_path: Path):
+    """Three branches, and an LLM merged twice."""
+    members = {"two": fused, "up2": family / "up2"}
+    params = {"weights": [1.0, 1.0], "normalize": True}
+    converters.fuse(members, tmp_path / "out", method="linear", params=params)
+    model, processor = converters.load(tmp_path / "out")
+    assert [b.name for b in model.config.branches] == ["two-hf2", "two-up3", "up2"]
+    assert processor.template == "chatml_direct"
+    own = [visual_tokens(folder) for folder in (fused, family / "up2")]
+    np.testing.assert_allclose(
+        visual_tokens(tmp_path / "out"), np.concatenate(own), rtol=0, atol=1e-6
+    )
+
+
+def test_same_inputs_same_bytes(fused: Path, family: Path, tmp_path: Path):
+    again = tmp_path / "again"
+    converters.fuse(
+        named(family, "hf2 up3"),
+        again,
+        base=family / "base",
+        params={"weights": WEIGHTS["task_arithmetic"]},
+        template="chatml_direct",
+    )
+    files = sorted(f.name for f in fused.iterdir())
+    assert files == sorted(f.name for f in again.iterdir())
+    for name in files:
+        assert (again / name).read_bytes() == (fused / name).read_bytes(), name
+
+
+def test_order_is_part_of_the_result(family: Path, tmp_path: Path):
+    params = {"weights": [1.0, 1.0]}
+    for names in ("up2 up3", "up3 up2"):
+        converters.fuse(named(family, names), tmp_path / names, method="linear", params=params)
+    one, other = (tmp_path / names for names in ("up2 up3", "up3 up2"))
+    assert {n: x.tobytes() for n, x in llm_of(one).items()} == {
+        n: x.tobytes() for n, x in llm_of(other).items()
+    }
+    orders = [read_json(p / "config.json")["branches"] for p in (one, other)]
+    assert [[b["name"] for b in order] for order in orders] == [["up2", "up3"], ["up3", "up2"]]
+
+
+def test_dtype_of_the_merged_llm(family: Path, tmp_path: Path):
+    converters.fuse(
+        named(family, "up2 hf2"),
+        tmp_path / "out",
+        base=family / "base",
+        params={"weights": [0.5, 0.5]},
+        dtype="float32",
+        export="llm",
+    )
+    assert {x.dtype.name for x in llm_of(tmp_path / "out").values()} == {"float32"}
+    config = read_json(tmp_path / "out" / "config.json")
+    assert {config[key] for key in ("dtype", "torch_dtype") if key in config} == {"float32"}
+    model = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "out")
+    assert model.dtype == torch.float32
+
+
+def test_tokenizers(family: Path, tmp_path: Path):
+    """A fused model has its first member's, an LLM its base's."""
+    shutil.copytree(family / "base", tmp_path / "base")
+    text = (tmp_path / "base" / "tokenizer.json").read_text()
+    (tmp_path / "base" / "tokenizer.json").write_text(text + " ")
+    for export, origin in (("model", family / "up2"), ("llm", tmp_path / "base")):
+        converters.fuse(
+            named(family, "up2"),
+            tmp_path / export,
+            base=tmp_path / "base",
+            params={"weights": [0.5]},
+            export=export,
+        )
+        content = (tmp_path / export / "tokenizer.json").read_bytes()
+        assert content == (origin / "tokenizer.json").read_bytes()
+
+
+def refused(tmp_path: Path, members: Mapping[str, Path], **more: Any) -> str:
+    """The line with which a fusion is refused; nothing is left of it."""
+    out = tmp_path / "refused" / "out"
+    out.parent.mkdir(exist_ok=True)
+    with pytest.raises(InputError) as error:
+        converters.fuse(members, out, **{"params": {"weights": [0.5] * len(members)}, **more})
+    assert list(out.parent.iterdir()) == []
+    assert "\n" not in str(error.value)
+    return str(error.value)
+
+
+def changed(source: Path, out: Path, edit: Callable[[dict[str, Any]], object]) -> Path:
+    """A copy with another config.json."""
+    shutil.copytree(source, out)
+    config = read_json(out / "config.json")
+    edit(config)
+    write_json(out / "config.json", config)
+    return out
+
+
+@pytest.mark.parametrize(
+    ("llama", "line"),
+    [
+        (
+            {"vocab_size": 384},
+            "odd: vocab_size: found vocabulary of 384 rows, base has 320, expected one vocabulary; "
+            "if only padding or added tokens differ, resize",
+        ),
+        ({"hidden_size": 48}, "odd: hidden_size: found 48, expected 32 as in base"),
+        ({"num_hidden_layers": 1}, "odd: num_hidden_layers: found 1, expected 2 as in base"),
+        ({"intermediate_size": 64}, "odd: intermediate_size: found 64, expected 48 as in base"),
+        ({"num_key_value_heads": 4}, "odd: num_key_value_heads: found 4, expected 2 as in base"),
+        ({"rms_norm_eps": 1e-5}, "odd: rms_norm_eps: found 1e-05, expected 0.001 as in base"),
+        ({"rope_theta": 5e5}, "odd: rope_theta: found 500000.0, expected 10000.0 as in base"),
+        ({"tie_word_embeddings": True}, "odd: tie_word_embeddings: found True, expected False"),
+    ],
+)
+def test_members_of_another_family(family: Path, tmp_path: Path, llama: dict, line: str):
+    llama_folder(tmp_path / "odd", 9, **llama)
+    members = {**named(family, "up2"), "odd": tmp_path / "odd"}
+    assert refused(tmp_path, members, base=family / "base").startswith(line)
+
+
+def test_a_config_that_hides_its_family(family: Path, tmp_path: Path):
+    """Sizes that config.json does not tell are seen in the tensors."""
+    odd = changed(family / "up2", tmp_path / "odd", lambda config: config.pop("vocab_size"))
+    line = refused(tmp_path, {"odd": odd}, base=family / "base")
+    assert "embed_tokens.weight: found shape (320, 32), expected (32000, 32) by the config" in line
+
+
+def test_nan_in_a_member(family: Path, tmp_path: Path):
+    shutil.copytree(family / "up2", tmp_path / "up2")
+    tensors = load_file(tmp_path / "up2" / "model.safetensors")
+    tensors["model.layers.1.mlp.up_proj.weight"][7, 3] = torch.nan
+    save_file(tensors, tmp_path / "up2" / "model.safetensors")
+    members = {"up2": tmp_path / "up2", **named(family, "up3")}
+    assert refused(tmp_path, members, base=family / "base") == (
+        "member 'up2': model.layers.1.mlp.up_proj.weight: found 1 NaN or infinite of 1536 values, "
+        "expected finite weights; download or export this checkpoint again"
+    )
+
+
+@pytest.mark.parametrize(
+    ("more", "line"),
+    [
+        ({"base": None}, "method task_arithmetic: found no base, expected the base LLM; set base"),
+        ({"method": "tise"}, "method: found 'tise', expected "),
+        ({"params": {"weights": [1.0]}}, "task_arithmetic.weights: found [1.0], expected 2 finite"),
+        ({"params": {"wieghts": [1.0]}}, "method task_arithmetic: found parameter 'wieghts'"),
+        ({"export": "gguf"}, "export: found 'gguf', expected 'model' or 'llm'; choose one"),
+        ({"template": "vicuna"}, "template: found 'vicuna', expected one of "),
+        ({"dtype": "int8"}, "dtype: found int8, expected bfloat16, float16, float32; choose one"),
+        ({"members": {}}, "members: found none, expected names of letters"),
+        ({"members": {"base": Path()}}, "members: found the name 'base', expected names of"),
+        ({"members": {"a.b": Path()}}, "members: found the name 'a.b', expected names of letters"),
+    ],
+)
+def test_wrong_arguments(family: Path, tmp_path: Path, more: dict[str, Any], line: str):
+    arguments = {"members": named(family, "up2 up3"), "base": family / "base", **more}
+    assert refused(tmp_path, arguments.pop("members"), **arguments).startswith(line)
+
+
+def test_an_output_that_exists(family: Path, tmp_path: Path):
+    (tmp_path / "out").mkdir()
+    with pytest.raises(InputError, match=r"out: found an existing path, expected a new folder"):
+        converters.fuse(named(family, "up2"), tmp_path / "out", params={"weights": [1.0]})
+    assert list((tmp_path / "out").iterdir()) == []

@@ -1,0 +1,86 @@
+"""The command line, end to end."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import skimage
+from PIL import Image
+
+from tests import checkpoints
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+def command(config: str, *args: str) -> subprocess.CompletedProcess[str]:
+    start = [sys.executable, "experiments/run.py", f"--config=experiments/configs/{config}.py"]
+    return subprocess.run([*start, *args], cwd=ROOT, capture_output=True, text=True, check=False)
+
+
+def test_demo(tmp_path: Path):
+    done = command("demo", f"--workdir={tmp_path / 'demo'}")
+    assert done.returncode == 0, done.stderr
+    results = json.loads((tmp_path / "demo" / "results.json").read_text())
+    assert set(results["answers"]) == {"clip", "dino", "fused"}
+    assert len(results["checks"]) == 5 and all(check["ok"] for check in results["checks"])
+    assert done.stdout.count("  ok  ") == 5
+
+    photo = Path(skimage.__file__).parent / "data" / "coffee.png"
+    asked = command(
+        "generate",
+        f"--config.model={tmp_path / 'demo' / 'fused'}",
+        f"--config.image={photo}",
+        "--config.prompt=What is in the cup?",
+        "--config.max_new_tokens=4",
+    )
+    assert asked.returncode == 0, asked.stderr
+    assert asked.stdout.strip()
+
+
+def test_fuse(tmp_path: Path):
+    llm = checkpoints.llama_folder(tmp_path / "base", 1)
+    for seed, name in enumerate(("one", "two"), 2):
+        tuned = checkpoints.tuned(llm, seed)
+        checkpoints.upstream_llava_folder(tmp_path / name, seed, llm=tuned, weights="safetensors")
+    done = command(
+        "fuse",
+        f"--config.members=('{tmp_path / 'one'}', 'other={tmp_path / 'two'}')",
+        f"--config.base={tmp_path / 'base'}",
+        "--config.weights=(0.75, 0.25)",
+        f"--workdir={tmp_path}",
+    )
+    assert done.returncode == 0, done.stderr
+    config = json.loads((tmp_path / "fused" / "config.json").read_text())
+    assert [branch["name"] for branch in config["branches"]] == ["one", "other"]
+    assert config["recipe"]["params"] == {"weights": [0.75, 0.25]}
+
+
+@pytest.mark.parametrize(
+    ("config", "args", "words"),
+    [
+        ("generate", ["--config.prompt=a"], "config.model: found nothing"),
+        ("nowhere", [], "nowhere.py"),
+    ],
+)
+def test_what_is_missing_is_said_in_one_line(config: str, args: list[str], words: str):
+    done = command(config, *args)
+    assert done.returncode == 2
+    (line,) = done.stderr.strip().splitlines()
+    assert words in line
+
+
+def test_a_bad_picture(tmp_path: Path):
+    checkpoints.upstream_llava_folder(tmp_path / "model", 1, weights="safetensors")
+    Image.fromarray(np.zeros((2, 20_000), np.uint8)).save(tmp_path / "long.png")
+    done = command(
+        "generate",
+        f"--config.model={tmp_path / 'model'}",
+        f"--config.image={tmp_path / 'long.png'}",
+        "--config.prompt=a",
+    )
+    assert done.returncode == 2
+    assert "long.png" in done.stderr.strip().splitlines()[-1]
+    assert "Traceback" not in done.stderr

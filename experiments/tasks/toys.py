@@ -6,12 +6,12 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import tokenizers
-from flax import nnx
 
 import converters
 from converters.layouts import Source
-from converters.load import model_config
+from converters.load import abstract, join, model_config
 from converters.towers import Prefixes, Tower
 from vfjax import Model
 
@@ -88,18 +88,25 @@ def write_family(folder: Path, seed: int) -> dict[str, Path]:
 
 
 def make(source: Source, seed: int) -> Model:
-    """A model of a description, weights drawn from `seed`, bfloat16."""
-    config = model_config(source)
-    model = jax.jit(lambda: config.build(rngs=nnx.Rngs(seed)))()
-    return jax.tree.map(lambda x: x.astype(jnp.bfloat16), model)
+    """A model of a description in bfloat16, weights drawn from `seed` on the host."""
+    graph, params = abstract(model_config(source).build)
+    rng = np.random.default_rng(seed)
+    for name, param in params.items():
+        if name.endswith("scale"):
+            value = np.ones(param.shape)
+        else:
+            value = rng.normal(0, max(param.shape[0], 16) ** -0.5, param.shape)
+        params[name] = param.replace(jnp.asarray(value, jnp.bfloat16))
+    return join(graph, params)
 
 
 def tuned(model: Model, base: Model, seed: int) -> Model:
     """The model with the base's LLM, moved a little, as fine-tuning would."""
-    key = jax.random.key(seed)
+    rng = np.random.default_rng(seed)
 
     def move(x: jax.Array) -> jax.Array:
-        return x + (0.02 * jax.random.normal(key, x.shape)).astype(x.dtype)
+        moved = np.asarray(x, np.float32) + rng.normal(0, 0.02, x.shape)
+        return jnp.asarray(moved, x.dtype)
 
     model.llm = jax.tree.map(move, base.llm)
     return model

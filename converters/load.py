@@ -260,7 +260,7 @@ def load_tokenizer(folder: Path) -> Any:
         return transformers.AutoTokenizer.from_pretrained(
             folder, trust_remote_code=False, **options
         )
-    except (ValueError, OSError, KeyError) as error:
+    except Exception as error:  # tokenizers has no class of its own
         raise InputError(
             folder,
             found=f"a tokenizer that transformers can't read ({first_line(error)})",

@@ -35,7 +35,12 @@ def encode(image: Image.Image, kind: str, **options) -> bytes:
 def test_padding_in_bands_equals_padding_the_square(monkeypatch, resize):
     monkeypatch.setattr(images, "_BAND", 7)
     spec = ImageSpec(
-        size=28, edge=32, resize=resize, aspect="pad", mean=(0.48145466, 0.4578275, 0.40821073), std=HALF
+        size=28,
+        edge=32,
+        resize=resize,
+        aspect="pad",
+        mean=(0.48145466, 0.4578275, 0.40821073),
+        std=HALF,
     )
     crop = ImageSpec(**{**vars(spec), "aspect": "crop"})
     for size in [(1, 1), (50, 50), (32, 32), (32, 20), (99, 40), (40, 99), (7, 301), (301, 1)]:

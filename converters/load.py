@@ -1,8 +1,12 @@
 """Checkpoint folder -> sharded model: streams one tensor at a time onto the devices."""
 
 import functools
+import itertools
 import json
+import warnings
+from collections import deque
 from collections.abc import Callable, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +29,9 @@ from vfjax.sharding import param_sharding
 
 Params = dict[str, nnx.Variable]
 """Parameter path, joined by "/" -> the parameter."""
+
+READERS = 2
+"""Threads that read weights: while one reads, the other transposes."""
 
 TOKENIZERS = ("tokenizer.json", "tokenizer.model")
 """Files that hold a vocabulary."""
@@ -70,11 +77,12 @@ def load(
     source = open_source(path, towers=towers, tower_source=tower_source)
     config = model_config(source)
     graph, params = abstract(config.build)
-    for part, rules in check(source, params).items():
-        tensors = source.parts[part]
-        for name, rule in rules.items():
-            params[name] = fill(name, params[name], tensors[rule.source], rule, mesh, dtype)
-            progress(int(np.prod(params[name].shape)) * params[name].dtype.itemsize)
+    tensors = {
+        name: (source.parts[part][rule.source], rule)
+        for part, rules in check(source, params).items()
+        for name, rule in rules.items()
+    }
+    fill(params, tensors, mesh, dtype, progress)
     return join(graph, params), processor(source, config)
 
 
@@ -90,8 +98,8 @@ def load_encoder(path: str | Path, *, mesh: Mesh | None = None, dtype: Any = Non
     table = find(tower.config, str(path))
     graph, params = abstract(table.config(tower.config).build)
     shapes = {name: p.shape for name, p in params.items()}
-    for name, rule in table.check(shapes, tower.tensors, str(path)).items():
-        params[name] = fill(name, params[name], tower.tensors[rule.source], rule, mesh, dtype)
+    rules = table.check(shapes, tower.tensors, str(path))
+    fill(params, {n: (tower.tensors[rule.source], rule) for n, rule in rules.items()}, mesh, dtype)
     return join(graph, params)
 
 
@@ -214,20 +222,37 @@ def check(source: Source, params: Params) -> dict[str, dict[str, Rule]]:
 
 
 def fill(
-    name: str, param: nnx.Variable, tensor: LazyTensor, rule: Rule, mesh: Mesh | None, dtype: Any
-) -> nnx.Variable:
-    """A parameter with its tensor's values, on the devices; the host holds this tensor only."""
+    params: Params,
+    tensors: Mapping[str, tuple[LazyTensor, Rule]],
+    mesh: Mesh | None,
+    dtype: np.dtype | None,
+    progress: Callable[[int], object] = lambda nbytes: None,
+) -> None:
+    """Puts each parameter's tensor on the devices.
 
-    @functools.cache  # a callback runs once a shard
-    def read() -> np.ndarray:
-        return rule.to_param(tensor[...])
+    Threads read and transpose ahead of the casts; the host holds as many tensors as there are
+    threads, and the one that is cast.
+    """
 
-    if mesh is None:
-        value = jax.device_put(read())
-    else:
-        sharding = param_sharding(name, param, mesh)
-        value = jax.make_array_from_callback(param.shape, sharding, lambda index: read()[index])
-    return param.replace(value if dtype is None else value.astype(dtype))
+    def put(name: str) -> jax.Array:
+        tensor, rule = tensors[name]
+        if mesh is None:
+            return jax.device_put(rule.to_param(tensor[...]))
+        read = functools.cache(lambda: rule.to_param(tensor[...]))  # asked for once a shard
+        sharding = param_sharding(name, params[name], mesh)
+        return jax.make_array_from_callback(
+            params[name].shape, sharding, lambda index: read()[index]
+        )
+
+    names = iter(tensors)
+    with ThreadPoolExecutor(READERS) as pool:
+        pending = deque((name, pool.submit(put, name)) for name in itertools.islice(names, READERS))
+        while pending:
+            name, future = pending.popleft()
+            value = future.result()
+            pending.extend((name, pool.submit(put, name)) for name in itertools.islice(names, 1))
+            params[name] = params[name].replace(value if dtype is None else value.astype(dtype))
+            progress(value.size * params[name].dtype.itemsize)
 
 
 def processor(source: Source, config: ModelConfig) -> Processor:
@@ -257,9 +282,11 @@ def load_tokenizer(folder: Path) -> Any:
         options = {k: known.get(k, True) for k in ("add_bos_token", "legacy")}
     transformers.logging.set_verbosity_error()  # it warns of every model_type but its own
     try:
-        return transformers.AutoTokenizer.from_pretrained(
-            folder, trust_remote_code=False, **options
-        )
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", FutureWarning)  # and of older versions' configs
+            return transformers.AutoTokenizer.from_pretrained(
+                folder, trust_remote_code=False, **options
+            )
     except Exception as error:  # tokenizers has no class of its own
         raise InputError(
             folder,

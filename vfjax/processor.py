@@ -41,7 +41,7 @@ class Processor:
     def chat(self, question: str, *, images: int = 1) -> str:
         """A prompt for one question about `images` pictures, answer open."""
         turn = (text.IMAGE_TOKEN + "\n") * images + question
-        return text.render(text.TEMPLATES[self.template], [(turn, None)])
+        return text.render(text.get_template(self.template), [(turn, None)])
 
     def decode(self, ids: Sequence[int]) -> str:
         """Text of new token ids, cut at the template's stop strings.
@@ -50,7 +50,7 @@ class Processor:
             InputError: there is no tokenizer.
         """
         out = self._tokenizer().decode(ids, skip_special_tokens=True)
-        for stop in text.TEMPLATES[self.template].stop:
+        for stop in text.get_template(self.template).stop:
             out = out.split(stop)[0]
         return out.strip()
 

@@ -81,6 +81,12 @@ def exact(base: np.ndarray, members: Sequence[np.ndarray], method: str) -> np.nd
     return start + sum(w * (x - start) for w, x in zip(weights, wide, strict=True))
 
 
+def steps(array: np.ndarray) -> np.ndarray:
+    """Bfloat16 values counted from zero."""
+    bits = array.view(np.int16).astype(np.int32)
+    return np.where(bits < 0, -32768 - bits, bits)
+
+
 def assert_merged(folder: Path, family: Path, names: str, method: str = "task_arithmetic") -> None:
     """Every value is the formula's, rounded once: the same bits, or next to them in 1 of 10,000."""
     base, found = llm_of(family / "base"), llm_of(folder)
@@ -90,7 +96,7 @@ def assert_merged(folder: Path, family: Path, names: str, method: str = "task_ar
     for name, value in found.items():
         expected = exact(base[name], [m[name] for m in members], method).astype(BF16)
         assert (value.dtype, value.shape) == (BF16, expected.shape), name
-        ulps = value.view(np.int16).astype(int) - expected.view(np.int16)
+        ulps = steps(value) - steps(expected)
         assert np.abs(ulps).max() <= 1, name
         other, total = other + np.count_nonzero(ulps), total + ulps.size
         assert all((value != m[name]).any() for m in (base, *members)), name
@@ -166,27 +172,22 @@ def visual_tokens(folder: Path) -> np.ndarray:
 def test_branches_are_read_in_the_members_order(fused: Path, family: Path):
     assert_merged(fused, family, "hf2 up3")
     own = [visual_tokens(family / name) for name in ("hf2", "up3")]
-    np.testing.assert_allclose(visual_tokens(fused), np.concatenate(own), rtol=0, atol=1e-6)
+    np.testing.assert_array_equal(visual_tokens(fused), np.concatenate(own))
 
 
 def test_branches_are_the_members_bytes(fused: Path, family: Path):
-    found, hf2 = read_weights(fused), read_weights(family / "hf2")
-    tower = read_weights(family / "up3" / "vision_tower")
-    assert not {name for name in found if re.match(r"branches\.(?!(hf2|up3)\.)", name)}
-    for ours, theirs in (
-        ("branches.hf2.encoder.layernorm.weight", hf2["vision_tower.layernorm.weight"]),
-        ("branches.hf2.connector.2.bias", hf2["multi_modal_projector.linear_2.bias"]),
-        (
-            "branches.up3.encoder.embeddings.patch_embedding.weight",
-            tower["embeddings.patch_embedding.weight"],
-        ),
-        (
-            "branches.up3.connector.0.weight",
-            read_weights(family / "up3")["model.mm_projector.0.weight"],
-        ),
-    ):
-        assert found[ours].dtype == theirs.dtype
-        np.testing.assert_array_equal(found[ours][...], theirs[...])
+    found, count = read_weights(fused), 0
+    for name in ("hf2", "up3"):
+        source = converters.open_source(family / name)
+        for part, tensors in source.parts.items():
+            if part == "llm":
+                continue
+            for key, theirs in tensors.items():
+                ours = found[f"branches.{name}.{part.split('.')[-1]}.{key}"]
+                assert (ours.dtype, ours.shape) == (theirs.dtype, theirs.shape)
+                assert ours[...].tobytes() == theirs[...].tobytes(), key
+                count += 1
+    assert count == len([name for name in found if name.startswith("branches.")])
 
 
 def test_config_of_a_fused_folder(fused: Path, family: Path):
@@ -222,9 +223,7 @@ def test_a_fused_member_keeps_its_branches(fused: Path, family: Path, tmp_path: 
     assert [b.name for b in model.config.branches] == ["two-hf2", "two-up3", "up2"]
     assert processor.template == "chatml_direct"
     own = [visual_tokens(folder) for folder in (fused, family / "up2")]
-    np.testing.assert_allclose(
-        visual_tokens(tmp_path / "out"), np.concatenate(own), rtol=0, atol=1e-6
-    )
+    np.testing.assert_array_equal(visual_tokens(tmp_path / "out"), np.concatenate(own))
 
 
 def test_same_inputs_same_bytes(fused: Path, family: Path, tmp_path: Path):
@@ -337,18 +336,6 @@ def test_a_config_that_hides_its_family(family: Path, tmp_path: Path):
     assert "embed_tokens.weight: found shape (320, 32), expected (32000, 32) by the config" in line
 
 
-def test_nan_in_a_member(family: Path, tmp_path: Path):
-    shutil.copytree(family / "up2", tmp_path / "up2")
-    tensors = load_file(tmp_path / "up2" / "model.safetensors")
-    tensors["model.layers.1.mlp.up_proj.weight"][7, 3] = torch.nan
-    save_file(tensors, tmp_path / "up2" / "model.safetensors")
-    members = {"up2": tmp_path / "up2", **named(family, "up3")}
-    assert refused(tmp_path, members, base=family / "base") == (
-        "member 'up2': model.layers.1.mlp.up_proj.weight: found 1 NaN or infinite of 1536 values, "
-        "expected finite weights; download or export this checkpoint again"
-    )
-
-
 @pytest.mark.parametrize(
     ("more", "line"),
     [
@@ -367,10 +354,3 @@ def test_nan_in_a_member(family: Path, tmp_path: Path):
 def test_wrong_arguments(family: Path, tmp_path: Path, more: dict[str, Any], line: str):
     arguments = {"members": named(family, "up2 up3"), "base": family / "base", **more}
     assert refused(tmp_path, arguments.pop("members"), **arguments).startswith(line)
-
-
-def test_an_output_that_exists(family: Path, tmp_path: Path):
-    (tmp_path / "out").mkdir()
-    with pytest.raises(InputError, match=r"out: found an existing path, expected a new folder"):
-        converters.fuse(named(family, "up2"), tmp_path / "out", params={"weights": [1.0]})
-    assert list((tmp_path / "out").iterdir()) == []

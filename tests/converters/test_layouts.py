@@ -162,7 +162,6 @@ def test_the_llm_has_none_of_the_keys_of_the_rest(folders: Path):
         ("up", {"hidden_size": None}, "config.json: found no key 'hidden_size', expected it"),
         ("up", {"mm_projector_type": "qformer"}, "mm_projector_type: found 'qformer', expected"),
         ("up", {"mm_projector_type": "mlp9x_gelu"}, "mm_projector_type: found 'mlp9x_gelu'"),
-        ("up", {"mm_dense_connector_type": "xyz"}, "mm_dense_connector_type"),
         ("hf", {"vision_config": {"model_type": "beit"}}, "encoder: found model_type 'beit'"),
         ("hf", {"text_config": {"model_type": "phi"}}, "llm: found model_type 'phi', expected"),
         ("hf", {"vision_config": None}, "config.json: found no key 'vision_config', expected it"),

@@ -63,9 +63,11 @@ def test_fuse(tmp_path: Path):
     [
         ("generate", ["--config.prompt=a"], "config.model: found nothing"),
         ("nowhere", [], "nowhere.py"),
+        ("generate", ["--config.task=dance"], "config.task: found no module experiments.tasks.d"),
+        ("generate", ["--config.modle=a"], "unknown key 'modle'"),
     ],
 )
-def test_what_is_missing_is_said_in_one_line(config: str, args: list[str], words: str):
+def test_what_is_wrong_is_said_in_one_line(config: str, args: list[str], words: str):
     done = command(config, *args)
     assert done.returncode == 2
     (line,) = done.stderr.strip().splitlines()

@@ -105,6 +105,13 @@ def _unsupported(name: str, key: str, found: object, expected: str) -> InputErro
 
 
 def _kind(config: Mapping[str, Any], name: str) -> str:
+    if not config:
+        raise InputError(
+            f"{name}: preprocessor",
+            found="no preprocessor_config.json",
+            expected="the image processor of the encoder",
+            fix="copy the file from the encoder's repository",
+        )
     found = config.get("image_processor_type") or config.get("feature_extractor_type")
     for kind in _DEFAULTS:
         if found in (

@@ -27,7 +27,7 @@ class Tower:
 
     Attributes:
         config: its Hugging Face config, `model_type` naming a table.
-        preprocessor: its preprocessor_config.json; empty for OpenCLIP's.
+        preprocessor: its preprocessor_config.json; empty if it has none, as OpenCLIP's.
         files: its weights files, by name.
         tensors: under the names of its table.
         prefixes: the (prefix in the folder, prefix in the table) pairs they were read by.
@@ -124,7 +124,7 @@ def read_tower(path: Path, file: str, slot: str = "", *, weights: bool = True) -
     names = rename(raw, table.prefixes)
     return Tower(
         config=config,
-        preprocessor=read_json(preprocessor) if file == "config.json" else {},
+        preprocessor=read_json(preprocessor) if preprocessor.is_file() else {},
         path=path,
         files={tensor.path.name: tensor.path for tensor in raw.values()},
         tensors={new: raw[old] for old, (new, _) in names.items()},

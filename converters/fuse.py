@@ -5,16 +5,10 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
+from converters.adapters import named_base
 from converters.export import to_bytes, with_dtype
-from converters.layouts import Source, open_source
-from converters.load import (
-    TOKENIZER_FILES,
-    TOKENIZERS,
-    abstract,
-    check,
-    float_dtype,
-    model_config,
-)
+from converters.layouts import TOKENIZERS, Source, open_source
+from converters.load import TOKENIZER_FILES, abstract, check, float_dtype, model_config
 from converters.tables.visionfuse import KINDS, fused_config
 from converters.writer import sha256, write_folder
 from vfjax import InputError, __version__
@@ -34,6 +28,7 @@ def fuse(
     export: str = "model",
     template: str | None = None,
     dtype: Any = None,
+    router: str = "merged",
     towers: Mapping[str, str | Path] | None = None,
     shard_bytes: float = 5e9,
     progress: Callable[[int], object] | None = None,
@@ -43,12 +38,15 @@ def fuse(
     Args:
         members: name -> folder, in the order in which their visual tokens will be read.
         out: folder to make.
-        base: folder of the LLM that all members were fine-tuned from.
+        base: folder of the LLM that all members were fine-tuned from; members that are adapters or
+            projectors are completed from the LLM that they name, or else from this one.
         method: a key of `vfjax.merge.METHODS`.
         params: the method's parameters, such as {"weights": [0.5, 0.5]}.
         export: "model" writes merged LLM and branches; "llm" a plain Hugging Face causal LM.
         template: prompt template; the first member's by default.
         dtype: of the merged LLM; the base's by default.
+        router: embeddings of the prompt that a connector reads (SliME's router): "merged", the
+            fused LLM's, or "member", the member's own, which are then kept beside it.
         towers: see `converters.load`.
         shard_bytes: largest size of a weights file.
         progress: called with the number of bytes after each write.
@@ -61,8 +59,11 @@ def fuse(
             source, `out` exists, disk full; nothing is left at `out` then.
     """
     out = Path(out)
-    _check_request(members, out, export, template)
-    opened = {name: open_source(path, towers=towers) for name, path in members.items()}
+    _check_request(members, out, export, template, router)
+    opened = {
+        name: open_source(path, towers=towers, base=named_base(path, towers) or base)
+        for name, path in members.items()
+    }
     if base is not None:
         opened = {BASE: open_source(base), **opened}
     check_family({name: source.llm for name, source in opened.items()})
@@ -76,6 +77,8 @@ def fuse(
     else:
         for name, source in opened.items():
             merged |= _branch_tensors(name, source, tensors[name])
+        if router == "member":
+            merged |= _own_embeddings(result, opened, llms)
         config = fused_config(result, _recipe(opened, method, params))
     files: dict[str, bytes | Path] = {
         "config.json": to_bytes(config),
@@ -88,9 +91,15 @@ def fuse(
 BASE = "base"
 """The base's label among the members."""
 
+ROUTERS = ("merged", "member")
+"""Whose embeddings of the prompt a connector reads."""
+
+EMBEDDING = "embedding.weight"
+"""The member's embedding among the tensors of a connector that reads the prompt."""
+
 
 def _check_request(
-    members: Mapping[str, str | Path], out: Path, export: str, template: str | None
+    members: Mapping[str, str | Path], out: Path, export: str, template: str | None, router: str
 ) -> None:
     bad = [name for name in members if not re.fullmatch(r"[A-Za-z0-9_-]+", name) or name == BASE]
     if not members or bad:
@@ -103,6 +112,10 @@ def _check_request(
     if export not in ("model", "llm"):
         raise InputError(
             "export", found=repr(export), expected="'model' or 'llm'", fix="choose one"
+        )
+    if router not in ROUTERS:
+        raise InputError(
+            "router", found=repr(router), expected="'merged' or 'member'", fix="choose one"
         )
     if template is not None:
         get_template(template)
@@ -143,6 +156,26 @@ def _branch_tensors(member: str, source: Source, parts: Mapping[str, Tensors]) -
     return out
 
 
+def _own_embeddings(
+    result: Source, opened: Mapping[str, Source], llms: Mapping[str, Tensors]
+) -> Tensors:
+    """Embeddings of the members whose connectors read the prompt; says so in `result`."""
+    reads = {b.name for b in model_config(result).branches if b.views.reads_text}
+    owners = {
+        _branch_name(member, source, branch["name"]): member
+        for member, source in opened.items()
+        for branch in source.branches
+    }
+    out = {}
+    for branch in result.branches:
+        name = branch["name"]
+        if name in reads and not branch["connector"].get("vocab"):  # fused before, it has its own
+            table = llms[owners[name]]["model.embed_tokens.weight"]
+            branch["connector"] = {**branch["connector"], "vocab": table.shape[0]}
+            out[f"branches.{name}.connector.{EMBEDDING}"] = table
+    return out
+
+
 def _describe(opened: Mapping[str, Source], out: Path, template: str | None) -> Source:
     """The fused folder's normal form: all members' branches, the reference's LLM."""
     reference = next(iter(opened.values()))
@@ -176,7 +209,7 @@ def _tokenizer_files(opened: Mapping[str, Source], export: str) -> dict[str, Pat
     if export == "model" and BASE in opened:
         order = order[1:] + order[:1]
     for source in order:
-        files = {n: source.path / n for n in TOKENIZER_FILES if (source.path / n).is_file()}
+        files = {n: source.home / n for n in TOKENIZER_FILES if (source.home / n).is_file()}
         if any(name in files for name in TOKENIZERS):
             return files
     return {}

@@ -15,7 +15,7 @@ import numpy as np
 from flax import nnx
 from jax.sharding import Mesh
 
-from converters.layouts import Source, open_source, reading
+from converters.layouts import TOKENIZERS, Source, open_source, reading
 from converters.preprocessor import from_preprocessor
 from converters.reader import first_line, read_json
 from converters.rules import FLOATS, Rule
@@ -32,9 +32,6 @@ Params = dict[str, nnx.Variable]
 
 READERS = 2
 """Threads that read weights: while one reads, the other transposes."""
-
-TOKENIZERS = ("tokenizer.json", "tokenizer.model")
-"""Files that hold a vocabulary."""
 
 TOKENIZER_FILES = (
     *TOKENIZERS,
@@ -56,6 +53,7 @@ def load(
     dtype: Any = None,
     towers: Mapping[str, str | Path] | None = None,
     tower_source: str = "auto",
+    base: str | Path | None = None,
     progress: Callable[[int], object] = lambda nbytes: None,
 ) -> tuple[Model, Processor]:
     """Any supported checkpoint folder as a model on the devices, and its processor.
@@ -67,6 +65,8 @@ def load(
         towers: name of a vision tower in config.json -> the folder where it is.
         tower_source: which copy of a tower is read when the checkpoint holds one too: "auto" as
             its authors' loader does, "checkpoint", or "hub" for the tower's own folder.
+        base: folder of the LLM that a LoRA adapter or a bare projector at `path` is for; None: the
+            one that its configs name.
         progress: called with the bytes of each tensor as it arrives.
 
     Raises:
@@ -74,7 +74,7 @@ def load(
             not one that parameters have.
     """
     dtype = float_dtype(dtype)
-    source = open_source(path, towers=towers, tower_source=tower_source)
+    source = open_source(path, towers=towers, tower_source=tower_source, base=base)
     config = model_config(source)
     graph, params = abstract(config.build)
     tensors = {
@@ -237,7 +237,7 @@ def fill(
     def put(name: str) -> jax.Array:
         tensor, rule = tensors[name]
         if mesh is None:
-            return jax.device_put(rule.to_param(tensor[...]))
+            return jax.device_put(rule.to_param(tensor[...]), may_alias=False)
         read = functools.cache(lambda: rule.to_param(tensor[...]))  # asked for once a shard
         sharding = param_sharding(name, params[name], mesh)
         return jax.make_array_from_callback(
@@ -257,11 +257,11 @@ def fill(
 
 def processor(source: Source, config: ModelConfig) -> Processor:
     """The processor of an opened folder."""
-    tokenizer = load_tokenizer(source.path)
+    tokenizer = load_tokenizer(source.home)
     stop: set[int] = set()
     for name in ("generation_config.json", "config.json"):
-        if not stop and (source.path / name).is_file():
-            found = read_json(source.path / name).get("eos_token_id", [])
+        if not stop and (source.home / name).is_file():
+            found = read_json(source.home / name).get("eos_token_id", [])
             stop |= set(found if isinstance(found, list) else [found])
     if tokenizer is not None and tokenizer.eos_token_id is not None:
         stop.add(tokenizer.eos_token_id)

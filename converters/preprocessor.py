@@ -29,12 +29,23 @@ _SIGLIP = {
     "image_mean": _HALF,
     "image_std": _HALF,
 }
+_DINOV3 = {
+    **_SIGLIP,
+    "resample": 2,
+    "image_mean": (0.485, 0.456, 0.406),
+    "image_std": (0.229, 0.224, 0.225),
+    "default_to_square": True,
+}
+# LlavaNext's pinpoints are read with the model's config; do_pad is about tiles that fill a batch.
+_LLAVA_NEXT = {**_CLIP, "do_pad": True, "image_grid_pinpoints": None, "aspect_ratio_setting": ""}
 # What transformers assumes for keys a preprocessor_config.json lacks.
 _DEFAULTS: dict[str, dict[str, Any]] = {
     "CLIP": _CLIP,
     "Bit": _CLIP,
     "Siglip": _SIGLIP,
     "ViT": {**_SIGLIP, "resample": 2},
+    "DINOv3ViT": _DINOV3,
+    "LlavaNext": _LLAVA_NEXT,
 }
 _NO_EFFECT = {
     "image_processor_type",
@@ -55,9 +66,13 @@ def from_preprocessor(
 ) -> ImageSpec:
     """Reads a Hugging Face image processor's settings.
 
+    DINOv3's processor resizes floats, all others the 8-bit picture. Here DINOv3's is resized as the
+    others': a pixel differs by the rounding, less than one of its 255 steps.
+
     Args:
-        config: content of a `preprocessor_config.json` of a CLIP, SigLIP, BiT (DINOv2) or ViT
-            (DINO) processor; keys it lacks have transformers' defaults.
+        config: content of a `preprocessor_config.json` of a CLIP, SigLIP, BiT (DINOv2), ViT (DINO),
+            DINOv3 or LLaVA-NeXT processor, of the latter what becomes of a tile; keys it lacks have
+            transformers' defaults.
         aspect: from the model's own config (LLaVA's `image_aspect_ratio`), not in this file.
         name: what to call the file in errors.
 
@@ -75,6 +90,8 @@ def from_preprocessor(
     for key in _SWITCHES:
         if settings[key] is not True:
             raise _unsupported(name, key, settings[key], "true")
+    if settings.get("default_to_square", True) is not True:
+        raise _unsupported(name, "default_to_square", settings["default_to_square"], "true")
     if settings["resample"] not in range(6):
         raise _unsupported(name, "resample", settings["resample"], "a Pillow filter, 0 to 5")
     if not isinstance(settings["rescale_factor"], float | int):
@@ -87,6 +104,8 @@ def from_preprocessor(
             raise _unsupported(name, "crop_size", size, f"at most the resized edge, {edge}")
     elif resize == "shortest":
         raise _unsupported(name, "do_center_crop", False, "true, or a square size")
+    if kind == "LlavaNext" and size != edge:
+        raise _unsupported(name, "crop_size", size, f"the resized edge, {edge}")
     return ImageSpec(
         size=size,
         edge=edge,
@@ -105,13 +124,6 @@ def _unsupported(name: str, key: str, found: object, expected: str) -> InputErro
 
 
 def _kind(config: Mapping[str, Any], name: str) -> str:
-    if not config:
-        raise InputError(
-            f"{name}: preprocessor",
-            found="no preprocessor_config.json",
-            expected="the image processor of the encoder",
-            fix="copy the file from the encoder's repository",
-        )
     found = config.get("image_processor_type") or config.get("feature_extractor_type")
     for kind in _DEFAULTS:
         if found in (
@@ -120,7 +132,7 @@ def _kind(config: Mapping[str, Any], name: str) -> str:
             f"{kind}FeatureExtractor",
         ):
             return kind
-    known = f"an image processor of {', '.join(_DEFAULTS)}"
+    known = f"an image processor of {', '.join(_DEFAULTS)}, by a preprocessor_config.json"
     raise _unsupported(name, "image_processor_type", found, known)
 
 
@@ -131,7 +143,8 @@ def _edge(size: Any, kind: str, name: str) -> tuple[int, Literal["shortest", "sq
     if isinstance(size, int):
         if kind == "Siglip":
             raise _unsupported(name, "size", size, '{"height", "width"}')
-        return _square(size, name, "size"), "squash" if kind == "ViT" else "shortest"
+        square = kind in ("ViT", "DINOv3ViT")
+        return _square(size, name, "size"), "squash" if square else "shortest"
     return _square(size, name, "size"), "squash"
 
 

@@ -44,7 +44,7 @@ STEMS = ("model", "pytorch_model")
 
 @dataclasses.dataclass(frozen=True)
 class FileTensor:
-    """A tensor at an offset of a file; `tensor[a:b]` reads only those rows, `tensor[...]` all."""
+    """A tensor at an offset of a file; `tensor[a:b]` maps only those rows, `tensor[...]` all."""
 
     path: Path
     shape: tuple[int, ...]
@@ -52,7 +52,7 @@ class FileTensor:
     offset: int
 
     def __getitem__(self, index: slice | EllipsisType) -> np.ndarray:
-        """Rows of the first axis as a new array.
+        """Rows of the first axis, read-only; the file is read where they are.
 
         Raises:
             InputError: the file is shorter than its header said.
@@ -61,18 +61,21 @@ class FileTensor:
         if isinstance(index, slice):
             start, stop, step = index.indices(stop)
             assert step == 1, "only contiguous rows"
+        shape = (stop - start, *self.shape[1:]) if self.shape else ()
         row = int(np.prod(self.shape[1:], dtype=np.int64)) * self.dtype.itemsize
-        size = max(stop - start, 0) * row
-        raw = np.fromfile(self.path, np.uint8, size, offset=self.offset + start * row)
-        if raw.size != size:
+        offset, size = self.offset + start * row, int(np.prod(shape, dtype=np.int64))
+        if not size:
+            return np.empty(shape, self.dtype)
+        try:
+            raw = np.memmap(self.path, np.uint8, "r", offset, size * self.dtype.itemsize)
+        except ValueError:
             raise InputError(
                 self.path,
-                found=f"{raw.size} bytes at offset {self.offset + start * row}",
-                expected=f"{size}",
+                found=f"{self.path.stat().st_size} bytes",
+                expected=f"{offset + size * self.dtype.itemsize}",
                 fix="the file was cut short; copy it again",
-            )
-        shape = (stop - start, *self.shape[1:]) if self.shape else ()
-        return raw.view(self.dtype).reshape(shape)
+            ) from None
+        return np.asarray(raw).view(self.dtype).reshape(shape)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -127,11 +130,6 @@ def has_weights(folder: Path, stems: Sequence[str] = STEMS) -> bool:
 
 def _names(stems: Sequence[str]) -> list[str]:
     return [stem + end for end in (".safetensors", ".bin") for stem in stems]
-
-
-def weight_files(folder: Path) -> list[Path]:
-    """The files that `read_weights` reads tensors from, for hashing."""
-    return sorted({tensor.path for tensor in read_weights(folder).values()})
 
 
 def _sharded(index: Path) -> dict[str, FileTensor | TorchTensor]:
@@ -224,6 +222,8 @@ def _torch(path: Path) -> Iterator[tuple[str, FileTensor | TorchTensor]]:
             expected="a pickle of tensors only",
             fix="download it again; if it holds code, do not use it",
         ) from error
+    if isinstance(state, Mapping) and isinstance(state.get("state_dict"), Mapping):
+        state = state["state_dict"]  # a training checkpoint, as OpenCLIP's
     if not isinstance(state, Mapping):
         state = {"": state}
     dtypes = {dtype.name: dtype for dtype in DTYPES.values()}

@@ -4,7 +4,18 @@ from vfjax.errors import InputError
 from vfjax.generate import generate, generate_ids
 from vfjax.model import Batch, Model, forward
 from vfjax.processor import Processor
+from vfjax.video import Video, open_video
 
 __version__ = "0.1.0"
 
-__all__ = ["Batch", "InputError", "Model", "Processor", "forward", "generate", "generate_ids"]
+__all__ = [
+    "Batch",
+    "InputError",
+    "Model",
+    "Processor",
+    "Video",
+    "forward",
+    "generate",
+    "generate_ids",
+    "open_video",
+]

@@ -30,7 +30,8 @@ class Batch:
             counted branch by branch.
         mask: bool[b, t], False at padding.
         images: branch name -> what its views prepared, such as {"pixels": float32[n, h, w, 3]};
-            empty when no row has a picture.
+            with videos, "pool" int32[m, p]: m more visual tokens, each the largest values of p
+            others; empty when no row has a picture.
         labels: int32[b, t] ids to learn, -100 where there is none; None outside training.
     """
 
@@ -124,9 +125,13 @@ class Model(nnx.Module):
         dtype = self.llm.embedding.dtype
         tokens, keep = [], []
         for branch in self.config.branches:
-            stages = self.branches[branch.name].stages(images[branch.name], self.llm.embed)
+            inputs = images[branch.name]
+            stages = self.branches[branch.name].stages(inputs, self.llm.embed)
             tokens.append(stages["tokens"].astype(dtype))
             keep.append(stages.get("keep", jnp.ones(len(tokens[-1]), bool)))
+            if "pool" in inputs:  # of videos' frames
+                tokens.append(tokens[-1][inputs["pool"]].max(axis=1))
+                keep.append(keep[-1][inputs["pool"]].all(axis=1))
         return jnp.concatenate(tokens), jnp.concatenate(keep)
 
     def embed(self, batch: Batch) -> tuple[Array, Array]:

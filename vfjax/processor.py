@@ -12,12 +12,13 @@ from vfjax import prompts as text
 from vfjax.errors import InputError
 from vfjax.images import open_image
 from vfjax.model import AnyArray, Batch, ModelConfig
-from vfjax.views import bucket
+from vfjax.video import Video
+from vfjax.views import Prepared, bucket
 
-Picture = str | os.PathLike | Image.Image | np.ndarray
+Picture = str | os.PathLike | Image.Image | np.ndarray | Video
 
-LENGTHS = tuple(m << k for k in range(5, 18) for m in (2, 3))
-"""Default sequence lengths: 64, 96, 128, 192, ... each at most 1.5 x the one before."""
+LENGTHS = tuple(m << k for k in range(4, 17) for m in (4, 5, 6, 7))
+"""Default sequence lengths: 64, 80, 96, 112, 128, ... each at most 1.25 x the one before."""
 
 
 @dataclasses.dataclass
@@ -67,8 +68,8 @@ class Processor:
         """One row a prompt.
 
         Args:
-            images: pictures in the order of the placeholders over the whole batch; or, if any item
-                is a list, one list a row.
+            images: pictures, or videos (`vfjax.open_video`), in the order of the placeholders over
+                the whole batch; or, if any item is a list, one list a row.
             prompts: texts with an `<image>` at each picture; see `chat`.
             input_ids: in place of prompts, ids with -200 at each picture.
             labels: ids to learn, as long as each row's ids (-100 where there is none).
@@ -186,18 +187,24 @@ class Processor:
         """Each branch's inputs, and each picture's visual tokens as numbers in the batch."""
         if not pictures:
             return {}, []
-        opened = [open_image(p) for p in pictures]
+        groups = [list(p.frames) if isinstance(p, Video) else [open_image(p)] for p in pictures]
+        pools = [p.pool if isinstance(p, Video) else 1 for p in pictures]
+        owner = [i for i, group in enumerate(groups) for _ in group]
+        frames = {k for k, i in enumerate(owner) if isinstance(pictures[i], Video)}
         words = _words(rows)
         numbers: list[list[np.ndarray]] = [[] for _ in pictures]
         inputs, base = {}, 0
         for branch in self.config.branches:
-            ready = branch.views(opened)
+            ready = branch.views([view for group in groups for view in group], frames)
             inputs[branch.name] = ready.inputs
             if branch.views.reads_text:
-                inputs[branch.name] |= self._texts(words)
-            for picture, indices in zip(numbers, ready.indices, strict=True):
-                picture.append(base + indices)
-            base += ready.size
+                inputs[branch.name] |= self._texts([words[i] for i in owner])
+            seen, pool = _pooled(ready, [pools[i] for i in owner])
+            if pool is not None:
+                inputs[branch.name]["pool"] = pool
+            for i, indices in zip(owner, seen, strict=True):
+                numbers[i].append(base + indices)
+            base += ready.size + (0 if pool is None else len(pool))
         return inputs, [np.concatenate(parts) for parts in numbers]
 
     def _texts(self, words: Sequence[np.ndarray]) -> dict[str, AnyArray]:
@@ -242,6 +249,33 @@ def _splice(
     if seen:
         where[row[source] == text.IMAGE_ID] = np.concatenate(seen)
     return ids, where, source
+
+
+def _pooled(ready: Prepared, pools: Sequence[int]) -> tuple[list[np.ndarray], np.ndarray | None]:
+    """A branch's tokens of each picture after pooling, and which of its memory make a pooled one.
+
+    Args:
+        ready: what the branch's views made.
+        pools: tokens that are pooled into one, for each picture.
+
+    Returns:
+        For each picture int64[k] numbers, the pooled ones behind the memory; and int32[m, p] the
+        memory's tokens of each pooled one, m a bucket, None if nothing is pooled.
+    """
+    most = max(pools)
+    if most == 1:
+        return ready.indices, None
+    seen, groups, count = [], [], 0
+    for indices, pool in zip(ready.indices, pools, strict=True):
+        if pool > 1:
+            group = indices[: len(indices) // pool * pool].reshape(-1, pool)
+            indices = ready.size + count + np.arange(len(group))
+            groups.append(np.pad(group, ((0, 0), (0, most - pool)), mode="edge"))
+            count += len(group)
+        seen.append(indices)
+    out = np.zeros((bucket(count), most), np.int32)
+    out[:count] = np.concatenate(groups)
+    return seen, out
 
 
 def _words(rows: Sequence[np.ndarray]) -> list[np.ndarray]:

@@ -5,7 +5,7 @@ are a list of indices into it. Tiling, unpadding and newlines are thus one gathe
 """
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Container, Sequence
 
 import numpy as np
 from PIL import Image
@@ -14,6 +14,9 @@ from vfjax import tiling
 from vfjax.images import ImageSpec, preprocess
 
 Pictures = Sequence[Image.Image]
+Frames = Container[int]
+"""Numbers of the pictures that are frames of a video: of these only the whole is shown, padded to a
+square where a tiled picture would be squashed (Dense Connector's evaluation on video)."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -56,8 +59,9 @@ class Whole:
         """Tokens of a picture at most."""
         return self.tokens
 
-    def __call__(self, pictures: Pictures) -> Prepared:
+    def __call__(self, pictures: Pictures, frames: Frames = ()) -> Prepared:
         """Inputs: pixels float32[n, s, s, 3]."""
+        del frames  # all are whole
         n = bucket(len(pictures))
         pixels = stacked([preprocess(p, self.images) for p in pictures], n)
         indices = [i * self.tokens + np.arange(self.tokens) for i in range(len(pictures))]
@@ -73,12 +77,14 @@ class Anyres:
         pinpoints: canvases (width, height) that a picture may be tiled on.
         side: a view has side * side tokens.
         merge: the config's mm_patch_merge_type: "flat", "spatial" or "spatial_unpad".
+        decimals: see `tiling.unpad`.
     """
 
     images: ImageSpec
     pinpoints: tuple[tuple[int, int], ...]
     side: int
     merge: str
+    decimals: int | None = None
 
     reads_text = False
 
@@ -90,14 +96,18 @@ class Anyres:
             len(self._order(point, g)) for point, g in zip(self.pinpoints, grids, strict=True)
         )
 
-    def __call__(self, pictures: Pictures) -> Prepared:
+    def __call__(self, pictures: Pictures, frames: Frames = ()) -> Prepared:
         """Inputs: pixels float32[t, s, s, 3], all views of all pictures."""
         tile, per_view = self.images.size, self.side**2
         views: list[np.ndarray] = []
         starts, orders = [], []
-        for picture in pictures:
-            grid = tiling.anyres_grid(picture.size, self.pinpoints, tile)
+        for i, picture in enumerate(pictures):
             starts.append(len(views) * per_view)
+            if i in frames:
+                orders.append(starts[-1] + np.arange(per_view))
+                views.append(preprocess(picture, dataclasses.replace(self.images, aspect="pad")))
+                continue
+            grid = tiling.anyres_grid(picture.size, self.pinpoints, tile)
             orders.append(self._order(picture.size, grid))
             views += [preprocess(v, self.images) for v in tiling.tiles(picture, grid, tile)]
             orders[-1] = np.where(
@@ -113,7 +123,9 @@ class Anyres:
         if self.merge == "flat":
             return np.arange((1 + grid[0] * grid[1]) * self.side**2)
         unpad = self.merge == "spatial_unpad"
-        return tiling.spatial_indices(size, grid, self.side, unpad=unpad, newline=unpad)
+        return tiling.spatial_indices(
+            size, grid, self.side, unpad=unpad, newline=unpad, decimals=self.decimals
+        )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -143,8 +155,9 @@ class TwoScales:
         """Tokens of a picture at most."""
         return self.tokens * (self.grid**2 + self.whole)
 
-    def __call__(self, pictures: Pictures) -> Prepared:
+    def __call__(self, pictures: Pictures, frames: Frames = ()) -> Prepared:
         """Inputs: pixels float32[n * views, s, s, 3], pixels_aux float32[n, S, S, 3]."""
+        del frames  # all are whole
         n, each = bucket(len(pictures)), self.most()
         high = [preprocess(p, self.images) for p in pictures]
         low = [view for picture in high for view in self._views(picture)]
@@ -207,7 +220,7 @@ class Sliced:
         """Tokens of a picture at most: whole view, separator, tiles."""
         return self.tokens + 1 + self.tiles * self.side**2
 
-    def __call__(self, pictures: Pictures) -> Prepared:
+    def __call__(self, pictures: Pictures, frames: Frames = ()) -> Prepared:
         """Inputs: pixels float32[n * (1 + tiles), s, s, 3], tile_mask bool[n, tiles], raster."""
         n, each, per_tile = bucket(len(pictures)), self.most(), self.side**2
         size = self.images.size
@@ -216,6 +229,10 @@ class Sliced:
         raster = np.tile(np.arange(self.tiles * per_tile, dtype=np.int32), (n, 1))
         indices = []
         for i, picture in enumerate(pictures):
+            if i in frames:
+                pixels[i, 0] = preprocess(picture, dataclasses.replace(self.images, aspect="pad"))
+                indices.append(i * each + np.arange(self.tokens))
+                continue
             grid = tiling.adaptive_grid(picture.size, size)
             views = tiling.tiles(picture, grid, size)
             count = len(views) - 1

@@ -14,6 +14,7 @@ from converters.tables.llava import (
     upstream_tower,
 )
 from converters.towers import Towers
+from vfjax import InputError
 
 KINDS = ("sti", "sci", "dci")
 
@@ -40,13 +41,27 @@ def groups(path: Path, config: Mapping[str, Any], encoder: Mapping[str, Any]) ->
 def describe(path: Path, config: dict[str, Any], towers: Towers) -> Source:
     """Normal form: LLaVA's, with more layers read.
 
+    `mm_dense_connector_side` is ours: the published code lacks the paper's efficient variant (12
+    tokens a side in place of CLIP's 24, resized before the projector).
+
     Raises:
-        InputError: a tower with too few layers.
+        InputError: a side for tokens that are not on a grid, or one that is no positive number.
     """
     tower = upstream_tower(path, config, towers)
     branch = upstream_branch(path, config, tower)
     branch["connector"] |= groups(path, config, tower.config)
-    return upstream_source(path, "dense-connector", config, branch, tower)
+    if "mm_dense_connector_side" in config:
+        side = config["mm_dense_connector_side"]
+        if branch["connector"]["axis"] == "tokens" or type(side) is not int or side < 1:
+            raise InputError(
+                f"{path / 'config.json'}: mm_dense_connector_side",
+                found=f"{side!r} with {config['mm_dense_connector_type']!r}",
+                expected="a positive whole number with 'sci' or 'dci'",
+                fix="correct the config",
+            )
+        branch["connector"]["side"] = side
+    template = "llama_3_dc" if config.get("vocab_size") == 128256 else ""
+    return upstream_source(path, "dense-connector", config, branch, tower, template=template)
 
 
 LAYOUTS = (

@@ -42,12 +42,13 @@ def projector_rules(source: str, path: str) -> tuple[Rule, ...]:
 
 
 def combine(hf: Mapping[str, Any]) -> Combine:
-    """From `groups`, `axis`, `pool` and `drop`."""
+    """From `groups`, `axis`, `pool`, `drop` and `side`."""
     return Combine(
         groups=tuple(map(tuple, hf["groups"])),
         axis=hf.get("axis", "channels"),
         pool=hf.get("pool", 1),
         drop=hf["drop"],
+        side=hf.get("side", 0),
     )
 
 
@@ -61,9 +62,9 @@ def views(
     hf: Mapping[str, Any], images: ImageSpec, encoder: Any, connector: LLaVAConfig
 ) -> Whole | Anyres:
     """Tiles if the connector has `pinpoints`, the whole picture otherwise."""
-    plain = encoder.prefix + encoder.tokens - connector.combine.drop
+    tokens = connector.combine.tokens(encoder.prefix + encoder.tokens - connector.combine.drop)
     if "pinpoints" not in hf:
-        return Whole(images, connector.combine.tokens(plain))
+        return Whole(images, tokens)
     if connector.combine.axis == "tokens":
         raise InputError(
             "config.json: mm_dense_connector_type",
@@ -71,8 +72,16 @@ def views(
             expected="one token a patch",
             fix="use 'sci' or 'dci' with image_aspect_ratio 'anyres'",
         )
+    side = math.isqrt(tokens)
+    if side**2 != tokens:
+        raise InputError(
+            "config.json: mm_vision_select_feature",
+            found=f"{tokens} tokens a tile",
+            expected="a square of them, without the class token",
+            fix="use 'patch' with image_aspect_ratio 'anyres'",
+        )
     pinpoints = tuple((int(w), int(h)) for w, h in hf["pinpoints"])
-    return Anyres(images, pinpoints, math.isqrt(plain), hf["merge"])
+    return Anyres(images, pinpoints, side, hf["merge"], hf.get("unpad_decimals"))
 
 
 def recorded(config: Any, inputs: Arrays, stages: Arrays) -> Arrays:

@@ -39,6 +39,7 @@ def config(hf: Mapping[str, Any]) -> SliMEConfig:
         temperature=hf.get("mm_resampler_temp", 1.0),
         gate=hf.get("mm_learnable_gated", -1),
         combine=combine(hf),
+        vocab=hf.get("vocab", 0),
     )
 
 
@@ -97,6 +98,7 @@ TABLE = Table(
         *resampler("mm_projector.attn", "expert"),
         *resampler("sampler.post_qformer", "sampler"),
         Rule("mm_projector.w_gate", "gate"),
+        Rule("embedding.weight", "embedding", optional=True),  # vfjax's, see converters.fuse
     ),
     ignore=(r"mm_projector\.(w_noise|mean|std)",),  # of the noise in training
 )

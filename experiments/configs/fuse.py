@@ -16,6 +16,7 @@ def get_config() -> ConfigDict:
             "params": ConfigDict(convert_dict=False),
             "export": "model",  # or "llm": a plain Hugging Face causal LM
             "template": config_dict.placeholder(str),  # default: the first member's
+            "router": "merged",  # embeddings that SliME's router reads; or "member": its own
             "dtype": config_dict.placeholder(str),  # default: the base's
             "towers": (),  # "name in config.json=folder" for towers that are elsewhere
         }

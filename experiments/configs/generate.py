@@ -9,6 +9,9 @@ def get_config() -> ConfigDict:
             "task": "generate",
             "model": config_dict.placeholder(str),  # any supported folder, fused or not
             "image": config_dict.placeholder(str),  # one picture; none asks about text alone
+            "video": config_dict.placeholder(str),  # in place of a picture
+            "frames": 8,  # taken from the video
+            "pool": 2,  # visual tokens of a frame that become one; 1 keeps all
             "prompt": config_dict.placeholder(str),  # the question; the template is put around it
             "template": config_dict.placeholder(str),  # default: the checkpoint's
             "max_new_tokens": 64,

@@ -23,6 +23,7 @@ def run(config: ConfigDict, workdir: Path) -> None:
             export=config.export,
             template=config.template,
             dtype=config.dtype,
+            router=config.router,
             towers=named("towers", config.towers),
             progress=progress,
         )

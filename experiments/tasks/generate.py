@@ -24,6 +24,8 @@ def run(config: ConfigDict, workdir: Path) -> None:
     if config.template:
         processor.template = config.template
     images = [config.image] if config.image else []
+    if config.video:
+        images.append(vfjax.open_video(config.video, frames=config.frames, pool=config.pool))
     batch = processor(images, [processor.chat(config.prompt, images=len(images))])
     (text,) = vfjax.generate(
         model,

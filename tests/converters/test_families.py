@@ -5,10 +5,15 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
+import transformers
+from safetensors.numpy import load_file
 
 import converters
 import vfjax
+from converters.reader import read_json
 from converters.verify import verify
+from vfjax import InputError
 
 CASES = [
     "dc_anyres",
@@ -87,3 +92,108 @@ def test_export_gives_the_bytes_back(fused: Path, tmp_path: Path):
         for folder in (fused, tmp_path / "out")
     ]
     assert digests[0] == digests[1]
+
+
+PAIR = {"mgm": "mgm_plain", "slime": "slime_vicuna"}
+GLOBAL, SEPARATOR = 576, 301  # SliME's global tokens, then the token of its config
+
+
+@pytest.fixture(scope="module")
+def pair(shared: Path, tmp_path_factory) -> Path:
+    """The headline pair at toy size: Mini-Gemini and SliME, averaged; the router is SliME's own."""
+    out = tmp_path_factory.mktemp("pair") / "fused"
+    members = {name: shared / "golden" / case for name, case in PAIR.items()}
+    weights = {"weights": [0.5, 0.5]}
+    converters.fuse(members, out, method="linear", params=weights, router="member")
+    return out
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("seen", PAIR)
+def test_pair_equals_an_assembly_of_recorded_stages(shared: Path, pair: Path, seen: str):
+    """On a member's recorded picture: its recorded tokens, the other's, and transformers' LLM."""
+    folder = shared / "golden" / PAIR[seen]
+    inputs, recorded = (load_file(folder / f"{x}.safetensors") for x in ("inputs", "outputs"))
+    picture, ids = inputs["s0.image0"], inputs["s0.input_ids"]
+    weights = load_file(pair / "model.safetensors")
+    llm = transformers.LlamaForCausalLM(
+        transformers.LlamaConfig(**read_json(pair / "config.json")["text_config"])
+    )
+    names = {n: torch.from_numpy(x) for n, x in weights.items() if not n.startswith("branches.")}
+    llm.load_state_dict(names)
+    table = weights["model.embed_tokens.weight"]
+
+    blocks = []
+    for name, case in PAIR.items():
+        alone, own = converters.load(shared / "golden" / case, dtype="float32")
+        tokens, keep = alone.visual_tokens(own([picture], input_ids=[ids]).images)
+        block = np.array(tokens)[np.asarray(keep)]
+        if name == seen:
+            expected = recorded["s0.image_features"].reshape(-1, block.shape[1])
+            rows = recorded.get("s0.image_features.rows", np.arange(len(block)))
+            np.testing.assert_allclose(block[rows], expected, rtol=0, atol=1e-4)
+            block[rows] = expected
+        if name == "slime":  # its separator is the merged LLM's
+            block[GLOBAL] = table[SEPARATOR]
+        blocks.append(block)
+    (at,) = np.flatnonzero(ids == -200)
+    x = np.concatenate([table[ids[:at]], *blocks, table[ids[at + 1 :]]])
+    expected = llm(inputs_embeds=torch.from_numpy(x)[None]).logits[0].numpy()
+
+    model, processor = converters.load(pair, dtype="float32")
+    batch = processor([picture], input_ids=[ids])
+    _, mask = model.embed(batch)
+    found = np.asarray(vfjax.forward(model, batch))[np.asarray(mask)]
+    assert found.shape == expected.shape
+    assert np.abs(found - expected).max() <= 2e-4
+
+
+def test_whose_embeddings_the_router_reads(shared: Path, pair: Path, tmp_path: Path):
+    """The member's own table is kept with its branch; with the merged one the choice differs."""
+    members = {name: shared / "golden" / case for name, case in PAIR.items()}
+    params = {"weights": [0.5, 0.5]}
+    converters.fuse(members, tmp_path / "merged", method="linear", params=params)
+    kept = load_file(pair / "model.safetensors")["branches.slime.connector.embedding.weight"]
+    own = load_file(members["slime"] / "model.safetensors")["model.embed_tokens.weight"]
+    np.testing.assert_array_equal(kept, own)
+    keeps = []
+    for folder in (pair, tmp_path / "merged", members["slime"]):
+        model, processor = converters.load(folder, dtype="float32")
+        batch = processor(pictures()[:1], input_ids=ROWS[:1])
+        name = model.config.branches[-1].name
+        inputs = batch.images[name]
+        keeps.append(np.asarray(model.branches[name].stages(inputs, model.llm.embed)["selected"]))
+    np.testing.assert_array_equal(keeps[0], keeps[2])
+    assert (keeps[0] != keeps[1]).any()
+
+
+def test_an_unknown_router(shared: Path, tmp_path: Path):
+    members = {name: shared / "golden" / case for name, case in PAIR.items()}
+    with pytest.raises(InputError, match="router: found 'own', expected 'merged' or 'member'"):
+        converters.fuse(
+            members, tmp_path / "out", method="linear", params={"weights": [1, 1]}, router="own"
+        )
+    assert not (tmp_path / "out").exists()
+
+
+def test_epsilons_and_activations(shared: Path):
+    """Of each part as its authors have it; a wrong one moves features by less than a glance sees."""
+    models = {
+        case: converters.load(shared / "golden" / case)[0].branches
+        for case in ("mgm_plain", "slime_vicuna", "dc_dci_siglip")
+    }
+    mgm, slime, siglip = (next(iter(branches.values())) for branches in models.values())
+    found = {
+        "clip": (mgm.encoder.blocks[0].norm1.epsilon, mgm.encoder.config.act),
+        "convnext": (mgm.aux.stages[0].blocks[0].norm.epsilon, mgm.aux.config.act),
+        "mining": (mgm.connector.query.norm.epsilon, mgm.connector.config.act),
+        "resampler": (slime.connector.sampler.norm_q.epsilon, slime.connector.config.act),
+        "siglip": (siglip.encoder.blocks[0].norm1.epsilon, siglip.encoder.config.act),
+    }
+    assert found == {
+        "clip": (1e-5, "quick_gelu"),
+        "convnext": (1e-6, "gelu"),
+        "mining": (1e-5, "gelu"),
+        "resampler": (1e-6, "gelu"),
+        "siglip": (1e-6, "gelu_pytorch_tanh"),
+    }

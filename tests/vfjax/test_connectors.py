@@ -8,7 +8,7 @@ from flax import nnx
 from transformers.activations import ACT2FN
 
 from tests.checkpoints import make_connector
-from vfjax.connectors import MLPConfig
+from vfjax.connectors import Combine, MLPConfig
 
 
 @pytest.mark.parametrize("act", ["gelu", "gelu_pytorch_tanh"])
@@ -26,3 +26,20 @@ def test_mlp(layers: int, act: str):
     expected = theirs(x).detach().numpy()
     found = np.asarray(ours(jnp.asarray(x.numpy())))
     assert np.abs(found - expected).max() <= 2e-5 * np.abs(expected).max()
+
+
+@pytest.mark.parametrize(("grid", "side"), [(24, 12), (27, 12), (6, 4), (4, 4)])
+def test_efficient_dense_connector(grid: int, side: int):
+    """Dense Connector's efficient variant: torch's bilinear resize of the joined features."""
+    combine = Combine(groups=((0,), (0, 1)), drop=1, side=side)
+    rng = np.random.default_rng(0)
+    states = [rng.normal(size=(2, 1 + grid**2, 5)).astype(np.float32) for _ in range(2)]
+    first, second = (torch.from_numpy(x[:, 1:]) for x in states)
+    joined = torch.cat([first, (first + second) / 2], dim=-1)
+    maps = joined.permute(0, 2, 1).unflatten(2, (grid, grid))
+    small = torch.nn.functional.interpolate(maps, (side, side), mode="bilinear")
+    expected = small.flatten(2).permute(0, 2, 1).numpy()
+    plain, found = combine([jnp.asarray(x) for x in states])
+    np.testing.assert_array_equal(plain, first)
+    assert found.shape == expected.shape == (2, combine.tokens(grid**2), 10)
+    np.testing.assert_allclose(found, expected, atol=2e-6)

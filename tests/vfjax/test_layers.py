@@ -114,3 +114,13 @@ def test_parameters_carry_their_axes():
     assert linear(4, 6, ("embed", "mlp"), bias=False, rngs=nnx.Rngs(0)).bias is None
     table = param((3, 4), ("vocab", "embed"), rngs=nnx.Rngs(0))
     assert (table.shape, table.axes) == ((3, 4), ("vocab", "embed"))
+
+
+def test_gelus_are_told_apart():
+    """CLIP's, the projectors' and SigLIP's differ by more than any parity limit."""
+    x = jnp.linspace(-4, 4, 801)
+    names = ("gelu", "gelu_pytorch_tanh", "quick_gelu")
+    erf, tanh, quick = (np.asarray(ACTIVATIONS[name](x)) for name in names)
+    assert 1e-4 < np.abs(erf - tanh).max() < 1e-3
+    assert np.abs(erf - quick).max() > 1e-2
+    assert np.abs(tanh - quick).max() > 1e-2

@@ -223,3 +223,11 @@ def test_tagged_pictures_in_training():
 def test_untrainable(name, turns, message):
     with pytest.raises(InputError, match=message):
         labels(Letters(True), TEMPLATES[name], turns)
+
+
+def test_llama_3_answers_as_the_system():
+    """Mini-Gemini's Llama-3 models were trained with this header before answers; SliME's not."""
+    turns = [("Hello", None)]
+    end = "<|start_header_id|>{}<|end_header_id|>\n\n"
+    assert render(get_template("llama_3"), turns).endswith(end.format("system"))
+    assert render(get_template("llama3"), turns).endswith(end.format("assistant"))

@@ -6,11 +6,14 @@ tokens.
 """
 
 import dataclasses
+import math
 from collections.abc import Sequence
 from typing import Literal
 
 import jax
 import jax.numpy as jnp
+
+from vfjax.resize import bilinear
 
 Array = jax.Array
 
@@ -25,12 +28,16 @@ class Combine:
         pool: tokens of all groups but the first that are averaged into one; a remainder is dropped
             (torch AvgPool1d). Only for joining on tokens.
         drop: leading tokens (class, registers) that are left out.
+        side: tokens a side that the joined features are resized to, bilinearly, before they are
+            projected (the paper's efficient variant: 12 for 24, 144 tokens); 0 keeps them. Only for
+            joining on channels.
     """
 
     groups: tuple[tuple[int, ...], ...] = ((-2,),)
     axis: Literal["channels", "tokens"] = "channels"
     pool: int = 1
     drop: int = 1
+    side: int = 0
 
     @property
     def taps(self) -> tuple[int, ...]:
@@ -43,6 +50,8 @@ class Combine:
 
     def tokens(self, tokens: int) -> int:
         """Tokens of the features, of `tokens` in a hidden state after `drop`."""
+        if self.side:
+            return self.side**2
         more = (len(self.groups) - 1) * (tokens // self.pool) if self.axis == "tokens" else 0
         return tokens + more
 
@@ -51,7 +60,8 @@ class Combine:
         by_tap = {tap: s[:, self.drop :] for tap, s in zip(self.taps, states, strict=True)}
         first, *others = (mean([by_tap[t] for t in group]) for group in self.groups)
         if self.axis == "channels":
-            return first, jnp.concatenate([first, *others], axis=-1)
+            joined = jnp.concatenate([first, *others], axis=-1)
+            return first, resized(joined, self.side) if self.side else joined
         return first, jnp.concatenate([first, *(pooled(x, self.pool) for x in others)], axis=1)
 
 
@@ -67,3 +77,13 @@ def pooled(x: Array, k: int) -> Array:
     """Means [n, s // k, d] of every k tokens of [n, s, d]; a remainder is dropped."""
     n, s, d = x.shape
     return x[:, : s // k * k].reshape(n, s // k, k, d).mean(axis=2)
+
+
+def resized(x: Array, side: int) -> Array:
+    """Tokens [n, side * side, d] of [n, s * s, d]; torch's bilinear, without antialiasing."""
+    n, tokens, d = x.shape
+    grid = math.isqrt(tokens)
+    weights = jnp.asarray(bilinear(grid, side), x.dtype)
+    maps = x.reshape(n, grid, grid, d)
+    maps = jnp.einsum("yi,xj,nijd->nyxd", weights, weights, maps, precision="highest")
+    return maps.reshape(n, side * side, d)

@@ -34,6 +34,7 @@ class SliMEConfig:
         temperature: of the router (mm_resampler_temp).
         gate: -1 mixes both experts, 0 or 1 takes that one (mm_learnable_gated).
         tiles: most tiles of a picture; fixes the number of slots.
+        vocab: rows of an embedding of the router's own, a fused member's; 0: the LLM's is read.
     """
 
     projector: MLPConfig
@@ -46,6 +47,7 @@ class SliMEConfig:
     gate: int = -1
     tiles: int = 7
     combine: Combine = Combine()
+    vocab: int = 0
 
     @property
     def act(self) -> str:
@@ -109,6 +111,8 @@ class SliME(nnx.Module):
         self.expert = Resampler(c.width, c.grid**2, c.grid, rngs=rngs)
         self.sampler = Resampler(c.width, c.queries, c.grid, rngs=rngs)
         self.gate = param((c.width, 2), (None, None), rngs=rngs)
+        if c.vocab:
+            self.embedding = param((c.vocab, c.projector.dout), ("vocab", "embed"), rngs=rngs)
 
     def __call__(
         self,
@@ -124,7 +128,7 @@ class SliME(nnx.Module):
             inputs: "tile_mask" bool[n, tiles], False at empty slots; "raster" int32[n, tiles *
                 queries], where each local token stands in the raster over all tiles, empty ones
                 last; "text" int32[n, l] ids of the picture's prompt; "text_mask" bool[n, l].
-            embed: the LLM's embedding.
+            embed: the LLM's embedding; the router has its own if the config says so.
 
         Returns:
             tokens: of each picture the whole view's s, the separator, the local ones in raster
@@ -139,7 +143,8 @@ class SliME(nnx.Module):
         local = self.projector(small).reshape(len(x), c.tiles * c.queries, -1)
         local = jnp.take_along_axis(local, inputs["raster"][..., None], axis=1)
         real = jnp.repeat(inputs["tile_mask"], c.queries, axis=1)  # empty slots stay last
-        scores = router(local, embed(inputs["text"]), inputs["text_mask"])
+        text = self.embedding[...][inputs["text"]] if c.vocab else embed(inputs["text"])
+        scores = router(local, text, inputs["text_mask"])
         keep = kept(jnp.where(real, scores, -jnp.inf) / c.temperature, real, c.top_p)
         n, d = len(x), whole.shape[-1]
         comma = jnp.broadcast_to(embed(jnp.asarray([c.separator])).astype(whole.dtype), (n, 1, d))

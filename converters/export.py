@@ -60,7 +60,8 @@ def export(
     parts: dict[str, dict[str, list[tuple[nnx.Variable, Rule]]]] = {"": {}}
     for name, (rule, prefixes, folder) in _places(record, params).items():
         target = parts.setdefault(folder, {})
-        target.setdefault(_file_name(rule.source, prefixes), []).append((params[name], rule))
+        for one in rule.each(params[name].shape):
+            target.setdefault(_file_name(one.source, prefixes), []).append((params[name], one))
     weights = {
         folder: {name: _Exported(pieces) for name, pieces in tensors.items()}
         for folder, tensors in parts.items()
@@ -156,7 +157,7 @@ class _Exported:
     def __getitem__(self, rows: slice | EllipsisType) -> np.ndarray:
         with self._lock:
             if self._host is None:
-                parts = [rule.to_source(_to_host(p.get_value())) for p, rule in self.pieces]
+                parts = [rule.to_source(_to_host(p.get_value(), rule)) for p, rule in self.pieces]
                 self._host = np.concatenate(parts) if len(parts) > 1 else parts[0]
             part = self._host[rows]
             self._unread -= part.shape[0] if part.shape else 1
@@ -165,6 +166,8 @@ class _Exported:
             return part
 
 
-def _to_host(value: jax.Array | np.ndarray) -> np.ndarray:
-    """The values, without leaving JAX a second copy that lives as long as the array."""
+def _to_host(value: jax.Array | np.ndarray, rule: Rule) -> np.ndarray:
+    """The rule's values, without leaving JAX a second copy that lives as long as the array."""
+    if rule.row is not None:
+        return np.asarray(value[rule.row])
     return np.asarray(value if isinstance(value, np.ndarray) else jnp.copy(value))

@@ -136,7 +136,11 @@ def _mapped(source: Source) -> dict[str, Tensors]:
     """
     _, shapes = abstract(model_config(source).build)
     return {
-        part: {rule.source: source.parts[part][rule.source] for rule in rules.values()}
+        part: {
+            one.source: source.parts[part][one.source]
+            for path, rule in rules.items()
+            for one in rule.each(shapes[path].shape)
+        }
         for part, rules in check(source, shapes).items()
     }
 

@@ -22,7 +22,7 @@ def inspect(path: str | Path) -> str:
         f"llm: {source.llm['model_type']}, {llm.layers} layers x {llm.width}, {llm.heads} heads "
         f"({llm.kv_heads} for keys), vocabulary {llm.vocab}, context {llm.context}"
         + (", tied head" if llm.tied else ""),
-        f"base: {source.config.get('base_model') or 'not said in the checkpoint'}",
+        f"base: {source.base or source.config.get('base_model') or 'not said in the checkpoint'}",
     ]
     for branch, parts in zip(config.branches, source.branches, strict=True):
         encoder, views = branch.encoder, branch.views
@@ -37,7 +37,7 @@ def inspect(path: str | Path) -> str:
         )
     for part, rules in check(source, params).items():
         tensors = source.parts[part]
-        used = {rule.source for rule in rules.values()}
+        used = {one.source for path, r in rules.items() for one in r.each(params[path].shape)}
         size, left = sum(nbytes(tensors[name]) for name in used), len(tensors) - len(used)
         lines.append(f"{part}: {len(used)} tensors mapped, {size:,} bytes; {left} known, not read")
     if source.unread:

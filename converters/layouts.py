@@ -7,16 +7,19 @@ merging, inspecting and exporting know only the normal form.
 import contextlib
 import dataclasses
 import json
+import re
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from converters import tables
-from converters.reader import read_json, read_weights, weight_files
+from converters import adapters, tables
 from converters.rules import Table, rename
 from converters.towers import Prefixes, Tensors, Tower, Towers, pairs
 from vfjax import InputError
 from vfjax.merge import LazyTensor
+
+TOKENIZERS = ("tokenizer.json", "tokenizer.model")
+"""Files that hold a vocabulary."""
 
 
 @dataclasses.dataclass
@@ -40,6 +43,8 @@ class Source:
         held: the towers whose tensors are read from the checkpoint; in `towers` until they are.
         tuned: components whose copy in the checkpoint is the one to read.
         unread: tensors of the folder that another copy takes the place of.
+        files: the folder's weights files, and its base's, by name.
+        base: folder of the LLM that this one adapts or adds to, see `converters.adapters`.
     """
 
     path: Path
@@ -54,13 +59,25 @@ class Source:
     held: dict[str, Tower] = dataclasses.field(default_factory=dict)
     tuned: tuple[str, ...] = ()
     unread: tuple[str, ...] = ()
+    files: dict[str, Path] = dataclasses.field(default_factory=dict)
+    base: Path | None = None
+
+    @property
+    def home(self) -> Path:
+        """Folder of the tokenizer and of generation_config.json: the base's if only it has one."""
+        if self.base is None or any((self.path / name).is_file() for name in TOKENIZERS):
+            return self.path
+        return self.base
+
+    def branch(self, part: str) -> dict[str, Any]:
+        """The branch that a component is of."""
+        return next(b for b in self.branches if b["name"] == part.split(".")[1])
 
     def component(self, part: str) -> dict[str, Any]:
         """The config of a component."""
         if part == "llm":
             return self.llm
-        _, name, kind = part.split(".")
-        return next(b for b in self.branches if b["name"] == name)[kind]
+        return self.branch(part)[part.split(".")[2]]
 
     def table(self, part: str) -> Table:
         """The table of a component."""
@@ -68,7 +85,7 @@ class Source:
 
     def weight_files(self) -> dict[str, Path]:
         """All files that tensors are read from; a tower's are named after its component."""
-        files = {file.name: file for file in weight_files(self.path)}
+        files = dict(self.files)
         for part, tower in self.towers.items():
             files |= {f"{part}/{name}": path for name, path in tower.files.items()}
         return files
@@ -77,7 +94,7 @@ class Source:
         """All but the tensors, for `ModelConfig.source`."""
         keep = ("layout", "config", "llm", "branches", "template", "prefixes")
         record = {key: getattr(self, key) for key in keep}
-        record["path"] = str(self.path)
+        record["path"] = str(self.home)
         for key in ("towers", "held"):
             record[key] = {
                 part: {"config": t.config, "preprocessor": t.preprocessor}
@@ -111,35 +128,42 @@ def open_source(
     *,
     towers: Mapping[str, str | Path] | None = None,
     tower_source: str = "auto",
+    base: str | Path | None = None,
 ) -> Source:
     """A checkpoint folder in normal form; reads headers only.
 
     Args:
-        path: a folder with config.json and weights.
-        towers: name of a vision tower in config.json -> the folder where it is.
+        path: a folder with config.json and weights, or one that holds a LoRA adapter or a projector
+            for a base LLM.
+        towers: name of a vision tower in config.json -> the folder where it is; so too of the base.
         tower_source: see `Towers.source`.
+        base: folder of that base LLM, in place of the one that the configs name; a folder that is
+            complete does not read it.
 
     Raises:
-        InputError: no such folder, a config of no known layout, unreadable weights, or a vision
-            tower that is nowhere to be found.
+        InputError: no such folder, a config of no known layout, unreadable weights, a vision tower
+            or base that is nowhere to be found, or tensors that don't fit the base.
     """
     path = Path(path)
     if not path.is_dir():
         raise InputError(path, found="no folder", expected="a checkpoint", fix="check the path")
-    config = read_json(path / "config.json")
+    places = Towers(towers or {}, tower_source)
+    contents = adapters.read(path, base, places)
+    config = contents.config
     known = sorted(tables.LAYOUTS, key=lambda layout: layout.general)
     layout = next((x for x in known if x.matches(config)), None)
     if layout is None:
         kinds = ", ".join(sorted(x.name for x in tables.LAYOUTS))
         raise InputError(
-            path / "config.json",
+            contents.home / "config.json",
             found=f"model_type {config.get('model_type')!r}",
             expected=f"one of the layouts {kinds}",
             fix="this kind of checkpoint is not supported",
         )
-    with reading(path / "config.json"):
-        source = layout.describe(path, config, Towers(towers or {}, tower_source))
-    _assign(source, layout, read_weights(path), tower_source)
+    with reading(contents.home / "config.json"):
+        source = layout.describe(contents.home, config, places)
+    source.path, source.base, source.files = path, contents.base, contents.files
+    _assign(source, layout, contents.tensors, tower_source)
     return source
 
 
@@ -170,11 +194,11 @@ def _assign(
     held = {new.partition("\0")[0] for new, _ in names.values()}
     for part, tower in list(source.towers.items()):
         if _reads_own(part, tower, held, source.tuned, tower_source):
-            source.held[part] = source.towers.pop(part)
+            source.held[part] = _held(source, part, source.towers.pop(part), names)
         elif not tower.tensors:
             raise InputError(
                 f"{source.path}: {part}",
-                found=f"no weights here, nor in {tower.path or 'a folder of its own'}",
+                found=f"no weights here, nor in {tower.path or tower.places}",
                 expected="the vision tower that config.json names",
                 fix="download its weights",
             )
@@ -192,6 +216,22 @@ def _assign(
         found[part] = list(tower.prefixes)
     source.unread = tuple(sorted(unread))
     source.prefixes = {part: pairs(each) for part, each in found.items()}
+
+
+def _held(source: Source, part: str, tower: Tower, names: Mapping[str, Any]) -> Tower:
+    """A tower as the checkpoint holds it: perhaps without the last layers, if no tap reads them.
+
+    Dense Connector's code drops SigLIP's last layer before it saves (siglip_encoder.py).
+    """
+    pattern = re.compile(re.escape(part) + r"\0encoder\.layers\.(\d+)\.")
+    count = len({m[1] for new, _ in names.values() if (m := pattern.match(new))})
+    taps = [tap for group in source.branch(part)["connector"]["groups"] for tap in group]
+    layers = tower.config.get("num_hidden_layers", 0)
+    if part.endswith(".encoder") and 0 <= min(taps) <= max(taps) <= count < layers:
+        config = {**tower.config, "num_hidden_layers": count}
+        source.branch(part)["encoder"] = config
+        return dataclasses.replace(tower, config=config)
+    return tower
 
 
 def _reads_own(

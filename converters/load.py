@@ -78,7 +78,7 @@ def load(
     config = model_config(source)
     graph, params = abstract(config.build)
     tensors = {
-        name: (source.parts[part][rule.source], rule)
+        name: (source.parts[part], rule)
         for part, rules in check(source, params).items()
         for name, rule in rules.items()
     }
@@ -99,7 +99,7 @@ def load_encoder(path: str | Path, *, mesh: Mesh | None = None, dtype: Any = Non
     graph, params = abstract(table.config(tower.config).build)
     shapes = {name: p.shape for name, p in params.items()}
     rules = table.check(shapes, tower.tensors, str(path))
-    fill(params, {n: (tower.tensors[rule.source], rule) for n, rule in rules.items()}, mesh, dtype)
+    fill(params, {n: (tower.tensors, rule) for n, rule in rules.items()}, mesh, dtype)
     return join(graph, params)
 
 
@@ -223,26 +223,25 @@ def check(source: Source, params: Params) -> dict[str, dict[str, Rule]]:
 
 def fill(
     params: Params,
-    tensors: Mapping[str, tuple[LazyTensor, Rule]],
+    tensors: Mapping[str, tuple[Mapping[str, LazyTensor], Rule]],
     mesh: Mesh | None,
     dtype: np.dtype | None,
     progress: Callable[[int], object] = lambda nbytes: None,
 ) -> None:
-    """Puts each parameter's tensor on the devices.
+    """Puts each parameter on the devices, by its component's tensors and its rule.
 
     Threads read and transpose ahead of the casts; the host holds as many tensors as there are
     threads, and the one that is cast.
     """
 
     def put(name: str) -> jax.Array:
-        tensor, rule = tensors[name]
+        parts, rule = tensors[name]
+        shape = params[name].shape
         if mesh is None:
-            return jax.device_put(rule.to_param(tensor[...]), may_alias=False)
-        read = functools.cache(lambda: rule.to_param(tensor[...]))  # asked for once a shard
+            return jax.device_put(rule.read(parts, shape), may_alias=False)
+        read = functools.cache(lambda: rule.read(parts, shape))  # asked for once a shard
         sharding = param_sharding(name, params[name], mesh)
-        return jax.make_array_from_callback(
-            params[name].shape, sharding, lambda index: read()[index]
-        )
+        return jax.make_array_from_callback(shape, sharding, lambda index: read()[index])
 
     names = iter(tensors)
     with ThreadPoolExecutor(READERS) as pool:

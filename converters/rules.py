@@ -3,6 +3,7 @@
 import dataclasses
 import re
 from collections.abc import Callable, Iterable, Mapping
+from dataclasses import replace
 from typing import Any
 
 import ml_dtypes
@@ -34,6 +35,8 @@ class Rule:
         perm: axes of the source in the parameter's order; None keeps them.
         part: (i, n) takes the i-th of n equal parts of the source's first axis; n rules share it.
         optional: the tensor is not read where the model has no such parameter (a tied head).
+        stack: the source holds one more `{}`: a tensor for each row of the parameter's first axis.
+        row: which row this is the rule of; None for all (see `each`).
     """
 
     source: str
@@ -41,6 +44,20 @@ class Rule:
     perm: tuple[int, ...] | None = None
     part: tuple[int, int] = (0, 1)
     optional: bool = False
+    stack: bool = False
+    row: int | None = None
+
+    def each(self, shape: tuple[int, ...]) -> tuple["Rule", ...]:
+        """One rule a tensor, for a parameter of `shape`: itself, or those of its rows."""
+        if not self.stack or self.row is not None:
+            return (self,)
+        rows = range(shape[0])
+        return tuple(replace(self, source=self.source.format(i), row=i) for i in rows)
+
+    def read(self, tensors: Mapping[str, LazyTensor], shape: tuple[int, ...]) -> np.ndarray:
+        """A parameter of `shape` out of the checkpoint's tensors, as a view of what is read."""
+        arrays = [one.to_param(tensors[one.source][...]) for one in self.each(shape)]
+        return np.stack(arrays) if self.stack else arrays[0]
 
     def to_param(self, array: np.ndarray) -> np.ndarray:
         """Checkpoint layout -> parameter layout, as a view."""
@@ -49,11 +66,12 @@ class Rule:
         return array.transpose(self.perm) if self.perm else array
 
     def to_source(self, array: np.ndarray) -> np.ndarray:
-        """Parameter layout -> checkpoint layout (of its part), as a view."""
+        """Parameter layout (of its row) -> checkpoint layout (of its part), as a view."""
         return array.transpose(np.argsort(self.perm)) if self.perm else array
 
     def source_shape(self, shape: tuple[int, ...]) -> tuple[int, ...]:
-        """Shape in the checkpoint of a parameter of `shape`."""
+        """Shape in the checkpoint of a parameter of `shape`, or of its row."""
+        shape = shape if self.row is None else shape[1:]
         own = tuple(shape[i] for i in np.argsort(self.perm)) if self.perm else shape
         return (own[0] * self.part[1], *own[1:]) if self.part[1] > 1 else own
 
@@ -124,7 +142,8 @@ class Table:
             InputError: a tensor is missing, unknown, of another shape or not of a dtype in FLOATS.
         """
         rules = self.match(shapes)
-        names = {rule.source for rule in rules.values()}
+        every = [(one, shapes[path]) for path, r in rules.items() for one in r.each(shapes[path])]
+        names = {rule.source for rule, _ in every}
         missing = sorted(names - set(tensors))
         extra = sorted(n for n in set(tensors) - names if not self.ignores(n))
         if missing or extra:
@@ -134,8 +153,8 @@ class Table:
                 expected="each parameter's tensor and no other",
                 fix="check that config.json belongs to these weights",
             )
-        for path, rule in rules.items():
-            name, shape = rule.source, rule.source_shape(shapes[path])
+        for rule, whole in every:
+            name, shape = rule.source, rule.source_shape(whole)
             if tuple(tensors[name].shape) != shape:
                 raise InputError(
                     f"{where}: {name}",
@@ -157,7 +176,7 @@ def _match_one(path: str, patterns: Iterable[tuple[re.Pattern[str], Rule]]) -> R
     found = [(m, rule) for pattern, rule in patterns if (m := pattern.fullmatch(path))]
     assert len(found) == 1, f"{path} has {len(found)} rules"
     (match, rule), number = found[0], found[0][0].groups()
-    return dataclasses.replace(rule, source=rule.source.format(*number), path=match.group())
+    return replace(rule, source=rule.source.format(*number, "{}"), path=match.group())
 
 
 def rename(

@@ -31,6 +31,7 @@ class Tower:
         files: its weights files, by name.
         tensors: under the names of its table.
         prefixes: the (prefix in the folder, prefix in the table) pairs they were read by.
+        places: where it was looked for in vain, if only its published configs are known.
     """
 
     config: dict[str, Any]
@@ -39,11 +40,12 @@ class Tower:
     files: dict[str, Path] = dataclasses.field(default_factory=dict)
     tensors: Tensors = dataclasses.field(default_factory=dict)
     prefixes: Prefixes = ()
+    places: str = ""
 
 
 @dataclasses.dataclass(frozen=True)
 class Towers:
-    """Where towers are looked for.
+    """Where towers, and base LLMs, are looked for.
 
     Attributes:
         places: name in the checkpoint's config -> folder, first of all.
@@ -84,10 +86,10 @@ class Towers:
             for config, stems in KINDS.items():
                 if (path / config).is_file():
                     return read_tower(path, config, weights=has_weights(path, stems))
+        places = ", ".join(map(str, self.candidates(folder, name, slot)))
         for table in tables.TABLES.values():
             if known := table.published.get(name.rstrip("/").split("/")[-1]):
-                return Tower(dict(known.config), dict(known.preprocessor))
-        places = ", ".join(map(str, self.candidates(folder, name, slot)))
+                return Tower(dict(known.config), dict(known.preprocessor), places=places)
         raise InputError(
             f"{folder}: vision tower {name!r}",
             found="none",
@@ -96,7 +98,7 @@ class Towers:
         )
 
     def candidates(self, folder: Path, name: str, slot: str) -> list[Path]:
-        """Folders in which the tower is looked for, in this order."""
+        """Folders in which the tower, or a base LLM, is looked for, in this order."""
         out = [Path(self.places[name])] if name in self.places else []
         last = name.rstrip("/").split("/")[-1]
         out += [folder / slot, Path(name), folder / name, folder.parent / last]

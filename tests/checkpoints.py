@@ -223,6 +223,33 @@ def hf_llava_folder(
     return model
 
 
+NEXT_PINPOINTS = [[28, 56], [56, 28], [56, 56], [84, 28], [28, 84]]
+"""Canvases of `CLIP`'s tiles, in the order of the published ones."""
+
+
+def llava_next_folder(
+    path: Path, seed: int = 0, **config: Any
+) -> transformers.LlavaNextForConditionalGeneration:
+    """Transformers' LLaVA-1.6 as its save_pretrained writes it."""
+    model = transformers.LlavaNextForConditionalGeneration(
+        transformers.LlavaNextConfig(
+            vision_config=transformers.CLIPVisionConfig(**CLIP),
+            text_config=transformers.LlamaConfig(**LLAMA),
+            image_token_index=IMAGE_TOKEN,
+            image_grid_pinpoints=NEXT_PINPOINTS,
+            **config,
+        )
+    )
+    randomize(model, seed).save_pretrained(path)
+    transformers.LlavaNextImageProcessorPil(
+        size={"shortest_edge": 28},
+        crop_size={"height": 28, "width": 28},
+        image_grid_pinpoints=NEXT_PINPOINTS,
+    ).save_pretrained(path)
+    tokenizer_files(path)
+    return model
+
+
 def upstream_llava_folder(
     path: Path,
     seed: int = 0,

@@ -15,7 +15,7 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 
 import converters
-from tests import checkpoints
+from tests import adapters, checkpoints
 from vfjax import InputError
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -161,10 +161,57 @@ def test_config(member: Path, name: str):
     refused(lambda: converters.load(member), *words)
 
 
+def adapter(folder: Path, **config: int) -> None:
+    adapters.llava_lora_folder(folder, checkpoints.make_llama(1, **config))
+
+
+def adapter_with(folder: Path, **settings: object) -> None:
+    adapter(folder)
+    file = folder / "adapter_config.json"
+    checkpoints.write_json(file, json.loads(file.read_text()) | settings)
+
+
+def untold(folder: Path) -> None:
+    """An adapter whose config.json says nothing of its LLM's sizes."""
+    adapter(folder, intermediate_size=64)
+    config = json.loads((folder / "config.json").read_text())
+    checkpoints.write_json(folder / "config.json", config | {"intermediate_size": 48})
+
+
+def projector(folder: Path, **config: object) -> None:
+    adapters.projector_folder(folder, checkpoints.make_llama(1), **config)
+
+
+PARTS = {
+    "adapter without base": (adapter, False, ["base LLM 'someone/base'", "pass base="]),
+    "projector without base": (projector, False, ["base LLM ''", "pass base="]),
+    "vocabulary": (lambda f: adapter(f, vocab_size=330), True, ["config.json", "330", "320"]),
+    "shape": (untold, True, ["adapter_model.safetensors", "lora_A.weight", "(32, 48)"]),
+    "dora": (lambda f: adapter_with(f, use_dora=True), True, ["adapter_config.json: use_dora"]),
+    "bias": (lambda f: adapter_with(f, bias="all"), True, ["adapter_config.json: bias", "'all'"]),
+    "connector": (lambda f: projector(f, mm_projector_type="qformer"), True, ["'qformer'"]),
+    "tower": (lambda f: shutil.rmtree(f / "vision_tower"), True, ["vision_tower", "towers="]),
+}
+
+
+@pytest.mark.parametrize("name", PARTS)
+def test_parts_of_a_model(family: dict[str, Path], tmp_path: Path, name: str):
+    """Adapters and projectors: alone, and as members of a fusion."""
+    make, known, words = PARTS[name]
+    part = tmp_path / "part"
+    if name == "tower":
+        projector(part)
+    make(part)
+    base = family["base"] if known else None
+    refused(lambda: converters.load(part, base=base), *words)
+    refused(lambda: fuse(family, part, tmp_path / "out", base=base), *words)
+    assert [path.name for path in tmp_path.iterdir()] == ["part"]
+
+
 def test_missing_files(member: Path, tmp_path: Path):
     refused(lambda: converters.load(tmp_path / "nowhere"), tmp_path / "nowhere", "no folder")
     (member / "vision_tower" / "preprocessor_config.json").unlink()
-    refused(lambda: converters.load(member), "preprocessor_config.json", "no file")
+    refused(lambda: converters.load(member), member, "image_processor_type", "None")
     (member / "config.json").write_text("{")
     refused(lambda: converters.load(member), member / "config.json", "JSON")
 

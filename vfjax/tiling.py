@@ -48,8 +48,8 @@ def anyres_grid(size: Size, pinpoints: Sequence[Size], tile: int) -> Size:
 
     Args:
         size: the picture's.
-        pinpoints: the config's `image_grid_pinpoints`, canvases in pixels, (width, height). (The
-            ports on Hugging Face read them as (height, width) and so differ on small pictures.)
+        pinpoints: the config's `image_grid_pinpoints`, canvases in pixels, (width, height). (Those
+            of transformers' port are (height, width) in its config.)
         tile: side of the encoder's input in pixels.
 
     Raises:
@@ -133,7 +133,7 @@ def tiles(image: Source, grid: Size, tile: int) -> list[Image.Image]:
     return views
 
 
-def unpad(size: Size, tokens: Size) -> tuple[slice, slice]:
+def unpad(size: Size, tokens: Size, decimals: int | None = None) -> tuple[slice, slice]:
     """Where a raster of tokens shows the picture and not the padding of `resize_pad`.
 
     LLaVA's `unpad_image`: the picture's side is rounded down and the same is cut at both ends, so
@@ -143,15 +143,21 @@ def unpad(size: Size, tokens: Size) -> tuple[slice, slice]:
     Args:
         size: the picture's, in pixels.
         tokens: the raster's (columns, rows).
+        decimals: that the picture's side is rounded to before it is rounded down: 7 in
+            transformers' LlavaNext, where upstream has no such step.
 
     Returns:
         Slices of its rows and columns.
     """
+
+    def down(side: float) -> int:
+        return int(side if decimals is None else round(side, decimals))
+
     (width, height), (cols, rows) = size, tokens
     if width / height > cols / rows:
-        cut = (rows - int(height * (cols / width))) // 2
+        cut = (rows - down(height * (cols / width))) // 2
         return slice(cut, rows - cut), slice(0, cols)
-    cut = (cols - int(width * (rows / height))) // 2
+    cut = (cols - down(width * (rows / height))) // 2
     return slice(0, rows), slice(cut, cols - cut)
 
 
@@ -171,7 +177,9 @@ def raster_indices(grid: Size, side: int) -> np.ndarray:
     return raster.reshape(rows * side, cols * side)
 
 
-def spatial_indices(size: Size, grid: Size, side: int, *, unpad: bool, newline: bool) -> np.ndarray:
+def spatial_indices(
+    size: Size, grid: Size, side: int, *, unpad: bool, newline: bool, decimals: int | None = None
+) -> np.ndarray:
     """The order in which the LLM reads the visual tokens of one picture.
 
     The merge of `prepare_inputs_labels_for_multimodal` in LLaVA's `llava_arch.py`, by the config's
@@ -184,6 +192,7 @@ def spatial_indices(size: Size, grid: Size, side: int, *, unpad: bool, newline: 
         side: a tile has side * side tokens.
         unpad: leave out the padding around the picture; see `unpad`.
         newline: end every row of the raster, or the picture if it has no tiles, with the newline.
+        decimals: see `unpad`.
 
     Returns:
         int32[n] of indices into the picture's (1 + columns * rows) * side * side tokens, stored as
@@ -196,15 +205,15 @@ def spatial_indices(size: Size, grid: Size, side: int, *, unpad: bool, newline: 
         return np.append(whole, np.int32(end)) if newline else whole
     raster = side * side + raster_indices(grid, side)
     if unpad:
-        raster = _unpadded(raster, size)
+        raster = _unpadded(raster, size, decimals)
     if newline:
         raster = np.pad(raster, ((0, 0), (0, 1)), constant_values=end)
     return np.concatenate([whole, raster.ravel()])
 
 
-def _unpadded(raster: np.ndarray, size: Size) -> np.ndarray:
+def _unpadded(raster: np.ndarray, size: Size, decimals: int | None) -> np.ndarray:
     rows, cols = raster.shape
-    return raster[unpad(size, (cols, rows))]
+    return raster[unpad(size, (cols, rows), decimals)]
 
 
 def frame_indices(n: int, count: int) -> np.ndarray:

@@ -3,7 +3,7 @@
 from collections.abc import Mapping
 from typing import Any
 
-from converters.rules import CONV, Rule, Table, dense, norm
+from converters.rules import CONV, Published, Rule, Table, dense, norm
 from vfjax.encoders import CLIPConfig
 
 LAYER = "encoder.layers.{}."
@@ -54,4 +54,27 @@ TABLE = Table(
         r"logit_scale",
     ),
     prefixes=(("vision_model.", ""), ("", "")),
+    published={
+        "clip-vit-large-patch14-336": Published(
+            {
+                "model_type": "clip_vision_model",
+                "hidden_size": 1024,
+                "intermediate_size": 4096,
+                "num_attention_heads": 16,
+                "num_hidden_layers": 24,
+                "patch_size": 14,
+                "image_size": 336,
+                "hidden_act": "quick_gelu",
+                "layer_norm_eps": 1e-05,
+            },
+            {
+                "image_processor_type": "CLIPImageProcessor",
+                "size": {"shortest_edge": 336},
+                "crop_size": {"height": 336, "width": 336},
+                "resample": 3,
+                "image_mean": [0.48145466, 0.4578275, 0.40821073],
+                "image_std": [0.26862954, 0.26130258, 0.27577711],
+            },
+        )
+    },
 )

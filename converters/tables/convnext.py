@@ -3,7 +3,7 @@
 from collections.abc import Mapping
 from typing import Any
 
-from converters.rules import CONV, Rule, Table, dense, norm
+from converters.rules import CONV, Published, Rule, Table, dense, norm
 from vfjax import InputError
 from vfjax.encoders import ConvNeXtConfig
 
@@ -51,6 +51,21 @@ def conv(source: str, path: str) -> tuple[Rule, ...]:
     return Rule(f"{source}.weight", f"{path}/kernel", CONV), Rule(f"{source}.bias", f"{path}/bias")
 
 
+LARGE_320 = Published(
+    {
+        "model_type": "open_clip_convnext",
+        "timm_model_name": "convnext_large",
+        "timm_model_pretrained": False,
+        "timm_pool": "",
+        "timm_proj": "mlp",
+        "timm_drop": 0.0,
+        "timm_drop_path": 0.1,
+        "image_size": 320,
+    },
+    {},
+)
+"""Mini-Gemini's second tower, which it feeds pictures of the first one's processor."""
+
 TABLE = Table(
     types=("open_clip_convnext",),
     config=config,
@@ -76,4 +91,8 @@ TABLE = Table(
         r"logit_scale",
     ),
     prefixes=(("visual.trunk.", ""), ("module.visual.trunk.", ""), ("module.", ""), ("", "")),
+    published={
+        "CLIP-convnext_large_d_320.laion2B-s29B-b131K-ft-soup": LARGE_320,
+        "openclip-convnext-large-d-320-laion2B-s29B-b131K-ft-soup": LARGE_320,  # in MGM's configs
+    },
 )

@@ -1,4 +1,9 @@
-"""LLaVA-1.5 and 1.6 folders: upstream's (LLaVA llava/model), and transformers' in all spellings."""
+"""LLaVA-1.5 and 1.6 folders: upstream's (LLaVA llava/model), and transformers' in all spellings.
+
+A folder is read as the code that its config.json is for reads it. Upstream pads pictures of
+LLaVA-1.5 with their mean colour; transformers' port crops them. Of LLaVA-1.6, whose ports are
+nearly the same, see `describe_next`.
+"""
 
 from collections.abc import Mapping
 from pathlib import Path
@@ -106,17 +111,47 @@ def upstream_source(
     tower: Tower,
     *,
     llm: str = "",
-    template: str = "vicuna_v1",
+    template: str = "",
     own: tuple[str, ...] = (),
 ) -> Source:
-    """An upstream folder's normal form; `own` are more keys that are not the LLM's."""
+    """An upstream folder's normal form.
+
+    Args:
+        path: the folder.
+        layout: its name.
+        config: its config.json.
+        branch: its only one.
+        tower: the branch's.
+        llm: `model_type` of the LLM, by default upstream's.
+        template: name of the prompt template, by default upstream's, see `prompt_template`.
+        own: more keys that are not the LLM's.
+    """
     kept = {k: v for k, v in config.items() if k not in (*OWN, *own) and not k.startswith("mm_")}
     kept["model_type"] = llm or MODELS[config["model_type"]]
     encoder = f"branches.{branch['name']}.encoder"
     tuned = (encoder,) if config.get("unfreeze_mm_vision_tower") else ()
     return Source(
-        path, layout, config, kept, [branch], template, towers={encoder: tower}, tuned=tuned
+        path,
+        layout,
+        config,
+        kept,
+        [branch],
+        template or prompt_template(kept),
+        towers={encoder: tower},
+        tuned=tuned,
     )
+
+
+def prompt_template(llm: Mapping[str, Any]) -> str:
+    """What LLaVA's scripts take for each published model, told apart by LLM and vocabulary.
+
+    LLaVA llava/eval/run_llava.py, by names there. Vocabularies are counted in thousands: ports pad
+    them. Llama-3's is that of its authors, as SliME has it.
+    """
+    if llm.get("model_type") == "mistral":
+        return "mistral_instruct"
+    by_vocabulary = {64: "chatml_direct", 128: "llama3"}
+    return by_vocabulary.get(llm.get("vocab_size", 0) // 1000, "vicuna_v1")
 
 
 def upstream_names(source: Source) -> Names:
@@ -134,7 +169,12 @@ def upstream_names(source: Source) -> Names:
 
 
 def describe_hf(path: Path, config: dict[str, Any], towers: Towers) -> Source:
-    """Normal form of a transformers folder. Its processors crop; upstream's pad."""
+    """Normal form of a transformers folder of LLaVA-1.5.
+
+    Its image processor resizes the short edge and crops the centre, where upstream pads to a
+    square: the same picture gives other tokens than upstream's folder of the same model. What the
+    port computes is what is computed here.
+    """
     del towers  # the tower is in the folder
     vision, llm = dict(config["vision_config"]), dict(config["text_config"])
     vision.setdefault("model_type", "clip_vision_model")  # the defaults of LlavaConfig
@@ -160,7 +200,45 @@ def describe_hf(path: Path, config: dict[str, Any], towers: Towers) -> Source:
             "drop": 1 if select == "default" else 0,
         },
     }
-    return Source(path, "llava-hf", config, llm, [branch], template="vicuna_v1")
+    return Source(path, "llava-hf", config, llm, [branch], prompt_template(llm))
+
+
+def describe_next(path: Path, config: dict[str, Any], towers: Towers) -> Source:
+    """Normal form of a transformers folder of LLaVA-1.6 (LlavaNextForConditionalGeneration).
+
+    What the port computes is what is computed here; upstream's folders have upstream's form. They
+    differ in two things. The port's pinpoints are (height, width): of canvases that suit a picture
+    equally, as a small square one, it takes the wide one where upstream takes the tall one. And it
+    rounds an unpadded side to 7 decimals before it cuts it to whole tokens, so that a row or column
+    more may stay.
+
+    Raises:
+        InputError: pinpoints of the image processor that are not the model's, or features with the
+            class token, which have no place on a grid.
+    """
+    source = describe_hf(path, config, towers)
+    (branch,) = source.branches
+    choice(path, config, "vision_feature_select_strategy", "default", ("default",))
+    pinpoints = config.get("image_grid_pinpoints") or PINPOINTS
+    images = branch["preprocessor"].get("image_grid_pinpoints") or pinpoints
+    if images != pinpoints:
+        raise InputError(
+            f"{path}: image_grid_pinpoints",
+            found=f"{images} in the preprocessor's configuration",
+            expected=f"{pinpoints} as in config.json",
+            fix="correct one of the files",
+        )
+    branch["connector"] |= {
+        "merge": "spatial_unpad",
+        "pinpoints": [[width, height] for height, width in pinpoints],
+        "unpad_decimals": 7,
+    }
+    source.layout = "llava-next-hf"
+    return source
+
+
+PINPOINTS = [[336, 672], [672, 336], [672, 672], [1008, 336], [336, 1008]]
+"""The default of LlavaNextConfig."""
 
 
 def _preprocessor(path: Path) -> dict[str, Any]:
@@ -195,16 +273,24 @@ def hf_names(source: Source) -> Names:
                 ("vision_tower.", "encoder", ""),
                 ("multi_modal_projector.linear_1.", "connector", "0."),
                 ("multi_modal_projector.linear_2.", "connector", "2."),
+                ("image_newline", "connector", "image_newline"),
             )
         ),
     )
 
 
-def _is_hf(config: Mapping[str, Any]) -> bool:
-    return config.get("model_type") == "llava" and "text_config" in config
-
-
 LAYOUTS = (
     Layout("llava", is_upstream, describe_upstream, upstream_names, general=True),
-    Layout("llava-hf", _is_hf, describe_hf, hf_names),
+    Layout(
+        "llava-hf",
+        lambda config: config.get("model_type") == "llava" and "text_config" in config,
+        describe_hf,
+        hf_names,
+    ),
+    Layout(
+        "llava-next-hf",
+        lambda config: config.get("model_type") == "llava_next",
+        describe_next,
+        hf_names,
+    ),
 )

@@ -18,9 +18,12 @@ def config(hf: Mapping[str, Any]) -> LlamaConfig:
         "num_key_value_heads": 8,
         "max_position_embeddings": 4096 * 32,
     }
-    made = llama.config(defaults | dict(hf))
-    window = hf.get("sliding_window", 4096)
-    return dataclasses.replace(made, context=min(made.context, window or made.context))
+    return windowed(llama.config(defaults | dict(hf)), hf.get("sliding_window", 4096))
+
+
+def windowed(config: LlamaConfig, window: int | None) -> LlamaConfig:
+    """The config with its context cut to the window, None for none."""
+    return dataclasses.replace(config, context=min(config.context, window or config.context))
 
 
 TABLE = dataclasses.replace(

@@ -3,7 +3,7 @@
 from collections.abc import Mapping
 from typing import Any
 
-from converters.rules import CONV, Rule, Table, norm
+from converters.rules import CONV, Published, Rule, Table, norm
 from converters.tables.clip import BLOCK
 from vfjax.encoders import SigLIPConfig
 
@@ -40,4 +40,26 @@ TABLE = Table(
         r"logit_bias",
     ),
     prefixes=(("vision_model.", ""), ("", "")),
+    published={
+        "siglip-so400m-patch14-384": Published(
+            {
+                "model_type": "siglip_vision_model",
+                "hidden_size": 1152,
+                "image_size": 384,
+                "intermediate_size": 4304,
+                "num_attention_heads": 16,
+                "num_hidden_layers": 27,
+                "patch_size": 14,
+                "hidden_act": "gelu_pytorch_tanh",
+                "layer_norm_eps": 1e-06,
+            },
+            {
+                "image_processor_type": "SiglipImageProcessor",
+                "size": {"height": 384, "width": 384},
+                "resample": 3,
+                "image_mean": [0.5, 0.5, 0.5],
+                "image_std": [0.5, 0.5, 0.5],
+            },
+        )
+    },
 )

@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from converters.__main__ import main
+from tests.adapters import llava_lora_folder
 from tests.checkpoints import (
     fused_folder,
     header_file,
@@ -32,7 +33,7 @@ def inspect(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str])
 
     def run(path: Path) -> list[str]:
         monkeypatch.setattr("sys.argv", ["converters", "inspect", str(path)])
-        monkeypatch.setattr(np, "fromfile", read)
+        monkeypatch.setattr(np, "memmap", read)
         assert main() == 0
         return capsys.readouterr().out.splitlines()
 
@@ -62,6 +63,17 @@ def test_upstream(tmp_path: Path, inspect: Inspect):
         "llm: 21 tensors mapped, 144,000 bytes; 0 known, not read",
         f"{len(copy)} tensors not read: the tower's own folder is used instead",
     ]
+
+
+def test_adapter(tmp_path: Path, inspect: Inspect):
+    """The base is found beside it; its tensors are not read, nor are updates computed."""
+    llm = make_llama(1)
+    llama_folder(tmp_path / "base", llm=llm)
+    llava_lora_folder(tmp_path / "lora", llm)
+    lines = inspect(tmp_path / "lora")
+    assert lines[0] == f"{tmp_path}/lora: layout llava, template vicuna_v1"
+    assert lines[2] == f"base: {tmp_path}/base"
+    assert lines[-1] == "llm: 21 tensors mapped, 144,000 bytes; 0 known, not read"
 
 
 def test_transformers(tmp_path: Path, inspect: Inspect):

@@ -1,25 +1,44 @@
 """Folders in normal form: which layout, which tower, what is refused."""
 
+import json
 import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import huggingface_hub
+import jax
+import numpy as np
 import pytest
+import torch
+import transformers
+from flax import nnx
+from PIL import Image
+from safetensors.torch import load_file, save_file
 
+import converters
 from converters import open_source
-from converters.load import model_config
+from converters.load import abstract, check, model_config
 from converters.reader import read_json
+from converters.rules import Published
+from converters.tables import TABLES
 from tests.checkpoints import (
+    IMAGE_TOKEN,
+    NEXT_PINPOINTS,
+    SIGLIP,
+    header_file,
     hf_llava_folder,
     llama_folder,
+    llava_next_folder,
+    make_connector,
     make_tower,
+    preprocessor,
+    published,
     tower_folder,
     upstream_llava_folder,
     write_json,
 )
-from vfjax import InputError
+from vfjax import Batch, InputError, Model, Processor
 
 NAME = "openai/clip-vit-large-patch14-336"
 
@@ -209,8 +228,6 @@ def test_pictures_that_do_not_fit_the_encoder(
 
 def test_tensors_that_belong_to_no_part(folders: Path, tmp_path: Path):
     """Only transformers' layout has no catch-all; the others' extra tensors are seen by tables."""
-    from safetensors.torch import load_file, save_file
-
     folder = copy(folders, "hf", tmp_path)
     tensors = load_file(folder / "model.safetensors")
     tensors["adapter.weight"] = tensors["language_model.model.norm.weight"].clone()
@@ -232,3 +249,216 @@ def test_a_tower_of_a_kind_that_is_not_known(folders: Path, tmp_path: Path):
     shutil.rmtree(folder / "vision_tower")
     tower_folder(folder / "vision_tower", "dinov2")
     assert open_source(folder).branches[0]["name"] == "dinov2"
+
+
+@pytest.fixture(scope="module")
+def port(
+    tmp_path_factory: pytest.TempPathFactory,
+) -> tuple[Path, transformers.LlavaNextForConditionalGeneration]:
+    """Transformers' LLaVA-1.6."""
+    path = tmp_path_factory.mktemp("port") / "next"
+    return path, llava_next_folder(path, 3)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize(
+    "size",
+    [
+        (20, 20),  # the wide canvas, where upstream takes the tall one
+        (392, 343),  # a row more than upstream leaves
+        (588, 49),  # and one less
+        (7, 140),  # nothing is left of it but the whole view and newlines
+    ],
+)
+def test_the_port_of_llava_1_6(port: tuple[Path, Any], size: tuple[int, int]):
+    folder, theirs = port
+    rng = np.random.default_rng(size)
+    picture = Image.fromarray(rng.integers(0, 256, (*size[::-1], 3), dtype=np.uint8))
+    images = transformers.LlavaNextImageProcessorPil.from_pretrained(folder)
+    inputs = images(picture, return_tensors="pt")
+    (features,) = theirs.get_image_features(**inputs).pooler_output
+    text = torch.tensor([[1, *[IMAGE_TOKEN] * len(features), 7, 200]])
+    expected = theirs(input_ids=text, **inputs).logits[0].numpy()
+
+    model, processor = converters.load(folder)
+    batch = processor([picture], input_ids=[[1, -200, 7, 200]])
+    tokens, logits = read(model, batch)
+    tokens = np.asarray(tokens)[batch.visual[0][batch.visual[0] >= 0]]
+    assert tokens.shape == features.shape
+    scale = np.abs(features.numpy()).max()
+    np.testing.assert_allclose(tokens, features.numpy(), rtol=0, atol=2e-5 * scale)
+    logits, scale = np.asarray(logits)[0, : len(expected)], np.abs(expected).max()
+    np.testing.assert_allclose(logits, expected, rtol=0, atol=2e-5 * scale)
+
+
+@nnx.jit
+def read(model: Model, batch: Batch) -> tuple[jax.Array, jax.Array]:
+    """The visual tokens and the logits."""
+    return model.visual_tokens(batch.images)[0], model(batch)
+
+
+def test_spellings_of_the_port_of_llava_1_6(port: tuple[Path, Any], tmp_path: Path):
+    """As on the hub, and as a newer transformers has it in memory."""
+    folder, model = port
+    expected = open_source(folder)
+    assert (expected.layout, expected.template) == ("llava-next-hf", "vicuna_v1")
+    assert expected.branches[0]["connector"]["pinpoints"] == [x[::-1] for x in NEXT_PINPOINTS]
+    shutil.copytree(folder, tmp_path / "port")
+    file = tmp_path / "port" / "model.safetensors"
+    assert {"image_newline", "language_model.lm_head.weight"} <= load_file(file).keys()
+    memory = {name: x.clone() for name, x in model.state_dict().items()}
+    assert {"model.image_newline", "lm_head.weight"} <= memory.keys()
+    save_file(memory, file)
+    found = open_source(tmp_path / "port")
+    for part, tensors in expected.parts.items():
+        assert found.parts[part].keys() == tensors.keys()
+
+
+def test_pinpoints_that_disagree(port: tuple[Path, Any], tmp_path: Path):
+    folder = shutil.copytree(port[0], tmp_path / "port")
+    edit(folder / "config.json", image_grid_pinpoints=[[28, 28]])
+    with pytest.raises(InputError, match=r"port: image_grid_pinpoints: found \[\[28, 56\], \[56"):
+        open_source(folder)
+    edit(folder / "config.json", vision_feature_select_strategy="full")
+    with pytest.raises(InputError, match="vision_feature_select_strategy: found 'full', expected"):
+        open_source(folder)
+
+
+def test_tiles_with_a_class_token(folders: Path, tmp_path: Path):
+    folder = copy(folders, "up", tmp_path)
+    anyres = {"image_aspect_ratio": "anyres", "image_grid_pinpoints": [[28, 56]]}
+    edit(folder / "config.json", mm_vision_select_feature="cls_patch", **anyres)
+    with pytest.raises(InputError, match="found 17 tokens a tile, expected a square of them"):
+        model_config(open_source(folder))
+
+
+@pytest.mark.parametrize(
+    ("keys", "template"),
+    [
+        ({"model_type": "llava_mistral"}, "mistral_instruct"),
+        ({"vocab_size": 64000}, "chatml_direct"),
+        ({"vocab_size": 32000}, "vicuna_v1"),
+        ({"vocab_size": 128256, "mm_dense_connector_type": "sci"}, "llama_3_dc"),
+    ],
+)
+def test_templates(folders: Path, tmp_path: Path, keys: dict[str, Any], template: str):
+    folder = copy(folders, "up", tmp_path)
+    edit(folder / "config.json", **keys)
+    assert open_source(folder).template == template
+
+
+OWN_TOWERS = {
+    "llava-v1.6-vicuna-7b": {"clip": "encoder"},
+    "MGM-7B": {"clip": "encoder", "aux": "aux"},
+    "DenseConnector-v1.5-SigLIP-7B-AnyRes": {"siglip": "encoder"},
+}
+"""Published models that hold their towers: all that is known of these is their name."""
+
+
+@pytest.mark.parametrize("name", OWN_TOWERS)
+def test_models_that_hold_their_towers(shared: Path, tmp_path: Path, name: str):
+    spec = json.loads((shared / "specs" / "tensors" / f"{name}.json").read_text())
+    write_json(tmp_path / "config.json", spec["config"])
+    header_file(tmp_path / "model.safetensors", spec["files"]["model"])
+    source = open_source(tmp_path)
+    kinds = {f"branches.{source.branches[0]['name']}.{x}" for x in OWN_TOWERS[name].values()}
+    assert (source.towers, set(source.held), source.unread) == ({}, kinds, ())
+    check(source, abstract(model_config(source).build)[1])
+
+
+@pytest.mark.parametrize(
+    ("repository", "kind"),
+    [
+        ("clip-vit-large-patch14-336", "clip_vision_model"),
+        ("siglip-so400m-patch14-384", "siglip_vision_model"),
+        ("CLIP-convnext_large_d_320.laion2B-s29B-b131K-ft-soup", "open_clip_convnext"),
+    ],
+)
+def test_what_is_known_of_published_towers(shared: Path, repository: str, kind: str):
+    file = shared / "specs" / "tensors" / f"{repository}.json"
+    config = json.loads(file.read_text())["config"]
+    vision = config.get("vision_config") or config["vision_cfg"]
+    assert TABLES[kind].published[repository].config == {**vision, "model_type": kind}
+
+
+def dense_folder(path: Path, *, tower: bool) -> None:
+    """Dense Connector with SigLIP, whose 27th layer and head its checkpoint lacks."""
+    upstream_llava_folder(
+        path,
+        weights="safetensors",
+        mm_dense_connector_type="dci",
+        mm_hidden_size=72,
+        mm_vision_tower="google/siglip-so400m-patch14-384",
+    )
+    shutil.rmtree(path / "vision_tower")
+    whole = make_tower("siglip", 5, num_hidden_layers=27)
+    state = load_file(path / "model.safetensors") | {
+        f"model.mm_projector.{n}": x
+        for n, x in make_connector((72, 32, 32), 6).state_dict().items()
+    }
+    state |= {
+        f"model.vision_tower.vision_tower.{name}": x
+        for name, x in published(whole).items()
+        if ".layers.26." not in name and "head." not in name
+    }
+    save_file(state, path / "model.safetensors")
+    if tower:
+        tower_folder(path / "vision_tower", "siglip", 5, num_hidden_layers=27)
+
+
+def dense_tokens(model: Model, processor: Processor) -> np.ndarray:
+    picture = np.random.default_rng(0).integers(0, 256, (40, 60, 3), dtype=np.uint8)
+    return np.asarray(model.visual_tokens(processor([picture], input_ids=[[-200]]).images)[0])
+
+
+def test_a_tower_without_its_last_layer(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """Read from the checkpoint when asked to, or when there is no other copy, and written back."""
+    config = {**SIGLIP, "model_type": "siglip_vision_model", "num_hidden_layers": 27}
+    images = preprocessor(transformers.SiglipVisionConfig(**SIGLIP))
+    known = TABLES["siglip_vision_model"].published
+    monkeypatch.setitem(known, "siglip-so400m-patch14-384", Published(config, images))
+    dense_folder(tmp_path / "with", tower=True)
+    dense_folder(tmp_path / "without", tower=False)
+    expected = dense_tokens(*converters.load(tmp_path / "with"))  # the tower's own folder
+    written = load_file(tmp_path / "with" / "model.safetensors")
+    for folder, options in (("with", {"tower_source": "checkpoint"}), ("without", {})):
+        source = open_source(tmp_path / folder, **options)
+        assert set(source.held) == {"branches.siglip.encoder"}
+        assert source.branches[0]["encoder"]["num_hidden_layers"] == 26
+        model, processor = converters.load(tmp_path / folder, **options)
+        if folder == "without":
+            np.testing.assert_array_equal(dense_tokens(model, processor), expected)
+        out = tmp_path / f"{folder} out"
+        converters.export(model, out)
+        found = load_file(out / "model.safetensors")
+        assert found.keys() == written.keys()
+        assert all(torch.equal(found[name], tensor) for name, tensor in written.items())
+        again = open_source(out)
+        assert again.branches == source.branches
+        assert {n: t.keys() for n, t in again.parts.items()} == {
+            n: t.keys() for n, t in source.parts.items()
+        }
+
+
+def test_a_tower_without_a_layer_that_taps_are_counted_from(tmp_path: Path):
+    """-2 of three layers would be another one of two."""
+    state = make_tower("clip", 7).state_dict()
+    names = [name for name in state if ".layers.2." not in name]
+    tensors = {f"model.vision_tower.vision_tower.{name}": state[name] for name in names}
+    upstream_llava_folder(tmp_path, tensors=tensors)
+    source = open_source(tmp_path, tower_source="checkpoint")
+    with pytest.raises(InputError, match="encoder: encoder.layers.2.*: found 16 tensors missing"):
+        check(source, abstract(model_config(source).build)[1])
+
+
+def test_a_published_tower_that_is_nowhere(folders: Path, tmp_path: Path):
+    folder = copy(folders, "up", tmp_path)
+    shutil.rmtree(folder / "vision_tower")
+    edit(folder / "config.json", mm_vision_tower=NAME)
+    with pytest.raises(InputError) as error:
+        open_source(folder)
+    assert str(error.value) == (
+        f"{folder}: branches.clip.encoder: found no weights here, nor in {folder}/vision_tower, "
+        f"{NAME}, {folder}/{NAME}, {tmp_path}/clip-vit-large-patch14-336, expected the vision "
+        "tower that config.json names; download its weights"
+    )

@@ -35,7 +35,7 @@ def test_the_host_holds_a_tensor_or_two(
 ):
     """Besides the parameters: of another dtype, as JAX on CPU may keep an array where it is."""
     llama_folder(tmp_path)
-    read, live, most = np.fromfile, [], []
+    read, live, most = np.memmap, [], []
 
     def spy(*args: Any, **kwargs: Any) -> np.ndarray:
         array = read(*args, **kwargs)
@@ -43,7 +43,7 @@ def test_the_host_holds_a_tensor_or_two(
         most.append(sum(ref() is not None for ref in live))
         return array
 
-    monkeypatch.setattr(np, "fromfile", spy)
+    monkeypatch.setattr(np, "memmap", spy)
     converters.load(tmp_path, dtype="bfloat16", mesh=make_mesh(4, 2) if mesh else None)
     assert len(most) == 21
     assert max(most) <= 3

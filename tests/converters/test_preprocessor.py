@@ -5,6 +5,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 import transformers
 from PIL import Image
 from safetensors.numpy import load_file
@@ -73,6 +74,27 @@ PROCESSORS = {
         "size": {"height": 28, "width": 28},
     },
 }
+DINOV3 = {
+    "image_processor_type": "DINOv3ViTImageProcessorFast",
+    "size": {"height": 28, "width": 28},
+    "default_to_square": True,
+    "crop_size": None,
+    "do_center_crop": None,
+    "data_format": "channels_first",
+    "device": None,
+    "resample": 2,
+    "image_mean": [0.485, 0.456, 0.406],
+    "image_std": [0.229, 0.224, 0.225],
+}
+"""With the keys of the published file."""
+NEXT = {
+    "image_processor_type": "LlavaNextImageProcessor",
+    "aspect_ratio_setting": "anyres",
+    "size": {"shortest_edge": 28},
+    "crop_size": {"height": 28, "width": 28},
+    "image_grid_pinpoints": [[28, 56]],
+    "do_pad": True,
+}
 
 
 @pytest.mark.parametrize("name", PROCESSORS)
@@ -87,6 +109,45 @@ def test_pixels_equal_transformers(name: str):
         image = noise(*size)
         expected = theirs(image, return_tensors="np")["pixel_values"][0].transpose(1, 2, 0)
         np.testing.assert_array_equal(preprocess(image, spec), expected, err_msg=str(size))
+
+
+def dinov3(image: Image.Image) -> np.ndarray:
+    """The arithmetic of transformers' DINOv3ViTImageProcessor: rescale, resize floats, normalise.
+
+    torchvision, which the class needs, resizes tensors by torch's interpolate.
+    """
+    x = torch.from_numpy(np.asarray(image).transpose(2, 0, 1) * (1 / 255)).float()[None]
+    x = torch.nn.functional.interpolate(x, (28, 28), mode="bilinear", antialias=True)
+    mean, std = (torch.tensor(DINOV3[key])[:, None, None] for key in ("image_mean", "image_std"))
+    return ((x - mean) / std)[0].numpy().transpose(1, 2, 0)
+
+
+def test_pixels_of_dinov3():
+    """Where nothing is resized the same; elsewhere another rounding to 255 steps, of both axes."""
+    spec = from_preprocessor(DINOV3, aspect="crop")
+    same = noise(28, 28)
+    np.testing.assert_allclose(preprocess(same, spec), dinov3(same), rtol=0, atol=1e-6)
+    step = 1 / (255 * np.array(DINOV3["image_std"]))
+    for size in [(1, 1), (97, 3), (640, 427), (333, 500), (29, 28), (20, 50)]:
+        steps = np.abs(preprocess(noise(*size), spec) - dinov3(noise(*size))) / step
+        assert steps.max() < 1.01, size
+        assert steps.mean() < 0.4, size
+
+
+def test_defaults_of_dinov3():
+    kind = {"image_processor_type": "DINOv3ViTImageProcessor"}
+    spec = from_preprocessor(kind, aspect="crop")
+    size = {"height": 224, "width": 224}
+    assert spec == from_preprocessor({**DINOV3, "size": size}, aspect="crop")
+    assert spec == from_preprocessor({**kind, "size": 224}, aspect="crop")
+    assert (spec.size, spec.edge, spec.resize) == (224, 224, "squash")
+
+
+def test_tiles_of_llava_next():
+    """What becomes of a tile is CLIP's; pinpoints are the model's."""
+    sizes = {key: NEXT[key] for key in ("size", "crop_size")}
+    expected = from_preprocessor({**CLIP, **sizes}, aspect="crop")
+    assert from_preprocessor(NEXT, aspect="crop") == expected
 
 
 @pytest.mark.parametrize("name", PROCESSORS)
@@ -142,6 +203,8 @@ def test_an_integer_is_a_square_to_vit():
         ({**CLIP, "image_mean": [0.5]}, "image_mean"),
         ({**CLIP, "image_std": [0.5, 0.0, 0.5]}, "image_std"),
         ({"image_processor_type": "SiglipImageProcessor", "size": 224}, "size"),
+        ({**NEXT, "crop_size": 14}, "crop_size"),
+        ({**DINOV3, "default_to_square": False}, "default_to_square"),
     ],
 )
 def test_settings_that_would_change_pixels_are_refused(config: dict, key: str):

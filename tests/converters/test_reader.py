@@ -13,7 +13,7 @@ import pytest
 import torch
 from safetensors.numpy import save_file
 
-from converters.reader import DTYPES, read_json, read_weights, weight_files
+from converters.reader import DTYPES, read_json, read_weights
 from tests.checkpoints import write_json
 from vfjax import InputError
 
@@ -79,8 +79,9 @@ def test_shards(tmp_path: Path):
     for shard in set(places.values()):
         save_file({n: a for n, a in expected.items() if places[n] == shard}, tmp_path / shard)
     write_json(tmp_path / "model.safetensors.index.json", {"weight_map": places})
-    assert_reads(read_weights(tmp_path), expected)
-    assert weight_files(tmp_path) == [tmp_path / shard for shard in sorted(set(places.values()))]
+    found = read_weights(tmp_path)
+    assert_reads(found, expected)
+    assert {name: tensor.path.name for name, tensor in found.items()} == places
 
 
 def test_shards_may_be_links(tmp_path: Path):
@@ -111,6 +112,14 @@ def test_bin(tmp_path: Path, zipped: bool, sharded: bool):
             tmp_path / shard,
             _use_new_zipfile_serialization=zipped,
         )
+    assert_reads(read_weights(tmp_path), {n: as_numpy(t) for n, t in expected.items()})
+
+
+def test_a_training_checkpoint(tmp_path: Path):
+    """As OpenCLIP publishes: the tensors behind a key, other things beside it."""
+    expected = state()
+    content = {"epoch": 3, "name": "x", "state_dict": expected, "optimizer": {"lr": [0.1]}}
+    torch.save(content, tmp_path / "pytorch_model.bin")
     assert_reads(read_weights(tmp_path), {n: as_numpy(t) for n, t in expected.items()})
 
 
@@ -178,7 +187,7 @@ def test_a_file_cut_after_it_was_opened(tmp_path: Path):
     tensor = read_weights(tmp_path)["a"]
     os.truncate(file, file.stat().st_size - 4)
     assert tensor[0:7].sum() == 56
-    with pytest.raises(InputError, match=r"model\.safetensors: found 252 bytes .* expected 256"):
+    with pytest.raises(InputError, match=r"model\.safetensors: found 324 bytes, expected 328"):
         tensor[...]
 
 
@@ -256,7 +265,8 @@ def test_not_a_whole_bin(tmp_path: Path, content: bytes | None):
 @pytest.mark.parametrize(
     ("content", "line"),
     [
-        ({"state_dict": {"a": torch.ones(2)}}, "bin: state_dict: found dict, expected a tensor"),
+        ({"model": {"a": torch.ones(2)}}, "bin: model: found dict, expected a tensor"),
+        ({"state_dict": {"a": 1}}, "bin: a: found int, expected a tensor"),
         ([torch.ones(2)], "found list, expected a tensor"),
         ({"a": torch.ones(2, dtype=torch.complex64)}, "bin: a: found dtype complex64, expected"),
     ],

@@ -8,7 +8,7 @@ from flax import nnx
 from transformers.activations import ACT2FN
 
 from tests.checkpoints import make_connector
-from vfjax.connectors import Combine, MLPConfig
+from vfjax.connectors import Combine, MiningConfig, MLPConfig
 
 
 @pytest.mark.parametrize("act", ["gelu", "gelu_pytorch_tanh"])
@@ -43,3 +43,22 @@ def test_efficient_dense_connector(grid: int, side: int):
     np.testing.assert_array_equal(plain, first)
     assert found.shape == expected.shape == (2, combine.tokens(grid**2), 10)
     np.testing.assert_allclose(found, expected, atol=2e-6)
+
+
+def test_dense_connector_on_mined_features():
+    """Mini-Gemini with Dense Connector: the plain feature alone is mined, then all are joined."""
+    rng = np.random.default_rng(0)
+    states = {tap: rng.normal(size=(1, 5, 8)).astype(np.float32) for tap in (0, 1, -2)}
+    maps = [rng.normal(size=(1, 8 >> k, 8 >> k, 4)).astype(np.float32) for k in range(4)]
+    sizes = {"width": 8, "aux_width": 16}
+    dense = Combine(groups=((-2,), (0, 1), (1,)))
+    features = {}
+    for name, combine in {"plain": Combine(), "dense": dense}.items():
+        projector = MLPConfig(combine.width(8), 6, 2)
+        connector = MiningConfig(projector, combine=combine, **sizes).build(rngs=nnx.Rngs(3))
+        seen = {"encoder": [states[tap] for tap in combine.taps], "aux": maps}
+        features[name] = np.asarray(connector(seen, {}, lambda ids: ids)["connector_features"])
+    assert np.abs(features["plain"] - states[-2][:, 1:]).max() > 1e-3  # something was found
+    first, second = (states[0][:, 1:] + states[1][:, 1:]) / 2, states[1][:, 1:]
+    expected = np.concatenate([features["plain"], first, second], axis=-1)
+    np.testing.assert_allclose(features["dense"], expected, atol=1e-6)

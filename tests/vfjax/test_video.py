@@ -96,7 +96,10 @@ def test_rows_with_a_video_a_picture_and_none(shared: Path):
     together, mask = model.embed(batch)
     assert mask.sum(axis=1).tolist()[2] == 2
     alone, own = model.embed(processor([video], input_ids=rows[:1]))
-    found, expected = np.asarray(together)[0][np.asarray(mask)[0]], np.asarray(alone)[np.asarray(own)]
+    found, expected = (
+        np.asarray(together)[0][np.asarray(mask)[0]],
+        np.asarray(alone)[np.asarray(own)],
+    )
     np.testing.assert_allclose(found, expected, atol=1e-5 * np.abs(expected).max(), rtol=0)
 
 

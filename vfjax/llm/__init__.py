@@ -6,5 +6,16 @@ has `embed`, `new_cache`, `__call__(x, mask, cache)` and `logits`.
 
 from vfjax.llm.cache import Cache
 from vfjax.llm.llama import Llama, LlamaConfig, RopeScaling
+from vfjax.llm.mixtral import MixtralConfig
+from vfjax.llm.phi import PhiConfig
+from vfjax.llm.phi3 import Phi3Config
 
-__all__ = ["Cache", "Llama", "LlamaConfig", "RopeScaling"]
+__all__ = [
+    "Cache",
+    "Llama",
+    "LlamaConfig",
+    "MixtralConfig",
+    "Phi3Config",
+    "PhiConfig",
+    "RopeScaling",
+]

@@ -1,9 +1,11 @@
 """Llama-family decoders (arXiv 2302.13971), as transformers computes them.
 
-Llama, Vicuna, Yi, Mistral, Qwen2, Qwen3 and Gemma differ in a few switches.
+Llama, Vicuna, Yi, Mistral, Qwen2, Qwen3 and Gemma differ in a few switches. Others have blocks of
+their own: a subclass of `LlamaConfig` names them, the rest of `Llama` serves all.
 """
 
 import dataclasses
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
@@ -32,7 +34,7 @@ class LlamaConfig:
 
     `kv_heads` below `heads` is grouped-query attention. Beyond Llama: `qk_norm` normalises queries
     and keys (Qwen3); `gemma` multiplies the input by sqrt(width), visual tokens too, and keeps
-    norms' scales as offsets from one.
+    norms' scales as offsets from one; `rotary` is the share of a head that is rotated.
     """
 
     vocab: int
@@ -53,20 +55,41 @@ class LlamaConfig:
     tied: bool = False
     qk_norm: bool = False
     gemma: bool = False
+    rotary: float = 1.0
+    head_bias: bool = False
 
     def build(self, *, rngs: nnx.Rngs) -> "Llama":
         return Llama(self, rngs=rngs)
 
+    def norm(self, *, rngs: nnx.Rngs) -> "RMSNorm | nnx.LayerNorm":
+        """A norm of the stream."""
+        return RMSNorm(self.width, self.eps, offset=self.gemma, rngs=rngs)
+
+    def block(self, *, rngs: nnx.Rngs) -> nnx.Module:
+        """One layer: called as `Block` is."""
+        return Block(self, rngs=rngs)
+
+    def rope(self, positions: Array) -> tuple[Array, Array]:
+        """Cosines and sines float32[b, t, r / 2] of int32[b, t] positions, r the rotated part."""
+        angles = positions[..., None].astype(jnp.float32) * frequencies(self)
+        return jnp.cos(angles), jnp.sin(angles)
+
+
+def powers(config: LlamaConfig) -> np.ndarray:
+    """theta^(2i / r), float32[r / 2] for the r features of a head that are rotated.
+
+    Rounded step by step as transformers does: at position 4000 one rounding more moves an angle by
+    2e-4.
+    """
+    size = int(config.head_dim * config.rotary)
+    exponent = np.arange(0, size, 2, dtype=np.float32) / np.float32(size)
+    power = config.rope_theta ** exponent.astype(np.float64)  # torch's float32 power rounds once
+    return power.astype(np.float32)
+
 
 def frequencies(config: LlamaConfig) -> np.ndarray:
-    """Rotary frequencies float32[head_dim / 2], with Llama-3.1's scaling if the config has it.
-
-    Computed in float32 step by step as transformers does: at position 4000 one rounding more in a
-    frequency moves an angle by 2e-4.
-    """
-    exponent = np.arange(0, config.head_dim, 2, dtype=np.float32) / np.float32(config.head_dim)
-    power = config.rope_theta ** exponent.astype(np.float64)  # torch's float32 power rounds once
-    freq = np.float32(1) / power.astype(np.float32)
+    """Rotary frequencies float32[r / 2], with Llama-3.1's scaling if the config has it."""
+    freq = np.float32(1) / powers(config)
     if config.rope_scaling is None:
         return freq
     s = config.rope_scaling
@@ -76,6 +99,16 @@ def frequencies(config: LlamaConfig) -> np.ndarray:
     smooth = (s.original_context / wavelength - s.low) / (s.high - s.low)
     blend = (1 - smooth) * freq / s.factor + smooth * freq
     return np.where(slow, freq / s.factor, np.where(fast, freq, blend)).astype(np.float32)
+
+
+@dataclasses.dataclass(frozen=True)
+class Step:
+    """What a call tells all blocks: `LlamaConfig.rope`, who sees whom bool[b, t, s], the cache."""
+
+    cos: Array
+    sin: Array
+    see: Array
+    cache: Cache | None
 
 
 class Attention(nnx.Module):
@@ -92,17 +125,28 @@ class Attention(nnx.Module):
             self.q_norm = RMSNorm(c.head_dim, c.eps, rngs=rngs)
             self.k_norm = RMSNorm(c.head_dim, c.eps, rngs=rngs)
 
-    def qkv(self, x: Array, cos: Array, sin: Array) -> tuple[Array, Array, Array]:
-        """Queries [b, t, n, h], keys and values [b, t, g, h] of x [b, t, d], rotated."""
+    def project(self, x: Array) -> tuple[Array, Array, Array]:
+        """Queries [b, t, n * h], keys and values [b, t, g * h] of x [b, t, d]."""
+        return self.q(x), self.k(x), self.v(x)
+
+    def __call__(self, x: Array, layer: int, step: Step) -> tuple[Array, tuple[Array, Array]]:
+        """[b, t, d] -> [b, t, d], and the keys and values of all that was read."""
         b, t, _ = x.shape
-        q, k, v = (f(x).reshape(b, t, -1, self.config.head_dim) for f in (self.q, self.k, self.v))
+        q, k, v = (y.reshape(b, t, -1, self.config.head_dim) for y in self.project(x))
         if self.config.qk_norm:
             q, k = self.q_norm(q), self.k_norm(k)
-        return rotate(q, cos, sin), rotate(k, cos, sin), v
+        q, k = (_rotate_part(y, step.cos, step.sin) for y in (q, k))
+        if step.cache is not None:
+            k, v = step.cache.write(layer, k, v)
+        return self.out(attention(q, k, v, step.see).reshape(b, t, -1)), (k, v)
 
-    def join(self, x: Array) -> Array:
-        """[b, t, n, h] attention output -> [b, t, d]."""
-        return self.out(x.reshape(*x.shape[:2], -1))
+
+def _rotate_part(x: Array, cos: Array, sin: Array) -> Array:
+    """`rotate` on the first features of each head, as many as there are angles for."""
+    size = 2 * cos.shape[-1]
+    if size == x.shape[-1]:
+        return rotate(x, cos, sin)
+    return jnp.concatenate([rotate(x[..., :size], cos, sin), x[..., size:]], axis=-1)
 
 
 class MLP(nnx.Module):
@@ -122,11 +166,24 @@ class MLP(nnx.Module):
 class Block(nnx.Module):
     """Pre-norm attention and feed-forward, each added to the stream."""
 
-    def __init__(self, config: LlamaConfig, *, rngs: nnx.Rngs):
-        self.norm1 = RMSNorm(config.width, config.eps, offset=config.gemma, rngs=rngs)
-        self.attn = Attention(config, rngs=rngs)
-        self.norm2 = RMSNorm(config.width, config.eps, offset=config.gemma, rngs=rngs)
-        self.mlp = MLP(config, rngs=rngs)
+    def __init__(
+        self,
+        config: LlamaConfig,
+        *,
+        attn: type[Attention] = Attention,
+        mlp: Callable[..., nnx.Module] = MLP,
+        rngs: nnx.Rngs,
+    ):
+        self.norm1 = config.norm(rngs=rngs)
+        self.attn = attn(config, rngs=rngs)
+        self.norm2 = config.norm(rngs=rngs)
+        self.mlp = mlp(config, rngs=rngs)
+
+    def __call__(self, x: Array, layer: int, step: Step) -> tuple[Array, tuple[Array, Array]]:
+        """[b, t, d] -> [b, t, d], and `Attention`'s keys and values."""
+        y, kv = self.attn(self.norm1(x), layer, step)
+        x = x + y
+        return x + self.mlp(self.norm2(x)), kv
 
 
 class Llama(nnx.Module):
@@ -135,10 +192,10 @@ class Llama(nnx.Module):
     def __init__(self, config: LlamaConfig, *, rngs: nnx.Rngs):
         c = self.config = config
         self.embedding = param((c.vocab, c.width), ("vocab", "embed"), rngs=rngs)
-        self.blocks = nnx.List(Block(c, rngs=rngs) for _ in range(c.layers))
-        self.norm = RMSNorm(c.width, c.eps, offset=c.gemma, rngs=rngs)
+        self.blocks = nnx.List(c.block(rngs=rngs) for _ in range(c.layers))
+        self.norm = c.norm(rngs=rngs)
         if not c.tied:
-            self.head = linear(c.width, c.vocab, ("embed", "vocab"), bias=False, rngs=rngs)
+            self.head = linear(c.width, c.vocab, ("embed", "vocab"), bias=c.head_bias, rngs=rngs)
 
     def embed(self, ids: Array) -> Array:
         """Embeddings [..., d] of int32 token ids; ids outside the vocabulary are undefined."""
@@ -169,19 +226,14 @@ class Llama(nnx.Module):
             cache, positions, see = cache.extend(mask)
         if self.config.gemma:
             x = x * jnp.asarray(self.config.width**0.5, x.dtype)
-        angles = positions[..., None].astype(jnp.float32) * frequencies(self.config)
-        cos, sin = jnp.cos(angles), jnp.sin(angles)
-        keys, values = [], []
+        step = Step(*self.config.rope(positions), see, cache)
+        kept = []
         for i, block in enumerate(self.blocks):
-            q, k, v = block.attn.qkv(block.norm1(x), cos, sin)
-            if cache is not None:
-                k, v = cache.write(i, k, v)
-                keys.append(k)
-                values.append(v)
-            x = x + block.attn.join(attention(q, k, v, see))
-            x = x + block.mlp(block.norm2(x))
+            x, kv = block(x, i, step)
+            kept.append(kv)
         if cache is not None:
-            cache = dataclasses.replace(cache, k=tuple(keys), v=tuple(values))
+            keys, values = zip(*kept, strict=True)
+            cache = dataclasses.replace(cache, k=keys, v=values)
         return self.norm(x), cache
 
     def logits(self, hidden: Array) -> Array:

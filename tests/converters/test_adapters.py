@@ -1,0 +1,329 @@
+"""LoRA adapters and bare projectors on a base, against PEFT's own merge."""
+
+import copy
+import json
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import huggingface_hub
+import ml_dtypes
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from safetensors.torch import load_file, save_file
+from torch import nn
+
+import converters
+from converters.adapters import LoRATensor
+from converters.reader import read_json, read_weights
+from tests.adapters import llava_lora_folder, lora_folder, projector_folder
+from tests.checkpoints import (
+    llama_folder,
+    make_llama,
+    published,
+    reference_logits,
+    tuned,
+    upstream_llava_folder,
+    write_json,
+)
+from vfjax import InputError
+
+BASE = "someone/base"
+PICTURE = np.random.default_rng(0).integers(0, 256, (40, 60, 3), dtype=np.uint8)
+
+
+@pytest.fixture(scope="module")
+def llm() -> nn.Module:
+    return make_llama(1)
+
+
+@pytest.fixture(scope="module")
+def base(llm: nn.Module, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("base") / "base"
+    llama_folder(path, llm=llm)
+    return path
+
+
+def assert_tensors(found: Mapping[str, Any], expected: nn.Module) -> None:
+    state = published(expected)
+    assert found.keys() == state.keys()
+    for name, tensor in state.items():
+        np.testing.assert_allclose(found[name][...], tensor.numpy(), rtol=0, atol=1e-6)
+
+
+MLP = ["gate_proj", "up_proj", "down_proj"]
+SETTINGS = {
+    "plain": {},
+    "rslora": {"use_rslora": True},
+    "every layer": {"target_modules": "all-linear", "r": 3, "lora_alpha": 7},
+    "head": {"target_modules": ["lm_head", "o_proj"]},
+    "patterns": {
+        "target_modules": [*MLP, "q_proj"],
+        "rank_pattern": {"up_proj": 2, r"layers\.1\.mlp\.gate_proj": 5},
+        "alpha_pattern": {"layers.0.self_attn.q_proj": 1, "up_proj": 16},
+    },
+    "one layer": {"layers_to_transform": [1]},
+    "fan in, fan out": {"fan_in_fan_out": True, "target_modules": ["q_proj"]},  # no effect
+    "whole modules": {"modules_to_save": ["lm_head", "embed_tokens"]},
+}
+
+
+@pytest.mark.parametrize("name", SETTINGS)
+def test_an_adapter_of_an_llm(llm: nn.Module, base: Path, tmp_path: Path, name: str):
+    merged = lora_folder(tmp_path / "lora", llm, 3, **SETTINGS[name])
+    source = converters.open_source(tmp_path / "lora", base=base)
+    assert source.layout == "llm"
+    assert_tensors(source.parts["llm"], merged)
+    state, before = published(merged), published(llm)
+    assert sum(not torch.equal(state[n], before[n]) for n in state) >= 2
+
+
+def test_logits_of_an_adapter(llm: nn.Module, base: Path, tmp_path: Path):
+    merged = lora_folder(tmp_path / "lora", llm, 3)
+    model, processor = converters.load(tmp_path / "lora", base=base)
+    ids = [1, 7, 200, 31]
+    ours = np.asarray(model(processor(None, input_ids=[ids])))[0, : len(ids)]
+    theirs = merged(torch.tensor([ids])).logits[0].detach().numpy()
+    assert np.abs(ours - theirs).max() <= 2e-5 * np.abs(theirs).max()
+
+
+def test_one_rounding(tmp_path: Path):
+    """bfloat16: the float64 formula, rounded; whole, and by rows."""
+    rng = np.random.default_rng(5)
+    weight, a, b = (
+        rng.normal(size=shape).astype(ml_dtypes.bfloat16) for shape in ((64, 48), (8, 48), (64, 8))
+    )
+    tensor = LoRATensor(weight, a, b, 0.25)
+    wide = [x.astype(np.float64) for x in (weight, a, b)]
+    expected = (wide[0] + 0.25 * wide[2] @ wide[1]).astype(ml_dtypes.bfloat16)
+    assert (tensor.shape, tensor.dtype) == (expected.shape, expected.dtype)
+    whole = tensor[...]
+    assert np.count_nonzero(whole != expected) <= 3
+    assert np.count_nonzero(tensor[10:20] != expected[10:20]) <= 1
+    assert np.count_nonzero(expected != weight) > 2000
+
+
+def logits(folder: Path, **options: Any) -> tuple[np.ndarray, list[int], np.ndarray]:
+    """Ours for a prompt with one picture, the prompt, and the picture's pixels."""
+    ids = [1, 7, -200, 31]
+    model, processor = converters.load(folder, **options)
+    batch = processor([PICTURE], input_ids=[ids])
+    ours = np.asarray(model(batch))[0, : int(batch.mask[0].sum())]
+    return ours, ids, np.asarray(batch.images["clip"]["pixels"])
+
+
+def assert_speaks(folder: Path, member: Any, **options: Any) -> None:
+    ours, ids, pixels = logits(folder, **options)
+    entry = {"taps": [-2], "drop": 1}
+    branch = {"clip": (member.tower, member.connector, entry)}
+    theirs = reference_logits(member.llm, branch, ids, {"clip": pixels[:1]})
+    assert np.abs(ours - theirs).max() <= 2e-5 * np.abs(theirs).max()
+
+
+@pytest.mark.parametrize("names", ["saved", "default"])
+def test_an_adapter_of_llava(llm: nn.Module, base: Path, tmp_path: Path, names: str):
+    """As PEFT saves them, and a state dict as it is in memory, in a .bin."""
+    folder = tmp_path / "lora"
+    member = llava_lora_folder(folder, llm, 3)
+    if names == "default":
+        state = load_file(folder / "adapter_model.safetensors")
+        (folder / "adapter_model.safetensors").unlink()
+        state = {n.replace(".weight", ".default.weight"): x for n, x in state.items()}
+        torch.save(state, folder / "adapter_model.bin")
+    assert_speaks(folder, member, base=base)
+    source = converters.open_source(folder, base=base)
+    assert (source.layout, source.base) == ("llava", base)
+    assert_tensors(source.parts["llm"], member.llm)
+    end = "bin" if names == "default" else "safetensors"
+    assert set(source.weight_files()) == {
+        "base/model.safetensors",
+        f"adapter_model.{end}",
+        "non_lora_trainables.bin",
+        "branches.clip.encoder/model.safetensors",
+    }
+
+
+def test_an_adapter_of_a_llava(llm: nn.Module, tmp_path: Path):
+    """finetune_task_lora: the base is a LLaVA, whose projector was trained on."""
+    upstream_llava_folder(tmp_path / "base", 8, llm=llm)
+    member = llava_lora_folder(tmp_path / "lora", llm, 3)
+    assert_speaks(tmp_path / "lora", member, base=tmp_path / "base")
+
+
+@pytest.mark.parametrize("weights", ["bin", "safetensors"])
+def test_a_projector(llm: nn.Module, base: Path, tmp_path: Path, weights: str):
+    folder = tmp_path / "projector"
+    member = projector_folder(folder, llm, 4, image_aspect_ratio="square")
+    if weights == "safetensors":
+        state = torch.load(folder / "mm_projector.bin", weights_only=True)
+        (folder / "mm_projector.bin").unlink()
+        save_file(state, folder / "mm_projector.safetensors")
+    assert_speaks(folder, member, base=base)
+    _, processor = converters.load(folder, base=base)
+    assert processor.tokenizer("ab")["input_ids"][0] == 1  # the base's
+
+
+def test_a_projector_with_a_newline(llm: nn.Module, base: Path, tmp_path: Path):
+    projector_folder(
+        tmp_path,
+        llm,
+        image_aspect_ratio="anyres",
+        mm_patch_merge_type="spatial_unpad",
+        image_grid_pinpoints=[[28, 56]],
+    )
+    state = torch.load(tmp_path / "mm_projector.bin", weights_only=True)
+    state["model.image_newline"] = torch.arange(32.0)
+    torch.save(state, tmp_path / "mm_projector.bin")
+    model, _ = converters.load(tmp_path, base=base)
+    np.testing.assert_array_equal(model.branches["clip"].connector.newline, np.arange(32.0))
+
+
+@pytest.mark.parametrize("place", ["mapped", "nested", "sibling", "cache"])
+def test_where_a_base_is_found(
+    llm: nn.Module, base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, place: str
+):
+    """Where towers are, in that order; a base in each of the later places shows which is first."""
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path / "cache"))
+    monkeypatch.chdir(tmp_path)
+    projector_folder(tmp_path / "projector", llm, _name_or_path=BASE)
+    repository = tmp_path / "cache" / "models--someone--base"
+    places = {
+        "mapped": tmp_path / "elsewhere",
+        "nested": tmp_path / "projector" / BASE,
+        "sibling": tmp_path / "base",
+        "cache": repository / "snapshots" / "0123abc",
+    }
+    (repository / "refs").mkdir(parents=True)
+    (repository / "refs" / "main").write_text("0123abc")
+    for key in list(places)[list(places).index(place) :]:
+        shutil.copytree(base, places[key])
+    towers = {BASE: places["mapped"]} if place == "mapped" else None
+    source = converters.open_source(tmp_path / "projector", towers=towers)
+    assert source.base.absolute() == places[place]
+
+
+def test_an_adapter_exports_as_a_whole_model(llm: nn.Module, base: Path, tmp_path: Path):
+    llava_lora_folder(tmp_path / "lora", llm, 3)
+    model, _ = converters.load(tmp_path / "lora", base=base)
+    converters.export(model, tmp_path / "out")
+    assert "model.mm_projector.0.weight" in read_weights(tmp_path / "out")
+    np.testing.assert_array_equal(
+        logits(tmp_path / "out")[0], logits(tmp_path / "lora", base=base)[0]
+    )
+
+
+def test_fusing_adapters(llm: nn.Module, base: Path, tmp_path: Path):
+    """The base of the fusion completes a member whose own is not found, but takes no other's place:
+    `two` was trained on another LLM, which lies beside it.
+    """
+    other = tuned(llm, 6)
+    llama_folder(tmp_path / "other", llm=other)
+    merged = [
+        llava_lora_folder(tmp_path / "one", llm, 3).llm,
+        llava_lora_folder(tmp_path / "two", other, 4, base="someone/other").llm,
+    ]
+    members = {name: tmp_path / name for name in ("one", "two")}
+    out = tmp_path / "out"
+    source = converters.fuse(members, out, base=base, params={"weights": [0.5, 0.5]})
+    state = copy.deepcopy(llm).state_dict()
+    for name, tensor in state.items():
+        deltas = [m.state_dict()[name] - tensor for m in merged]
+        expected = tensor + 0.5 * deltas[0] + 0.5 * deltas[1]
+        np.testing.assert_allclose(source.parts["llm"][name][...], expected, rtol=0, atol=1e-6)
+    recipe = read_json(out / "config.json")["recipe"]["sources"]
+    assert "base/model.safetensors" in recipe["one"]
+    assert recipe["two"]["base/model.safetensors"] != recipe["one"]["base/model.safetensors"]
+    model, processor = converters.load(out)
+    assert model(processor([Image.fromarray(PICTURE)], input_ids=[[1, -200]])).shape[0] == 1
+
+
+def line(path: Path, **options: Any) -> str:
+    """The line with which a folder is refused."""
+    with pytest.raises(InputError) as error:
+        converters.open_source(path, **options)
+    assert "\n" not in str(error.value)
+    return str(error.value)
+
+
+UNSUPPORTED = {
+    "use_dora": True,
+    "bias": "all",
+    "peft_type": "IA3",
+    "init_lora_weights": "pissa",
+    "modules_to_save": ["lm_head"],
+    "layer_replication": [[0, 1]],
+    "r": 0,
+    "rank_pattern": {"(": 2},
+}
+
+
+@pytest.mark.parametrize("key", UNSUPPORTED)
+def test_settings_that_are_refused(llm: nn.Module, base: Path, tmp_path: Path, key: str):
+    lora_folder(tmp_path, llm)
+    settings = read_json(tmp_path / "adapter_config.json")
+    write_json(tmp_path / "adapter_config.json", settings | {key: UNSUPPORTED[key]})
+    found = line(tmp_path, base=base)
+    assert found.startswith(f"{tmp_path}/adapter_config.json: {key}: found ")
+    assert found.endswith("; merge the adapter with PEFT (merge_and_unload) and load the result")
+
+
+def test_dora_and_embeddings_in_the_file_are_refused(llm: nn.Module, base: Path, tmp_path: Path):
+    lora_folder(tmp_path, llm, target_modules=["embed_tokens"])
+    assert "lora_embedding_A: found a LoRA of another kind" in line(tmp_path, base=base)
+
+
+def test_adapters_of_another_base(llm: nn.Module, base: Path, tmp_path: Path):
+    file = f"{tmp_path}/lora/adapter_model.safetensors: base_model.model."
+    for config, name, found in (
+        ({"intermediate_size": 64}, "layers.0.mlp.down_proj.", "found a product of (32, 4) and (4"),
+        ({"num_hidden_layers": 3}, "layers.2.mlp.down_proj.", "found a module that the base lacks"),
+    ):
+        lora_folder(tmp_path / "lora", make_llama(0, **config))
+        assert line(tmp_path / "lora", base=base).startswith(f"{file}model.{name}lora_A.weight: ")
+        assert found in line(tmp_path / "lora", base=base)
+    lora_folder(tmp_path / "lora", make_llama(0, vocab_size=330), modules_to_save=["lm_head"])
+    assert line(tmp_path / "lora", base=base).startswith(
+        f"{file}lm_head.weight: found shape (330, 32), expected (320, 32) as in {base}"
+    )
+
+
+@pytest.mark.parametrize("make", [llava_lora_folder, projector_folder])
+def test_configs_of_another_base(base: Path, tmp_path: Path, make: Any):
+    make(tmp_path, make_llama(0, vocab_size=330))
+    assert line(tmp_path, base=base).startswith(
+        f"{tmp_path}/config.json: vocab_size: found vocabulary of 330 rows, {base} has 320"
+    )
+
+
+def test_bases_that_are_not_there(llm: nn.Module, base: Path, tmp_path: Path):
+    folder = tmp_path / "lora"
+    llava_lora_folder(folder, llm)
+    assert line(folder) == (
+        f"{folder}: base LLM 'someone/base': found none, expected a whole checkpoint in one of: "
+        f"{folder}/base, someone/base, {folder}/someone/base, {tmp_path}/base; "
+        "put it there, or pass base=FOLDER"
+    )
+    assert "found no folder nowhere" in line(folder, base="nowhere")
+    projector_folder(tmp_path / "projector", llm)
+    assert line(tmp_path / "projector") == (
+        f"{tmp_path}/projector: base LLM '': found none, expected its folder; pass base=FOLDER"
+    )
+
+
+def test_half_an_adapter(llm: nn.Module, base: Path, tmp_path: Path):
+    lora_folder(tmp_path, llm)
+    state = load_file(tmp_path / "adapter_model.safetensors")
+    name = "base_model.model.model.layers.1.self_attn.k_proj.lora_B.weight"
+    save_file({n: x for n, x in state.items() if n != name}, tmp_path / "adapter_model.safetensors")
+    assert "k_proj.lora_A.weight: found one factor" in line(tmp_path, base=base)
+    (tmp_path / "adapter_model.safetensors").unlink()
+    assert "found no weights, expected adapter_model.safetensors or" in line(tmp_path, base=base)
+    shutil.copy(base / "model.safetensors", tmp_path)
+    assert "adapter_config.json and the weights of a whole model" in line(tmp_path, base=base)
+
+
+def test_a_complete_folder_does_not_read_the_base(base: Path, tmp_path: Path):
+    assert json.loads(converters.open_source(base, base=tmp_path).to_json())["path"] == str(base)

@@ -1,0 +1,60 @@
+"""Mixtral against transformers; the stacked experts both ways."""
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import transformers
+from flax import nnx
+
+import converters
+from tests.vfjax.llm.common import SIZES, assert_family
+from vfjax import InputError
+from vfjax.llm import MixtralConfig
+
+
+def make(**config) -> transformers.MixtralForCausalLM:
+    sizes = {**SIZES, "num_local_experts": 3, "num_experts_per_tok": 2, **config}
+    return transformers.MixtralForCausalLM(transformers.MixtralConfig(**sizes))
+
+
+def test_family(tmp_path):
+    ours = assert_family(tmp_path, make())
+    assert ours.blocks[0].mlp.gate.shape == (3, 32, 48)
+
+
+def test_all_tokens_to_one_expert():
+    """No capacity: what a router sends is read, however much."""
+    sizes = {"vocab": 8, "width": 8, "layers": 1, "heads": 1, "kv_heads": 1, "head_dim": 8}
+    config = MixtralConfig(**sizes, mlp=6, context=64, experts=4, chosen=1)
+    experts = config.block(rngs=nnx.Rngs(0)).mlp
+    experts.router.kernel[...] = jnp.zeros((8, 4)).at[:, 2].set(1)
+    x = jnp.abs(jnp.asarray(np.random.default_rng(0).normal(size=(2, 9, 8)), jnp.float32))
+    gate, up, down = (w[...][2] for w in (experts.gate, experts.up, experts.down))
+    expected = (nnx.silu(x @ gate) * (x @ up)) @ down
+    np.testing.assert_allclose(experts(x), expected, atol=1e-7)
+
+
+def test_members_merge(tmp_path):
+    """Each expert's tensors are merged under their own names."""
+    theirs = make(num_hidden_layers=1)
+    for seed in (1, 2):
+        assert_family(tmp_path / str(seed), theirs, seed=seed)
+    members = {name: tmp_path / name / "theirs" for name in ("1", "2")}
+    out = tmp_path / "fused"
+    params = {"weights": [0.5, 0.5]}
+    converters.fuse(members, out, method="linear", params=params, export="llm")
+    models = [converters.load(p)[0].llm for p in (out, *members.values())]
+    found, one, two = (np.asarray(m.blocks[0].mlp.down[...]) for m in models)
+    np.testing.assert_allclose(found, (one + two) / 2, rtol=1e-6)
+
+
+def test_a_missing_expert_is_named(tmp_path):
+    from safetensors.numpy import load_file, save_file
+
+    make().save_pretrained(tmp_path)
+    tensors = load_file(tmp_path / "model.safetensors")
+    name = "model.layers.1.block_sparse_moe.experts.2.w3.weight"
+    tensors.pop(name)
+    save_file(tensors, tmp_path / "model.safetensors")
+    with pytest.raises(InputError, match=f"{name}: found 1 tensors missing"):
+        converters.load(tmp_path)

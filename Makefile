@@ -19,9 +19,9 @@ CHECK_PYTHON := import sys; sys.exit(sys.version_info < (3, 11))
 demo: $(VENV)/.vfjax-demo
 	$(RUN) experiments/run.py --config=experiments/configs/demo.py --workdir="$(WORKDIR)" $(ARGS)
 
-# All tests and static checks; `make test ARGS="-k merge"` for some.
+# All tests and static checks, in two processes; `make test ARGS="-k merge"` for some.
 test: $(VENV)/.vfjax-test
-	$(RUN) -m pytest $(ARGS)
+	$(RUN) -m pytest -n 2 --dist loadfile $(ARGS)
 
 # The static checks alone.
 lint: $(VENV)/.vfjax-test

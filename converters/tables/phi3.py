@@ -42,8 +42,7 @@ def config(hf: Mapping[str, Any]) -> Phi3Config:
     made = windowed(dataclasses.replace(made, rotary=rotary(hf, 1.0)), hf.get("sliding_window"))
     if not stretched:
         return Phi3Config(**vars(made))
-    beside = hf.get("original_max_position_embeddings", 4096)
-    original = int(new.get("original_max_position_embeddings") or beside)
+    original = int(hf.get("original_max_position_embeddings", 4096))  # not that of the scaling
     short, features = tuple(new["short_factor"]), int(made.head_dim * made.rotary)
     if len(short) != features // 2:
         raise InputError(
@@ -52,7 +51,7 @@ def config(hf: Mapping[str, Any]) -> Phi3Config:
             expected=f"{features // 2}, half the rotated features of a head",
             fix="use the published config.json",
         )
-    factor = hf["max_position_embeddings"] / original
+    factor = new.get("factor") or hf["max_position_embeddings"] / original
     scale = math.sqrt(1 + math.log(factor) / math.log(original)) if factor > 1 else 1.0
     made = dataclasses.replace(made, context=min(made.context, original))
     return Phi3Config(**vars(made), stretch=short, scale=new.get("attention_factor") or scale)

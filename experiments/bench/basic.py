@@ -67,7 +67,7 @@ FULL = Sizes(
         "max_position_embeddings": 4096,
     },
     words=60,
-    repeats=7,
+    repeats=5,
 )
 
 QUICK = Sizes(
@@ -145,7 +145,7 @@ def main(args: argparse.Namespace) -> None:
         rows = bench_load(folder, sizes.repeats)
         pair = make_pair(folder, sizes)
         notes["largest difference of logits, as a share"] = check(pair)
-        for bench in (bench_vision, bench_text, bench_llava, bench_fused):
+        for bench in BENCHES:
             rows += bench(pair, notes)
     report(rows, notes, PACKAGES, args.out)
 
@@ -339,6 +339,10 @@ def two_branches(model: Model) -> Model:
             words[1] = branch.name
         params[name] = found["/".join(words)]
     return join(graph, params)
+
+
+BENCHES = (bench_vision, bench_text, bench_llava, bench_fused)
+"""What is timed besides loading."""
 
 
 if __name__ == "__main__":

@@ -173,7 +173,7 @@ def test_the_llm_has_none_of_the_keys_of_the_rest(folders: Path):
 @pytest.mark.parametrize(
     ("name", "changes", "line"),
     [
-        ("up", {"model_type": "phi"}, "config.json: found model_type 'phi', expected one of the"),
+        ("up", {"model_type": "gpt2"}, "config.json: found model_type 'gpt2', expected one of the"),
         ("up", {"model_type": None}, "config.json: found model_type None, expected one of the"),
         ("up", {"image_aspect_ratio": "highres"}, "image_aspect_ratio: found 'highres', expected"),
         ("up", {"mm_vision_select_feature": "cls"}, "mm_vision_select_feature: found 'cls'"),
@@ -182,7 +182,7 @@ def test_the_llm_has_none_of_the_keys_of_the_rest(folders: Path):
         ("up", {"mm_projector_type": "qformer"}, "mm_projector_type: found 'qformer', expected"),
         ("up", {"mm_projector_type": "mlp9x_gelu"}, "mm_projector_type: found 'mlp9x_gelu'"),
         ("hf", {"vision_config": {"model_type": "beit"}}, "encoder: found model_type 'beit'"),
-        ("hf", {"text_config": {"model_type": "phi"}}, "llm: found model_type 'phi', expected"),
+        ("hf", {"text_config": {"model_type": "gpt2"}}, "llm: found model_type 'gpt2', expected"),
         ("hf", {"vision_config": None}, "config.json: found no key 'vision_config', expected it"),
         ("hf", {"projector_hidden_act": "mish"}, "connector: activation: found 'mish', expected"),
         ("llm", {"hidden_act": "mish"}, "llm: activation: found 'mish', expected"),

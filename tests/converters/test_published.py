@@ -1,4 +1,4 @@
-"""Every published model of `specs/tensors`: names and shapes at full size, without their data."""
+"""Every published model of `specs/tensors`: names and shapes at full size; rows of MODELS.md."""
 
 import functools
 import json
@@ -11,11 +11,13 @@ from typing import Any
 import pytest
 
 from converters.export import _file_name, _places
+from converters.fuse import _describe
 from converters.layouts import Source, open_source
 from converters.load import Params, abstract, check, model_config
 from converters.tables import find
 from converters.towers import Tower, read_tower
 from tests.checkpoints import header_file, write_json
+from vfjax.merge import check_family
 
 LLMS = [
     "Llama-2-13b-hf",
@@ -103,6 +105,15 @@ IMAGES = {
     },
 }
 
+MODELS = Path(__file__).resolve().parents[2] / "MODELS.md"
+
+FUSIONS = {
+    "MGM-8B + SliME-Llama3-8B": "Meta-Llama-3-8B",
+    "MGM-8B-HD + SliME-Llama3-8B": "Meta-Llama-3-8B",
+    "MGM-7B + SliME-vicuna-7B + llava-v1.5-7b": "vicuna-7b-v1.5",
+}
+"""Members -> the LLM that all were fine-tuned from."""
+
 Names = Mapping[str, tuple[str, list[int]]]
 
 
@@ -169,6 +180,37 @@ def count(names: Mapping[str, tuple[str, list[int]]]) -> int:
     return sum(math.prod(shape) for _, shape in names.values())
 
 
+def plain(config: Mapping[str, Any]) -> str:
+    """`model_type` of a vision tower, the same for a whole CLIP and for its half."""
+    return config["model_type"].removesuffix("_vision_model")
+
+
+def tower_row(name: str, path: Path) -> str:
+    """A line of the towers' table."""
+    tower = read_tower(path, "open_clip_config.json" if name == CONVNEXT else "config.json")
+    params = component(find(tower.config, name).config(tower.config))
+    return (
+        f"| {name} | {plain(tower.config)} | {sum(math.prod(p.shape) for p in params.values()):,} |"
+    )
+
+
+def row(name: str, source: Source) -> str:
+    """A line of the table, from configs and shapes alone."""
+    branches = model_config(source).branches
+    params = {path: math.prod(p.shape) for path, p in shapes(source).items()}
+    total = sum(params.values())
+    llm = sum(n for path, n in params.items() if path.startswith("llm/"))
+    kinds = " + ".join(
+        " and ".join(plain(b[kind]) for kind in ("encoder", "aux") if kind in b)
+        for b in source.branches
+    )
+    tokens = " + ".join(str(b.views.most()) for b in branches)
+    if len(branches) > 1:
+        tokens += f" = {sum(b.views.most() for b in branches)}"
+    cells = [name, kinds or "-", source.llm["model_type"], f"{total:,}", f"{llm:,}"]
+    return f"| {' | '.join([*cells, f'{2 * total / 1e9:.1f}', tokens or '-'])} |"
+
+
 @pytest.mark.parametrize("name", [*LLMS, *MLLMS])
 def test_model(specs: Mapping[str, Any], tmp_path: Path, name: str):
     files = model_folder(tmp_path, name, specs)
@@ -201,6 +243,7 @@ def test_model(specs: Mapping[str, Any], tmp_path: Path, name: str):
     assert sum(math.prod(p.shape) for p in params.values()) == sum(
         math.prod(shape) for names in expected.values() for shape in names.values()
     )
+    assert row(name, source) in MODELS.read_text().splitlines()
 
 
 @pytest.mark.parametrize("name", TOWERS)
@@ -215,3 +258,21 @@ def test_tower(specs: Mapping[str, Any], tmp_path: Path, name: str):
     kept = {n: x for n, x in names.items() if not IGNORABLE.fullmatch(n)}
     assert count(names) == specs[name]["params"]["model"]
     assert sum(math.prod(p.shape) for p in params.values()) == count(kept)
+    assert tower_row(name, tmp_path / "tower") in MODELS.read_text().splitlines()
+
+
+@pytest.mark.parametrize("name", FUSIONS)
+def test_fusion(specs: Mapping[str, Any], tmp_path: Path, name: str):
+    """Members and base are of one family; branches side by side, one LLM."""
+    for model in (*name.split(" + "), FUSIONS[name]):
+        model_folder(tmp_path, model, specs)
+    members = name.split(" + ")
+    opened = {member.replace(".", "_"): open_source(tmp_path / member) for member in members}
+    base = open_source(tmp_path / FUSIONS[name])
+    check_family({"base": base.llm, **{member: s.llm for member, s in opened.items()}})
+    result = _describe({"base": base, **opened}, tmp_path / "fused", None)
+    assert row(name, result) in MODELS.read_text().splitlines()
+    own = [sum(math.prod(p.shape) for p in shapes(s).values()) for s in opened.values()]
+    llm = sum(math.prod(p.shape) for p in shapes(base).values())
+    fused = sum(math.prod(p.shape) for p in shapes(result).values())
+    assert fused == sum(own) - (len(own) - 1) * llm

@@ -62,6 +62,22 @@ def test_parts_of_one_tensor():
         assert rule.source_shape((4, 2)) == (6, 4)
 
 
+def test_a_stack_of_tensors():
+    rule = Rule("layers.{}.experts.{}", "blocks/{}/w", TRANSPOSE, stack=True)
+    shape = (12, 4, 6)
+    rule = Table(types=("x",), config=dict, rules=(rule,)).match({"blocks/7/w": shape})[
+        "blocks/7/w"
+    ]
+    stored = {f"layers.7.experts.{i}": np.full((6, 4), i) + np.arange(4) for i in range(12)}
+    param = rule.read(stored, shape)
+    assert param.shape == shape
+    rows = rule.each(shape)
+    assert [row.source for row in rows] == list(stored)
+    for i, row in enumerate(rows):
+        assert row.source_shape(shape) == (6, 4)
+        np.testing.assert_array_equal(row.to_source(param[i]), stored[row.source])
+
+
 def test_numbers_of_layers_are_filled_in():
     rules = TABLE.match(SHAPES)
     assert rules.keys() == SHAPES.keys()

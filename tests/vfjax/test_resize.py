@@ -47,7 +47,7 @@ def test_jaxs_bilinear_is_another_when_it_shrinks():
 
 
 def test_jaxs_bicubic_is_another():
-    """It has a = -0.5 and weights renormalised at borders; torch has a = -0.75 and clamped borders."""
+    """It has a = -0.5 and renormalised weights at borders; torch has a = -0.75 and clamps."""
     x = grid(16).astype(np.float32)
     found = np.asarray(jax.image.resize(x, (37, 37), "cubic"))
     assert np.abs(found - torch_resize(x, 37, "bicubic")).max() > 0.05

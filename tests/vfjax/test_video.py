@@ -18,6 +18,7 @@ from vfjax.tiling import frame_indices
 from vfjax.views import bucket
 
 COUNT = 20
+embed = jax.jit(Model.embed)
 
 
 @pytest.fixture(scope="module")
@@ -59,22 +60,23 @@ def test_a_real_clip_through_dense_connector(shared: Path, frames: int):
     assert len(video.frames) == frames
     ids = [[1, 5, IMAGE_ID, 7, 8]]
     pooled = processor([video], input_ids=ids)
-    tokens, mask = model.embed(pooled)
+    tokens, mask = embed(model, pooled)
     assert mask.sum() == frames * 18 + 4
 
-    ((name, inputs),) = pooled.images.items()
+    ((_, inputs),) = pooled.images.items()
     assert len(inputs["pixels"]) == frames
-    stages = model.branches[name].stages(inputs, model.llm.embed)
-    each = torch.from_numpy(np.array(stages["image_features"])).permute(0, 2, 1)
+    memory, _ = jax.jit(Model.visual_tokens)(model, pooled.images)
+    features = np.array(memory)[: frames * 36].reshape(frames, 36, -1)
+    each = torch.from_numpy(features).permute(0, 2, 1)
     expected = torch.nn.functional.max_pool1d(each, 2).permute(0, 2, 1).flatten(0, 1).numpy()
     np.testing.assert_array_equal(np.asarray(tokens)[0, 2 : 2 + len(expected)], expected)
 
     all_of_them = processor([dataclasses.replace(video, pool=1)], input_ids=ids)
-    whole, mask = model.embed(all_of_them)
+    whole, mask = embed(model, all_of_them)
     assert mask.sum() == frames * 36 + 4
     np.testing.assert_array_equal(
         np.asarray(whole)[0, 2 : 2 + frames * 36],
-        np.asarray(stages["image_features"]).reshape(frames * 36, -1),
+        features.reshape(frames * 36, -1),
     )
 
 
@@ -93,9 +95,9 @@ def test_rows_with_a_video_a_picture_and_none(shared: Path):
     tokens = model.config.branches[0].views.side ** 2
     count = 3 * (tokens // 5) + tokens // 2
     assert inputs["pool"].shape == (bucket(count), 5)
-    together, mask = model.embed(batch)
+    together, mask = embed(model, batch)
     assert mask.sum(axis=1).tolist()[2] == 2
-    alone, own = model.embed(processor([video], input_ids=rows[:1]))
+    alone, own = embed(model, processor([video], input_ids=rows[:1]))
     found, expected = (
         np.asarray(together)[0][np.asarray(mask)[0]],
         np.asarray(alone)[np.asarray(own)],
@@ -122,7 +124,7 @@ def test_models_that_read_the_prompt(shared: Path):
     ((_, inputs),) = batch.images.items()
     assert not inputs["tile_mask"].any()
     assert inputs["text"][:, :3].tolist() == [[1, 9, 8]] * 2
-    tokens, mask = jax.jit(Model.embed)(model, batch)
+    tokens, mask = embed(model, batch)
     assert mask.sum() == 2 * 576 + 3
     assert np.isfinite(np.asarray(tokens)).all()
 

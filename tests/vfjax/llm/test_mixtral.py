@@ -5,11 +5,13 @@ import numpy as np
 import pytest
 import transformers
 from flax import nnx
+from safetensors.numpy import load_file, save_file
 
 import converters
-from tests.vfjax.llm.common import SIZES, assert_family
+from tests.vfjax.llm.common import SIZES, assert_close, assert_family, read
 from vfjax import InputError
 from vfjax.llm import MixtralConfig
+from vfjax.sharding import make_mesh, place
 
 
 def make(**config) -> transformers.MixtralForCausalLM:
@@ -20,6 +22,22 @@ def make(**config) -> transformers.MixtralForCausalLM:
 def test_family(tmp_path):
     ours = assert_family(tmp_path, make())
     assert ours.blocks[0].mlp.gate.shape == (3, 32, 48)
+
+
+def test_divided_over_a_mesh(tmp_path):
+    """The experts' inner width is divided; logits and exported bytes are those of one device."""
+    make(num_hidden_layers=1, num_key_value_heads=4).save_pretrained(tmp_path / "theirs")
+    ids, mesh = np.arange(3, 27, dtype=np.int32).reshape(2, 12), make_mesh(2, 4)
+    model, _ = converters.load(tmp_path / "theirs", mesh=mesh)
+    gate = model.llm.blocks[0].mlp.gate.get_value()
+    assert gate.addressable_shards[0].data.shape == (3, 32, 12)
+    mask = np.ones(ids.shape, bool)
+    found = read(model.llm, place(ids, mesh), place(mask, mesh), size=16)[1]
+    expected = read(converters.load(tmp_path / "theirs")[0].llm, ids, mask, size=16)[1]
+    assert_close(np.asarray(found), np.asarray(expected), "logits")
+    converters.export(model, tmp_path / "ours")
+    theirs, ours = (load_file(tmp_path / n / "model.safetensors") for n in ("theirs", "ours"))
+    assert {n: x.tolist() for n, x in ours.items()} == {n: x.tolist() for n, x in theirs.items()}
 
 
 def test_all_tokens_to_one_expert():
@@ -49,8 +67,6 @@ def test_members_merge(tmp_path):
 
 
 def test_a_missing_expert_is_named(tmp_path):
-    from safetensors.numpy import load_file, save_file
-
     make().save_pretrained(tmp_path)
     tensors = load_file(tmp_path / "model.safetensors")
     name = "model.layers.1.block_sparse_moe.experts.2.w3.weight"

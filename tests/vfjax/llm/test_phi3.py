@@ -48,6 +48,25 @@ def test_as_published():
     assert made.scale == pytest.approx(1.1902, abs=1e-4)
 
 
+@pytest.mark.parametrize(
+    ("keys", "scaling"),
+    [
+        ({}, {"factor": 8.0}),
+        ({}, {"attention_factor": 1.7}),
+        ({}, {"original_max_position_embeddings": 64}),
+        ({"original_max_position_embeddings": 32}, {"original_max_position_embeddings": 64}),
+    ],
+)
+def test_scale_and_context_are_those_of_transformers(keys: dict, scaling: dict):
+    keys = {**SIZES, "max_position_embeddings": 131072, **keys}
+    theirs = transformers.Phi3Config(**keys, rope_parameters={**LONG, **scaling})
+    rotary = transformers.models.phi3.modeling_phi3.Phi3RotaryEmbedding(theirs)
+    config = {"model_type": "phi3", **keys, "rope_parameters": {**LONG, **scaling}}
+    made = find(config, "x").config(config)
+    assert made.scale == pytest.approx(rotary.attention_scaling)
+    assert made.context == theirs.rope_parameters["original_max_position_embeddings"]
+
+
 def test_factors_of_another_number():
     config = {
         "model_type": "phi3",

@@ -73,6 +73,10 @@ class Row:
         return f"{name} {self.error:>10.2e}  limit {limit:<6} samples {self.count}  {verdict}"
 
 
+MARKS = ("case.json", "config.json")
+"""Files that a case has; a folder with neither was not meant as one."""
+
+
 def verify(case: str | Path) -> list[Row]:
     """Runs a recorded case; the folder format is that of `golden/README.md`.
 
@@ -202,10 +206,21 @@ def _error(found: np.ndarray | None, wanted: np.ndarray) -> float:
 
 
 def run(cases: Sequence[str]) -> bool:
-    """Prints a table of all cases; True if every recorded stage holds."""
+    """Prints a table of all cases; True if every recorded stage holds.
+
+    Folders beside cases (as in `golden/*/`), neither case nor checkpoint, are said and skipped.
+
+    Raises:
+        InputError: see `verify`; or no folder is a case.
+    """
     good = True
-    for case in cases:
-        for row in verify(case):
+    folders = [Path(case) for case in cases]
+    beside = [f for f in folders if f.is_dir() and not any((f / x).exists() for x in MARKS)]
+    for folder in folders:
+        if folder in beside and len(beside) < len(folders):
+            print(f"{folder.name:<20} no case.json, no config.json: not a case, skipped")
+            continue
+        for row in verify(folder):
             print(row)
             good &= row.ok
     return good

@@ -146,3 +146,21 @@ def test_a_folder_that_is_no_case(case: Path, verify: Verify, name: str):
     code, lines = verify(case)
     assert code == 2
     assert lines == [f"{case / name}: found no file, expected a recorded case; check the path"]
+
+
+def test_folders_beside_cases_are_said_and_skipped(case: Path, tmp_path: Path, verify: Verify):
+    """As the tokenizers among recorded cases; alone, or with a config.json, they are errors."""
+    other = tmp_path / "tokenizers"
+    other.mkdir()
+    code, lines = verify(other, case)
+    assert code == 0
+    assert lines[0].split(maxsplit=1) == [
+        "tokenizers",
+        "no case.json, no config.json: not a case, skipped",
+    ]
+    assert hold(lines[1:])
+    assert verify(other)[0] == 2
+    (other / "config.json").write_text("{}")
+    code, lines = verify(case, other)
+    assert code == 2
+    assert lines[-1].startswith(f"{other / 'case.json'}: found no file")

@@ -188,18 +188,20 @@ class Processor:
         if not pictures:
             return {}, []
         groups = [list(p.frames) if isinstance(p, Video) else [open_image(p)] for p in pictures]
-        pools = [p.pool if isinstance(p, Video) else 1 for p in pictures]
+        views = [view for group in groups for view in group]
         owner = [i for i, group in enumerate(groups) for _ in group]
-        frames = {k for k, i in enumerate(owner) if isinstance(pictures[i], Video)}
-        words = _words(rows)
+        videos = {k: p.pool for k, i in enumerate(owner) if isinstance(p := pictures[i], Video)}
+        pools = [videos.get(k, 1) for k in range(len(views))]
+        prompts = _words(rows)
+        words = [prompts[i] for i in owner]
         numbers: list[list[np.ndarray]] = [[] for _ in pictures]
         inputs, base = {}, 0
         for branch in self.config.branches:
-            ready = branch.views([view for group in groups for view in group], frames)
+            ready = branch.views(views, videos)
             inputs[branch.name] = ready.inputs
             if branch.views.reads_text:
-                inputs[branch.name] |= self._texts([words[i] for i in owner])
-            seen, pool = _pooled(ready, [pools[i] for i in owner])
+                inputs[branch.name] |= self._texts(words)
+            seen, pool = _pooled(ready, pools)
             if pool is not None:
                 inputs[branch.name]["pool"] = pool
             for i, indices in zip(owner, seen, strict=True):
@@ -256,7 +258,7 @@ def _pooled(ready: Prepared, pools: Sequence[int]) -> tuple[list[np.ndarray], np
 
     Args:
         ready: what the branch's views made.
-        pools: tokens that are pooled into one, for each picture.
+        pools: tokens that are pooled into one, for each view.
 
     Returns:
         For each picture int64[k] numbers, the pooled ones behind the memory; and int32[m, p] the

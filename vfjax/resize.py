@@ -1,6 +1,18 @@
-"""Weights of torch's resizes along one axis; `jax.image.resize` has other borders and kernels."""
+"""torch's resizes, by weights along each axis; `jax.image.resize` has other borders and kernels."""
 
+import jax
+import jax.numpy as jnp
 import numpy as np
+
+Array = jax.Array
+
+
+def resized(x: Array, rows: np.ndarray, cols: np.ndarray, *, precision: str | None = None) -> Array:
+    """[n, h, w, c] -> [n, H, W, c] in x's dtype, by weights [H, h] and [W, w], in float32."""
+    down, across = (jnp.asarray(weights, jnp.float32) for weights in (rows, cols))
+    y = jnp.einsum("yh,nhwc->nywc", down, x.astype(jnp.float32), precision=precision)
+    y = jnp.einsum("xw,nywc->nyxc", across, y, precision=precision)
+    return y.astype(x.dtype)
 
 
 def bilinear(source: int, target: int) -> np.ndarray:

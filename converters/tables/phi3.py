@@ -34,11 +34,9 @@ def config(hf: Mapping[str, Any]) -> Phi3Config:
     hf = DEFAULTS | dict(hf)
     new = hf.get("rope_parameters") or hf.get("rope_scaling") or {}
     stretched = new.get("rope_type", new.get("type")) in ("longrope", "su")
-    plain = {key: value for key, value in hf.items() if key != "rope_scaling"}
-    if stretched:
-        theta = new.get("rope_theta", hf.get("rope_theta"))
-        plain |= {"rope_parameters": None, "rope_theta": theta}
-    made = llama.config(plain if stretched else hf)
+    theta = new.get("rope_theta", hf.get("rope_theta"))
+    unscaled = {"rope_parameters": None, "rope_scaling": None, "rope_theta": theta}
+    made = llama.config(hf | unscaled if stretched else hf)
     made = windowed(dataclasses.replace(made, rotary=rotary(hf, 1.0)), hf.get("sliding_window"))
     if not stretched:
         return Phi3Config(**vars(made))

@@ -145,10 +145,7 @@ def test_two_members_of_transformers_on_a_plain_base_are_merged(family: Path, tm
     assert_merged(tmp_path / "out", family, "hf1 hf2")
 
 
-@pytest.fixture(scope="module")
-def fused(family: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """hf2 and up3, in this order."""
-    out = tmp_path_factory.mktemp("fused") / "fused"
+def fuse_two(family: Path, out: Path) -> None:
     converters.fuse(
         named(family, "hf2 up3"),
         out,
@@ -156,6 +153,13 @@ def fused(family: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
         params={"weights": WEIGHTS["task_arithmetic"]},
         template="chatml_direct",
     )
+
+
+@pytest.fixture(scope="module")
+def fused(family: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """hf2 and up3, in this order."""
+    out = tmp_path_factory.mktemp("fused") / "fused"
+    fuse_two(family, out)
     return out
 
 
@@ -228,13 +232,7 @@ def test_a_fused_member_keeps_its_branches(fused: Path, family: Path, tmp_path: 
 
 def test_same_inputs_same_bytes(fused: Path, family: Path, tmp_path: Path):
     again = tmp_path / "again"
-    converters.fuse(
-        named(family, "hf2 up3"),
-        again,
-        base=family / "base",
-        params={"weights": WEIGHTS["task_arithmetic"]},
-        template="chatml_direct",
-    )
+    fuse_two(family, again)
     files = sorted(f.name for f in fused.iterdir())
     assert files == sorted(f.name for f in again.iterdir())
     for name in files:

@@ -129,11 +129,6 @@ def test_models_that_read_the_prompt(shared: Path):
     assert np.isfinite(np.asarray(tokens)).all()
 
 
-def write(path: Path, data: bytes) -> Path:
-    path.write_bytes(data)
-    return path
-
-
 @pytest.mark.parametrize("kind", ["missing", "empty", "text", "cut", "sound"])
 def test_bad_files(clip: Path, tmp_path: Path, kind: str):
     path = tmp_path / "film.mp4"
@@ -147,7 +142,9 @@ def test_bad_files(clip: Path, tmp_path: Path, kind: str):
             container.mux(stream.encode(None))
     elif kind != "missing":
         data = clip.read_bytes()
-        write(path, {"empty": b"", "text": b"no film" * 50, "cut": data[: len(data) // 2]}[kind])
+        path.write_bytes(
+            {"empty": b"", "text": b"no film" * 50, "cut": data[: len(data) // 2]}[kind]
+        )
     with pytest.raises(InputError, match=r"film\.\w+: found .*, expected ") as error:
         open_video(path)
     assert "\n" not in str(error.value)

@@ -13,7 +13,7 @@ from typing import Literal
 import jax
 import jax.numpy as jnp
 
-from vfjax.resize import bilinear
+from vfjax.resize import bilinear, resized
 
 Array = jax.Array
 
@@ -61,7 +61,7 @@ class Combine:
         first, *others = (mean([by_tap[t] for t in group]) for group in self.groups)
         if self.axis == "channels":
             joined = jnp.concatenate([first, *others], axis=-1)
-            return first, resized(joined, self.side) if self.side else joined
+            return first, regridded(joined, self.side) if self.side else joined
         return first, jnp.concatenate([first, *(pooled(x, self.pool) for x in others)], axis=1)
 
 
@@ -79,11 +79,10 @@ def pooled(x: Array, k: int) -> Array:
     return x[:, : s // k * k].reshape(n, s // k, k, d).mean(axis=2)
 
 
-def resized(x: Array, side: int) -> Array:
+def regridded(x: Array, side: int) -> Array:
     """Tokens [n, side * side, d] of [n, s * s, d]; torch's bilinear, without antialiasing."""
     n, tokens, d = x.shape
     grid = math.isqrt(tokens)
-    weights = jnp.asarray(bilinear(grid, side), x.dtype)
-    maps = x.reshape(n, grid, grid, d)
-    maps = jnp.einsum("yi,xj,nijd->nyxd", weights, weights, maps, precision="highest")
+    weights = bilinear(grid, side)
+    maps = resized(x.reshape(n, grid, grid, d), weights, weights, precision="highest")
     return maps.reshape(n, side * side, d)

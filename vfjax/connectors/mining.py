@@ -17,7 +17,7 @@ from flax import nnx
 from vfjax.connectors.combine import Combine
 from vfjax.connectors.mlp import MLPConfig
 from vfjax.layers import layer_norm, linear
-from vfjax.resize import bilinear
+from vfjax.resize import bilinear, resized
 
 Array = jax.Array
 
@@ -149,13 +149,6 @@ class Mining(nnx.Module):
             shrink = bilinear(side, part)
             views.append([(shrink @ w, shrink @ w) for w in full])
         return views
-
-
-def resized(x: Array, rows: np.ndarray, cols: np.ndarray) -> Array:
-    """[n, h, w, c] -> [n, H, W, c] by weights [H, h] and [W, w], in float32."""
-    y = jnp.einsum("yh,nhwc->nywc", jnp.asarray(rows, jnp.float32), x.astype(jnp.float32))
-    y = jnp.einsum("xw,nywc->nyxc", jnp.asarray(cols, jnp.float32), y)
-    return y.astype(x.dtype)
 
 
 def joined_map(maps: Sequence[Array]) -> Array:

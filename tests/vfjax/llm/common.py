@@ -66,9 +66,8 @@ def assert_family(path: Path, theirs: torch.nn.Module, *, seed: int = 0) -> Llam
     randomize(theirs, seed).eval().save_pretrained(path / "theirs")
     model, _ = converters.load(path / "theirs")
     ids = np.random.default_rng(seed).integers(3, SIZES["vocab_size"], MASK.shape).astype(np.int32)
-    hidden, logits, _ = (
-        np.asarray(x) if i < 2 else x for i, x in enumerate(read(model.llm, ids, MASK, size=16))
-    )
+    hidden, logits, _ = read(model.llm, ids, MASK, size=16)
+    hidden, logits = np.asarray(hidden), np.asarray(logits)
     first, rest = slice(0, 8), slice(8, 12)
     _, _, cache = read(model.llm, ids[:, first], MASK[:, first], size=16)
     later = np.asarray(extend(model.llm, ids[:, rest], MASK[:, rest], cache))

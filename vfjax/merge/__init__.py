@@ -1,17 +1,23 @@
 """Merging of language models of one base: formulas on arrays, an engine over named tensors."""
 
-from vfjax.merge.engine import LazyTensor, aligned, blocks, merge
+from vfjax.merge import matrix, sparse, sphere  # noqa: F401 (each registers its methods)
+from vfjax.merge.elementwise import linear, task_arithmetic
+from vfjax.merge.engine import Merger, merge
 from vfjax.merge.family import check_family
-from vfjax.merge.methods import METHODS, linear, register, task_arithmetic
+from vfjax.merge.mesh import merge_arrays
+from vfjax.merge.methods import METHODS, register
+from vfjax.merge.tensors import LazyTensor, aligned, blocks
 
 __all__ = [
     "METHODS",
     "LazyTensor",
+    "Merger",
     "aligned",
     "blocks",
     "check_family",
     "linear",
     "merge",
+    "merge_arrays",
     "register",
     "task_arithmetic",
 ]

@@ -6,46 +6,38 @@ between. Arithmetic runs on the CPU backend even where there is an accelerator: 
 reading and writing. The formulas themselves run anywhere under `jax.jit`.
 """
 
+from __future__ import annotations
+
 import dataclasses
 import functools
+import hashlib
 import math
-from collections.abc import Iterator, Mapping
+import threading
+from collections import OrderedDict
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from types import EllipsisType
-from typing import Any, NoReturn, Protocol
+from typing import Any, NoReturn
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
 from vfjax.errors import InputError
-from vfjax.merge.family import REMEDY, Header, check_tensors
-from vfjax.merge.methods import Array, Flags, Method, find
+from vfjax.merge import passes, stream
+from vfjax.merge.family import REMEDY, check_tensors
+from vfjax.merge.methods import METHODS, Array, Flags, Method, Numbers, Params, find
+from vfjax.merge.tensors import (
+    EXPONENTS,
+    LazyTensor,
+    Tensors,
+    blocks,
+    count_nonfinite,
+    has_nonfinite,
+    nonfinite_error,
+    padded,
+)
 
-BLOCK = 1 << 20
-"""Elements computed at a time: a few such arrays fit the last-level cache."""
 _SMALLEST = 1 << 12
-ALIGNMENT = 64
-
-EXPONENTS: dict[np.dtype, Any] = {
-    np.dtype(jnp.bfloat16): np.uint16(0x7F80),
-    np.dtype(np.float16): np.uint16(0x7C00),
-    np.dtype(np.float32): np.uint32(0x7F800000),
-}
-"""Dtypes that merge, with their exponent bits: all of them set is what makes NaN and infinity."""
-
-
-class LazyTensor(Header, Protocol):
-    """A tensor that is read, or computed, when sliced; a numpy array is one.
-
-    `tensor[a:b]` reads those rows of the first axis and no others, `tensor[...]` everything. Slices
-    may be taken in any order and from several threads.
-    """
-
-    def __getitem__(self, rows: slice | EllipsisType, /) -> np.ndarray:
-        """Rows of the first axis, or everything."""
-
-
-Tensors = Mapping[str, LazyTensor]
 
 
 def merge(
@@ -55,6 +47,7 @@ def merge(
     params: Mapping[str, Any],
     *,
     dtype: Any = None,
+    seed: int = 0,
 ) -> dict[str, LazyTensor]:
     """Merges named tensors by a method of `METHODS`.
 
@@ -69,6 +62,7 @@ def merge(
         method: key of `METHODS`.
         params: the method's parameters.
         dtype: of the float results, bfloat16, float16 or float32; the reference's by default.
+        seed: of the methods that draw random numbers, from it, the tensor's name and the index.
 
     Returns:
         The reference's names, in its order, each with a tensor computed when sliced. Slicing raises
@@ -81,33 +75,89 @@ def merge(
     """
     if not members:
         raise InputError("members", found="none", expected="at least one", fix="name a member")
-    found, values, flags = find(method, params, len(members))
-    if found.needs_base and base is None:
+    listed = [(f"member {label!r}", tensors) for label, tensors in members.items()]
+    everything = listed if base is None else [("base", base), *listed]
+    find(method, params, len(members))
+    if METHODS[method].base == "required" and base is None:
         raise InputError(
             f"method {method}", found="no base", expected="the base LLM", fix="set base"
         )
-    out = None if dtype is None else _checked("dtype", dtype)
-    listed = [(f"member {label!r}", tensors) for label, tensors in members.items()]
-    everything = listed if base is None else [("base", base), *listed]
     check_tensors(everything)
-    used = everything if found.needs_base else listed
-    cpu = jax.local_devices(backend="cpu")[0]
-    rule = functools.partial(
-        _compute, method=found, values=jax.device_put(values, cpu), flags=flags
-    )
+    merger = Merger(dtype, seed)
+    return {
+        name: merger.add(
+            name,
+            method,
+            params,
+            [(label, tensors[name]) for label, tensors in listed],
+            None if base is None else ("base", base[name]),
+        )
+        for name in everything[0][1]
+    }
 
-    merged: dict[str, LazyTensor] = {}
-    for name, like in everything[0][1].items():
-        sources = tuple((label, tensors[name]) for label, tensors in everything)
-        if all(_is_exact(tensor.dtype) for _, tensor in sources):
-            merged[name] = _Merged(name, like.shape, like.dtype, sources, None)
-            continue
-        for label, tensor in sources:
+
+Labelled = tuple[str, LazyTensor]
+"""A tensor with the name that errors give its source."""
+
+
+class Merger:
+    """Makes merged tensors one at a time, each by a method of its own; `merge` in small steps.
+
+    Args:
+        dtype: of the float results; the reference's by default.
+        seed: of random methods.
+
+    Raises:
+        InputError: a dtype that cannot be merged.
+    """
+
+    def __init__(self, dtype: Any = None, seed: int = 0):
+        self.dtype = None if dtype is None else _checked("dtype", dtype)
+        self.seed = seed
+        self._rules: dict[Any, Rule] = {}
+
+    def add(
+        self,
+        name: str,
+        method: str,
+        params: Mapping[str, Any],
+        members: Sequence[Labelled],
+        base: Labelled | None = None,
+    ) -> Merged:
+        """One more tensor.
+
+        Args:
+            name: of the result; random numbers depend on it.
+            method: key of `METHODS`.
+            params: its parameters.
+            members: in the order of the method's weights, of one shape.
+            base: of that shape; the reference for the dtype, even if the method reads none.
+
+        Raises:
+            InputError: a wrong parameter, no base for a method that reads it, or a dtype that
+                cannot be merged.
+        """
+        found, values, flags = find(method, params, len(members))
+        everything = [*members] if base is None else [base, *members]
+        if found.base == "required" and base is None:
+            raise InputError(
+                f"{name}: method {method}", found="no base", expected="the base LLM", fix="set base"
+            )
+        like = everything[0][1]
+        if all(_is_exact(tensor.dtype) for _, tensor in everything):
+            return Merged(name, like.dtype, everything, None)
+        for label, tensor in everything:
             _checked(f"{label}: {name}", tensor.dtype)
-        sources = tuple((label, tensors[name]) for label, tensors in used)
-        target = like.dtype if out is None else out
-        merged[name] = _Merged(name, like.shape, target, sources, rule)
-    return merged
+        key = (method, flags, len(members), *((k, v.tobytes()) for k, v in values.items()))
+        has_base = base is not None and found.base != "unread"
+        key += (has_base,)
+        if key not in self._rules:
+            self._rules[key] = Rule(found, values, flags, self.seed, has_base)
+        rule = self._rules[key]
+        sources = everything if has_base else members
+        target = self.dtype or like.dtype
+        rule.tensors.append(Merged(name, target, sources, rule))
+        return rule.tensors[-1]
 
 
 def _is_exact(dtype: np.dtype) -> bool:
@@ -130,60 +180,152 @@ def _checked(where: str, dtype: Any) -> np.dtype:
     return np.dtype(dtype)
 
 
-@dataclasses.dataclass(frozen=True)
-class _Merged:
-    """A tensor computed from its sources, block by block, when sliced."""
+class Merged:
+    """A tensor computed from its sources, block by block, when sliced.
 
-    name: str
-    shape: tuple[int, ...]
-    dtype: np.dtype
-    sources: tuple[tuple[str, LazyTensor], ...]
-    rule: functools.partial[np.ndarray] | None
-    """None where the sources must be equal."""
+    Attributes:
+        name: of the tensor.
+        shape: of it and its sources.
+        dtype: of the result.
+        sources: (label, tensor), the base first if it is read.
+        rule: how; None where the sources must be equal.
+        known: answers to the first requests of its method.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        dtype: np.dtype,
+        sources: Sequence[tuple[str, LazyTensor]],
+        rule: Rule | None,
+    ):
+        self.name, self.dtype, self.sources, self.rule = name, dtype, tuple(sources), rule
+        self.shape = sources[0][1].shape
+        self.known: list[Any] = []
+        self._lock = threading.RLock()
 
     def __getitem__(self, rows: slice | EllipsisType, /) -> np.ndarray:
+        if self.rule is None:
+            return self._equal(rows)
+        if self.rule.method.whole:
+            with self._lock:
+                return self.rule.recent(self.name, self._whole)[rows]
+        answers = self.answers()
+        if self.one_row:
+            return self._finished(..., answers)[rows]
         parts = list(blocks(self.shape, rows))
         if len(parts) == 1:
-            return self._block(parts[0])
+            return self._finished(parts[0], answers)
         start, stop = parts[0].start, parts[-1].stop
         result = np.empty((stop - start, *self.shape[1:]), self.dtype)
         for part in parts:
-            result[part.start - start : part.stop - start] = self._block(part)
+            result[part.start - start : part.stop - start] = self._finished(part, answers)
         return result
 
-    def _block(self, rows: slice | EllipsisType) -> np.ndarray:
+    def _finished(self, rows: slice | EllipsisType, answers: Sequence[Any]) -> np.ndarray:
+        result = self.evaluate(rows, answers)[: self.row_count(rows)]
+        if has_nonfinite(result):
+            self.blame()
+        return result.reshape(-1, *self.shape[1:]) if self.shape else result.reshape(())
+
+    @property
+    def size(self) -> int:
+        """Number of elements."""
+        return math.prod(self.shape)
+
+    @property
+    def one_row(self) -> bool:
+        """It is a vector that must not be cut."""
+        return self.rule is not None and self.rule.method.rows and len(self.shape) < 2
+
+    def blocks(self) -> Iterator[slice | EllipsisType]:
+        """All blocks in order, as sums are taken over them."""
+        return iter([...]) if self.one_row else blocks(self.shape)
+
+    def row_count(self, rows: slice | EllipsisType) -> int:
+        """Elements in a slice."""
+        if rows is ... or not self.shape:
+            return self.size
+        return (rows.stop - rows.start) * math.prod(self.shape[1:])
+
+    def answers(self, count: int | None = None) -> list[Any]:
+        """Answers to the first `count` requests of the method, to all by default; found once."""
+        assert self.rule is not None
+        if not self.rule.method.in_passes:
+            return []
+        with self._lock:
+            while count is None or len(self.known) < count:
+                request = self.rule.request(self, self.known)
+                if request is None:
+                    break
+                self.known.append(stream.answer(self, request, list(self.known)))
+            return self.known[:count]
+
+    def evaluate(self, rows: slice | EllipsisType, answers: Sequence[Any]) -> np.ndarray:
+        """The formula on some rows, up to the request after `answers` or to its end.
+
+        Returns:
+            What that request reduces (`passes.partial`), or the flat result; with padding.
+        """
+        assert self.rule is not None
+        count = self.row_count(rows)
+        size = self.padded_size(count)
+        arrays = [padded(np.asarray(tensor[rows]), size) for _, tensor in self.sources]
+        start = 0 if rows is ... else rows.start * math.prod(self.shape[1:])
+        known: list[Any] = []
+        for each in answers:
+            if each is stream.SORTED:
+                values = self.rule.run(arrays, known, start, self)
+                known.append(np.sort(values.reshape(-1, self.width), axis=1))
+            else:
+                known.append(each)
+        return self.rule.run(arrays, known, start, self)
+
+    def padded_size(self, count: int) -> int:
+        """Elements that the kernel is run on: powers of two, so that few are compiled."""
+        if self.rule is not None and self.rule.method.rows:
+            height = count // self.width
+            return self.width << max(0, height - 1).bit_length()
+        return max(_SMALLEST, 1 << max(0, count - 1).bit_length())
+
+    @property
+    def width(self) -> int:
+        """Elements in a row: along the last axis."""
+        return self.shape[-1] if self.shape else 1
+
+    def _whole(self) -> np.ndarray:
+        assert self.rule is not None
+        arrays = [np.asarray(tensor[...]) for _, tensor in self.sources]
+        result = self.rule.run(arrays, [], 0, self)
+        if has_nonfinite(result):
+            self.blame()
+        return result
+
+    def _equal(self, rows: slice | EllipsisType) -> np.ndarray:
         arrays = [np.asarray(tensor[rows]) for _, tensor in self.sources]
-        if self.rule is None:
-            self._check_equal(arrays)
-            return arrays[0]
-        result = self.rule(arrays, dtype=self.dtype)
-        if _has_nonfinite(result):
-            self._blame()
-        return result
-
-    def _check_equal(self, arrays: list[np.ndarray]) -> None:
-        for (label, _), array in zip(self.sources, arrays, strict=True):
+        for i, array in enumerate(arrays):
             if not np.array_equal(array, arrays[0]):
-                raise InputError(
-                    f"{label}: {self.name}",
-                    found=f"{self.dtype} values that differ from those of {self.sources[0][0]}",
-                    expected="equal values, as only float tensors are merged",
-                    fix=REMEDY,
-                )
+                raise self.unequal(i)
+        return arrays[0]
 
-    def _blame(self) -> NoReturn:
-        for label, tensor in self.sources:
-            count = sum(
-                int(np.count_nonzero(~np.isfinite(tensor[rows].astype(np.float32))))
-                for rows in blocks(self.shape)
-            )
-            if count:
-                raise InputError(
-                    f"{label}: {self.name}",
-                    found=f"{count} NaN or infinite of {math.prod(self.shape)} values",
-                    expected="finite weights",
-                    fix="download or export this checkpoint again",
-                )
+    def unequal(self, source: int) -> InputError:
+        """What to raise when a source's values, which are not merged, are not the first's."""
+        return InputError(
+            f"{self.sources[source][0]}: {self.name}",
+            found=f"{self.dtype} values that differ from those of {self.sources[0][0]}",
+            expected="equal values, as only float tensors are merged",
+            fix=REMEDY,
+        )
+
+    def blame(self, counts: Sequence[int] | None = None) -> NoReturn:
+        """Raises InputError that names the source of a NaN or infinity, with their number.
+
+        Args:
+            counts: how many each source has, if it is known.
+        """
+        for i, (label, tensor) in enumerate(self.sources):
+            if count := count_nonfinite(tensor) if counts is None else counts[i]:
+                raise nonfinite_error(f"{label}: {self.name}", tensor, count)
         raise InputError(
             self.name,
             found=f"finite sources, but a merged value that is not finite in {self.dtype}",
@@ -192,71 +334,155 @@ class _Merged:
         )
 
 
-def blocks(shape: tuple[int, ...], rows: slice | EllipsisType = ...) -> Iterator[Any]:
-    """Cuts the rows of a tensor into slices of at most `BLOCK` elements, or of one row.
+@dataclasses.dataclass(eq=False)
+class Rule:
+    """A method with its parameters, shared by the tensors of a merge that use both.
 
-    Yields:
-        At least one index of a `LazyTensor` (`...` alone for a scalar), in order.
+    Attributes:
+        method: what to compute.
+        values: its numbers.
+        flags: its switches.
+        seed: of random methods.
+        has_base: the first source is the base.
     """
-    if not shape:
-        yield ...
-        return
-    start, stop, step = (slice(None) if rows is ... else rows).indices(shape[0])
-    if step != 1:
-        raise ValueError(f"slices of lazy tensors have step 1, not {step}")
-    height = max(1, BLOCK // max(1, math.prod(shape[1:])))
-    yield slice(start, min(start + height, stop))
-    for i in range(start + height, stop, height):
-        yield slice(i, min(i + height, stop))
+
+    method: Method
+    values: Numbers
+    flags: Flags
+    seed: int
+    has_base: bool
+
+    def __post_init__(self) -> None:
+        self.params: Params = {**self.values, **dict(self.flags)}
+        self.tensors: list[Merged] = []
+        self.model_answers: dict[int, Any] = {}
+        self.lock = threading.RLock()
+        self._recent: OrderedDict[str, np.ndarray] = OrderedDict()
+        self._requests: dict[Any, Any] = {}
+        cpu = jax.local_devices(backend="cpu")[0]
+        self._values = jax.device_put(self.values, cpu)
+
+    def run(
+        self, arrays: Sequence[np.ndarray], answers: Sequence[Any], start: int, tensor: Merged
+    ) -> np.ndarray:
+        """The formula on a block of a tensor that starts at a flat index, or on all of it."""
+        if self.method.whole:
+            return np.asarray(whole_kernel(arrays, self._values, **self.static(tensor)))
+        return np.asarray(
+            block_kernel(
+                arrays,
+                self._values,
+                tuple(answers),
+                np.uint32(start),
+                self.keys(tensor.name),
+                **self.static(tensor),
+            )
+        )
+
+    def static(self, tensor: Merged) -> dict[str, Any]:
+        """What a kernel is compiled for."""
+        return {
+            "method": self.method,
+            "flags": self.flags,
+            "has_base": self.has_base,
+            "dtype": tensor.dtype,
+            "width": tensor.width if self.method.rows else None,
+        }
+
+    def keys(self, name: str) -> np.ndarray:
+        """uint32[K, 2]: a tensor's keys of random numbers, see `passes.Block`."""
+        count = len(self.tensors[0].sources) - self.has_base
+        words = (f"{self.seed}/{i}/{name}".encode() for i in range(count))
+        digests = [hashlib.sha256(word).digest() for word in words]
+        return np.stack([np.frombuffer(digest[:8], np.uint32) for digest in digests])
+
+    def request(self, tensor: Merged, answers: Sequence[Any]) -> Any:
+        """What the method asks for after `answers`, None at its end; nothing is computed.
+
+        Its arrays are left out, as they depend on the block.
+        """
+        found: list[Any] = []
+
+        def look(arrays: Sequence[Array], known: Sequence[Any]) -> int:
+            found.append(_advance(arrays, self.values, known, 0, keys, **static))
+            return 0
+
+        static = self.static(tensor)
+        del static["dtype"]
+        keys = self.keys(tensor.name)
+
+        size = tensor.padded_size(tensor.width)
+        arrays = [jax.ShapeDtypeStruct((size,), each.dtype) for _, each in tensor.sources]
+        spec = jax.ShapeDtypeStruct((size // tensor.width, tensor.width), np.float32)
+        known = [spec if each is stream.SORTED else each for each in answers]
+        jax.eval_shape(look, arrays, known)
+        return passes.bare(found[0])
+
+    def recent(self, name: str, compute: Callable[[], np.ndarray]) -> np.ndarray:
+        """The last two whole results, as their slices are taken one after another."""
+        with self.lock:
+            known = self._recent.get(name)
+        if known is None:
+            known = compute()
+            with self.lock:
+                self._recent[name] = known
+                while len(self._recent) > 2:
+                    self._recent.popitem(last=False)
+        return known
 
 
-def _compute(
-    arrays: list[np.ndarray],
+def _advance(
+    sources: Sequence[Array],
+    values: Mapping[str, Array],
+    answers: Sequence[Any],
+    start: Any,
+    keys: Array,
     *,
     method: Method,
-    values: Mapping[str, jax.Array],
     flags: Flags,
-    dtype: np.dtype,
-) -> np.ndarray:
-    """The method on arrays of one shape, where `values` lie."""
-    count = arrays[0].size
-    size = max(_SMALLEST, 1 << (count - 1).bit_length())  # powers of two: few compilations
-    sources = [_padded(array, size) for array in arrays]
-    result = _kernel(sources, values, method=method, flags=flags, dtype=dtype)
-    return np.asarray(result)[:count].reshape(arrays[0].shape)
+    has_base: bool,
+    width: int | None,
+) -> Any:
+    block = passes.Block(jnp.asarray(start, jnp.uint32), jnp.asarray(keys), sources[0].size)
+    params = {**values, **dict(flags)}
+    base, members = (sources[0], sources[1:]) if has_base else (None, sources)
+    return passes.advance(method, base, members, params, tuple(answers), block, width)
 
 
-@functools.partial(jax.jit, static_argnames=("method", "flags", "dtype"))
-def _kernel(
-    sources: list[Array],
-    values: Mapping[str, jax.Array],
+STATIC = ("method", "flags", "has_base", "dtype", "width")
+
+
+@functools.partial(jax.jit, static_argnames=STATIC)
+def block_kernel(
+    sources: Sequence[Array],
+    values: Mapping[str, Array],
+    answers: Sequence[Any],
+    start: Array,
+    keys: Array,
     *,
-    method: Method,
-    flags: Flags,
     dtype: np.dtype,
+    **static: Any,
 ) -> jax.Array:
-    return method(sources, **values, **dict(flags)).astype(dtype)
+    """A block of the result, in its dtype, or what the block adds to the next answer."""
+    result = _advance(sources, values, answers, start, keys, **static)
+    return (
+        result.astype(dtype)
+        if isinstance(result, jax.Array)
+        else passes.partial(result, static["width"])
+    )
 
 
-def _padded(array: np.ndarray, size: int) -> np.ndarray:
-    """Flat, with zeros up to `size`, at an address that JAX's CPU backend uses without a copy."""
-    if array.size == size and array.flags.c_contiguous and array.ctypes.data % ALIGNMENT == 0:
-        return array.reshape(-1)
-    flat = aligned(size, array.dtype)
-    flat[: array.size] = array.reshape(-1)
-    flat[array.size :] = 0
-    return flat
-
-
-def aligned(size: int, dtype: np.dtype) -> np.ndarray:
-    """An uninitialised flat array at a multiple of 64 bytes; sources read into one save a copy."""
-    raw = np.empty(size * dtype.itemsize + ALIGNMENT, np.uint8)
-    start = -raw.ctypes.data % ALIGNMENT
-    return raw[start : start + size * dtype.itemsize].view(dtype)
-
-
-def _has_nonfinite(array: np.ndarray) -> bool:
-    """By the bits: numpy's isfinite is slow on 16-bit floats."""
-    exponent = EXPONENTS[array.dtype]
-    bits = array.reshape(-1).view(exponent.dtype)
-    return bool(bits.size) and bool((bits & exponent).max() == exponent)
+@functools.partial(jax.jit, static_argnames=STATIC)
+def whole_kernel(
+    sources: Sequence[Array],
+    values: Mapping[str, Array],
+    *,
+    method: Method,
+    flags: Flags,
+    has_base: bool,
+    dtype: np.dtype,
+    width: None,
+) -> jax.Array:
+    """The whole result, in its dtype."""
+    base, members = (sources[0], sources[1:]) if has_base else (None, sources)
+    return method(base, members, **values, **dict(flags)).astype(dtype)

@@ -1,20 +1,26 @@
-"""Merge formulas: pure functions on arrays, and the registry that finds them by name.
+"""The registry of merge formulas: pure functions on arrays, found by name, with typed parameters.
 
 A method takes `base` (only if it reads the base) and `members`, arrays of one shape and any float
-dtype, then its parameters by keyword. `Weights` is one number a member, `float` a number, `bool` a
-switch fixed at compile time. It accumulates in float32 and returns float32; the caller rounds once.
-Methods are elementwise: a slice of the result is the result of the slices, which is what lets the
-engine stream. A NaN or infinity in a source must reach the result.
+dtype, then its parameters by keyword. It accumulates in float32 and returns float32; the caller
+rounds once. A NaN or infinity in a source must reach the result. There are three kinds:
+
+* elementwise: a function whose slice of the result is the result of the slices;
+* in passes: a generator that yields a request of `vfjax.merge.passes` for each number that it needs
+  of the whole tensor, is sent the answer, and returns the result, elementwise given the answers;
+* whole: a function of full tensors, for those that decompose matrices.
+
+The first two see a tensor a block at a time, which is what lets the engine stream; the keyword
+`block`, if they have it, is the `Block` that they see.
 """
 
 import dataclasses
 import inspect
 import numbers
+import typing
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from typing import Any, Literal
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
 from vfjax.errors import InputError
@@ -22,8 +28,12 @@ from vfjax.errors import InputError
 Array = jax.Array | np.ndarray
 Weights = Sequence[float]
 """One number a member, in the members' order."""
+Each = Sequence[float] | float
+"""One number a member, or one for all of them."""
+Params = Mapping[str, Any]
+"""Checked parameters: numbers (float32, `Weights` and `Each` as float32[K]) and switches."""
 Numbers = dict[str, np.ndarray]
-Flags = tuple[tuple[str, bool], ...]
+Flags = tuple[tuple[str, bool | str], ...]
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -33,84 +43,57 @@ class Method:
     Attributes:
         name: of the function, as recipes spell it.
         fn: the formula.
-        needs_base: it takes the base before the members.
+        base: whether it takes the base before the members: "required", "optional" (then it may be
+            None) or "unread".
         params: its keyword parameters, with type and default.
+        whole: it takes full tensors.
+        rows: it compares the elements of a row, so that its blocks are [rows, width].
+        takes: fewest and most members.
     """
 
     name: str
-    fn: Callable[..., jax.Array]
-    needs_base: bool
+    fn: Callable[..., Any]
+    base: Literal["required", "optional", "unread"]
     params: Mapping[str, inspect.Parameter]
+    whole: bool = False
+    rows: bool = False
+    takes: tuple[int, int | None] = (1, None)
 
-    def __call__(self, sources: Sequence[Array], **params: Any) -> jax.Array:
-        """The formula on [base, *members], or on the members alone if it reads no base."""
-        if self.needs_base:
-            return self.fn(sources[0], sources[1:], **params)
-        return self.fn(sources, **params)
+    @property
+    def in_passes(self) -> bool:
+        """It asks for numbers of the whole tensor."""
+        return inspect.isgeneratorfunction(self.fn)
+
+    def __call__(self, base: Array | None, members: Sequence[Array], **params: Any) -> Any:
+        """The formula; the base is dropped if it reads none."""
+        if self.base == "unread":
+            return self.fn(members, **params)
+        return self.fn(base, members, **params)
 
 
 METHODS: dict[str, Method] = {}
 """Name -> method."""
 
 
-def register(fn: Callable[..., jax.Array]) -> Callable[..., jax.Array]:
-    """Adds a formula to `METHODS`; its signature is its schema."""
-    signature = inspect.signature(fn).parameters
-    params = {name: p for name, p in signature.items() if p.kind is p.KEYWORD_ONLY}
-    assert all(p.annotation in (Weights, float, bool) for p in params.values()), fn.__name__
-    METHODS[fn.__name__] = Method(fn.__name__, fn, "base" in signature, params)
-    return fn
+def register(
+    *, whole: bool = False, rows: bool = False, takes: tuple[int, int | None] = (1, None)
+) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
+    """Adds a formula to `METHODS`; its signature is its schema. See `Method` for the arguments."""
 
+    def add(fn: Callable[..., Any]) -> Callable[..., Any]:
+        signature = inspect.signature(fn).parameters
+        params = {
+            name: p for name, p in signature.items() if p.kind is p.KEYWORD_ONLY and name != "block"
+        }
+        for p in params.values():
+            assert p.annotation in (Weights, Each, float, bool) or _choices(p), (fn.__name__, p)
+        base: Any = "required" if "base" in signature else "unread"
+        if base == "required" and signature["base"].annotation == Array | None:
+            base = "optional"
+        METHODS[fn.__name__] = Method(fn.__name__, fn, base, params, whole, rows, takes)
+        return fn
 
-@register
-def linear(members: Sequence[Array], *, weights: Weights, normalize: bool = True) -> jax.Array:
-    """sum_i w_i x_i, over sum_i w_i if `normalize`.
-
-    Model soups, arXiv 2203.05482, section 2 (the uniform soup has equal weights).
-
-    Args:
-        members: K float arrays of one shape.
-        weights: K numbers.
-        normalize: divide by the weights' sum.
-
-    Returns:
-        float32 array of that shape.
-    """
-    scaled = jnp.asarray(weights, jnp.float32)
-    if not normalize:
-        return _weighted_sum(members, scaled)
-    # Relative to the largest, equal weights are exactly 1 whatever their value, and the midpoint of
-    # two members is exact.
-    scaled = scaled / jnp.abs(scaled).max()
-    return _weighted_sum(members, scaled) / scaled.sum()
-
-
-@register
-def task_arithmetic(
-    base: Array, members: Sequence[Array], *, weights: Weights, scale: float = 1.0
-) -> jax.Array:
-    """Base + scale * sum_i w_i (x_i - base).
-
-    Task arithmetic, arXiv 2212.04089, section 2; what VisionFuse, arXiv 2412.01289, merges its
-    members' LLMs with.
-
-    Args:
-        base: float array, the pretrained weights.
-        members: K arrays of its shape, fine-tuned from it.
-        weights: K numbers.
-        scale: multiplies the summed deltas.
-
-    Returns:
-        float32 array of that shape.
-    """
-    start = jnp.asarray(base, jnp.float32)
-    deltas = [jnp.asarray(x, jnp.float32) - start for x in members]
-    return start + scale * _weighted_sum(deltas, jnp.asarray(weights, jnp.float32))
-
-
-def _weighted_sum(arrays: Sequence[Array], weights: jax.Array) -> jax.Array:
-    terms = [w * jnp.asarray(x, jnp.float32) for w, x in zip(weights, arrays, strict=True)]
-    return sum(terms[1:], terms[0])
+    return add
 
 
 def find(name: str, params: Mapping[str, Any], count: int) -> tuple[Method, Numbers, Flags]:
@@ -122,17 +105,18 @@ def find(name: str, params: Mapping[str, Any], count: int) -> tuple[Method, Numb
         count: number of members.
 
     Returns:
-        The method, its numbers by name (float32, `Weights` as float32[K]), its switches.
+        The method, its numbers by name (float32, `Weights` and `Each` as float32[K]), its switches.
 
     Raises:
         InputError: unknown method; unknown, missing, wrongly typed or non-finite parameter; wrong
-            number of weights.
+            number of weights or of members.
     """
     if name not in METHODS:
         raise InputError(
             "method", found=repr(name), expected=", ".join(METHODS), fix="choose one of these"
         )
     method = METHODS[name]
+    _check_count(method, count)
     if unknown := sorted(set(params) - set(method.params)):
         raise InputError(
             f"method {name}",
@@ -147,29 +131,52 @@ def find(name: str, params: Mapping[str, Any], count: int) -> tuple[Method, Numb
                 f"method {name}", found=f"no {key!r}", expected=_wants(param, count), fix="set it"
             )
         values[key] = _typed(f"{name}.{key}", param, params.get(key, param.default), count)
-    flags = tuple((key, value) for key, value in values.items() if isinstance(value, bool))
+    flags = tuple((key, value) for key, value in values.items() if isinstance(value, bool | str))
     return method, {key: values[key] for key in values if key not in dict(flags)}, flags
+
+
+def _choices(param: inspect.Parameter) -> tuple[str, ...]:
+    is_literal = typing.get_origin(param.annotation) is Literal
+    return typing.get_args(param.annotation) if is_literal else ()
+
+
+def _check_count(method: Method, count: int) -> None:
+    low, high = method.takes
+    if count < low or (high is not None and count > high):
+        wanted = f"{low}" if low == high else f"{low} or more"
+        raise InputError(
+            f"method {method.name}",
+            found=f"{count} members",
+            expected=wanted,
+            fix="change the members or the method",
+        )
 
 
 def _wants(param: inspect.Parameter, count: int) -> str:
     if param.annotation == Weights:
         return f"{count} finite numbers, one a member"
+    if param.annotation == Each:
+        return f"a finite number, or {count} of them, one a member"
+    if choices := _choices(param):
+        return " or ".join(map(repr, choices))
     return "True or False" if param.annotation is bool else "a finite number"
 
 
 def _typed(where: str, param: inspect.Parameter, value: Any, count: int) -> Any:
     """The value as its parameter's type, or InputError."""
-    many = param.annotation == Weights
-    good = isinstance(value, bool)
-    if param.annotation is not bool:
-        is_list = isinstance(value, Sequence | np.ndarray) and not isinstance(value, str)
-        items = list(value) if is_list else [value]
+    kind, choices = param.annotation, _choices(param)
+    is_list = isinstance(value, Sequence | np.ndarray) and not isinstance(value, str)
+    items = list(value) if is_list else [value]
+    if choices or kind is bool:
+        good = value in choices if choices else isinstance(value, bool)
+        result: Any = value
+    else:
+        many = kind == Weights or (kind == Each and is_list)
         good = is_list == many and len(items) == (count if many else 1) and all(map(_finite, items))
+        result = items * count if kind == Each and not many else value
     if not good:
         raise InputError(where, found=repr(value), expected=_wants(param, count), fix="correct it")
-    if param.annotation is bool:
-        return value
-    return np.asarray(value, np.float32)
+    return result if choices or kind is bool else np.asarray(result, np.float32)
 
 
 def _finite(x: Any) -> bool:

@@ -1,0 +1,449 @@
+"""Merge formulas that drop a part of each delta, and those that let members vote on signs."""
+
+from collections.abc import Sequence
+from typing import Any, Literal
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from vfjax.merge.elementwise import weighted_sum
+from vfjax.merge.methods import Array, Each, Params, Weights, register
+from vfjax.merge.passes import Answers, Block, Largest, Sorted, Steps, Sum, above
+
+Rescale = Literal["none", "density", "norm"]
+"""What the kept deltas are multiplied by: nothing; the inverse of their probability of being kept,
+which leaves the expectation as it was; or what restores the tensor's sum of absolute values."""
+Trim = Literal["tensor", "model"]
+"""Whether a share of the largest deltas is of each tensor, or of the whole model."""
+Vote = Literal["weighted", "plain"]
+"""Whether members vote with their deltas times their weights, or with their deltas alone."""
+
+_DRAWS = 65536.0
+"""Values that a random draw takes."""
+
+
+@register()
+def ties(
+    base: Array,
+    members: Sequence[Array],
+    *,
+    weights: Weights,
+    density: Each = 1.0,
+    scale: float = 1.0,
+    normalize: bool = True,
+    rescale: Rescale = "none",
+    trim: Trim = "tensor",
+    vote: Vote = "weighted",
+    block: Block,
+) -> Steps:
+    """Trim, elect signs, merge what agrees: TIES-Merging, arXiv 2306.01708, algorithm 1.
+
+    Of each delta the floor(density n) largest by magnitude are kept; of equal ones the first.
+    A position's sign is that of the sum of the votes (plus if it is 0); the deltas with that sign
+    are averaged by their weights.
+
+    Args:
+        base: float array.
+        members: K arrays of its shape.
+        weights: K numbers.
+        density: share of each delta that is kept.
+        scale: the paper's lambda.
+        normalize: divide by the sum of the weights that agree; otherwise their sum is taken.
+        rescale: see `Rescale`; the paper does not.
+        trim: see `Trim`; the paper trims the whole task vector, mergekit each tensor.
+        vote: see `Vote`; the paper has no weights.
+        block: where the arrays lie in the tensor.
+
+    Returns:
+        float32 array of that shape.
+    """
+    start, deltas = _deltas(base, members)
+    kept = yield from _trimmed(deltas, density, rescale, trim, block)
+    return start + scale * _elect(kept, weights, normalize, vote)
+
+
+@register()
+def breadcrumbs(
+    base: Array,
+    members: Sequence[Array],
+    *,
+    weights: Weights,
+    density: Each = 1.0,
+    gamma: Each = 0.01,
+    scale: float = 1.0,
+    normalize: bool = False,
+    rescale: Rescale = "none",
+    trim: Trim = "tensor",
+    block: Block,
+) -> Steps:
+    """Sum of the deltas without their largest and smallest elements.
+
+    Model Breadcrumbs, arXiv 2312.06795, section 3. floor(gamma n) outliers are dropped, then the
+    smallest until floor(density n) are left; where density + gamma exceeds 1, fewer outliers are
+    dropped.
+
+    Args:
+        base: float array.
+        members: K arrays of its shape.
+        weights: K numbers.
+        density: share of each delta that is kept.
+        gamma: share of the outliers that are dropped.
+        scale: multiplies the summed deltas.
+        normalize: divide by the sum of the weights.
+        rescale: see `Rescale`; the paper does not.
+        trim: see `Trim`; the paper's masks are a tensor's.
+        block: where the arrays lie in the tensor.
+
+    Returns:
+        float32 array of that shape.
+    """
+    start, deltas = _deltas(base, members)
+    kept = yield from _crumbs(deltas, density, rescale, trim, block)
+    return start + scale * _add(kept, weights, normalize)
+
+
+@register()
+def breadcrumbs_ties(
+    base: Array,
+    members: Sequence[Array],
+    *,
+    weights: Weights,
+    density: Each = 1.0,
+    gamma: Each = 0.01,
+    scale: float = 1.0,
+    normalize: bool = False,
+    rescale: Rescale = "none",
+    trim: Trim = "tensor",
+    vote: Vote = "weighted",
+    block: Block,
+) -> Steps:
+    """`breadcrumbs` whose members elect signs as in `ties`; arguments as there."""
+    start, deltas = _deltas(base, members)
+    kept = yield from _crumbs(deltas, density, rescale, trim, block)
+    return start + scale * _elect(kept, weights, normalize, vote)
+
+
+@register()
+def dare_linear(
+    base: Array,
+    members: Sequence[Array],
+    *,
+    weights: Weights,
+    density: Each = 1.0,
+    scale: float = 1.0,
+    normalize: bool = False,
+    rescale: Rescale = "density",
+    block: Block,
+) -> Steps:
+    """Sum of the deltas, each with elements dropped at random and the rest rescaled.
+
+    DARE, arXiv 2311.03099, equation 4. A draw has 16 bits, so a density is met to 1e-5.
+
+    Args:
+        base: float array.
+        members: K arrays of its shape.
+        weights: K numbers.
+        density: probability that an element is kept.
+        scale: multiplies the summed deltas.
+        normalize: divide by the sum of the weights.
+        rescale: see `Rescale`; the paper's is "density", mergekit's "norm".
+        block: where the arrays lie in the tensor.
+
+    Returns:
+        float32 array of that shape.
+    """
+    start, deltas = _deltas(base, members)
+    kept = yield from _dropped(deltas, density, rescale, block)
+    return start + scale * _add(kept, weights, normalize)
+
+
+@register()
+def dare_ties(
+    base: Array,
+    members: Sequence[Array],
+    *,
+    weights: Weights,
+    density: Each = 1.0,
+    scale: float = 1.0,
+    normalize: bool = False,
+    rescale: Rescale = "density",
+    vote: Vote = "weighted",
+    block: Block,
+) -> Steps:
+    """`dare_linear` whose members elect signs as in `ties`; arguments as there."""
+    start, deltas = _deltas(base, members)
+    kept = yield from _dropped(deltas, density, rescale, block)
+    return start + scale * _elect(kept, weights, normalize, vote)
+
+
+@register(rows=True)
+def della_linear(
+    base: Array,
+    members: Sequence[Array],
+    *,
+    weights: Weights,
+    density: Each = 1.0,
+    epsilon: Each = 0.15,
+    scale: float = 1.0,
+    normalize: bool = False,
+    rescale: Rescale = "density",
+    block: Block,
+) -> Steps:
+    """Sum of the deltas, of which small elements are dropped more often than large ones.
+
+    DELLA, arXiv 2406.11617, section 3.1 (MagPrune): in a row of n, the element of rank r by
+    magnitude (from 1) is kept with probability density - epsilon + 2 epsilon (r - 1) / (n - 1).
+    Equal elements have the highest of their ranks. A row of one element is kept with probability
+    density.
+
+    Args:
+        base: float array.
+        members: K arrays of its shape.
+        weights: K numbers.
+        density: mean probability that an element is kept; 1 keeps all.
+        epsilon: half of the range of the probabilities.
+        scale: multiplies the summed deltas.
+        normalize: divide by the sum of the weights.
+        rescale: see `Rescale`; the paper's is "density", mergekit's "norm".
+        block: where the arrays lie in the tensor.
+
+    Returns:
+        float32 array of that shape.
+    """
+    start, deltas = _deltas(base, members)
+    kept = yield from _pruned(deltas, density, epsilon, rescale, block)
+    return start + scale * _add(kept, weights, normalize)
+
+
+@register(rows=True)
+def della(
+    base: Array,
+    members: Sequence[Array],
+    *,
+    weights: Weights,
+    density: Each = 1.0,
+    epsilon: Each = 0.15,
+    scale: float = 1.0,
+    normalize: bool = True,
+    rescale: Rescale = "density",
+    vote: Vote = "weighted",
+    block: Block,
+) -> Steps:
+    """`della_linear` whose members elect signs as in `ties`; arguments as there."""
+    start, deltas = _deltas(base, members)
+    kept = yield from _pruned(deltas, density, epsilon, rescale, block)
+    return start + scale * _elect(kept, weights, normalize, vote)
+
+
+@register()
+def sce(base: Array, members: Sequence[Array], *, select_topk: float = 1.0, block: Block) -> Steps:
+    """Select by variance, calculate weights, erase minority signs: SCE of FuseChat, 2408.07990.
+
+    The floor(select_topk v) positions with the largest variance over the members are kept, v the
+    number of those where it is not 0. A member's weight is its share of the sum of squares, its
+    deltas count where their sign is that of the sum (section 3.3).
+
+    Args:
+        base: float array.
+        members: K arrays of its shape.
+        select_topk: share of the positions that is merged; 1 keeps all.
+        block: where the arrays lie in the tensor.
+
+    Returns:
+        float32 array of that shape.
+    """
+    start, deltas = _deltas(base, members)
+    count = len(deltas)
+    mean = sum(deltas[1:], deltas[0]) / count
+    squares = [(d - mean) ** 2 for d in deltas]
+    variance = sum(squares[1:], squares[0]) / count
+
+    def ranks(params: Params, n: int, answers: Answers) -> np.ndarray:
+        share = float(params["select_topk"])
+        return np.array([[n if share >= 1 else int(share * int(answers[0]))]])
+
+    yield Sum([(variance > 0).astype(jnp.float32)], lambda sums, params, n: np.uint32(sums[0]))
+    cuts = yield Largest([variance], ranks)
+    selected = above(variance, block.index, _cut(cuts, 0, 0))
+    kept = [_where(selected, d) for d in deltas]
+    shares = yield Sum([d * d for d in kept], _shares)
+    positive = sum(kept[1:], kept[0]) >= 0
+    agree = [jnp.where(positive, d > 0, d < 0) for d in kept]
+    total = sum(w * a for w, a in zip(shares, agree, strict=True))
+    merged = weighted_sum([_where(a, d) for d, a in zip(kept, agree, strict=True)], shares)
+    return start + merged / jnp.where(total == 0, 1.0, total)
+
+
+def _shares(sums: np.ndarray, params: Params, n: int) -> np.ndarray:
+    total = sums.sum()
+    return np.asarray(sums / (total or 1.0), np.float32)
+
+
+@register()
+def ram(base: Array, members: Sequence[Array], *, epsilon: float = 1e-5) -> jax.Array:
+    """Mean of the deltas that are not about 0: what one member alone learned is kept whole.
+
+    Reinforced Agent Merging, arXiv 2601.13572, as mergekit's ram.py has it.
+
+    Args:
+        base: float array.
+        members: K arrays of its shape.
+        epsilon: a delta up to this magnitude is none.
+
+    Returns:
+        float32 array of that shape.
+    """
+    start, deltas = _deltas(base, members)
+    active = [~(jnp.abs(d) <= epsilon) for d in deltas]
+    count = sum(a.astype(jnp.float32) for a in active)
+    total = sum(_where(a, d) for d, a in zip(deltas, active, strict=True))
+    return start + total / jnp.maximum(count, 1.0)
+
+
+@register(rows=True, takes=(1, 1))
+def arcee_fusion(base: Array, members: Sequence[Array], *, block: Block) -> Steps:
+    """The deltas that matter: |delta| times their row's divergence, from median + 1.5 IQR upwards.
+
+    The divergence is KL(softmax(member's row) || softmax(base's row)). As mergekit's
+    arcee_fusion.py has it, with quantiles of all elements instead of a sample.
+
+    Args:
+        base: float array.
+        members: one array of its shape.
+        block: unused.
+
+    Returns:
+        float32 array of that shape.
+    """
+    start, (delta,) = _deltas(base, members)
+    ours, theirs = (jax.nn.softmax(x, axis=-1) + 1e-8 for x in (start + delta, start))
+    divergence = jnp.sum(ours * jnp.log(ours / theirs), axis=-1, keepdims=True)
+    importance = jnp.abs(delta) * jnp.maximum(divergence, 0.0)
+
+    def ranks(params: Params, n: int, answers: Answers) -> np.ndarray:
+        # In float32, as the peer rounds its positions; from the largest.
+        places = (np.array([0.5, 0.25, 0.75], np.float32) * np.float32(n - 1)).astype(np.int64)
+        return n - np.minimum(places, n - 1)[None]
+
+    cuts = yield Largest([importance], ranks)
+    median, low, high = cuts[0][0]
+    return start + _where(~(importance < median + 1.5 * (high - low)), delta)
+
+
+def _deltas(base: Array, members: Sequence[Array]) -> tuple[jax.Array, list[jax.Array]]:
+    start = jnp.asarray(base, jnp.float32)
+    return start, [jnp.asarray(x, jnp.float32) - start for x in members]
+
+
+def _where(mask: jax.Array, x: jax.Array) -> jax.Array:
+    """x, or 0 outside the mask; but NaN where x is not finite. (XLA makes x * mask a selection.)"""
+    return jnp.where(mask, x, 0.0 * x)
+
+
+def _floor(share: float, n: int) -> int:
+    """floor(share n), of the decimal number that the float32 was read from."""
+    return min(n, max(0, int(float(str(np.float32(share))) * n)))
+
+
+def _cut(cuts: tuple[Array, Array], member: int, which: int) -> tuple[Array, Array]:
+    return cuts[0][member, which], cuts[1][member, which]
+
+
+def _trimmed(
+    deltas: list[jax.Array], density: Any, rescale: Rescale, trim: Trim, block: Block
+) -> Steps:
+    def ranks(params: Params, n: int, answers: Answers) -> np.ndarray:
+        return np.array([[_floor(share, n)] for share in params["density"]])
+
+    cuts = yield Largest([jnp.abs(d) for d in deltas], ranks, trim == "model")
+    masks = [above(jnp.abs(d), block.index, _cut(cuts, i, 0)) for i, d in enumerate(deltas)]
+    return (yield from _rescaled(deltas, masks, density, rescale))
+
+
+def _crumbs(
+    deltas: list[jax.Array], density: Any, rescale: Rescale, trim: Trim, block: Block
+) -> Steps:
+    def ranks(params: Params, n: int, answers: Answers) -> np.ndarray:
+        out = []
+        for share, outliers in zip(params["density"], params["gamma"], strict=True):
+            keep = _floor(share, n)
+            top = 0 if keep == n else min(_floor(outliers, n), n - keep)
+            out.append([top, top + keep])
+        return np.array(out)
+
+    cuts = yield Largest([jnp.abs(d) for d in deltas], ranks, trim == "model")
+    masks = []
+    for i, d in enumerate(deltas):
+        outlier, large = (above(jnp.abs(d), block.index, _cut(cuts, i, j)) for j in (0, 1))
+        masks.append(large & ~outlier)
+    return (yield from _rescaled(deltas, masks, density, rescale))
+
+
+def _dropped(deltas: list[jax.Array], density: Any, rescale: Rescale, block: Block) -> Steps:
+    masks = [block.noise(i).astype(jnp.float32) < density[i] * _DRAWS for i in range(len(deltas))]
+    return (yield from _rescaled(deltas, masks, density, rescale))
+
+
+def _pruned(
+    deltas: list[jax.Array], density: Any, epsilon: Any, rescale: Rescale, block: Block
+) -> Steps:
+    masks, kept = [], []
+    for i, d in enumerate(deltas):
+        size = jnp.abs(d)
+        order = yield Sorted(size)
+        half = jnp.where(density[i] >= 1, 0.0, epsilon[i])
+        least = density[i] - half
+        last = size.shape[-1] - 1
+        draw = block.noise(i).reshape(size.shape).astype(jnp.float32) / _DRAWS
+        # Kept if draw < probability(rank), which is if its rank is beyond the one solved for.
+        place = (draw - least) / jnp.maximum(2 * half, 1e-6) * last
+        place = jnp.clip(jnp.floor(place) + 1, -1, last + 1).astype(jnp.int32)
+        there = jnp.take_along_axis(order, jnp.clip(place, 0, last), axis=-1)
+        varied = (place <= 0) | ((place <= last) & ~(size < there))
+        masks.append(jnp.where((half == 0) | (last == 0), draw < density[i], varied))
+        if rescale == "density":
+            rank = jax.vmap(lambda a, v: jnp.searchsorted(a, v, side="right"))(order, size) - 1
+            step = 2 * half / max(1, last)
+            kept.append(jnp.where(last == 0, density[i], least + step * rank))
+        else:
+            kept.append(density[i])
+    return (yield from _rescaled(deltas, masks, kept, rescale))
+
+
+def _rescaled(
+    deltas: list[jax.Array], masks: list[jax.Array], kept: Sequence[Any], rescale: Rescale
+) -> Steps:
+    """The masked deltas, rescaled."""
+    masked = [_where(mask, d) for d, mask in zip(deltas, masks, strict=True)]
+    if rescale == "density":
+        return [d / jnp.maximum(p, 1e-6) for d, p in zip(masked, kept, strict=True)]
+    if rescale == "norm":
+        ratios = yield Sum([jnp.abs(d) for d in [*deltas, *masked]], _ratios)
+        return [d * r for d, r in zip(masked, ratios, strict=True)]
+    return masked
+
+
+def _ratios(sums: np.ndarray, params: Params, n: int) -> np.ndarray:
+    before, after = np.split(sums, 2)
+    return np.asarray(np.where(after > 0, before / np.where(after > 0, after, 1), 1), np.float32)
+
+
+def _add(kept: list[jax.Array], weights: Any, normalize: bool) -> jax.Array:
+    total = weighted_sum(kept, weights)
+    return total / _divisor(sum(weights[1:], weights[0])) if normalize else total
+
+
+def _elect(kept: list[jax.Array], weights: Any, normalize: bool, vote: Vote) -> jax.Array:
+    terms = [w * d for w, d in zip(weights, kept, strict=True)]
+    votes = terms if vote == "weighted" else kept
+    positive = sum(votes[1:], votes[0]) >= 0
+    agree = [jnp.where(positive, x > 0, x < 0) for x in terms]
+    total = sum(_where(a, x) for x, a in zip(terms, agree, strict=True))
+    if not normalize:
+        return total
+    return total / _divisor(sum(w * a for w, a in zip(weights, agree, strict=True)))
+
+
+def _divisor(total: Any) -> jax.Array:
+    return jnp.where(jnp.abs(total) < 1e-8, 1.0, total)

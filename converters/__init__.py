@@ -6,7 +6,7 @@ from converters.layouts import Source, open_source
 tables.register()
 
 from converters.export import export  # noqa: E402  (the tables must be there first)
-from converters.fuse import fuse  # noqa: E402
+from converters.fuse import dry_run, fuse  # noqa: E402
 from converters.load import load, load_encoder  # noqa: E402
 
-__all__ = ["Source", "export", "fuse", "load", "load_encoder", "open_source"]
+__all__ = ["Source", "dry_run", "export", "fuse", "load", "load_encoder", "open_source"]

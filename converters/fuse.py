@@ -1,91 +1,136 @@
 """Members' folders -> one fused folder: merged LLM, branches as they are; files to files."""
 
+import dataclasses
+import functools
+import json
+import math
 import re
-from collections.abc import Callable, Mapping
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
+from tokenizers import Tokenizer
+
 from converters.adapters import named_base
+from converters.audit import audit, stat
+from converters.card import CARD, PLOT, by_layer, card, plot
 from converters.export import to_bytes, with_dtype
 from converters.layouts import TOKENIZERS, Source, open_source
 from converters.load import TOKENIZER_FILES, abstract, check, float_dtype, model_config
+from converters.mergekit import read_yaml
 from converters.tables.visionfuse import KINDS, fused_config
-from converters.writer import sha256, write_folder
+from converters.writer import Content, plan_shards, write_folder
 from vfjax import InputError, __version__
-from vfjax.merge import LazyTensor, check_family, merge
+from vfjax.merge import (
+    Account,
+    LazyTensor,
+    Merged,
+    Merger,
+    Recipe,
+    Stacked,
+    check_family,
+    from_config,
+)
+from vfjax.merge.family import VOCABULARY, check_names
 from vfjax.prompts import get_template
 
 Tensors = dict[str, LazyTensor]
 
 
-def fuse(
-    members: Mapping[str, str | Path],
-    out: str | Path,
-    *,
-    base: str | Path | None = None,
-    method: str = "task_arithmetic",
-    params: Mapping[str, Any],
-    export: str = "model",
-    template: str | None = None,
-    dtype: Any = None,
-    router: str = "merged",
-    towers: Mapping[str, str | Path] | None = None,
-    shard_bytes: float = 5e9,
-    progress: Callable[[int], object] | None = None,
-) -> Source:
-    """Fuses MLLMs of one family (VisionFuse, arXiv 2412.01289) and writes the result.
+@dataclasses.dataclass(frozen=True)
+class Request:
+    """What to fuse, and how; `fuse` and `dry_run` take these arguments.
 
-    Args:
+    Attributes:
         members: name -> folder, in the order in which their visual tokens will be read.
         out: folder to make.
         base: folder of the LLM that all members were fine-tuned from; members that are adapters or
             projectors are completed from the LLM that they name, or else from this one.
         method: a key of `vfjax.merge.METHODS`.
-        params: the method's parameters, such as {"weights": [0.5, 0.5]}.
+        params: the method's parameters, such as {"weights": (0.5, 0.5)}; each may vary over the
+            layers, see `vfjax.merge.from_config`.
+        rules: (regex, changes) for the tensors whose names have it, see there; for example
+            ("embed_tokens|lm_head", {"take": "base"}).
+        recipe: a mergekit YAML file, in place of members, base, method, params and rules.
         export: "model" writes merged LLM and branches; "llm" a plain Hugging Face causal LM.
         template: prompt template; the first member's by default.
         dtype: of the merged LLM; the base's by default.
         router: embeddings of the prompt that a connector reads (SliME's router): "merged", the
             fused LLM's, or "member", the member's own, which are then kept beside it.
         towers: see `converters.load`.
+        vocab: where members have more tokens than the base, which must be at the end: "base" drops
+            them, a member's name keeps that member's, None is an error.
+        seed: of methods that draw random numbers.
         shard_bytes: largest size of a weights file.
+        checksums: take the SHA-256 of all source files, for config.json and MERGE.md.
+        account: count what the members did to the base, for MERGE.md.
+    """
+
+    members: Mapping[str, str | Path]
+    out: str | Path
+    base: str | Path | None = None
+    method: str = "task_arithmetic"
+    params: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    rules: Sequence[Any] = ()
+    recipe: str | Path | None = None
+    export: str = "model"
+    template: str | None = None
+    dtype: Any = None
+    router: str = "merged"
+    towers: Mapping[str, str | Path] | None = None
+    vocab: str | None = None
+    seed: int = 0
+    shard_bytes: float = 5e9
+    checksums: bool = True
+    account: bool = True
+
+
+def fuse(
+    members: Mapping[str, str | Path],
+    out: str | Path,
+    *,
+    progress: Callable[[int], object] | None = None,
+    resume: bool = False,
+    **options: Any,
+) -> Source:
+    """Fuses MLLMs of one family (VisionFuse, arXiv 2412.01289) and writes the result.
+
+    All source files are read once before anything is written, if they have changed since they last
+    were: for NaN, infinities and SHA-256.
+
+    Args:
+        members: see `Request`.
+        out: folder to make.
         progress: called with the number of bytes after each write.
+        resume: go on where a killed run of the same request stopped, if there is one.
+        options: the other attributes of `Request`.
 
     Returns:
         The fused folder, opened.
 
     Raises:
         InputError: members of different families, unreadable folders, wrong arguments, NaN in a
-            source, `out` exists, disk full; nothing is left at `out` then.
+            source, a source that changes meanwhile, `out` exists, disk full; nothing is left at
+            `out` then.
     """
-    out = Path(out)
-    _check_request(members, out, export, template, router)
-    opened = {
-        name: open_source(path, towers=towers, base=named_base(path, towers) or base)
-        for name, path in members.items()
-    }
-    if base is not None:
-        opened = {BASE: open_source(base), **opened}
-    check_family({name: source.llm for name, source in opened.items()})
-    tensors = {name: _mapped(source) for name, source in opened.items()}
-    llms = {name: parts["llm"] for name, parts in tensors.items()}
-    merged = merge(llms.pop(BASE, None), llms, method, params, dtype=float_dtype(dtype))
-    result = _describe(opened, out, template)
-    result.llm = with_dtype(result.llm, merged["model.embed_tokens.weight"].dtype)
-    if export == "llm":
-        config = result.llm
-    else:
-        for name, source in opened.items():
-            merged |= _branch_tensors(name, source, tensors[name])
-        if router == "member":
-            merged |= _own_embeddings(result, opened, llms)
-        config = fused_config(result, _recipe(opened, method, params))
-    files: dict[str, bytes | Path] = {
-        "config.json": to_bytes(config),
-        **_tokenizer_files(opened, export),
-    }
-    write_folder(out, {"": merged}, files=files, shard_bytes=shard_bytes, progress=progress)
+    fusion = _Fusion(Request(members, out, **options))
+    fusion.write(progress, resume)
     return open_source(out)
+
+
+def dry_run(members: Mapping[str, str | Path], out: str | Path, **options: Any) -> dict[str, Any]:
+    """What `fuse` would do with the same arguments; reads headers only.
+
+    Returns:
+        "files", name -> bytes; "tensors", how many; "parameters"; "read", bytes of the sources;
+        "methods", name -> number of tensors.
+
+    Raises:
+        InputError: as `fuse`, but for what only the values tell.
+    """
+    return _Fusion(Request(members, out, **options)).describe()
 
 
 BASE = "base"
@@ -98,27 +143,286 @@ EMBEDDING = "embedding.weight"
 """The member's embedding among the tensors of a connector that reads the prompt."""
 
 
-def _check_request(
-    members: Mapping[str, str | Path], out: Path, export: str, template: str | None, router: str
-) -> None:
+class _Fusion:
+    """A request with its sources opened and its tensors planned; nothing is read but headers."""
+
+    def __init__(self, request: Request):
+        recipe: Recipe | None = None
+        _check_request(request)
+        if request.recipe is not None:
+            recipe, folders, home = read_yaml(request.recipe)
+            request = dataclasses.replace(request, members=folders, base=home)
+        self.request, self.out = request, Path(request.out)
+        base, towers = request.base, request.towers
+        opened = {
+            name: open_source(path, towers=towers, base=named_base(path, towers) or base)
+            for name, path in request.members.items()
+        }
+        if base is not None:
+            opened = {BASE: open_source(base), **opened}
+        self.opened = opened
+        self.files = {
+            f"{label}/{name}": path
+            for label, source in opened.items()
+            for name, path in source.weight_files().items()
+        }
+        self.before = {path: stat(path) for path in self.files.values()}
+        check_family({name: _family(source.llm, request.vocab) for name, source in opened.items()})
+        parts = {name: _mapped(source) for name, source in opened.items()}
+        llms = {name: part["llm"] for name, part in parts.items()}
+        self.recipe = recipe or from_config(
+            {
+                "method": request.method,
+                "members": list(request.members),
+                "base": None if base is None else BASE,
+                "params": dict(request.params),
+                "rules": list(request.rules),
+            }
+        )
+        self.merged = self._merge(_one_vocabulary(llms, request.vocab))
+        self.result = _describe(opened, self.out, request.template)
+        self.result.llm = self._llm_config()
+        self.weights: Tensors = dict(self.merged)
+        if request.export == "model":
+            for name, source in opened.items():
+                self.weights |= _branch_tensors(name, source, parts[name])
+            if request.router == "member":
+                self.weights |= _own_embeddings(self.result, opened, llms)
+
+    def _merge(self, llms: Mapping[str, Mapping[str, LazyTensor]]) -> dict[str, Merged]:
+        recipe, request = self.recipe, self.request
+        if missing := sorted(set(recipe.models) - set(llms)):
+            raise InputError(
+                "recipe", found=f"model {missing[0]!r}", expected=", ".join(llms), fix="name it"
+            )
+        layers = {name: int(s.llm["num_hidden_layers"]) for name, s in self.opened.items()}
+        if len({*layers.values()}) == 1:
+            (first, names), *others = ((name, list(llms[name])) for name in llms)
+            for label, other in others:
+                check_names(label, other, first, names)
+        plans = recipe.plan({name: list(x) for name, x in llms.items()}, layers)
+        dtype = request.dtype or recipe.out_dtype or recipe.dtype
+        merger = Merger(float_dtype(dtype), request.seed, request.account)
+        out: dict[str, Merged] = {}
+        for name, plan in plans.items():
+            members = [(_said(label), llms[label][tensor]) for label, tensor in plan.members]
+            base = None if plan.base is None else llms[plan.base[0]][plan.base[1]]
+            label = "" if plan.base is None else _said(plan.base[0])
+            origin = None if base is None else (label, base)
+            out[name] = merger.add(name, plan.method, plan.params, members, origin)
+        return out
+
+    def _llm_config(self) -> dict[str, Any]:
+        config = with_dtype(self.result.llm, self.merged["model.embed_tokens.weight"].dtype)
+        numbers = [int(m[1]) for m in (re.search(r"layers\.(\d+)\.", x) for x in self.merged) if m]
+        config["num_hidden_layers"] = 1 + max(numbers)
+        config["vocab_size"] = self.merged["model.embed_tokens.weight"].shape[0]
+        return config
+
+    def write(self, progress: Callable[[int], object] | None, resume: bool) -> None:
+        """Reads the sources, writes the folder."""
+        request = self.request
+        digests = audit(self.files, request.checksums)
+        config = self.result.llm
+        if request.export == "model":
+            config = fused_config(self.result, self._record(digests))
+        files: dict[str, Content] = {
+            "config.json": to_bytes(config),
+            **_tokenizer_files(self._tokenizers()),
+            CARD: lambda: self._card(digests),
+        }
+        if self._counted() and request.account and find_spec("matplotlib"):
+            files[PLOT] = lambda: plot(self._rows, list(request.members))
+        write_folder(
+            self.out,
+            {"": self.weights},
+            files=files,
+            shard_bytes=request.shard_bytes,
+            progress=progress,
+            key=self._key(),
+            resume=resume,
+        )
+
+    def describe(self) -> dict[str, Any]:
+        """See `dry_run`."""
+        shards = plan_shards({"": self.weights}, self.request.shard_bytes)
+        methods = [x.rule.method.name if x.rule else "unchanged" for x in self.merged.values()]
+        return {
+            "files": {shard.path: shard.size for shard in shards},
+            "tensors": len(self.weights),
+            "parameters": sum(math.prod(x.shape) for x in self.weights.values()),
+            "read": sum(size for size, _, _ in self.before.values()),
+            "methods": dict(Counter(methods)),
+        }
+
+    def _key(self) -> str:
+        """What decides the bytes, but for names and shapes; see `write_folder`."""
+        options = dataclasses.asdict(dataclasses.replace(self.request, out=""))
+        return json.dumps(
+            [options, repr(self.recipe), list(self.before.values()), __version__], default=str
+        )
+
+    def _check_unchanged(self) -> None:
+        for path, before in self.before.items():
+            if not path.is_file() or stat(path) != before:
+                raise InputError(
+                    path,
+                    found="a file that changed while it was read",
+                    expected="the same file until the end",
+                    fix="wait until it is whole, then run again",
+                )
+
+    def _counted(self) -> list[str]:
+        """Tensors that all members in turn were merged into, from a base."""
+        labels = [_said(label) for label in self.request.members]
+        return [
+            name
+            for name, x in self.merged.items()
+            if x.rule and x.rule.has_base and [label for label, _ in x.sources[1:]] == labels
+        ]
+
+    @functools.cached_property
+    def _rows(self) -> dict[str, Account]:
+        found = ((name, self.merged[name].account()) for name in self._counted())
+        return by_layer((name, one) for name, one in found if one is not None)
+
+    def _card(self, digests: Mapping[str, str]) -> bytes:
+        self._check_unchanged()
+        sources = {
+            label: {
+                "path": source.path.name,
+                "files": {n: digests.get(f"{label}/{n}") for n in source.weight_files()},
+            }
+            for label, source in self.opened.items()
+        }
+        rows = self._rows if self.request.account else {}
+        return card(self._record({}), sources, rows, list(self.request.members))
+
+    def _record(self, digests: Mapping[str, str]) -> dict[str, Any]:
+        """What was done, from what: every source file by its SHA-256."""
+        request = self.request
+        record: dict[str, Any] = {"method": request.method, "params": dict(request.params)}
+        if request.recipe is not None:
+            record = {"recipe": Path(request.recipe).read_text()}
+        if request.rules:
+            record["rules"] = [list(rule) for rule in request.rules]
+        if digests:
+            record["sources"] = {
+                label: {name: digests[f"{label}/{name}"] for name in source.weight_files()}
+                for label, source in self.opened.items()
+            }
+        return record | {"seed": request.seed, "vfjax": __version__}
+
+    def _tokenizers(self) -> list[Source]:
+        """The folders to look for a tokenizer in: for a model the members', for an LLM the base's.
+
+        But if a member's added tokens are kept, or a recipe names a source, its own.
+        """
+        order = list(self.opened.values())
+        if self.request.export == "model" and BASE in self.opened:
+            order = order[1:] + order[:1]
+        wanted = self.recipe.tokenizer_source
+        named = self.request.vocab if self.request.vocab in self.request.members else None
+        if wanted in self.opened:
+            named = wanted
+        if wanted is not None:
+            _same_vocabulary(order)
+        return order if named is None else [self.opened[named], *order]
+
+
+def _said(label: str) -> str:
+    return BASE if label == BASE else f"member {label!r}"
+
+
+def _family(llm: Mapping[str, Any], vocab: str | None) -> dict[str, Any]:
+    """The facts to compare: without the size of the vocabulary where it may differ."""
+    return {**llm, "vocab_size": llm.get("vocab_size") if vocab is None else None}
+
+
+def _one_vocabulary(
+    llms: Mapping[str, Mapping[str, LazyTensor]], vocab: str | None
+) -> dict[str, Mapping[str, LazyTensor]]:
+    """The models with as many rows as the first, or as the member whose tokens are kept.
+
+    The others have the first model's rows of the tokens that they lack: their deltas are zero.
+    """
+    if vocab is None:
+        return dict(llms)
+    first = next(iter(llms))
+    out: dict[str, dict[str, LazyTensor]] = {label: dict(llm) for label, llm in llms.items()}
+    for name, like in llms[first].items():
+        if not name.endswith(VOCABULARY):
+            continue
+        kept = llms[first if vocab == BASE else vocab][name]
+        rows, total = like.shape[0], kept.shape[0]
+        for label, llm in llms.items():
+            own = llm[name]
+            if own.shape[0] < rows:
+                raise InputError(
+                    f"{_said(label)}: {name}",
+                    found=f"{own.shape[0]} tokens",
+                    expected=f"at least the {rows} of {first}",
+                    fix="merge models whose added tokens are at the end",
+                )
+            extra = (kept, rows, total - rows)
+            out[label][name] = Stacked((own, 0, rows), *([extra] if total > rows else []))
+    return dict(out)
+
+
+def _same_vocabulary(sources: Sequence[Source]) -> None:
+    """Raises InputError if two tokenizers differ: embeddings are not permuted."""
+    found = [(source, _vocabulary(source.home)) for source in sources]
+    known = [(source, words) for source, words in found if words is not None]
+    for source, words in known[1:]:
+        if words != known[0][1]:
+            raise InputError(
+                f"{source.path}: tokenizer",
+                found=f"other tokens than in {known[0][0].path}",
+                expected="one vocabulary",
+                fix="leave tokenizer_source out; if only tokens at the end differ, set vocab",
+            )
+
+
+def _vocabulary(folder: Path) -> Any:
+    """What compares equal for equal vocabularies; None without a tokenizer."""
+    for name in TOKENIZERS:
+        if (folder / name).is_file():
+            if name.endswith(".json"):
+                return Tokenizer.from_file(str(folder / name)).get_vocab()
+            return (folder / name).read_bytes()
+    return None
+
+
+def _check_request(request: Request) -> None:
+    members, out = request.members, Path(request.out)
     bad = [name for name in members if not re.fullmatch(r"[A-Za-z0-9_-]+", name) or name == BASE]
-    if not members or bad:
+    if bad or bool(members) == (request.recipe is not None):
         raise InputError(
             "members",
-            found=f"the name {bad[0]!r}" if bad else "none",
-            expected=f"names of letters, digits, - and _, other than {BASE!r}",
-            fix="rename the member" if bad else "name at least one",
+            found=f"the name {bad[0]!r}" if bad else ", ".join(members) or "none",
+            expected=f"names of letters, digits, - and _, other than {BASE!r}; none with a recipe",
+            fix="rename the member" if bad else "name members, or a recipe",
         )
-    if export not in ("model", "llm"):
+    choices: dict[str, tuple[str, ...]] = {"export": ("model", "llm"), "router": ROUTERS}
+    if request.vocab is not None:
+        choices["vocab"] = (BASE, *members)
+    for key, allowed in choices.items():
+        if getattr(request, key) not in allowed:
+            raise InputError(
+                key,
+                found=repr(getattr(request, key)),
+                expected=" or ".join(map(repr, allowed)),
+                fix="choose one",
+            )
+    if request.recipe is not None and (request.params or request.rules or request.base):
         raise InputError(
-            "export", found=repr(export), expected="'model' or 'llm'", fix="choose one"
+            "recipe",
+            found="params, rules or base beside it",
+            expected="it alone",
+            fix="write them in the recipe",
         )
-    if router not in ROUTERS:
-        raise InputError(
-            "router", found=repr(router), expected="'merged' or 'member'", fix="choose one"
-        )
-    if template is not None:
-        get_template(template)
+    if request.template is not None:
+        get_template(request.template)
     if out.exists():
         raise InputError(
             out,
@@ -194,24 +498,8 @@ def _describe(opened: Mapping[str, Source], out: Path, template: str | None) -> 
     return Source(out, "visionfuse", {}, llm, branches, template or first.template)
 
 
-def _recipe(opened: Mapping[str, Source], method: str, params: Mapping[str, Any]) -> dict[str, Any]:
-    """What was done, from what: every source file by its SHA-256."""
-    return {
-        "method": method,
-        "params": dict(params),
-        "sources": {
-            name: {file: sha256(path) for file, path in source.weight_files().items()}
-            for name, source in opened.items()
-        },
-        "vfjax": __version__,
-    }
-
-
-def _tokenizer_files(opened: Mapping[str, Source], export: str) -> dict[str, Path]:
-    """The first folder's that has a tokenizer: for a model the members', for an LLM the base's."""
-    order = list(opened.values())
-    if export == "model" and BASE in opened:
-        order = order[1:] + order[:1]
+def _tokenizer_files(order: Sequence[Source]) -> dict[str, Path]:
+    """Those of the first folder that has a tokenizer."""
     for source in order:
         files = {n: source.home / n for n in TOKENIZER_FILES if (source.home / n).is_file()}
         if any(name in files for name in TOKENIZERS):

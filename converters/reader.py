@@ -1,8 +1,8 @@
 """Lazy tensors of checkpoint files: safetensors (single, sharded) and PyTorch `.bin`.
 
-safetensors files are checked by the safetensors library when opened, then read by plain reads at
-the offsets of their header: unlike a memory map, a shard that shrinks under us ends in an error,
-not in a bus error, and nothing but the slice asked for is held.
+safetensors files are checked by the safetensors library when opened, then read at the offsets of
+their header. A small slice, as a merge takes them, is read: a shard that shrinks under us then ends
+in an error, not in a bus error. A large one, as a model is loaded by, is mapped, to save a copy.
 """
 
 import dataclasses
@@ -18,6 +18,7 @@ import numpy as np
 from safetensors import SafetensorError, safe_open
 
 from vfjax import InputError
+from vfjax.merge import aligned
 
 DTYPES: dict[str, np.dtype] = {
     "F64": np.dtype(np.float64),
@@ -38,13 +39,16 @@ DTYPES: dict[str, np.dtype] = {
 }
 """safetensors dtype names."""
 
+MAPPED = 8 << 20
+"""Slices of more bytes than this are mapped."""
+
 STEMS = ("model", "pytorch_model")
 """Names of a checkpoint's weights files, without their ending."""
 
 
 @dataclasses.dataclass(frozen=True)
 class FileTensor:
-    """A tensor at an offset of a file; `tensor[a:b]` maps only those rows, `tensor[...]` all."""
+    """A tensor at an offset of a file; `tensor[a:b]` reads only those rows, `tensor[...]` all."""
 
     path: Path
     shape: tuple[int, ...]
@@ -66,16 +70,27 @@ class FileTensor:
         offset, size = self.offset + start * row, int(np.prod(shape, dtype=np.int64))
         if not size:
             return np.empty(shape, self.dtype)
+        count = size * self.dtype.itemsize
         try:
-            raw = np.memmap(self.path, np.uint8, "r", offset, size * self.dtype.itemsize)
+            if count > MAPPED:
+                raw = np.asarray(np.memmap(self.path, np.uint8, "r", offset, count))
+                return raw.view(self.dtype).reshape(shape)
         except ValueError:
-            raise InputError(
-                self.path,
-                found=f"{self.path.stat().st_size} bytes",
-                expected=f"{offset + size * self.dtype.itemsize}",
-                fix="the file was cut short; copy it again",
-            ) from None
-        return np.asarray(raw).view(self.dtype).reshape(shape)
+            raise self._short(offset + count) from None
+        flat = aligned(size, self.dtype)
+        with self.path.open("rb", buffering=0) as file:
+            file.seek(offset)
+            if file.readinto(flat.view(np.uint8).data) != count:
+                raise self._short(offset + count)
+        return flat.reshape(shape)
+
+    def _short(self, expected: int) -> InputError:
+        return InputError(
+            self.path,
+            found=f"{self.path.stat().st_size} bytes",
+            expected=f"{expected}",
+            fix="the file was cut short; copy it again",
+        )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -113,7 +128,7 @@ def read_weights(folder: Path, stems: Sequence[str] = STEMS) -> dict[str, FileTe
         if (index := folder / f"{name}.index.json").is_file():
             return _sharded(index)
         if (path := folder / name).is_file():
-            return _read_file(path)
+            return read_file(path)
     raise InputError(
         folder,
         found="no weights",
@@ -152,7 +167,7 @@ def _sharded(index: Path) -> dict[str, FileTensor | TorchTensor]:
             raise InputError(
                 path, found="no file", expected=f"a shard of {index.name}", fix="download it again"
             )
-        shards[shard] = _read_file(path)
+        shards[shard] = read_file(path)
     for shard, tensors in shards.items():
         listed = {name for name, place in places.items() if place == shard}
         if odd := sorted(listed ^ set(tensors)):
@@ -165,7 +180,8 @@ def _sharded(index: Path) -> dict[str, FileTensor | TorchTensor]:
     return {name: shards[place][name] for name, place in places.items()}
 
 
-def _read_file(path: Path) -> dict[str, FileTensor | TorchTensor]:
+def read_file(path: Path) -> dict[str, FileTensor | TorchTensor]:
+    """The tensors of one weights file, none of them read yet; errors as `read_weights`."""
     return dict(_safetensors(path) if path.suffix == ".safetensors" else _torch(path))
 
 

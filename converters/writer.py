@@ -7,6 +7,7 @@ the header is computed from shapes and dtypes and the data follows block by bloc
 
 import contextlib
 import dataclasses
+import fcntl
 import hashlib
 import io
 import json
@@ -14,7 +15,6 @@ import math
 import os
 import shutil
 import struct
-import tempfile
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import Executor, Future, ThreadPoolExecutor
@@ -32,37 +32,70 @@ ORDER = ["BOOL", "U8", "I8", "F8_E5M2", "F8_E4M3", "I16", "U16", "F16", "BF16"]
 ORDER += ["I32", "U32", "F32", "F64", "I64", "U64"]
 """The library sorts tensors by dtype, the last of these first, then by name."""
 
+Content = bytes | Path | Callable[[], bytes]
+"""Of a file: the bytes, a file to copy, or what returns the bytes."""
+
 _THREADS = min(8, os.cpu_count() or 1)
+
+
+@dataclasses.dataclass(frozen=True)
+class Shard:
+    """A safetensors file to be.
+
+    Attributes:
+        folder: sub-folder that it is in.
+        path: in the whole folder.
+        header: its first bytes.
+        tensors: in file order.
+    """
+
+    folder: str
+    path: str
+    header: bytes
+    tensors: Mapping[str, LazyTensor]
+
+    @property
+    def size(self) -> int:
+        """Bytes."""
+        return len(self.header) + sum(map(_nbytes, self.tensors.values()))
 
 
 def write_folder(
     out: str | os.PathLike[str],
     weights: Mapping[str, Mapping[str, LazyTensor]],
     *,
-    files: Mapping[str, bytes | Path] | None = None,
+    files: Mapping[str, Content] | None = None,
     shard_bytes: float = 5e9,
     metadata: Mapping[str, str] | None = None,
     progress: Callable[[int], object] | None = None,
+    key: str = "",
+    resume: bool = False,
 ) -> None:
     """Writes a model folder, whole or not at all.
 
     Threads read blocks of tensors ahead of the writing, so memory is bounded by a few blocks.
-    Everything goes to a temporary folder beside `out` (`.NAME.tmp-*`), is synced to disk, then
-    renamed. On an error that folder is removed; a killed run leaves it, where nothing loads it.
+    Everything goes to a folder beside `out` (`.NAME.part`), is synced to disk, then renamed. On an
+    error that folder is removed; a killed run leaves it, where nothing loads it, and a later one
+    removes it or goes on with it.
 
     Args:
         out: folder to make; its parents are made too.
         weights: sub-folder ("" for `out` itself) -> name -> tensor. Each gets `model.safetensors`,
             or `model-00001-of-0000N.safetensors` and `model.safetensors.index.json`.
-        files: path in `out` -> bytes, or a file to copy: config.json, tokenizer files.
+        files: path in `out` -> bytes, a file to copy, or a function that returns the bytes, called
+            when all weights are written: config.json, tokenizer files.
         shard_bytes: most tensor bytes in a weights file; a larger tensor gets a file to itself.
         metadata: of the safetensors headers; by default {"format": "pt"}, as transformers wants.
         progress: called with the number of bytes after each write of tensor data.
+        key: says what the tensors are made of.
+        resume: keep the whole weights files that a killed run of the same key, names and shapes
+            left, if there is one.
 
     Raises:
-        InputError: before any work if `out` exists, a path leaves it or occurs twice, a file to
-            copy is absent, a dtype has no safetensors name or the disk has too little room; during
-            the work if writing fails or a tensor is not of the shape and dtype that it claims.
+        InputError: before any work if `out` exists, another run is writing it, a path leaves it or
+            occurs twice, a file to copy is absent, a dtype has no safetensors name, the disk has
+            too little room, or there is a killed run to resume but of other tensors; during the
+            work if writing fails or a tensor is not of the shape and dtype that it claims.
     """
     out = Path(out)
     if out.exists():
@@ -72,28 +105,28 @@ def write_folder(
             expected="a new folder",
             fix="remove it or choose another",
         )
-    shards: list[_Shard] = []
+    shards = plan_shards(weights, shard_bytes, metadata)
     others = list((files or {}).items())
-    for folder, tensors in weights.items():
-        group = _shards(folder, tensors, shard_bytes, metadata or {"format": "pt"})
-        shards += group
+    for folder in weights:
+        group = [shard for shard in shards if shard.folder == folder]
         if len(group) > 1:
             others.append((_join(folder, "model.safetensors.index.json"), _index(group)))
     _check_paths(out, [*(shard.path for shard in shards), *(path for path, _ in others)])
-    _check_room(
-        out, sum(shard.size for shard in shards) + sum(_size(source) for _, source in others)
-    )
-
-    with _writing(out):
-        out.parent.mkdir(parents=True, exist_ok=True)
-        temporary = tempfile.TemporaryDirectory(prefix=f".{out.name}.tmp-", dir=out.parent)
-    _keep_freed_memory()
-    with temporary, ThreadPoolExecutor(_THREADS) as pool:
-        root = Path(temporary.name, out.name)  # a folder in it, as the temporary one is private
-        for shard in shards:
-            _write_shard(root / shard.path, out / shard.path, shard, pool, progress)
+    sizes = sum(_size(source) for _, source in others)
+    with _stage(out, shards, key, resume) as stage:
+        root = stage / out.name  # a folder in it, as nothing there looks like a checkpoint's name
+        done = {shard.path for shard in shards if (root / shard.path).is_file()}
+        todo = [shard for shard in shards if shard.path not in done]
+        _check_room(out, sum(shard.size for shard in todo) + sizes)
+        _keep_freed_memory()
+        with ThreadPoolExecutor(_THREADS) as pool:
+            for shard in shards:
+                if shard.path not in done:
+                    _write_shard(root / shard.path, out / shard.path, shard, pool, progress)
+                elif progress:
+                    progress(shard.size - len(shard.header))
         for path, source in others:
-            _write_file(root / path, out / path, source)
+            _write_file(root / path, out / path, source() if callable(source) else source)
         with _writing(out):
             for made in [*root.rglob("*"), root]:
                 _sync(made)
@@ -101,23 +134,62 @@ def write_folder(
             _sync(out.parent)
 
 
+@contextlib.contextmanager
+def _stage(out: Path, shards: Iterable[Shard], key: str, resume: bool) -> Iterator[Path]:
+    """The folder beside `out` that is written to, locked; removed at the end, if there is one."""
+    stage = out.parent / f".{out.name}.part"
+    digest = hashlib.sha256(key.encode())
+    for shard in shards:
+        digest.update(shard.path.encode() + shard.header)
+    made = [folder for folder in (out.parent, *out.parent.parents) if not folder.exists()]
+    with _writing(out):
+        stage.mkdir(parents=True, exist_ok=True)
+        lock = os.open(stage, os.O_RDONLY)
+    try:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            raise InputError(
+                out,
+                found="another run that is writing it",
+                expected="one at a time",
+                fix="wait for it, or choose another output",
+            ) from error
+        found = stage / "key"
+        if resume and found.is_file() and found.read_text() != digest.hexdigest():
+            made = []  # what was found is left as it is
+            raise InputError(
+                out,
+                found="a killed run of another recipe, or of sources that have changed since",
+                expected="the same",
+                fix=f"run it without resume, or remove {stage}",
+            )
+        try:
+            with _writing(out):
+                if not resume or not found.is_file():
+                    _clear(stage)
+                found.write_text(digest.hexdigest())
+                (stage / out.name).mkdir(exist_ok=True)
+            yield stage
+        finally:
+            shutil.rmtree(stage, ignore_errors=True)
+    finally:
+        os.close(lock)
+        if not out.exists():
+            for folder in made:
+                with contextlib.suppress(OSError):
+                    folder.rmdir()
+
+
+def _clear(folder: Path) -> None:
+    for path in folder.iterdir():
+        shutil.rmtree(path) if path.is_dir() else path.unlink()
+
+
 def sha256(path: str | os.PathLike[str]) -> str:
     """Hex SHA-256 of a file."""
     with open(path, "rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-@dataclasses.dataclass(frozen=True)
-class _Shard:
-    """A safetensors file to be: its path in the folder, its header, its tensors in file order."""
-
-    path: str
-    header: bytes
-    tensors: Mapping[str, LazyTensor]
-
-    @property
-    def size(self) -> int:
-        return len(self.header) + sum(map(_nbytes, self.tensors.values()))
 
 
 def _nbytes(tensor: LazyTensor) -> int:
@@ -128,9 +200,24 @@ def _join(folder: str, name: str) -> str:
     return f"{folder}/{name}" if folder else name
 
 
+def plan_shards(
+    weights: Mapping[str, Mapping[str, LazyTensor]],
+    shard_bytes: float = 5e9,
+    metadata: Mapping[str, str] | None = None,
+) -> list[Shard]:
+    """The weights files that `write_folder` makes of these arguments; nothing is read.
+
+    Raises:
+        InputError: a dtype has no safetensors name.
+    """
+    keep = metadata or {"format": "pt"}
+    groups = (_shards(folder, tensors, shard_bytes, keep) for folder, tensors in weights.items())
+    return [shard for group in groups for shard in group]
+
+
 def _shards(
     folder: str, tensors: Mapping[str, LazyTensor], limit: float, metadata: Mapping[str, str]
-) -> list[_Shard]:
+) -> list[Shard]:
     """Splits tensors, in their order, over files of at most `limit` bytes."""
     parts: list[dict[str, LazyTensor]] = [{}]
     total = 0
@@ -149,7 +236,7 @@ def _shards(
         file = f"model-{i:05}-of-{len(parts):05}" if len(parts) > 1 else "model"
         ordered = dict(sorted(part.items(), key=lambda x: (-ORDER.index(NAMES[x[1].dtype]), x[0])))
         path = _join(folder, f"{file}.safetensors")
-        shards.append(_Shard(path, _header(ordered, metadata), ordered))
+        shards.append(Shard(folder, path, _header(ordered, metadata), ordered))
     return shards
 
 
@@ -169,7 +256,7 @@ def _header(tensors: Mapping[str, LazyTensor], metadata: Mapping[str, str]) -> b
     return struct.pack("<Q", len(text)) + text
 
 
-def _index(shards: Iterable[_Shard]) -> bytes:
+def _index(shards: Iterable[Shard]) -> bytes:
     """The JSON that tells transformers which tensor is in which file."""
     places = {name: PurePosixPath(shard.path).name for shard in shards for name in shard.tensors}
     total = sum(_nbytes(tensor) for shard in shards for tensor in shard.tensors.values())
@@ -189,7 +276,9 @@ def _check_paths(out: Path, paths: list[str]) -> None:
             )
 
 
-def _size(source: bytes | Path) -> int:
+def _size(source: Content) -> int:
+    if callable(source):
+        return 0
     if isinstance(source, bytes):
         return len(source)
     if not source.is_file():
@@ -235,18 +324,21 @@ def _writing(path: Path, need: int = 0) -> Iterator[None]:
 def _write_shard(
     path: Path,
     where: Path,
-    shard: _Shard,
+    shard: Shard,
     pool: Executor,
     progress: Callable[[int], object] | None,
 ) -> None:
     with _writing(where, shard.size):
         path.parent.mkdir(parents=True, exist_ok=True)
-        with path.open("xb", buffering=0) as file:
+        part = path.with_name(path.name + ".part")
+        with part.open("wb", buffering=0) as file:
             _write(file, memoryview(shard.header))
             for data in _read_ahead(pool, shard.tensors):
                 _write(file, data)
                 if progress:
                     progress(data.nbytes)
+        _sync(part)
+        part.rename(path)  # which says that it is whole
 
 
 def _write(file: io.RawIOBase, data: memoryview) -> None:

@@ -2,6 +2,10 @@
 
 from ml_collections import ConfigDict, config_dict
 
+from vfjax.merge import METHODS
+
+PARAMS = sorted({key for method in METHODS.values() for key in method.params} - {"weights"})
+
 
 def get_config() -> ConfigDict:
     return ConfigDict(
@@ -11,13 +15,24 @@ def get_config() -> ConfigDict:
             "members": (),
             "base": config_dict.placeholder(str),  # the LLM that all were fine-tuned from
             "output": config_dict.placeholder(str),  # default: WORKDIR/fused
-            "method": "task_arithmetic",
+            "method": "task_arithmetic",  # a key of vfjax.merge.METHODS
             "weights": config_dict.placeholder(tuple),  # one a member; default: 1 / members each
-            "params": ConfigDict(convert_dict=False),
+            "params": {
+                key: config_dict.placeholder(object) for key in PARAMS
+            },  # the method's others
+            "rules": (),  # (regex, changes): (("embed_tokens|lm_head", {"take": "base"}),)
+            "recipe": config_dict.placeholder(str),  # a mergekit YAML file, in place of all these
+            "vocab": config_dict.placeholder(str),  # members' added tokens: "base" or whose to keep
+            "seed": 0,  # of dare and della
             "export": "model",  # or "llm": a plain Hugging Face causal LM
             "template": config_dict.placeholder(str),  # default: the first member's
             "router": "merged",  # embeddings that SliME's router reads; or "member": its own
             "dtype": config_dict.placeholder(str),  # default: the base's
             "towers": (),  # "name in config.json=folder" for towers that are elsewhere
+            "shard_gb": 5.0,  # largest weights file
+            "checksums": True,  # SHA-256 of the sources; a file that has not changed is known
+            "account": True,  # what the members did to the base, in MERGE.md
+            "dry_run": False,  # read headers, say what would be written
+            "resume": False,  # go on with a killed run
         }
     )

@@ -21,7 +21,8 @@ from converters import writer
 from converters.reader import DTYPES, read_weights
 from converters.writer import sha256, write_folder
 from vfjax import InputError
-from vfjax.merge import engine, merge
+from vfjax.merge import merge
+from vfjax.merge import tensors as lazy
 
 BF16 = np.dtype(ml_dtypes.bfloat16)
 REPO = Path(__file__).resolve().parents[2]
@@ -188,7 +189,7 @@ def test_sub_folders_files_and_progress(tmp_path):
 
 
 def test_same_inputs_same_bytes_and_memory_of_a_few_blocks(tmp_path, monkeypatch):
-    monkeypatch.setattr(engine, "BLOCK", 1000)
+    monkeypatch.setattr(lazy, "BLOCK", 1000)
     big = {name: Counted(x) for name, x in some(a=(999, 77), b=(20_000,), c=(2, 3000)).items()}
     for name in ("one", "two"):
         write_folder(tmp_path / name, {"": big}, shard_bytes=50_000)
@@ -199,7 +200,7 @@ def test_same_inputs_same_bytes_and_memory_of_a_few_blocks(tmp_path, monkeypatch
 
 
 def test_reading_ahead_is_bounded(tmp_path, monkeypatch):
-    monkeypatch.setattr(engine, "BLOCK", 100)
+    monkeypatch.setattr(lazy, "BLOCK", 100)
     monkeypatch.setattr(writer, "_THREADS", 3)
     read = written = most = 0
 
@@ -229,8 +230,9 @@ def test_all_is_on_the_disk_before_the_rename(tmp_path, monkeypatch):
     synced = []
     monkeypatch.setattr(writer, "_sync", lambda path: synced.append((path.name, out.exists())))
     write_folder(out, {"": some(), "tower": some()}, files={"config.json": b"{}"})
-    files = ["config.json", "model.safetensors", "model.safetensors", "out", "tower"]
-    assert sorted(synced[:-1]) == [(name, False) for name in files]
+    shards = ["model.safetensors", "model.safetensors"]
+    files = ["config.json", *shards, "out", "tower", *(f"{shard}.part" for shard in shards)]
+    assert sorted(synced[:-1]) == sorted((name, False) for name in files)
     assert synced[-1] == (tmp_path.name, True)
 
 
@@ -285,7 +287,7 @@ def test_a_full_disk_leaves_nothing(tmp_path, monkeypatch, code, nth):
         write(file, data)
 
     monkeypatch.setattr(writer, "_write", failing)
-    monkeypatch.setattr(engine, "BLOCK", 10)
+    monkeypatch.setattr(lazy, "BLOCK", 10)
     message = f"out/model.safetensors: found {os.strerror(code)} while writing, expected .* bytes"
     with pytest.raises(InputError, match=message):
         write_folder(tmp_path / "out", {"": some()})
@@ -372,9 +374,50 @@ writer.write_folder({str(tmp_path / "out")!r}, {{"": tensors}}, files={{"config.
     process.wait()
     process.stdout.close()
     (remains,) = tmp_path.iterdir()
-    assert remains.name.startswith(".out.tmp-")
+    assert remains.name == ".out.part"
     assert list(tmp_path.rglob("config.json")) == []
     with pytest.raises(InputError, match="found no weights"):
         read_weights(remains)
     write_folder(tmp_path / "out", {"": some()})
     assert (tmp_path / "out/model.safetensors").exists()
+
+
+def test_a_killed_run_is_resumed(tmp_path):
+    """Whole files are kept, the bytes are those of an unbroken run; another request is refused."""
+    arrays = {name: np.full(1000, i, np.float32) for i, name in enumerate("abc")}
+    write_folder(tmp_path / "whole", {"": arrays}, shard_bytes=5000)
+    code = f"""
+import os, signal, sys
+sys.path.insert(0, {str(REPO)!r})
+import numpy as np
+from converters import writer
+arrays = {{name: np.full(1000, i, np.float32) for i, name in enumerate("abc")}}
+def kill(nbytes, seen=[]):
+    seen.append(nbytes)
+    len(seen) == 3 and os.kill(os.getpid(), signal.SIGKILL)
+writer.write_folder({str(tmp_path / "out")!r}, {{"": arrays}}, shard_bytes=5000, key="k",
+                    progress=kill)
+"""
+    assert subprocess.run([sys.executable, "-c", code]).returncode == -signal.SIGKILL
+    held = tmp_path / ".out.part"
+    assert left(held / "out")[:2] == [f"model-0000{i}-of-00003.safetensors" for i in (1, 2)]
+    with pytest.raises(InputError, match="out: found a killed run of another recipe, or of"):
+        write_folder(tmp_path / "out", {"": arrays}, shard_bytes=5000, key="l", resume=True)
+    assert held.exists()
+    seen = []
+    spies = {n: Unread(x) if n != "c" else Lazy(x) for n, x in arrays.items()}
+    options = {"shard_bytes": 5000, "key": "k", "resume": True, "progress": seen.append}
+    write_folder(tmp_path / "out", {"": spies}, **options)
+    assert sum(seen) == 12000
+    assert left(tmp_path) == ["out", "whole"]
+    for path in (tmp_path / "whole").iterdir():
+        assert (tmp_path / "out" / path.name).read_bytes() == path.read_bytes()
+
+
+def test_two_runs_do_not_write_one_folder(tmp_path):
+    def second(nbytes):
+        with pytest.raises(InputError, match="out: found another run that is writing it"):
+            write_folder(tmp_path / "out", {"": some()})
+
+    write_folder(tmp_path / "out", {"": some()}, progress=second)
+    assert left(tmp_path) == ["out"]

@@ -1,20 +1,28 @@
 """Merging of language models of one base: formulas on arrays, an engine over named tensors."""
 
 from vfjax.merge import matrix, sparse, sphere  # noqa: F401 (each registers its methods)
+from vfjax.merge.account import Account
 from vfjax.merge.elementwise import linear, task_arithmetic
-from vfjax.merge.engine import Merger, merge
+from vfjax.merge.engine import Merged, Merger, merge
 from vfjax.merge.family import check_family
 from vfjax.merge.mesh import merge_arrays
 from vfjax.merge.methods import METHODS, register
-from vfjax.merge.tensors import LazyTensor, aligned, blocks
+from vfjax.merge.recipe import Recipe, from_config, from_mergekit
+from vfjax.merge.tensors import LazyTensor, Stacked, aligned, blocks
 
 __all__ = [
     "METHODS",
+    "Account",
     "LazyTensor",
+    "Merged",
     "Merger",
     "aligned",
     "blocks",
     "check_family",
+    "Recipe",
+    "Stacked",
+    "from_config",
+    "from_mergekit",
     "linear",
     "merge",
     "merge_arrays",

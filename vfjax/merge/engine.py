@@ -12,6 +12,7 @@ import dataclasses
 import functools
 import hashlib
 import math
+import operator
 import threading
 from collections import OrderedDict
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -24,7 +25,8 @@ import numpy as np
 
 from vfjax.errors import InputError
 from vfjax.merge import passes, stream
-from vfjax.merge.family import REMEDY, check_tensors
+from vfjax.merge.account import Account, account
+from vfjax.merge.family import REMEDY, check_shape, check_tensors
 from vfjax.merge.methods import METHODS, Array, Flags, Method, Numbers, Params, find
 from vfjax.merge.tensors import (
     EXPONENTS,
@@ -106,12 +108,14 @@ class Merger:
     Args:
         dtype: of the float results; the reference's by default.
         seed: of random methods.
+        accounts: count what members did to the base while merging, see `Merged.account`.
 
     Raises:
         InputError: a dtype that cannot be merged.
     """
 
-    def __init__(self, dtype: Any = None, seed: int = 0):
+    def __init__(self, dtype: Any = None, seed: int = 0, accounts: bool = False):
+        self.accounts = accounts
         self.dtype = None if dtype is None else _checked("dtype", dtype)
         self.seed = seed
         self._rules: dict[Any, Rule] = {}
@@ -134,8 +138,8 @@ class Merger:
             base: of that shape; the reference for the dtype, even if the method reads none.
 
         Raises:
-            InputError: a wrong parameter, no base for a method that reads it, or a dtype that
-                cannot be merged.
+            InputError: a wrong parameter, no base for a method that reads it, different shapes, or
+                a dtype that cannot be merged.
         """
         found, values, flags = find(method, params, len(members))
         everything = [*members] if base is None else [base, *members]
@@ -143,7 +147,9 @@ class Merger:
             raise InputError(
                 f"{name}: method {method}", found="no base", expected="the base LLM", fix="set base"
             )
-        like = everything[0][1]
+        (first, like), *others = everything
+        for label, tensor in others:
+            check_shape(f"{label}: {name}", tensor.shape, first, like.shape)
         if all(_is_exact(tensor.dtype) for _, tensor in everything):
             return Merged(name, like.dtype, everything, None)
         for label, tensor in everything:
@@ -152,7 +158,9 @@ class Merger:
         has_base = base is not None and found.base != "unread"
         key += (has_base,)
         if key not in self._rules:
-            self._rules[key] = Rule(found, values, flags, self.seed, has_base)
+            self._rules[key] = Rule(
+                found, values, flags, self.seed, has_base, self.accounts and has_base
+            )
         rule = self._rules[key]
         sources = everything if has_base else members
         target = self.dtype or like.dtype
@@ -203,6 +211,7 @@ class Merged:
         self.shape = sources[0][1].shape
         self.known: list[Any] = []
         self._lock = threading.RLock()
+        self._accounts: dict[int, Account] = {}
 
     def __getitem__(self, rows: slice | EllipsisType, /) -> np.ndarray:
         if self.rule is None:
@@ -223,10 +232,27 @@ class Merged:
         return result
 
     def _finished(self, rows: slice | EllipsisType, answers: Sequence[Any]) -> np.ndarray:
-        result = self.evaluate(rows, answers)[: self.row_count(rows)]
+        assert self.rule is not None
+        arrays, count = self._read(rows), self.row_count(rows)
+        result = self._run(arrays, rows, answers)[:count]
         if has_nonfinite(result):
             self.blame()
+        if self.rule.accounts:  # while the arrays are in the cache
+            self._accounts[_first(rows)] = account(arrays, count)
         return result.reshape(-1, *self.shape[1:]) if self.shape else result.reshape(())
+
+    def account(self) -> Account | None:
+        """What its sources did to the base; None if the method reads none.
+
+        The blocks that have been merged were counted then, if the `Merger` was told to.
+        """
+        if self.rule is None or not self.rule.has_base:
+            return None
+        each = [
+            self._accounts.get(_first(rows)) or account(self._read(rows), self.row_count(rows))
+            for rows in self.blocks()
+        ]
+        return functools.reduce(operator.add, each)
 
     @property
     def size(self) -> int:
@@ -267,11 +293,17 @@ class Merged:
         Returns:
             What that request reduces (`passes.partial`), or the flat result; with padding.
         """
+        return self._run(self._read(rows), rows, answers)
+
+    def _read(self, rows: slice | EllipsisType) -> list[np.ndarray]:
+        size = self.padded_size(self.row_count(rows))
+        return [padded(np.asarray(tensor[rows]), size) for _, tensor in self.sources]
+
+    def _run(
+        self, arrays: Sequence[np.ndarray], rows: slice | EllipsisType, answers: Sequence[Any]
+    ) -> np.ndarray:
         assert self.rule is not None
-        count = self.row_count(rows)
-        size = self.padded_size(count)
-        arrays = [padded(np.asarray(tensor[rows]), size) for _, tensor in self.sources]
-        start = 0 if rows is ... else rows.start * math.prod(self.shape[1:])
+        start = _first(rows) * math.prod(self.shape[1:])
         known: list[Any] = []
         for each in answers:
             if each is stream.SORTED:
@@ -334,6 +366,10 @@ class Merged:
         )
 
 
+def _first(rows: slice | EllipsisType) -> int:
+    return rows.start if isinstance(rows, slice) else 0
+
+
 @dataclasses.dataclass(eq=False)
 class Rule:
     """A method with its parameters, shared by the tensors of a merge that use both.
@@ -344,6 +380,7 @@ class Rule:
         flags: its switches.
         seed: of random methods.
         has_base: the first source is the base.
+        accounts: its tensors count what their sources did to the base, as they are merged.
     """
 
     method: Method
@@ -351,6 +388,7 @@ class Rule:
     flags: Flags
     seed: int
     has_base: bool
+    accounts: bool
 
     def __post_init__(self) -> None:
         self.params: Params = {**self.values, **dict(self.flags)}

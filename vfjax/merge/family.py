@@ -35,12 +35,13 @@ def check_tensors(sources: Sequence[tuple[str, Mapping[str, Header]]]) -> None:
     """
     (reference, expected), *others = sources
     for label, tensors in others:
-        _check_names(label, list(tensors), reference, list(expected))
+        check_names(label, list(tensors), reference, list(expected))
         for name, tensor in tensors.items():
-            _check_shape(f"{label}: {name}", tensor.shape, reference, expected[name].shape)
+            check_shape(f"{label}: {name}", tensor.shape, reference, expected[name].shape)
 
 
-def _check_names(label: str, names: list[str], reference: str, expected: list[str]) -> None:
+def check_names(label: str, names: list[str], reference: str, expected: list[str]) -> None:
+    """Raises InputError if a source has not the tensors of the reference."""
     missing, extra = sorted(set(expected) - set(names)), sorted(set(names) - set(expected))
     if not missing and not extra:
         return
@@ -56,9 +57,10 @@ def _check_names(label: str, names: list[str], reference: str, expected: list[st
     )
 
 
-def _check_shape(
+def check_shape(
     where: str, shape: tuple[int, ...], reference: str, expected: tuple[int, ...]
 ) -> None:
+    """Raises InputError if a tensor has not the shape of the reference's."""
     if shape == expected:
         return
     if where.endswith(VOCABULARY) and shape[1:] == expected[1:]:
@@ -73,8 +75,8 @@ def _vocabulary_error(where: str, rows: int, reference: str, expected: int) -> N
         where,
         found=f"vocabulary of {rows} rows, {reference} has {expected}",
         expected="one vocabulary",
-        fix="if only padding or added tokens differ, resize the embedding and lm_head "
-        "(resize_token_embeddings); otherwise " + REMEDY,
+        fix="if one only has tokens added at its end, set vocab to 'base', or to the member whose "
+        "tokens are kept; otherwise " + REMEDY,
     )
 
 

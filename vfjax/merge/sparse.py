@@ -429,12 +429,12 @@ def _ratios(sums: np.ndarray, params: Params, n: int) -> np.ndarray:
     return np.asarray(np.where(after > 0, before / np.where(after > 0, after, 1), 1), np.float32)
 
 
-def _add(kept: list[jax.Array], weights: Any, normalize: bool) -> jax.Array:
+def _add(kept: list[jax.Array], weights: Any, normalize: bool) -> Any:
     total = weighted_sum(kept, weights)
     return total / _divisor(sum(weights[1:], weights[0])) if normalize else total
 
 
-def _elect(kept: list[jax.Array], weights: Any, normalize: bool, vote: Vote) -> jax.Array:
+def _elect(kept: Sequence[Any], weights: Any, normalize: bool, vote: Vote) -> Any:
     terms = [w * d for w, d in zip(weights, kept, strict=True)]
     votes = terms if vote == "weighted" else kept
     positive = sum(votes[1:], votes[0]) >= 0

@@ -100,3 +100,29 @@ def nonfinite_error(where: str, tensor: LazyTensor, count: int) -> InputError:
         expected="finite weights",
         fix="download or export this checkpoint again",
     )
+
+
+class Stacked:
+    """Tensors one after another along the first axis, lazily; or, of one, its first rows.
+
+    Args:
+        parts: (tensor, number of its first rows to skip, number of rows).
+    """
+
+    def __init__(self, *parts: tuple[LazyTensor, int, int]):
+        self.parts = parts
+        first = parts[0][0]
+        self.dtype = first.dtype
+        self.shape = (sum(count for _, _, count in parts), *first.shape[1:])
+
+    def __getitem__(self, rows: slice | EllipsisType, /) -> np.ndarray:
+        start, stop, _ = (slice(None) if rows is ... else rows).indices(self.shape[0])
+        found, end = [], 0
+        for tensor, skip, count in self.parts:
+            begin, end = end, end + count
+            low, high = max(start, begin), min(stop, end)
+            if low < high:
+                part = tensor[low - begin + skip : high - begin + skip]
+                found.append(part.astype(self.dtype, copy=False))
+        none = np.empty((0, *self.shape[1:]), self.dtype)
+        return found[0] if len(found) == 1 else np.concatenate([none, *found])

@@ -1,0 +1,112 @@
+"""MERGE.md: what was merged, how, from which files, and what the members had done to the base."""
+
+import io
+import json
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from importlib.util import find_spec
+from typing import Any
+
+from vfjax.merge import Account
+
+CARD, PLOT = "MERGE.md", "merge.png"
+LAYER = re.compile(r"layers\.(\d+)\.")
+
+
+def by_layer(accounts: Iterable[tuple[str, Account]]) -> dict[str, Account]:
+    """Adds up the accounts of a layer's tensors; tensors outside the layers keep their names.
+
+    Args:
+        accounts: (tensor name, account).
+    """
+    out: dict[str, Account] = {}
+    for name, one in accounts:
+        found = LAYER.search(name)
+        key = f"layer {found[1]}" if found else name.removesuffix(".weight")
+        out[key] = out[key] + one if key in out else one
+    return out
+
+
+def card(
+    recipe: Mapping[str, Any],
+    sources: Mapping[str, Mapping[str, Any]],
+    layers: Mapping[str, Account],
+    labels: Sequence[str],
+) -> bytes:
+    """The model card, Markdown with the front matter that the Hugging Face hub reads.
+
+    Args:
+        recipe: what `fuse` was asked for, JSON.
+        sources: label -> {"path", "files": name -> SHA-256 or None}.
+        layers: rows of the table, from `by_layer`; none if the method reads no base.
+        labels: the members'.
+    """
+    head = {"library_name": "vfjax", "tags": ["vfjax", "merge", "visionfuse"]}
+    lines = ["---", *(f"{key}: {json.dumps(value)}" for key, value in head.items()), "---", ""]
+    lines += ["# Merged model", "", "Made by vfjax from", ""]
+    lines += [f"- `{label}`: `{source['path']}`" for label, source in sources.items()]
+    lines += ["", "## Recipe", "", "```json", json.dumps(recipe, indent=2), "```", ""]
+    lines += ["## Sources", "", "| model | file | SHA-256 |", "| --- | --- | --- |"]
+    for label, source in sources.items():
+        lines += [f"| {label} | {n} | {h or 'not taken'} |" for n, h in source["files"].items()]
+    lines += ["", "## What the members did to the base", ""]
+    if layers:
+        lines += _table(layers, labels)
+        lines += ["", f"![The same by layer]({PLOT})"] if find_spec("matplotlib") else []
+    else:
+        lines += ["Not counted: the method reads no base, or it was not asked for."]
+    return ("\n".join(lines) + "\n").encode()
+
+
+def _table(layers: Mapping[str, Account], labels: Sequence[str]) -> list[str]:
+    pairs = _pairs(len(labels))
+    names = [f"moved {label}" for label in labels]
+    names += [f"cos {labels[i]}, {labels[j]}" for i, j in pairs]
+    names += ["conflicts"] if pairs else []
+    lines = [
+        "Length of each delta as a share of the base's, cosine of two deltas, and the share of the "
+        "weights that one member moved up and another down.",
+        "",
+        "| | " + " | ".join(names) + " |",
+        "| --- |" + " --: |" * len(names),
+    ]
+    for key, one in layers.items():
+        cells = [f"{x:.4%}" for x in one.moved]
+        cells += [f"{one.cosine(i, j):.4f}" for i, j in pairs]
+        cells += [f"{one.conflicts / max(1, one.count):.2%}"] if pairs else []
+        lines.append(f"| {key} | " + " | ".join(cells) + " |")
+    return lines
+
+
+def _pairs(count: int) -> list[tuple[int, int]]:
+    return [(i, j) for i in range(count) for j in range(i + 1, count)]
+
+
+def plot(layers: Mapping[str, Account], labels: Sequence[str]) -> bytes:
+    """The table as a PNG, layers along x; with matplotlib (the extra `plot`)."""
+    from matplotlib.figure import Figure
+
+    rows = [(key, one) for key, one in layers.items() if key.startswith("layer ")]
+    x = [int(key.split()[1]) for key, _ in rows]
+    pairs = _pairs(len(labels))
+    figure = Figure(figsize=(10, 3.2 if pairs else 3.6), layout="constrained")
+    axes = figure.subplots(1, 3 if pairs else 1, squeeze=False)[0]
+    for i, label in enumerate(labels):
+        axes[0].plot(x, [one.moved[i] * 100 for _, one in rows], label=label)
+    axes[0].set_title("length of delta, % of base")
+    if pairs:
+        for i, j in pairs:
+            cosines = [one.cosine(i, j) for _, one in rows]
+            axes[1].plot(x, cosines, label=f"{labels[i]}, {labels[j]}")
+        axes[1].set_title("cosine of deltas")
+        axes[2].plot(x, [100 * one.conflicts / max(1, one.count) for _, one in rows])
+        axes[2].set_title("conflicts of sign, %")
+    for one in axes:
+        one.set_xlabel("layer")
+        one.grid(alpha=0.3)
+    axes[0].legend()
+    if pairs:
+        axes[1].legend()
+    out = io.BytesIO()
+    figure.savefig(out, format="png", dpi=110, metadata={"Software": None})
+    return out.getvalue()

@@ -1,0 +1,84 @@
+"""mergekit's YAML files: the recipe, and the folders that it names."""
+
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from vfjax import InputError
+from vfjax.merge import Recipe, from_mergekit
+
+REFERENCES = ("model", "base_model", "tokenizer_source")
+"""Keys whose values name models."""
+
+
+def read_yaml(path: str | Path) -> tuple[Recipe, dict[str, str], str | None]:
+    """Reads a mergekit YAML file as it is.
+
+    Models are folders, from the working directory; "folder+adapter" is an adapter on a folder.
+
+    Args:
+        path: the file.
+
+    Returns:
+        The recipe over labels; label -> folder of each member, the adapter's of "folder+adapter";
+        folder of the base, whose label is "base", if there is one.
+
+    Raises:
+        InputError: no such file, no YAML, or no recipe.
+    """
+    path = Path(path)
+    try:
+        config = yaml.safe_load(path.read_text())
+    except (OSError, ValueError, yaml.YAMLError) as error:
+        found = str(error).splitlines()[0]
+        raise InputError(path, found=found, expected="a YAML file", fix="correct it") from error
+    if not isinstance(config, Mapping):
+        raise InputError(
+            path, found=type(config).__name__, expected="a mapping", fix="see mergekit's examples"
+        )
+    base = config.get("base_model")
+    labels = {base: "base"} if isinstance(base, str) else {}
+    for reference in _references(config):
+        labels.setdefault(reference, _label(reference, set(labels.values())))
+    for key in ("tokenizer", "chat_template"):
+        if config.get(key) not in (None, "auto"):
+            raise InputError(
+                f"{path}: {key}",
+                found="a value",
+                expected="none: tokenizers are copied, not made",
+                fix="remove it, and change the tokenizer of the result",
+            )
+    recipe = from_mergekit(_renamed(config, labels))
+    folders = {label: reference.rpartition("+")[2] for reference, label in labels.items()}
+    return recipe, folders, folders.pop("base", None)
+
+
+def _references(config: Any) -> list[str]:
+    """Names of models, in the order in which they occur."""
+    if isinstance(config, Mapping):
+        here = [config["model"]] if isinstance(config.get("model"), str) else []
+        return here + [name for value in config.values() for name in _references(value)]
+    return [name for x in config for name in _references(x)] if isinstance(config, list) else []
+
+
+def _label(reference: str, taken: set[str]) -> str:
+    name = re.sub(r"[^A-Za-z0-9_-]", "-", Path(reference).name) or "model"
+    number = 2
+    label = name
+    while label in taken or label == "base":
+        label, number = f"{name}-{number}", number + 1
+    return label
+
+
+def _renamed(config: Any, labels: Mapping[str, str]) -> Any:
+    if isinstance(config, Mapping):
+        return {
+            key: labels.get(value, value)
+            if key in REFERENCES and isinstance(value, str)
+            else _renamed(value, labels)
+            for key, value in config.items()
+        }
+    return [_renamed(x, labels) for x in config] if isinstance(config, list) else config

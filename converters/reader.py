@@ -7,6 +7,7 @@ in an error, not in a bus error. A large one, as a model is loaded by, is mapped
 
 import dataclasses
 import json
+import os
 import struct
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -78,10 +79,16 @@ class FileTensor:
         except ValueError:
             raise self._short(offset + count) from None
         flat = aligned(size, self.dtype)
-        with self.path.open("rb", buffering=0) as file:
-            file.seek(offset)
-            if file.readinto(flat.view(np.uint8).data) != count:
-                raise self._short(offset + count)
+        file = os.open(self.path, os.O_RDONLY)
+        try:
+            done = 0
+            while done < count:
+                read = os.preadv(file, [flat.view(np.uint8).data[done:]], offset + done)
+                if not read:
+                    raise self._short(offset + count)
+                done += read
+        finally:
+            os.close(file)
         return flat.reshape(shape)
 
     def _short(self, expected: int) -> InputError:

@@ -71,6 +71,7 @@ def join_processes() -> None:
 
 
 def main(argv: Sequence[str]) -> None:
+    sys.setswitchinterval(0.0005)  # a writer should not wait 5 ms for each of its readers
     logging.set_verbosity(logging.WARNING)  # JAX tells of every platform that it does not find
     if len(argv) > 1:
         fail(f"{argv[1]}: found an argument without --, expected flags only; see README.md")

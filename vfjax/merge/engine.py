@@ -308,7 +308,7 @@ class Merged:
         for each in answers:
             if each is stream.SORTED:
                 values = self.rule.run(arrays, known, start, self)
-                known.append(np.sort(values.reshape(-1, self.width), axis=1))
+                known.append(np.sort(values.reshape(len(values), -1, self.width), axis=-1))
             else:
                 known.append(each)
         return self.rule.run(arrays, known, start, self)
@@ -406,15 +406,11 @@ class Rule:
         """The formula on a block of a tensor that starts at a flat index, or on all of it."""
         if self.method.whole:
             return np.asarray(whole_kernel(arrays, self._values, **self.static(tensor)))
+        first, size = np.uint32(start), arrays[0].size
+        words = _draw(first, self.keys(tensor.name), size=size) if self.method.random else None
+        known = tuple(answers)
         return np.asarray(
-            block_kernel(
-                arrays,
-                self._values,
-                tuple(answers),
-                np.uint32(start),
-                self.keys(tensor.name),
-                **self.static(tensor),
-            )
+            block_kernel(arrays, self._values, known, first, words, **self.static(tensor))
         )
 
     def static(self, tensor: Merged) -> dict[str, Any]:
@@ -425,35 +421,43 @@ class Rule:
             "has_base": self.has_base,
             "dtype": tensor.dtype,
             "width": tensor.width if self.method.rows else None,
+            "is_vector": len(tensor.shape) < 2,
         }
 
     def keys(self, name: str) -> np.ndarray:
-        """uint32[K, 2]: a tensor's keys of random numbers, see `passes.Block`."""
+        """uint32[ceil(K / 2), 2]: a tensor's keys of random numbers, see `passes.draw`."""
         count = len(self.tensors[0].sources) - self.has_base
-        words = (f"{self.seed}/{i}/{name}".encode() for i in range(count))
+        words = (f"{self.seed}/{i}/{name}".encode() for i in range((count + 1) // 2))
         digests = [hashlib.sha256(word).digest() for word in words]
         return np.stack([np.frombuffer(digest[:8], np.uint32) for digest in digests])
 
     def request(self, tensor: Merged, answers: Sequence[Any]) -> Any:
         """What the method asks for after `answers`, None at its end; nothing is computed.
 
-        Its arrays are left out, as they depend on the block.
+        Its arrays are left out, as they depend on the block. What is left depends on the step and
+        on what the kernel is compiled for.
         """
+        static = self.static(tensor)
+        del static["dtype"]
+        key = (len(answers), *static.values())
+        with self.lock:
+            if key not in self._requests:
+                self._requests[key] = self._look(tensor, answers, static)
+            return self._requests[key]
+
+    def _look(self, tensor: Merged, answers: Sequence[Any], static: Mapping[str, Any]) -> Any:
         found: list[Any] = []
 
         def look(arrays: Sequence[Array], known: Sequence[Any]) -> int:
-            found.append(_advance(arrays, self.values, known, 0, keys, **static))
+            words = jnp.zeros((len(arrays), size), jnp.uint32)
+            found.append(_advance(arrays, self.values, known, 0, words, **static))
             return 0
-
-        static = self.static(tensor)
-        del static["dtype"]
-        keys = self.keys(tensor.name)
 
         size = tensor.padded_size(tensor.width)
         arrays = [jax.ShapeDtypeStruct((size,), each.dtype) for _, each in tensor.sources]
-        spec = jax.ShapeDtypeStruct((size // tensor.width, tensor.width), np.float32)
-        known = [spec if each is stream.SORTED else each for each in answers]
-        jax.eval_shape(look, arrays, known)
+        members = len(arrays) - self.has_base
+        rows = jax.ShapeDtypeStruct((members, size // tensor.width, tensor.width), np.float32)
+        jax.eval_shape(look, arrays, [rows if each is stream.SORTED else each for each in answers])
         return passes.bare(found[0])
 
     def recent(self, name: str, compute: Callable[[], np.ndarray]) -> np.ndarray:
@@ -474,20 +478,25 @@ def _advance(
     values: Mapping[str, Array],
     answers: Sequence[Any],
     start: Any,
-    keys: Array,
+    words: Any,
     *,
     method: Method,
     flags: Flags,
     has_base: bool,
     width: int | None,
+    is_vector: bool,
 ) -> Any:
-    block = passes.Block(jnp.asarray(start, jnp.uint32), jnp.asarray(keys), sources[0].size)
+    size = sources[0].size
+    block = passes.Block(jnp.asarray(start, jnp.uint32), words, size, is_vector)
     params = {**values, **dict(flags)}
     base, members = (sources[0], sources[1:]) if has_base else (None, sources)
     return passes.advance(method, base, members, params, tuple(answers), block, width)
 
 
-STATIC = ("method", "flags", "has_base", "dtype", "width")
+_draw = functools.partial(jax.jit, static_argnames=("size",))(passes.draw)
+"""A call of its own: XLA would draw again for every use in a kernel."""
+
+STATIC = ("method", "flags", "has_base", "dtype", "width", "is_vector")
 
 
 @functools.partial(jax.jit, static_argnames=STATIC)
@@ -496,13 +505,13 @@ def block_kernel(
     values: Mapping[str, Array],
     answers: Sequence[Any],
     start: Array,
-    keys: Array,
+    words: Any,
     *,
     dtype: np.dtype,
     **static: Any,
 ) -> jax.Array:
     """A block of the result, in its dtype, or what the block adds to the next answer."""
-    result = _advance(sources, values, answers, start, keys, **static)
+    result = _advance(sources, values, answers, start, words, **static)
     return (
         result.astype(dtype)
         if isinstance(result, jax.Array)
@@ -520,6 +529,7 @@ def whole_kernel(
     has_base: bool,
     dtype: np.dtype,
     width: None,
+    is_vector: bool,
 ) -> jax.Array:
     """The whole result, in its dtype."""
     base, members = (sources[0], sources[1:]) if has_base else (None, sources)

@@ -17,7 +17,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from vfjax.merge import stream
 from vfjax.merge.engine import Merged, block_kernel, merge, whole_kernel
-from vfjax.merge.passes import Largest, Sorted, Sum
+from vfjax.merge.passes import Largest, Sorted, Sum, draw
 from vfjax.merge.tensors import block_rows
 
 Arrays = Mapping[str, jax.Array]
@@ -231,15 +231,17 @@ def _evaluate(
 
     def one(block: tuple[list[jax.Array], jax.Array], values: Any, answers: Any, keys: Any) -> Any:
         arrays, start = block
+        size = arrays[0].size
+        words = draw(start, keys, size) if dict(static)["method"].random else None
         known: list[Any] = []
         rest = iter(answers)
         for needs_sort in is_sorted:
             if needs_sort:
-                x = block_kernel(arrays, values, known, start, keys, **dict(static))
-                known.append(jnp.sort(x.reshape(-1, width), axis=1))
+                x = block_kernel(arrays, values, known, start, words, **dict(static))
+                known.append(jnp.sort(x.reshape(x.shape[0], -1, width), axis=-1))
             else:
                 known.append(next(rest))
-        return block_kernel(arrays, values, known, start, keys, **dict(static))
+        return block_kernel(arrays, values, known, start, words, **dict(static))
 
     def local(arrays: Any, starts: Any, *others: Any) -> Any:
         return jax.lax.map(lambda block: one(block, *others), (arrays, starts))

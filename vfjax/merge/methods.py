@@ -48,7 +48,9 @@ class Method:
         params: its keyword parameters, with type and default.
         whole: it takes full tensors.
         rows: it compares the elements of a row, so that its blocks are [rows, width].
+        random: it draws random numbers.
         takes: fewest and most members.
+        check: raises InputError for parameters that do not go together.
     """
 
     name: str
@@ -57,7 +59,9 @@ class Method:
     params: Mapping[str, inspect.Parameter]
     whole: bool = False
     rows: bool = False
+    random: bool = False
     takes: tuple[int, int | None] = (1, None)
+    check: Callable[[Params], None] | None = None
 
     @property
     def in_passes(self) -> bool:
@@ -76,7 +80,12 @@ METHODS: dict[str, Method] = {}
 
 
 def register(
-    *, whole: bool = False, rows: bool = False, takes: tuple[int, int | None] = (1, None)
+    *,
+    whole: bool = False,
+    rows: bool = False,
+    random: bool = False,
+    takes: tuple[int, int | None] = (1, None),
+    check: Callable[[Params], None] | None = None,
 ) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
     """Adds a formula to `METHODS`; its signature is its schema. See `Method` for the arguments."""
 
@@ -90,7 +99,9 @@ def register(
         base: Any = "required" if "base" in signature else "unread"
         if base == "required" and signature["base"].annotation == Array | None:
             base = "optional"
-        METHODS[fn.__name__] = Method(fn.__name__, fn, base, params, whole, rows, takes)
+        METHODS[fn.__name__] = Method(
+            fn.__name__, fn, base, params, whole, rows, random, takes, check
+        )
         return fn
 
     return add
@@ -131,6 +142,8 @@ def find(name: str, params: Mapping[str, Any], count: int) -> tuple[Method, Numb
                 f"method {name}", found=f"no {key!r}", expected=_wants(param, count), fix="set it"
             )
         values[key] = _typed(f"{name}.{key}", param, params.get(key, param.default), count)
+    if method.check:
+        method.check(values)
     flags = tuple((key, value) for key, value in values.items() if isinstance(value, bool | str))
     return method, {key: values[key] for key in values if key not in dict(flags)}, flags
 

@@ -16,8 +16,8 @@ import numpy as np
 
 from vfjax.merge.methods import Array, Method, Params
 
-LANES = 256
-"""Partial sums of a block: element i goes to lane i mod 256, in order."""
+LANES = 1024
+"""Partial sums of a block: element i goes to lane i mod 1024, in order."""
 
 Answers = tuple[Any, ...]
 Steps = Generator[Any, Any, Any]
@@ -30,13 +30,15 @@ class Block:
 
     Attributes:
         start: uint32, flat index in the tensor of its first element.
-        keys: uint32[K, 2], of the tensor's random numbers, one a member.
+        words: uint32[ceil(K / 2), size], random, of `draw`; None for methods that draw none.
         size: number of elements, with those that pad the block at its end.
+        is_vector: the tensor has one axis, or none.
     """
 
     start: jax.Array
-    keys: jax.Array
+    words: Any
     size: int
+    is_vector: bool = False
 
     @property
     def index(self) -> jax.Array:
@@ -44,17 +46,32 @@ class Block:
         return self.start + jnp.arange(self.size, dtype=jnp.uint32)
 
     def noise(self, member: int) -> jax.Array:
-        """uint16[size], uniform: Philox 4x32 with the flat index as counter.
+        """uint32[size], uniform in 0..65535; two members share a word, of which each has a half."""
+        word = self.words[member // 2]
+        return word >> 16 if member % 2 else word & 0xFFFF
 
-        So a draw depends on the key and the index alone, not on how the tensor is cut.
-        """
-        first, rest = self.start // 8, self.start % 8  # a count makes four words, eight draws
-        zero = jnp.zeros(1, jnp.uint32)
-        state = jnp.concatenate([self.keys[member], first[None], zero])
-        algorithm = jax.lax.RandomAlgorithm.RNG_PHILOX
-        words = jax.lax.rng_bit_generator(state, (self.size // 2 + 4,), jnp.uint32, algorithm)[1]
-        draws = jax.lax.bitcast_convert_type(words, jnp.uint16).reshape(-1)
-        return jax.lax.dynamic_slice(draws, (rest,), (self.size,))
+
+def draw(start: jax.Array, keys: jax.Array, size: int) -> jax.Array:
+    """Random words of a block: Threefry 2x32 with the flat index as counter.
+
+    So a draw depends on the key and the index alone, not on how the tensor is cut.
+
+    Args:
+        start: uint32, flat index in the tensor of the block's first element.
+        keys: uint32[m, 2].
+        size: number of elements.
+
+    Returns:
+        uint32[m, size].
+    """
+    first, rest = start // 2, start % 2  # a count makes two words
+    words = []
+    for key in keys:
+        state = jnp.concatenate([key, first[None], jnp.zeros(1, jnp.uint32)])
+        algorithm = jax.lax.RandomAlgorithm.RNG_THREE_FRY
+        drawn = jax.lax.rng_bit_generator(state, (size + 2,), jnp.uint32, algorithm)[1]
+        words.append(jax.lax.dynamic_slice(drawn, (rest,), (size,)))
+    return jnp.stack(words)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -94,10 +111,10 @@ class Largest:
 
 @dataclasses.dataclass(frozen=True)
 class Sorted:
-    """Each row of a block in ascending order; the answer is an array of the shape of `values`.
+    """Each row of a block in ascending order; the answer is float32[m, rows, width].
 
     Attributes:
-        values: float32 [rows, width], at least 0.
+        values: m arrays, float32 [rows, width], at least 0.
     """
 
     values: Any
@@ -160,9 +177,9 @@ def bare(request: Any) -> Any:
     """A request without its arrays, of which as many Nones are left; None for a result."""
     if isinstance(request, Sum):
         return dataclasses.replace(request, terms=(None,) * len(request.terms))
-    if isinstance(request, Largest):
+    if isinstance(request, Largest | Sorted):
         return dataclasses.replace(request, values=(None,) * len(request.values))
-    return dataclasses.replace(request, values=None) if isinstance(request, Sorted) else None
+    return None
 
 
 def partial(request: Any, width: int | None) -> jax.Array:
@@ -178,5 +195,4 @@ def partial(request: Any, width: int | None) -> jax.Array:
             return terms.reshape(len(terms), -1, width).sum(1)
         terms = jnp.pad(terms, ((0, 0), (0, -terms.shape[1] % LANES)))
         return terms.reshape(len(terms), -1, LANES).sum(1)
-    values = [request.values] if isinstance(request, Sorted) else request.values
-    return jnp.stack([x.reshape(-1) for x in values]).astype(jnp.float32)
+    return jnp.stack([x.reshape(-1) for x in request.values]).astype(jnp.float32)

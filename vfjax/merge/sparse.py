@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from vfjax.errors import InputError
 from vfjax.merge.elementwise import weighted_sum
 from vfjax.merge.methods import Array, Each, Params, Weights, register
 from vfjax.merge.passes import Answers, Block, Largest, Sorted, Steps, Sum, above
@@ -21,6 +22,17 @@ Vote = Literal["weighted", "plain"]
 
 _DRAWS = 65536.0
 """Values that a random draw takes."""
+
+
+def _check_epsilon(params: Params) -> None:
+    for density, epsilon in zip(params["density"], params["epsilon"], strict=True):
+        if density < 1 and not 0 < density - epsilon <= density + epsilon < 1:
+            raise InputError(
+                "epsilon",
+                found=f"{epsilon:g} with density {density:g}",
+                expected="density - epsilon and density + epsilon between 0 and 1",
+                fix="choose a smaller epsilon",
+            )
 
 
 @register()
@@ -124,7 +136,7 @@ def breadcrumbs_ties(
     return start + scale * _elect(kept, weights, normalize, vote)
 
 
-@register()
+@register(random=True)
 def dare_linear(
     base: Array,
     members: Sequence[Array],
@@ -158,7 +170,7 @@ def dare_linear(
     return start + scale * _add(kept, weights, normalize)
 
 
-@register()
+@register(random=True)
 def dare_ties(
     base: Array,
     members: Sequence[Array],
@@ -177,7 +189,7 @@ def dare_ties(
     return start + scale * _elect(kept, weights, normalize, vote)
 
 
-@register(rows=True)
+@register(rows=True, random=True, check=_check_epsilon)
 def della_linear(
     base: Array,
     members: Sequence[Array],
@@ -216,7 +228,7 @@ def della_linear(
     return start + scale * _add(kept, weights, normalize)
 
 
-@register(rows=True)
+@register(rows=True, random=True, check=_check_epsilon)
 def della(
     base: Array,
     members: Sequence[Array],
@@ -388,10 +400,10 @@ def _dropped(deltas: list[jax.Array], density: Any, rescale: Rescale, block: Blo
 def _pruned(
     deltas: list[jax.Array], density: Any, epsilon: Any, rescale: Rescale, block: Block
 ) -> Steps:
+    orders = yield Sorted([jnp.abs(d) for d in deltas])
     masks, kept = [], []
     for i, d in enumerate(deltas):
-        size = jnp.abs(d)
-        order = yield Sorted(size)
+        size, order = jnp.abs(d), orders[i]
         half = jnp.where(density[i] >= 1, 0.0, epsilon[i])
         least = density[i] - half
         last = size.shape[-1] - 1
@@ -399,16 +411,33 @@ def _pruned(
         # Kept if draw < probability(rank), which is if its rank is beyond the one solved for.
         place = (draw - least) / jnp.maximum(2 * half, 1e-6) * last
         place = jnp.clip(jnp.floor(place) + 1, -1, last + 1).astype(jnp.int32)
-        there = jnp.take_along_axis(order, jnp.clip(place, 0, last), axis=-1)
+        there = _at(order, jnp.clip(place, 0, last))
         varied = (place <= 0) | ((place <= last) & ~(size < there))
         masks.append(jnp.where((half == 0) | (last == 0), draw < density[i], varied))
         if rescale == "density":
-            rank = jax.vmap(lambda a, v: jnp.searchsorted(a, v, side="right"))(order, size) - 1
             step = 2 * half / max(1, last)
-            kept.append(jnp.where(last == 0, density[i], least + step * rank))
+            probability = least + step * (_not_larger(order, size) - 1)
+            kept.append(jnp.where(last == 0, density[i], probability))
         else:
             kept.append(density[i])
     return (yield from _rescaled(deltas, masks, kept, rescale))
+
+
+def _at(rows: jax.Array, places: jax.Array) -> jax.Array:
+    return jnp.take_along_axis(rows, places, axis=-1)
+
+
+def _not_larger(order: jax.Array, values: jax.Array) -> jax.Array:
+    """How many elements of an ordered row are at most each value: a search by bits."""
+    width = order.shape[-1]
+    bits = width.bit_length()
+
+    def step(i: jax.Array, count: jax.Array) -> jax.Array:
+        more = count + (1 << (bits - 1 - i))
+        fits = (more <= width) & (_at(order, jnp.minimum(more, width) - 1) <= values)
+        return jnp.where(fits, more, count)
+
+    return jax.lax.fori_loop(0, bits, step, jnp.zeros(values.shape, jnp.int32))
 
 
 def _rescaled(

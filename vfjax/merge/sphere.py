@@ -75,15 +75,16 @@ def nuslerp(
     """`slerp` by t = w_1 / (w_0 + w_1), of the deltas where there is a base.
 
     As mergekit's nuslerp.py has it: t is 0.5 if the weights cancel, and only vectors that are
-    parallel are interpolated linearly.
+    parallel, or opposite, are interpolated linearly.
 
     Args:
         base: float array or None.
         members: two arrays of its shape.
         weights: two numbers.
         flatten: one angle a tensor; otherwise one for each vector along the last axis.
-        row_wise: if not `flatten`, one for each vector along the first axis instead.
-        block: unused.
+        row_wise: if not `flatten`, one for each vector along the first axis instead. A vector has
+            one angle either way.
+        block: whether the tensor is one.
 
     Returns:
         float32 array of that shape.
@@ -96,7 +97,7 @@ def nuslerp(
         return _arc(gram, 0.5 if abs(total) < 1e-6 else second / total, None)
 
     if flatten or row_wise:
-        found = yield _gram(arrays, solve, columns=not flatten)
+        found = yield _gram(arrays, solve, columns=not (flatten or block.is_vector))
         return start + weighted_sum(arrays, jnp.moveaxis(found, -1, 0))
     total = weights[0] + weights[1]
     t = jnp.where(jnp.abs(total) < 1e-6, 0.5, weights[1] / jnp.where(total == 0, 1.0, total))
@@ -104,7 +105,7 @@ def nuslerp(
     cosine = jnp.sum(arrays[0] / norms[0] * (arrays[1] / norms[1]), -1, keepdims=True)
     angle = jnp.arccos(jnp.clip(cosine, -1.0, 1.0))
     sine = jnp.sin(angle)
-    parallel = jnp.abs(sine) < 1e-8
+    parallel = (sine < 1e-8) | (cosine < 1e-6 - 1)
     sine = jnp.where(parallel, 1.0, sine)
     first = jnp.where(parallel, 1 - t, jnp.sin((1 - t) * angle) / sine)
     second = jnp.where(parallel, t, jnp.sin(t * angle) / sine)
@@ -118,7 +119,9 @@ def _arc(gram: np.ndarray, t: float, parallel: float | None) -> np.ndarray:
     cosine = np.clip(gram[..., 0, 1] / (norms[..., 0] * norms[..., 1]), -1, 1)
     angle = np.arccos(cosine)
     sine = np.sin(angle)
-    straight = np.abs(sine) < 1e-8 if parallel is None else 1 - np.abs(cosine) < parallel
+    # Of opposite vectors the arc is not defined, and near to them the weights grow without bound.
+    straight = 1 - np.abs(cosine) < parallel if parallel else cosine < 1e-6 - 1
+    straight |= sine < 1e-8
     sine = np.where(straight, 1, sine)
     first = np.where(straight, 1 - t, np.sin((1 - t) * angle) / sine)
     second = np.where(straight, t, np.sin(t * angle) / sine)

@@ -22,7 +22,7 @@ from vfjax.merge.passes import Largest, Sorted, Sum
 if TYPE_CHECKING:
     from vfjax.merge.engine import Merged
 
-SORTED = Sorted(None)
+SORTED = Sorted(())
 """Stands for the answer to `Sorted`, which is found block by block."""
 
 ALL = np.uint32(0xFFFFFFFF)
@@ -31,7 +31,7 @@ TOP = 0x7FFFFFFF
 
 _FEW = 1 << 21
 """Elements that are sorted at once."""
-_PIECES, _PIECE = 16, 1 << 15
+_PIECES, _PIECE = 16, 1 << 13
 """How many slices a tensor's sample has, and about how many elements each."""
 _NARROW = 1 << 22
 """Width of a window whose values are kept; in a wider one they are counted by their first bits."""
@@ -180,24 +180,25 @@ def _sample(
         starts = np.linspace(0, count - height, pieces).astype(int)
         places += [(i, slice(int(a), int(a) + height)) for a in starts]
     read = list(_map(lambda place: bits(*place), places))
-    # A slice stands for its tensor's size, whatever the share of it that it is.
     sizes = np.array([x.shape[-1] for x in read])
     of = np.array([i for i, _ in places])
-    shares = np.array([tensors[i].size for i in range(len(tensors))]) / np.bincount(
-        of, sizes, minlength=len(tensors)
-    )
-    weights = np.repeat(shares[of], sizes)
+    # A slice stands for its tensor's size, whatever the share of it that it is.
+    each = np.array([tensor.size for tensor in tensors]) / np.bincount(of, sizes)
+    weights = np.repeat(each[of], sizes)
     windows = {}
     for m in {m for m, _ in todo}:
-        values = np.concatenate([x[m] for x in read])
-        order = np.argsort(values)[::-1]
-        rank = np.cumsum(weights[order])
+        values, rank = np.concatenate([x[m] for x in read]), np.arange(1, len(weights) + 1)
+        if len(tensors) == 1:
+            values, rank = np.sort(values)[::-1], rank * each[0]
+        else:
+            order = np.argsort(values)[::-1]
+            values, rank = values[order], np.cumsum(weights[order])
         for (n, j), k in todo.items():
             if n == m:
-                spread = 6 * np.sqrt(k * (1 - k / total) * rank[-1] / len(rank)) + 8 * weights.max()
+                spread = 6 * np.sqrt(k * (1 - k / total) * total / len(rank)) + 8 * each.max()
                 top, end = np.searchsorted(rank, (k - spread, k + spread))
-                low = int(values[order[min(end, len(rank) - 1)]])
-                windows[n, j] = _window(low, int(values[order[min(top, len(rank) - 1)]]))
+                last = len(rank) - 1
+                windows[n, j] = _window(int(values[min(end, last)]), int(values[min(top, last)]))
     return windows
 
 

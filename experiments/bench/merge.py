@@ -1,0 +1,525 @@
+"""Two fine-tunes merged by vfjax and by mergekit: same files, one process a merge, from the shell.
+
+    python experiments/bench/merge.py [--quick] [--peer=PATH/TO/mergekit-yaml] --out=FILE.json
+
+Weights are random, shapes those of published models. mergekit is slow, so its slower methods are
+run once by default. A copy of the same bytes says how far from the disk's speed a merge is.
+"""
+
+import argparse
+import contextlib
+import dataclasses
+import functools
+import json
+import math
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+import zlib
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
+from types import EllipsisType
+from typing import Any
+
+import jax.numpy as jnp
+import numpy as np
+import transformers
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+
+from converters.writer import write_folder
+from experiments.bench.common import Row, report, row
+from vfjax import InputError
+
+Notes = dict[str, Any]
+
+ROOT = Path(__file__).resolve().parents[2]
+
+PACKAGES = ("jax", "jaxlib", "numpy", "vfjax")
+
+MODELS = ("base", "a", "b")
+"""Folders; the seed of each is its place."""
+
+MIB = 1 << 20
+CHUNK = 16 * MIB
+PERIOD = 0.02
+"""Seconds between two looks at a process's memory."""
+
+LARGE = 70.55e9
+"""Parameters of Llama-3-70B, which the times at the largest shape are extrapolated to."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Shape:
+    """A Llama's config, its largest weights file, and the methods that are run on it."""
+
+    config: dict[str, Any]
+    shard_bytes: float
+    methods: tuple[str, ...]
+
+    def tensors(self) -> dict[str, tuple[int, ...]]:
+        """Name -> shape, in the order of the layers."""
+        config = self.config
+        hidden, inter = config["hidden_size"], config["intermediate_size"]
+        vocab, heads = config["vocab_size"], config["num_attention_heads"]
+        narrow = hidden // heads * config["num_key_value_heads"]
+        layer: dict[str, tuple[int, ...]] = {
+            "input_layernorm": (hidden,),
+            "self_attn.q_proj": (hidden, hidden),
+            "self_attn.k_proj": (narrow, hidden),
+            "self_attn.v_proj": (narrow, hidden),
+            "self_attn.o_proj": (hidden, hidden),
+            "post_attention_layernorm": (hidden,),
+            "mlp.gate_proj": (inter, hidden),
+            "mlp.up_proj": (inter, hidden),
+            "mlp.down_proj": (hidden, inter),
+        }
+        found: dict[str, tuple[int, ...]] = {"model.embed_tokens.weight": (vocab, hidden)}
+        for i in range(config["num_hidden_layers"]):
+            found |= {f"model.layers.{i}.{name}.weight": size for name, size in layer.items()}
+        return found | {"model.norm.weight": (hidden,), "lm_head.weight": (vocab, hidden)}
+
+    @property
+    def size(self) -> int:
+        """Number of parameters."""
+        return sum(map(math.prod, self.tensors().values()))
+
+
+@dataclasses.dataclass(frozen=True)
+class Case:
+    """A method as both programs are asked for it.
+
+    Attributes:
+        method: its name, the same in both.
+        params: numbers, by names that are the same in both.
+        weighted: it takes weights.
+        reads_base: it reads the base.
+        slow: mergekit takes a minute or more at the shape of TinyLlama.
+        peer_rescale: mergekit's default for `rescale` by our name, where ours is another.
+    """
+
+    method: str
+    params: dict[str, float]
+    weighted: bool = True
+    reads_base: bool = True
+    slow: bool = False
+    peer_rescale: str | None = None
+
+    @property
+    def sources(self) -> tuple[str, ...]:
+        """The folders that it reads."""
+        return MODELS if self.reads_base else MODELS[1:]
+
+
+CASES = {
+    "linear": Case("linear", {}, reads_base=False),
+    "task_arithmetic": Case("task_arithmetic", {}),
+    "slerp": Case("slerp", {"t": 0.5}, weighted=False, reads_base=False),
+    "dare": Case("dare_ties", {"density": 0.5}, slow=True, peer_rescale="norm"),
+    "ties": Case("ties", {"density": 0.5}, slow=True),
+    "breadcrumbs": Case("breadcrumbs", {"density": 0.5, "gamma": 0.01}, slow=True),
+    "della": Case("della", {"density": 0.5, "epsilon": 0.15}, slow=True, peer_rescale="norm"),
+}
+
+
+def llama(
+    hidden: int, inter: int, layers: int, heads: tuple[int, int], vocab: int, theta: float
+) -> dict[str, Any]:
+    """A Llama's config; `heads` are those of the queries, and of keys and values."""
+    return {
+        "hidden_size": hidden,
+        "intermediate_size": inter,
+        "num_hidden_layers": layers,
+        "num_attention_heads": heads[0],
+        "num_key_value_heads": heads[1],
+        "vocab_size": vocab,
+        "rope_parameters": {"rope_type": "default", "rope_theta": theta},
+    }
+
+
+TINY = Shape(llama(2048, 5632, 22, (32, 4), 32000, 1e4), 1e9, tuple(CASES))
+LLAMA3 = Shape(llama(4096, 14336, 32, (32, 8), 128256, 5e5), 5e9, ("task_arithmetic", "ties"))
+QUICK = Shape(llama(64, 160, 2, (4, 2), 320, 1e4), 1e5, tuple(CASES))
+SHAPES = {"tinyllama": TINY, "llama-3-8b": LLAMA3}
+
+
+@dataclasses.dataclass(frozen=True)
+class Drawn:
+    """A normal tensor, drawn when it is sliced: each slice from a seed of its own.
+
+    So it has the same values only if it is cut the same way, as `write_folder` does.
+
+    Attributes:
+        name: of the tensor.
+        shape: its shape.
+        member: 0 for the base; a member adds its own noise to the base's values.
+    """
+
+    name: str
+    shape: tuple[int, ...]
+    member: int
+    dtype = np.dtype(jnp.bfloat16)
+
+    def __getitem__(self, rows: slice | EllipsisType, /) -> np.ndarray:
+        start, stop, _ = (slice(None) if rows is ... else rows).indices(self.shape[0])
+        shape = (stop - start, *self.shape[1:])
+
+        def draw(seed: int) -> np.ndarray:
+            rng = np.random.default_rng([seed, zlib.crc32(self.name.encode()), start])
+            return rng.standard_normal(shape, np.float32)
+
+        values = 0.02 * draw(0) + np.float32("norm" in self.name)
+        if self.member:
+            values += 1e-3 * draw(self.member)
+        return values.astype(self.dtype)
+
+
+@dataclasses.dataclass(frozen=True)
+class Run:
+    """What a process took: seconds, seconds of CPU, and its peaks of memory in MiB."""
+
+    wall: float
+    cpu: float
+    resident: float
+    anonymous: float
+
+
+def arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
+    """The command line; that of the process by default."""
+    parser = argparse.ArgumentParser(description="merges by vfjax against mergekit")
+    parser.add_argument("--quick", action="store_true", help="toy sizes, to see that it runs")
+    parser.add_argument("--out", type=Path, required=True, help="JSON file to write")
+    parser.add_argument("--peer", type=Path, help="mergekit-yaml; without it a copy is the peer")
+    parser.add_argument("--shape", choices=SHAPES, default="tinyllama")
+    parser.add_argument("--methods", help=f"some of {','.join(CASES)}; default: the shape's")
+    parser.add_argument("--repeats", type=int, help="timed runs of each; default: 3, quick 1")
+    parser.add_argument("--peer-repeats", type=int, default=1, help="of mergekit's slow methods")
+    parser.add_argument("--work", type=Path, help="folder of models and outputs; reused")
+    parser.add_argument("--keep", action="store_true", help="keep the models that are made")
+    args = parser.parse_args(argv)
+    shape = QUICK if args.quick else SHAPES[args.shape]
+    args.methods = args.methods.split(",") if args.methods else list(shape.methods)
+    if unknown := sorted(set(args.methods) - set(CASES)):
+        parser.error(f"--methods: found {unknown[0]}, expected some of {', '.join(CASES)}")
+    if args.peer and shape is LLAMA3:
+        parser.error("--peer: found with --shape=llama-3-8b, where vfjax alone is run; drop one")
+    if args.repeats is None:
+        args.repeats = 1 if args.quick else 3
+    if min(args.repeats, args.peer_repeats) < 1:
+        parser.error("--repeats and --peer-repeats: found less than 1, expected 1 or more")
+    return args
+
+
+def main(args: argparse.Namespace) -> None:
+    """Measures everything, prints the table, writes the file."""
+    shape = QUICK if args.quick else SHAPES[args.shape]
+    notes: Notes = {
+        **dataclasses.asdict(shape),
+        "methods": args.methods,
+        "parameters": shape.size,
+        "bytes of a model": 2 * shape.size,
+        "repeats": args.repeats,
+        "mergekit's repeats of slow methods": args.peer_repeats,
+        "load average before": os.getloadavg()[0],
+        "first run": {
+            "why": "in no median: vfjax takes the sources' SHA-256 in it, and keeps them",
+            "runs": {},
+        },
+        "fsync": "by ours and by the copy; mergekit leaves its output to the page cache",
+        "runs": {},
+        "times a copy": {},
+        "seconds a billion parameters": {},
+    }
+    if args.peer:
+        notes["mergekit"] = peer_versions(args.peer)
+    else:
+        notes["mergekit"] = "not run, as --peer was not given: rows compare with a copy only"
+        print(f"mergekit: {notes['mergekit']}")
+    rows: list[Row] = []
+    with models(args.work, shape, args.keep) as folder:
+        warm = len(MODELS) * 2 * shape.size < memory() / 2
+        notes["sources"] = "in the page cache" if warm else "from disk, larger than half the memory"
+        for name in args.methods:
+            rows += bench(name, folder, args, warm, notes)
+    if shape is LLAMA3:
+        each = notes["seconds a billion parameters"]
+        notes["70B, extrapolated seconds"] = {k: v * LARGE / 1e9 for k, v in each.items()}
+    report(rows, notes, PACKAGES, args.out)
+
+
+@contextlib.contextmanager
+def models(work: Path | None, shape: Shape, keep: bool) -> Iterator[Path]:
+    """The folder of the three models: those that are there are reused, the others made.
+
+    Args:
+        work: the folder; by default a temporary one in `outputs`.
+        shape: what they are.
+        keep: leave what was made; otherwise it is removed in the end.
+
+    Raises:
+        InputError: a model of another shape is there, or the disk has too little room.
+    """
+    if work is None:
+        Path("outputs").mkdir(exist_ok=True)
+        folder = Path(tempfile.mkdtemp(prefix="merge-", dir="outputs")).absolute()
+    else:
+        folder = work.absolute()
+        folder.mkdir(parents=True, exist_ok=True)
+    absent = [name for name in MODELS if not (folder / name).exists()]
+    try:
+        check(folder, shape, absent)
+        for name in absent:
+            print(f"{folder / name}: making {shape.size:,} parameters")
+            write_model(folder / name, shape, MODELS.index(name))
+        yield folder
+    finally:
+        if not keep:
+            for name in absent:
+                shutil.rmtree(folder / name, ignore_errors=True)  # absent if making it failed
+            if work is None:
+                folder.rmdir()
+
+
+def check(folder: Path, shape: Shape, absent: Sequence[str]) -> None:
+    """Raises InputError if a model that is there is another, or the rest doesn't fit the disk."""
+    for name in sorted(set(MODELS) - set(absent)):
+        path = folder / name / "config.json"
+        found = json.loads(path.read_text())
+        for key, value in shape.config.items():
+            if found.get(key) != value:
+                raise InputError(
+                    path,
+                    found=f"{key} {found.get(key)}",
+                    expected=f"{value}",
+                    fix="remove the folder or choose another --work",
+                )
+    need, free = (len(absent) + 1) * 2 * shape.size, shutil.disk_usage(folder).free
+    if free < need:
+        raise InputError(
+            folder,
+            found=f"{free:,} bytes free",
+            expected=f"{need:,}, for {len(absent)} models and an output",
+            fix="free some space or choose another --work",
+        )
+
+
+def write_model(out: Path, shape: Shape, member: int) -> None:
+    """A causal LM as transformers writes it."""
+    config = transformers.LlamaConfig(
+        **shape.config, architectures=["LlamaForCausalLM"], dtype="bfloat16"
+    )
+    tensors = {name: Drawn(name, size, member) for name, size in shape.tensors().items()}
+    files: dict[str, bytes | Path] = {"config.json": config.to_json_string().encode()}
+    write_folder(out, {"": tensors}, files=files, shard_bytes=shape.shard_bytes)
+
+
+def bench(name: str, folder: Path, args: argparse.Namespace, warm: bool, notes: Notes) -> list[Row]:
+    """One method: ours, mergekit and a copy in turn; rows of seconds and of memory."""
+    case = CASES[name]
+    ours: dict[str, Callable[[Path], Run]] = {
+        label: functools.partial(run_ours, case, params, folder)
+        for label, params in our_params(name, case).items()
+    }
+    runs = dict(ours)
+    runs["copy"] = functools.partial(copy, [folder / source for source in case.sources])
+    repeats = dict.fromkeys(runs, args.repeats)
+    if args.peer:
+        runs["mergekit"] = functools.partial(run_peer, args.peer, case, folder)
+        repeats["mergekit"] = args.peer_repeats if case.slow else args.repeats
+
+    def measure(label: str) -> Run:
+        for source in case.sources if warm else ():
+            read(folder / source)
+        os.sync()  # what is left to be written of other work
+        with tempfile.TemporaryDirectory(prefix="run-", dir=folder) as temporary:
+            result = runs[label](Path(temporary) / "merged")
+        who = f"ours as {label}" if label in ours else label
+        print(f"{name}: {who}: {result.wall:.2f} s", flush=True)
+        return result
+
+    first = {label: measure(label) for label in ours}
+    results: dict[str, list[Run]] = {label: [] for label in runs}
+    for i in range(max(repeats.values())):
+        for label in runs:
+            if i < repeats[label]:
+                results[label].append(measure(label))
+    notes["first run"]["runs"] |= {key: dataclasses.asdict(value) for key, value in first.items()}
+    notes["runs"][name] = {
+        label: [dataclasses.asdict(each) for each in found] for label, found in results.items()
+    }
+    return [each for label in ours for each in compare(label, results, notes)]
+
+
+def our_params(name: str, case: Case) -> dict[str, dict[str, Any]]:
+    """Label -> our parameters: those that mean what mergekit's do, then our default if another."""
+    if case.peer_rescale is None:
+        return {name: case.params}
+    same = {**case.params, "rescale": case.peer_rescale}
+    return {name: same, f"{name}, default rescale": case.params}
+
+
+def compare(label: str, results: Mapping[str, Sequence[Run]], notes: Notes) -> list[Row]:
+    """Rows of one of ours; its ratios to a copy and to the size go to the notes."""
+    ours = results[label]
+    wall = [each.wall for each in ours]
+    rows = []
+    if "mergekit" in results:
+        peer = results["mergekit"]
+        rows = [
+            row(f"{label}: wall", wall, [each.wall for each in peer], "mergekit"),
+            row(
+                f"{label}: anonymous memory",
+                [each.anonymous for each in ours],
+                [each.anonymous for each in peer],
+                "mergekit",
+                "MiB",
+            ),
+        ]
+    copies = [each.wall for each in results["copy"]]
+    rows.append(row(f"{label}: wall beside a copy", wall, copies, "copy"))
+    notes["times a copy"][label] = 1 / rows[-1]["ratio"]
+    notes["seconds a billion parameters"][label] = rows[-1]["ours"] / notes["parameters"] * 1e9
+    return rows
+
+
+def run_ours(case: Case, params: Mapping[str, Any], folder: Path, out: Path) -> Run:
+    """The task `fuse`."""
+    experiments = ROOT / "experiments"
+    command = [
+        *(sys.executable, str(experiments / "run.py")),
+        f"--config={experiments / 'configs' / 'fuse.py'}",
+        f"--config.members={tuple(f'{name}={folder / name}' for name in MODELS[1:])!r}",
+        f"--config.method={case.method}",
+        "--config.export=llm",
+        f"--config.output={out}",
+    ]
+    if case.reads_base:
+        command.append(f"--config.base={folder / MODELS[0]}")
+    if case.weighted:
+        command.append("--config.weights=(0.5,0.5)")
+    return run(command + [f"--config.params.{key}={value}" for key, value in params.items()])
+
+
+def run_peer(peer: Path, case: Case, folder: Path, out: Path) -> Run:
+    """mergekit; its YAML, of which JSON is a part, is written beside `out`."""
+    each = {"weight": 0.5, **case.params} if case.weighted else {}
+    recipe: dict[str, Any] = {
+        "merge_method": case.method,
+        "dtype": "bfloat16",
+        "models": [{"model": str(folder / name), "parameters": each} for name in MODELS[1:]],
+        "parameters": {} if case.weighted else case.params,
+    }
+    if case.reads_base or case.method == "slerp":  # its base is the first of the two
+        recipe["base_model"] = str(folder / case.sources[0])
+    path = out.with_name("recipe.yaml")
+    path.write_text(json.dumps(recipe))
+    options = ["--lazy-unpickle", "--no-copy-tokenizer"]  # there is none
+    return run([str(peer), str(path), str(out), *options], HF_HUB_OFFLINE="1")
+
+
+def run(command: Sequence[str], **environment: str) -> Run:
+    """Runs a process to its end.
+
+    Its peak resident memory is the kernel's own (VmHWM), as ru_maxrss starts at the size of the
+    process that started it; that of anonymous memory is sampled.
+
+    Raises:
+        InputError: it fails.
+    """
+    peaks = {"VmHWM": 0.0, "RssAnon": 0.0}
+    done = threading.Event()
+    with tempfile.TemporaryFile() as errors:
+        start = time.perf_counter()
+        process = subprocess.Popen(
+            command, stdout=subprocess.DEVNULL, stderr=errors, env={**os.environ, **environment}
+        )
+        watcher = threading.Thread(target=watch, args=(process.pid, peaks, done))
+        watcher.start()
+        _, status, usage = os.wait4(process.pid, 0)
+        wall = time.perf_counter() - start
+        done.set()
+        watcher.join()
+        process.returncode = os.waitstatus_to_exitcode(status)  # it was waited for here
+        if process.returncode:
+            errors.seek(0)
+            text = errors.read().decode(errors="replace").strip()
+            print(text, file=sys.stderr)
+            last = text.splitlines()[-1] if text else "no message"
+            raise InputError(
+                " ".join(command),
+                found=f"exit code {process.returncode}: {last}",
+                expected="0",
+                fix="run it by itself",
+            )
+    return Run(wall, usage.ru_utime + usage.ru_stime, peaks["VmHWM"], peaks["RssAnon"])
+
+
+def watch(pid: int, peaks: dict[str, float], done: threading.Event) -> None:
+    """Keeps the largest values in MiB of a process's memory until it ends."""
+    with contextlib.suppress(FileNotFoundError, ProcessLookupError):  # it ended while read
+        while not done.wait(PERIOD):
+            for line in Path(f"/proc/{pid}/status").read_text().splitlines():
+                key, _, value = line.partition(":")
+                if key in peaks:
+                    peaks[key] = max(peaks[key], int(value.split()[0]) * 1024 / MIB)
+
+
+def copy(sources: Sequence[Path], out: Path) -> Run:
+    """Reads the files of all sources and writes those of the first, synced to disk.
+
+    Its memory is given as that of its buffer.
+    """
+    start, busy = time.perf_counter(), time.process_time()
+    with out.open("xb", buffering=0) as file:
+        for i, source in enumerate(sources):
+            read(source, file.write if i == 0 else len)
+        os.fsync(file.fileno())
+    wall, cpu = time.perf_counter() - start, time.process_time() - busy
+    return Run(wall, cpu, CHUNK / MIB, CHUNK / MIB)
+
+
+def read(folder: Path, use: Callable[[memoryview], object] = len) -> None:
+    """Reads a model's weights, a chunk at a time."""
+    buffer = memoryview(bytearray(CHUNK))
+    for path in sorted(folder.glob("*.safetensors")):
+        with path.open("rb", buffering=0) as file:
+            while count := file.readinto(buffer):
+                use(buffer[:count])
+
+
+def memory() -> int:
+    """Bytes of the machine's memory."""
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+
+
+def peer_versions(peer: Path) -> dict[str, str]:
+    """Versions of mergekit and of what it computes with.
+
+    They are asked of the interpreter beside it, which brings its imports into the page cache too.
+
+    Raises:
+        InputError: it is not in an environment that has mergekit.
+    """
+    code = """if True:
+        import importlib.metadata as m, json, mergekit.merge_methods
+        print(json.dumps({k: m.version(k) for k in ("mergekit", "torch", "transformers")}))
+    """
+    python = peer.with_name("python")
+    try:
+        found = subprocess.run([python, "-c", code], capture_output=True, text=True, check=True)
+    except (OSError, subprocess.CalledProcessError) as error:
+        raise InputError(
+            peer,
+            found=f"{error}",
+            expected="mergekit-yaml in an environment's folder of programs",
+            fix="install mergekit there",
+        ) from error
+    return json.loads(found.stdout.splitlines()[-1])
+
+
+if __name__ == "__main__":
+    main(arguments())

@@ -1,0 +1,277 @@
+"""Merges against what mergekit 0.1.4 made of the same checkpoints and the same YAML.
+
+tests/peers/mergekit.py recorded its results. Equal where mergekit is right; where it is not, a test
+says why and holds both results.
+"""
+
+import functools
+import json
+from pathlib import Path
+
+import ml_dtypes
+import numpy as np
+import pytest
+import yaml
+
+from vfjax.merge.engine import Merger
+from vfjax.merge.recipe import from_mergekit
+
+BF16 = np.dtype(ml_dtypes.bfloat16)
+LAYERS = 3
+DOWN, NORM = "model.layers.1.mlp.down_proj.weight", "model.norm.weight"
+RECORD = np.load(Path(__file__).resolve().parents[1] / "data" / "mergekit.npz")
+CASES = json.loads(str(RECORD["cases"]))
+
+RANDOM = {"dare_linear", "dare_ties", "della_linear", "della", "dare_linear_beside"}
+WRONG = {"breadcrumbs_no_outliers", "sce_small", "sce_same", "ties_none", "della_thin"}
+HALF = sorted(case.removesuffix("_bf16") for case in CASES if case.endswith("_bf16"))
+WRONG_TENSORS = {("breadcrumbs", NORM), ("breadcrumbs_ties", NORM), ("nuslerp_first", NORM)}
+EQUAL = [case for case in CASES if CASES[case]["inputs"] == "float32" if case not in RANDOM | WRONG]
+
+ROUNDINGS = 2.0**-21
+"""Eight roundings to float32, of values up to the largest of the tensor."""
+
+
+@functools.cache
+def inputs(kind):
+    """Model -> tensor -> array, as mergekit read them."""
+    found = {}
+    for key in RECORD.files:
+        if key.startswith("in/"):
+            _, model, name = key.split("/")
+            array = RECORD[key]
+            if kind == "bfloat16":
+                array = array.astype(BF16)
+            elif kind == "thin" and name == DOWN:
+                array = array[:, :1].copy()
+            found.setdefault(model, {})[name] = array
+    return found | {"twin": found["a"]}
+
+
+def recorded(case):
+    """Tensor -> what mergekit made."""
+    found = {}
+    for key in RECORD.files:
+        if key.startswith(f"{case}/"):
+            array = RECORD[key]
+            found[key.split("/")[1]] = array.view(BF16) if array.dtype == np.uint16 else array
+    return found
+
+
+def merged(case, names=None):
+    """Tensor -> what we make of the case's YAML, of those that were recorded or of some."""
+    config = yaml.safe_load(CASES[case]["yaml"])
+    recipe, models = from_mergekit(config), inputs(CASES[case]["inputs"])
+    all_names = {
+        name.replace("layers.1", f"layers.{i}") for name in models["base"] for i in range(LAYERS)
+    }
+    plans = recipe.plan(
+        {model: sorted(all_names) for model in recipe.models},
+        dict.fromkeys(recipe.models, LAYERS),
+    )
+    dtype = {"float32": np.float32, "bfloat16": BF16}[recipe.dtype]
+    merger = Merger(dtype, CASES[case]["seed"])
+    names = recorded(case) if names is None else names
+    tensors = {}
+    for name in names:
+        plan = plans[name]
+        members = [(model, models[model][tensor]) for model, tensor in plan.members]
+        base = plan.base and (plan.base[0], models[plan.base[0]][plan.base[1]])
+        tensors[name] = merger.add(name, plan.method, plan.params, members, base)
+    return {name: tensor[...] for name, tensor in tensors.items()}
+
+
+def assert_equal(got, want):
+    """Equal but for the rounding of float32."""
+    assert got.shape == want.shape and got.dtype == want.dtype == np.float32
+    np.testing.assert_allclose(got, want, rtol=0, atol=ROUNDINGS * np.abs(want).max())
+
+
+def deltas(*models, name, kind="float32"):
+    """The models less the base, float64."""
+    start = inputs(kind)["base"][name].astype(np.float64)
+    return np.stack([inputs(kind)[model][name] - start for model in models])
+
+
+@pytest.mark.parametrize("case", EQUAL)
+def test_float32(case):
+    want = recorded(case)
+    names = [name for name in want if (case, name) not in WRONG_TENSORS]
+    assert names
+    for name, got in merged(case, names).items():
+        assert_equal(got, want[name])
+
+
+def test_nuslerp_row_wise_of_a_vector():
+    """Along the first axis of a vector there is one vector."""
+    assert_equal(merged("nuslerp_first", [NORM])[NORM], recorded("nuslerp_first")[NORM])
+
+
+def test_slerp_took_both_paths():
+    """Above a cosine of 0.9995 the result is linear, which the comparison can tell from an arc."""
+
+    def cosine(model):
+        first, second = (inputs("float32")[m][DOWN].astype(np.float64) for m in ("base", model))
+        return (first * second).sum() / np.linalg.norm(first) / np.linalg.norm(second)
+
+    assert cosine("b") < 0.9995 < cosine("a")
+    angle = np.arccos(cosine("a"))
+    shrunk = 1 - (np.sin(0.7 * angle) + np.sin(0.3 * angle)) / np.sin(angle)
+    assert abs(shrunk) > 50 * ROUNDINGS
+
+
+@pytest.mark.parametrize("case", HALF)
+def test_bfloat16(case):
+    """In bfloat16, mergekit rounds each step and we the result alone.
+
+    So ours is the rounded result of its own float32 arithmetic, it is never farther from that than
+    its bfloat16 result, and the two differ by few units of the largest values.
+    """
+    exact, theirs = recorded(f"{case}_exact"), recorded(f"{case}_bf16")
+    for name, got in merged(f"{case}_bf16").items():
+        assert got.dtype == theirs[name].dtype == BF16
+        want = exact[name].astype(np.float64)
+        ours, other = got.astype(np.float64), theirs[name].astype(np.float64)
+        unit = 2.0 ** (np.floor(np.log2(np.abs(want))) - 7)
+        slack = ROUNDINGS * np.abs(want).max()
+        assert (np.abs(ours - want) <= unit / 2 + slack).all()
+        assert rms(ours - want) <= rms(other - want) + slack
+        assert (np.abs(ours - other) <= 2 * unit.max()).all()
+
+
+def rms(x):
+    return np.sqrt(np.mean(x**2))
+
+
+def test_linear_of_four_in_bfloat16():
+    """Four weighted terms, each rounded: mergekit misses the nearest value in a quarter of them."""
+    want = recorded("linear_four_exact")[DOWN].astype(BF16)
+    got, theirs = merged("linear_four_bf16")[DOWN], recorded("linear_four_bf16")[DOWN]
+    assert np.mean(got == want) > 0.99 > 0.8 > np.mean(theirs == want)
+
+
+def test_ties_keeps_the_first_of_equal_deltas():
+    """Differences of bfloat16 weights repeat; mergekit's unstable sort keeps any of the equal."""
+    name, models = DOWN, "abc"
+    changes = np.abs(deltas(*models, name=name, kind="bfloat16"))
+    cuts = [np.sort(x.reshape(-1))[-(x.size // 2)] for x in changes]
+    at_cut = np.any([x == cut for x, cut in zip(changes, cuts, strict=True)], axis=0)
+    got, want = merged("ties_exact", [name])[name], recorded("ties_exact")[name]
+    differ = np.abs(got - want) > ROUNDINGS * np.abs(want).max()
+    assert differ.any() and not differ[~at_cut].any()
+
+
+@pytest.mark.parametrize("case", ["breadcrumbs", "breadcrumbs_ties", "breadcrumbs_no_outliers"])
+def test_breadcrumbs_without_outliers(case):
+    """With floor(gamma n) = 0 outliers, mergekit's slice [low:-0] is empty: the base comes back.
+
+    In the first two cases because gamma 0.05 of a norm of 16 is none, in the last for gamma 0.
+    """
+    name = DOWN if case.endswith("outliers") else NORM
+    base, theirs = inputs("float32")["base"][name], recorded(case)[name]
+    np.testing.assert_array_equal(theirs, base)
+    ours = merged(case, [name])[name]
+    config = yaml.safe_load(CASES[case]["yaml"])
+    models = [m["model"] for m in config["models"] if m["model"] != "base"]
+    weights = [m["parameters"]["weight"] for m in config["models"] if m["model"] != "base"]
+    terms = []
+    for weight, delta in zip(weights, deltas(*models, name=name), strict=True):
+        cut = np.sort(np.abs(delta).reshape(-1))[-int(0.6 * delta.size)]
+        terms.append(weight * np.where(np.abs(delta) >= cut, delta, 0))
+    if case == "breadcrumbs_ties":
+        sign = np.where(np.sum(terms, axis=0) >= 0, 1, -1)
+        terms = [np.where(np.sign(term) == sign, term, 0) for term in terms]
+    assert_equal(ours, np.float32(base + np.sum(terms, axis=0)))
+
+
+def sce(name, weights):
+    """SCE of "near" and "a", whose sums of squares are given as weights."""
+    changes = deltas("near", "a", name=name)
+    sign = np.where(changes.sum(0) >= 0, 1, -1)
+    agree = np.sign(changes) == sign
+    shares = agree * np.reshape(weights, (2,) + (1,) * (changes.ndim - 1))
+    total = shares.sum(0)
+    merged_delta = (changes * shares).sum(0) / np.where(total == 0, 1, total)
+    return np.float32(inputs("float32")["base"][name] + merged_delta)
+
+
+def test_sce_of_small_deltas():
+    """SCE weighs by energy; mergekit takes a sum of mean squares below 1e-6 for zero.
+
+    That is so for deltas of ordinary fine-tunes, which it then weighs equally.
+    """
+    ours, theirs = merged("sce_small"), recorded("sce_small")
+    for name in (DOWN, NORM):
+        energy = (deltas("near", "a", name=name) ** 2).reshape(2, -1).mean(1)
+        assert energy.sum() < 1e-6
+        assert_equal(theirs[name], sce(name, [0.5, 0.5]))
+        assert_equal(ours[name], sce(name, energy / energy.sum()))
+        assert np.abs(ours[name] - theirs[name]).max() > 5e-5
+
+
+def test_sce_of_equal_members():
+    """No element varies: mergekit's mask then has the members' axis, and so has its result."""
+    ours, theirs = merged("sce_same"), recorded("sce_same")
+    for name in (DOWN, NORM):
+        base = inputs("float32")["base"][name]
+        np.testing.assert_array_equal(theirs[name], np.stack([base, base]))
+        np.testing.assert_array_equal(ours[name], base)
+
+
+def test_ties_that_keeps_nothing():
+    """floor(0.05 x 16) = 0 elements of a norm: mergekit's assertion ends the whole merge."""
+    assert CASES["ties_none"]["error"].startswith("AssertionError: not gonna zero out the whole")
+    got = merged("ties_none", [DOWN, NORM])
+    np.testing.assert_array_equal(got[NORM], inputs("float32")["base"][NORM])
+    assert 0 < (got[DOWN] != inputs("float32")["base"][DOWN]).sum() <= int(0.05 * got[DOWN].size)
+
+
+def test_della_on_rows_of_one():
+    """A lone element mergekit ranks at 0/0; we keep it with the probability `density`."""
+    assert CASES["della_thin"]["error"].startswith("RuntimeError: Expected p_in >= 0 && p_in <= 1")
+    got = merged("della_thin", [DOWN])[DOWN]
+    base = inputs("thin")["base"][DOWN]
+    kept = got != base
+    assert got.shape == (16, 1) and 0 < kept.sum() < 16
+    delta = deltas("a", name=DOWN, kind="thin")[0]
+    ratio = np.abs(delta).sum() / np.abs(delta[kept]).sum()
+    assert_equal(got, np.float32(base + ratio * delta * kept))
+
+
+@pytest.mark.parametrize("make", [recorded, merged])
+@pytest.mark.parametrize("case", ["dare_linear", "dare_ties", "della_linear", "della"])
+def test_random(case, make):
+    """Masks differ, what they do does not: kept deltas are scaled to the L1 norm of all.
+
+    The shares kept are within four standard deviations of density 0.5; of the larger half of each
+    row, in DELLA, of 0.5 + epsilon / 2.
+    """
+    halves = []
+    for name, result in make(case).items():
+        base, delta = inputs("float32")["base"][name], deltas("a", name=name)[0]
+        kept = result != base
+        ratio = np.abs(delta).sum() / np.abs(delta[kept]).sum()
+        assert_equal(result, np.float32(base + ratio * delta * kept))
+        rows = np.abs(delta).reshape(-1, delta.shape[-1])
+        large = rows.argsort(1).argsort(1) >= rows.shape[1] / 2
+        halves.append([kept[large.reshape(kept.shape)], kept[~large.reshape(kept.shape)]])
+    shift = 0.075 if "della" in case else 0.0
+    for kept, share in zip(zip(*halves, strict=True), (0.5 + shift, 0.5 - shift), strict=True):
+        draws = np.concatenate(kept)
+        # Ranks within a half spread the probability, so this deviation is the largest possible.
+        assert abs(draws.mean() - share) < 4 * 0.5 / np.sqrt(draws.size)
+
+
+def test_seed_means_the_same_whatever_is_merged_beside():
+    """There is one stream in mergekit: what is drawn for a model changes the others' masks.
+
+    Here a model of weight 0 has density 1, for which nothing is drawn, then 0.5. Our masks
+    depend on the seed, the tensor's name and the member's place alone.
+    """
+    base = inputs("float32")["base"]
+    names = recorded("dare_linear_beside")
+    alone, beside = (recorded(case) for case in ("dare_linear", "dare_linear_beside"))
+    assert any(((alone[n] != base[n]) != (beside[n] != base[n])).mean() > 0.3 for n in names)
+    alone, beside = (merged(case, names) for case in ("dare_linear", "dare_linear_beside"))
+    for name in names:
+        np.testing.assert_array_equal(alone[name], beside[name])

@@ -6,7 +6,16 @@ from converters.layouts import Source, open_source
 tables.register()
 
 from converters.export import export  # noqa: E402  (the tables must be there first)
-from converters.fuse import dry_run, fuse  # noqa: E402
+from converters.fuse import dry_run, fuse, load_fused  # noqa: E402
 from converters.load import load, load_encoder  # noqa: E402
 
-__all__ = ["Source", "dry_run", "export", "fuse", "load", "load_encoder", "open_source"]
+__all__ = [
+    "Source",
+    "dry_run",
+    "export",
+    "fuse",
+    "load",
+    "load_encoder",
+    "load_fused",
+    "open_source",
+]

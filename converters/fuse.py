@@ -11,29 +11,38 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-from tokenizers import Tokenizer
+from jax.sharding import Mesh
 
 from converters.adapters import named_base
 from converters.audit import audit, stat
 from converters.card import CARD, PLOT, by_layer, card, plot
 from converters.export import to_bytes, with_dtype
-from converters.layouts import TOKENIZERS, Source, open_source
-from converters.load import TOKENIZER_FILES, abstract, check, float_dtype, model_config
+from converters.layouts import Source, assign, open_source
+from converters.load import abstract, check, float_dtype, model_config, read_model
 from converters.mergekit import read_yaml
+from converters.tables import LAYOUTS
 from converters.tables.visionfuse import KINDS, fused_config
+from converters.towers import Towers
+from converters.vocabulary import (
+    BASE,
+    has_tokenizer,
+    one_vocabulary,
+    said,
+    same_vocabulary,
+    tokenizer_files,
+)
 from converters.writer import Content, plan_shards, write_folder
-from vfjax import InputError, __version__
+from vfjax import InputError, Model, Processor, __version__
 from vfjax.merge import (
     Account,
     LazyTensor,
     Merged,
     Merger,
     Recipe,
-    Stacked,
     check_family,
     from_config,
 )
-from vfjax.merge.family import VOCABULARY, check_names
+from vfjax.merge.family import check_names
 from vfjax.prompts import get_template
 
 Tensors = dict[str, LazyTensor]
@@ -120,6 +129,30 @@ def fuse(
     return open_source(out)
 
 
+def load_fused(
+    members: Mapping[str, str | Path],
+    *,
+    mesh: Mesh | None = None,
+    progress: Callable[[int], object] = lambda nbytes: None,
+    **options: Any,
+) -> tuple[Model, Processor]:
+    """The fused model itself, from its members' folders: what `load` reads of what `fuse` writes.
+
+    The host merges each tensor as it is asked for, and puts it where `mesh` has it.
+
+    Args:
+        members: see `Request`.
+        mesh: see `load`.
+        progress: see `load`.
+        options: the other attributes of `Request`, without `out`.
+
+    Raises:
+        InputError: as `fuse`; of NaN, when it is met.
+    """
+    fusion = _Fusion(Request(members, "", **options))
+    return read_model(fusion.source(), mesh, None, progress)
+
+
 def dry_run(members: Mapping[str, str | Path], out: str | Path, **options: Any) -> dict[str, Any]:
     """What `fuse` would do with the same arguments; reads headers only.
 
@@ -132,9 +165,6 @@ def dry_run(members: Mapping[str, str | Path], out: str | Path, **options: Any) 
     """
     return _Fusion(Request(members, out, **options)).describe()
 
-
-BASE = "base"
-"""The base's label among the members."""
 
 ROUTERS = ("merged", "member")
 """Whose embeddings of the prompt a connector reads."""
@@ -179,7 +209,7 @@ class _Fusion:
                 "rules": list(request.rules),
             }
         )
-        self.merged = self._merge(_one_vocabulary(llms, request.vocab))
+        self.merged = self._merge(one_vocabulary(llms, request.vocab))
         self.result = _describe(opened, self.out, request.template)
         self.result.llm = self._llm_config()
         self.weights: Tensors = dict(self.merged)
@@ -205,9 +235,9 @@ class _Fusion:
         merger = Merger(float_dtype(dtype), request.seed, request.account)
         out: dict[str, Merged] = {}
         for name, plan in plans.items():
-            members = [(_said(label), llms[label][tensor]) for label, tensor in plan.members]
+            members = [(said(label), llms[label][tensor]) for label, tensor in plan.members]
             base = None if plan.base is None else llms[plan.base[0]][plan.base[1]]
-            label = "" if plan.base is None else _said(plan.base[0])
+            label = "" if plan.base is None else said(plan.base[0])
             origin = None if base is None else (label, base)
             out[name] = merger.add(name, plan.method, plan.params, members, origin)
         return out
@@ -228,7 +258,7 @@ class _Fusion:
             config = fused_config(self.result, self._record(digests))
         files: dict[str, Content] = {
             "config.json": to_bytes(config),
-            **_tokenizer_files(self._tokenizers()),
+            **tokenizer_files(self._tokenizers()),
             CARD: lambda: self._card(digests),
         }
         if self._counted() and request.account and find_spec("matplotlib"):
@@ -242,6 +272,16 @@ class _Fusion:
             key=self._key(),
             resume=resume,
         )
+
+    def source(self) -> Source:
+        """The folder that is not written, opened."""
+        config = fused_config(self.result, self._record({}))
+        homes = [source.home for source in self._tokenizers()]
+        home = next((x for x in homes if has_tokenizer(x)), homes[0])
+        layout = next(x for x in LAYOUTS if x.name == "visionfuse")
+        source = layout.describe(home, config, Towers({}, "auto"))
+        assign(source, layout, self.weights, "auto")
+        return source
 
     def describe(self) -> dict[str, Any]:
         """See `dry_run`."""
@@ -274,7 +314,7 @@ class _Fusion:
 
     def _counted(self) -> list[str]:
         """Tensors that all members in turn were merged into, from a base."""
-        labels = [_said(label) for label in self.request.members]
+        labels = [said(label) for label in self.request.members]
         return [
             name
             for name, x in self.merged.items()
@@ -326,71 +366,13 @@ class _Fusion:
         if wanted in self.opened:
             named = wanted
         if wanted is not None:
-            _same_vocabulary(order)
+            same_vocabulary(order)
         return order if named is None else [self.opened[named], *order]
-
-
-def _said(label: str) -> str:
-    return BASE if label == BASE else f"member {label!r}"
 
 
 def _family(llm: Mapping[str, Any], vocab: str | None) -> dict[str, Any]:
     """The facts to compare: without the size of the vocabulary where it may differ."""
     return {**llm, "vocab_size": llm.get("vocab_size") if vocab is None else None}
-
-
-def _one_vocabulary(
-    llms: Mapping[str, Mapping[str, LazyTensor]], vocab: str | None
-) -> dict[str, Mapping[str, LazyTensor]]:
-    """The models with as many rows as the first, or as the member whose tokens are kept.
-
-    The others have the first model's rows of the tokens that they lack: their deltas are zero.
-    """
-    if vocab is None:
-        return dict(llms)
-    first = next(iter(llms))
-    out: dict[str, dict[str, LazyTensor]] = {label: dict(llm) for label, llm in llms.items()}
-    for name, like in llms[first].items():
-        if not name.endswith(VOCABULARY):
-            continue
-        kept = llms[first if vocab == BASE else vocab][name]
-        rows, total = like.shape[0], kept.shape[0]
-        for label, llm in llms.items():
-            own = llm[name]
-            if own.shape[0] < rows:
-                raise InputError(
-                    f"{_said(label)}: {name}",
-                    found=f"{own.shape[0]} tokens",
-                    expected=f"at least the {rows} of {first}",
-                    fix="merge models whose added tokens are at the end",
-                )
-            extra = (kept, rows, total - rows)
-            out[label][name] = Stacked((own, 0, rows), *([extra] if total > rows else []))
-    return dict(out)
-
-
-def _same_vocabulary(sources: Sequence[Source]) -> None:
-    """Raises InputError if two tokenizers differ: embeddings are not permuted."""
-    found = [(source, _vocabulary(source.home)) for source in sources]
-    known = [(source, words) for source, words in found if words is not None]
-    for source, words in known[1:]:
-        if words != known[0][1]:
-            raise InputError(
-                f"{source.path}: tokenizer",
-                found=f"other tokens than in {known[0][0].path}",
-                expected="one vocabulary",
-                fix="leave tokenizer_source out; if only tokens at the end differ, set vocab",
-            )
-
-
-def _vocabulary(folder: Path) -> Any:
-    """What compares equal for equal vocabularies; None without a tokenizer."""
-    for name in TOKENIZERS:
-        if (folder / name).is_file():
-            if name.endswith(".json"):
-                return Tokenizer.from_file(str(folder / name)).get_vocab()
-            return (folder / name).read_bytes()
-    return None
 
 
 def _check_request(request: Request) -> None:
@@ -423,7 +405,7 @@ def _check_request(request: Request) -> None:
         )
     if request.template is not None:
         get_template(request.template)
-    if out.exists():
+    if str(request.out) and out.exists():
         raise InputError(
             out,
             found="an existing path",
@@ -496,12 +478,3 @@ def _describe(opened: Mapping[str, Source], out: Path, template: str | None) -> 
     first = next(iter(members.values()))
     llm = {**reference.llm, "architectures": [reference.table("llm").architecture]}
     return Source(out, "visionfuse", {}, llm, branches, template or first.template)
-
-
-def _tokenizer_files(order: Sequence[Source]) -> dict[str, Path]:
-    """Those of the first folder that has a tokenizer."""
-    for source in order:
-        files = {n: source.home / n for n in TOKENIZER_FILES if (source.home / n).is_file()}
-        if any(name in files for name in TOKENIZERS):
-            return files
-    return {}

@@ -163,7 +163,7 @@ def open_source(
     with reading(contents.home / "config.json"):
         source = layout.describe(contents.home, config, places)
     source.path, source.base, source.files = path, contents.base, contents.files
-    _assign(source, layout, contents.tensors, tower_source)
+    assign(source, layout, contents.tensors, tower_source)
     return source
 
 
@@ -178,10 +178,20 @@ def reading(path: Path) -> Iterator[None]:
         ) from error
 
 
-def _assign(
+def assign(
     source: Source, layout: Layout, tensors: Mapping[str, LazyTensor], tower_source: str
 ) -> None:
-    """Distributes a folder's tensors over the components."""
+    """Distributes a folder's tensors over the components of its source.
+
+    Args:
+        source: what the layout made of config.json; its `parts` are filled.
+        layout: of the folder.
+        tensors: all of the folder's.
+        tower_source: see `Towers.source`.
+
+    Raises:
+        InputError: a tensor that belongs to no component, or a tower without weights.
+    """
     prefixes = layout.prefixes(source)
     names = rename(tensors, [(old, f"{part}\0{new}") for old, part, new in prefixes])
     if unknown := sorted(set(tensors) - set(names)):

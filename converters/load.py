@@ -75,6 +75,16 @@ def load(
     """
     dtype = float_dtype(dtype)
     source = open_source(path, towers=towers, tower_source=tower_source, base=base)
+    return read_model(source, mesh, dtype, progress)
+
+
+def read_model(
+    source: Source,
+    mesh: Mesh | None,
+    dtype: np.dtype | None,
+    progress: Callable[[int], object] = lambda nbytes: None,
+) -> tuple[Model, Processor]:
+    """An opened source as a model and its processor; arguments and errors as `load`."""
     config = model_config(source)
     graph, params = abstract(config.build)
     tensors = {

@@ -263,7 +263,7 @@ def test_a_member_of_another_family(family: dict[str, Path], tmp_path: Path):
 
 def test_nan_in_a_member(family: dict[str, Path], member: Path, tmp_path: Path):
     edit_weights(member, lambda t: t[NORM].__setitem__(slice(2), torch.nan))
-    refused(lambda: fuse(family, member, tmp_path / "out"), "two", NORM, "2 NaN")
+    refused(lambda: fuse(family, member, tmp_path / "out"), member, NORM, "2 NaN")
     assert list(tmp_path.glob("*out*")) == []
 
 

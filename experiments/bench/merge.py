@@ -11,28 +11,20 @@ import contextlib
 import dataclasses
 import functools
 import json
-import math
 import os
-import shutil
 import subprocess
 import sys
 import tempfile
 import threading
 import time
-import zlib
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from types import EllipsisType
 from typing import Any
-
-import jax.numpy as jnp
-import numpy as np
-import transformers
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
-from converters.writer import write_folder
 from experiments.bench.common import Row, report, row
+from experiments.bench.llamas import LLAMA3, MODELS, QUICK, TINY, models
 from vfjax import InputError
 
 Notes = dict[str, Any]
@@ -41,9 +33,6 @@ ROOT = Path(__file__).resolve().parents[2]
 
 PACKAGES = ("jax", "jaxlib", "numpy", "vfjax")
 
-MODELS = ("base", "a", "b")
-"""Folders; the seed of each is its place."""
-
 MIB = 1 << 20
 CHUNK = 16 * MIB
 PERIOD = 0.02
@@ -51,42 +40,6 @@ PERIOD = 0.02
 
 LARGE = 70.55e9
 """Parameters of Llama-3-70B, which the times at the largest shape are extrapolated to."""
-
-
-@dataclasses.dataclass(frozen=True)
-class Shape:
-    """A Llama's config, its largest weights file, and the methods that are run on it."""
-
-    config: dict[str, Any]
-    shard_bytes: float
-    methods: tuple[str, ...]
-
-    def tensors(self) -> dict[str, tuple[int, ...]]:
-        """Name -> shape, in the order of the layers."""
-        config = self.config
-        hidden, inter = config["hidden_size"], config["intermediate_size"]
-        vocab, heads = config["vocab_size"], config["num_attention_heads"]
-        narrow = hidden // heads * config["num_key_value_heads"]
-        layer: dict[str, tuple[int, ...]] = {
-            "input_layernorm": (hidden,),
-            "self_attn.q_proj": (hidden, hidden),
-            "self_attn.k_proj": (narrow, hidden),
-            "self_attn.v_proj": (narrow, hidden),
-            "self_attn.o_proj": (hidden, hidden),
-            "post_attention_layernorm": (hidden,),
-            "mlp.gate_proj": (inter, hidden),
-            "mlp.up_proj": (inter, hidden),
-            "mlp.down_proj": (hidden, inter),
-        }
-        found: dict[str, tuple[int, ...]] = {"model.embed_tokens.weight": (vocab, hidden)}
-        for i in range(config["num_hidden_layers"]):
-            found |= {f"model.layers.{i}.{name}.weight": size for name, size in layer.items()}
-        return found | {"model.norm.weight": (hidden,), "lm_head.weight": (vocab, hidden)}
-
-    @property
-    def size(self) -> int:
-        """Number of parameters."""
-        return sum(map(math.prod, self.tensors().values()))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -126,56 +79,7 @@ CASES = {
 }
 
 
-def llama(
-    hidden: int, inter: int, layers: int, heads: tuple[int, int], vocab: int, theta: float
-) -> dict[str, Any]:
-    """A Llama's config; `heads` are those of the queries, and of keys and values."""
-    return {
-        "hidden_size": hidden,
-        "intermediate_size": inter,
-        "num_hidden_layers": layers,
-        "num_attention_heads": heads[0],
-        "num_key_value_heads": heads[1],
-        "vocab_size": vocab,
-        "rope_parameters": {"rope_type": "default", "rope_theta": theta},
-    }
-
-
-TINY = Shape(llama(2048, 5632, 22, (32, 4), 32000, 1e4), 1e9, tuple(CASES))
-LLAMA3 = Shape(llama(4096, 14336, 32, (32, 8), 128256, 5e5), 5e9, ("task_arithmetic", "ties"))
-QUICK = Shape(llama(64, 160, 2, (4, 2), 320, 1e4), 1e5, tuple(CASES))
 SHAPES = {"tinyllama": TINY, "llama-3-8b": LLAMA3}
-
-
-@dataclasses.dataclass(frozen=True)
-class Drawn:
-    """A normal tensor, drawn when it is sliced: each slice from a seed of its own.
-
-    So it has the same values only if it is cut the same way, as `write_folder` does.
-
-    Attributes:
-        name: of the tensor.
-        shape: its shape.
-        member: 0 for the base; a member adds its own noise to the base's values.
-    """
-
-    name: str
-    shape: tuple[int, ...]
-    member: int
-    dtype = np.dtype(jnp.bfloat16)
-
-    def __getitem__(self, rows: slice | EllipsisType, /) -> np.ndarray:
-        start, stop, _ = (slice(None) if rows is ... else rows).indices(self.shape[0])
-        shape = (stop - start, *self.shape[1:])
-
-        def draw(seed: int) -> np.ndarray:
-            rng = np.random.default_rng([seed, zlib.crc32(self.name.encode()), start])
-            return rng.standard_normal(shape, np.float32)
-
-        values = 0.02 * draw(0) + np.float32("norm" in self.name)
-        if self.member:
-            values += 1e-3 * draw(self.member)
-        return values.astype(self.dtype)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -202,7 +106,8 @@ def arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--keep", action="store_true", help="keep the models that are made")
     args = parser.parse_args(argv)
     shape = QUICK if args.quick else SHAPES[args.shape]
-    args.methods = args.methods.split(",") if args.methods else list(shape.methods)
+    some = ["task_arithmetic", "ties"] if shape is LLAMA3 else list(CASES)
+    args.methods = args.methods.split(",") if args.methods else some
     if unknown := sorted(set(args.methods) - set(CASES)):
         parser.error(f"--methods: found {unknown[0]}, expected some of {', '.join(CASES)}")
     if args.peer and shape is LLAMA3:
@@ -226,7 +131,8 @@ def main(args: argparse.Namespace) -> None:
         "mergekit's repeats of slow methods": args.peer_repeats,
         "load average before": os.getloadavg()[0],
         "first run": {
-            "why": "in no median: vfjax takes the sources' SHA-256 in it, and keeps them",
+            "why": "in no median: vfjax takes the sources' SHA-256 in it, and keeps them; "
+            "at the largest shape none is taken, but the sources are read once for NaN",
             "runs": {},
         },
         "fsync": "by ours and by the copy; mergekit leaves its output to the page cache",
@@ -251,77 +157,11 @@ def main(args: argparse.Namespace) -> None:
     report(rows, notes, PACKAGES, args.out)
 
 
-@contextlib.contextmanager
-def models(work: Path | None, shape: Shape, keep: bool) -> Iterator[Path]:
-    """The folder of the three models: those that are there are reused, the others made.
-
-    Args:
-        work: the folder; by default a temporary one in `outputs`.
-        shape: what they are.
-        keep: leave what was made; otherwise it is removed in the end.
-
-    Raises:
-        InputError: a model of another shape is there, or the disk has too little room.
-    """
-    if work is None:
-        Path("outputs").mkdir(exist_ok=True)
-        folder = Path(tempfile.mkdtemp(prefix="merge-", dir="outputs")).absolute()
-    else:
-        folder = work.absolute()
-        folder.mkdir(parents=True, exist_ok=True)
-    absent = [name for name in MODELS if not (folder / name).exists()]
-    try:
-        check(folder, shape, absent)
-        for name in absent:
-            print(f"{folder / name}: making {shape.size:,} parameters")
-            write_model(folder / name, shape, MODELS.index(name))
-        yield folder
-    finally:
-        if not keep:
-            for name in absent:
-                shutil.rmtree(folder / name, ignore_errors=True)  # absent if making it failed
-            if work is None:
-                folder.rmdir()
-
-
-def check(folder: Path, shape: Shape, absent: Sequence[str]) -> None:
-    """Raises InputError if a model that is there is another, or the rest doesn't fit the disk."""
-    for name in sorted(set(MODELS) - set(absent)):
-        path = folder / name / "config.json"
-        found = json.loads(path.read_text())
-        for key, value in shape.config.items():
-            if found.get(key) != value:
-                raise InputError(
-                    path,
-                    found=f"{key} {found.get(key)}",
-                    expected=f"{value}",
-                    fix="remove the folder or choose another --work",
-                )
-    need, free = (len(absent) + 1) * 2 * shape.size, shutil.disk_usage(folder).free
-    if free < need:
-        raise InputError(
-            folder,
-            found=f"{free:,} bytes free",
-            expected=f"{need:,}, for {len(absent)} models and an output",
-            fix="free some space or choose another --work",
-        )
-
-
-def write_model(out: Path, shape: Shape, member: int) -> None:
-    """A causal LM as transformers writes it."""
-    config = transformers.LlamaConfig(
-        **shape.config, architectures=["LlamaForCausalLM"], dtype="bfloat16"
-    )
-    tensors = {name: Drawn(name, size, member) for name, size in shape.tensors().items()}
-    files: dict[str, bytes | Path] = {"config.json": config.to_json_string().encode()}
-    write_folder(out, {"": tensors}, files=files, shard_bytes=shape.shard_bytes)
-
-
 def bench(name: str, folder: Path, args: argparse.Namespace, warm: bool, notes: Notes) -> list[Row]:
     """One method: ours, mergekit and a copy in turn; rows of seconds and of memory."""
     case = CASES[name]
     ours: dict[str, Callable[[Path], Run]] = {
-        label: functools.partial(run_ours, case, params, folder)
+        label: functools.partial(run_ours, case, params, folder, warm)
         for label, params in our_params(name, case).items()
     }
     runs = dict(ours)
@@ -341,7 +181,7 @@ def bench(name: str, folder: Path, args: argparse.Namespace, warm: bool, notes: 
         print(f"{name}: {who}: {result.wall:.2f} s", flush=True)
         return result
 
-    first = {label: measure(label) for label in ours}
+    first = {label: measure(label) for label in ours} if warm else {}
     results: dict[str, list[Run]] = {label: [] for label in runs}
     for i in range(max(repeats.values())):
         for label in runs:
@@ -386,7 +226,9 @@ def compare(label: str, results: Mapping[str, Sequence[Run]], notes: Notes) -> l
     return rows
 
 
-def run_ours(case: Case, params: Mapping[str, Any], folder: Path, out: Path) -> Run:
+def run_ours(
+    case: Case, params: Mapping[str, Any], folder: Path, checksums: bool, out: Path
+) -> Run:
     """The task `fuse`."""
     experiments = ROOT / "experiments"
     command = [
@@ -395,6 +237,8 @@ def run_ours(case: Case, params: Mapping[str, Any], folder: Path, out: Path) -> 
         f"--config.members={tuple(f'{name}={folder / name}' for name in MODELS[1:])!r}",
         f"--config.method={case.method}",
         "--config.export=llm",
+        "--config.account=False",  # which mergekit has none of
+        f"--config.checksums={checksums}",
         f"--config.output={out}",
     ]
     if case.reads_base:

@@ -1,8 +1,10 @@
 """Fusing folders: the merged LLM value by value, the branches as they were, all or nothing."""
 
 import hashlib
+import json
 import re
 import shutil
+import sys
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -12,6 +14,7 @@ import numpy as np
 import pytest
 import torch
 import transformers
+from flax import nnx
 from safetensors.torch import load_file, save_file
 
 import converters
@@ -25,6 +28,7 @@ from tests.checkpoints import (
     write_json,
 )
 from vfjax import InputError
+from vfjax.sharding import make_mesh
 
 BF16 = np.dtype(ml_dtypes.bfloat16)
 WEIGHTS = {"task_arithmetic": [0.5, 0.5], "linear": [1.0, 1.0]}
@@ -352,3 +356,182 @@ def test_a_config_that_hides_its_family(family: Path, tmp_path: Path):
 def test_wrong_arguments(family: Path, tmp_path: Path, more: dict[str, Any], line: str):
     arguments = {"members": named(family, "up2 up3"), "base": family / "base", **more}
     assert refused(tmp_path, arguments.pop("members"), **arguments).startswith(line)
+
+
+PLAIN = {"method": "task_arithmetic", "params": {"weights": (0.5, 0.5)}, "export": "llm"}
+
+
+def test_a_dry_run_says_what_would_be_written(family: Path, tmp_path: Path):
+    arguments = (named(family, "up2 up3"), tmp_path / "out")
+    more = {"base": family / "base", "params": {"weights": (0.5, 0.5)}, "shard_bytes": 50_000}
+    said = converters.dry_run(*arguments, **more)
+    assert not any(tmp_path.iterdir())
+    converters.fuse(*arguments, **more)
+    written = {p.name: p.stat().st_size for p in (tmp_path / "out").glob("*.safetensors")}
+    assert said["files"] == written and len(written) > 2
+    assert said["tensors"] == len(read_weights(tmp_path / "out"))
+    assert said["methods"] == {"task_arithmetic": len(read_weights(family / "base"))}
+
+
+def test_tensors_are_taken_from_who_the_rules_name(family: Path, tmp_path: Path):
+    rules = [
+        ("embed_tokens|lm_head", {"take": "base"}),
+        ("norm", {"take": "up3"}),
+        (r"layers\.1\.mlp", {"method": "linear", "params": {"weights": (1.0, 3.0)}}),
+    ]
+    members, out = named(family, "up2 up3"), tmp_path / "out"
+    converters.fuse(members, out, base=family / "base", rules=rules, **PLAIN)
+    found, base = llm_of(out), llm_of(family / "base")
+    two, three = (llm_of(family / name) for name in ("up2", "up3"))
+    for name, value in found.items():
+        if "norm" in name:
+            np.testing.assert_array_equal(value, three[name])
+        elif "embed" in name or "head" in name:
+            np.testing.assert_array_equal(value, base[name])
+        elif "layers.1.mlp" in name:
+            mean = (two[name].astype(np.float64) + 3 * three[name].astype(np.float64)) / 4
+            np.testing.assert_allclose(value.astype(np.float64), mean, rtol=2**-8)
+
+
+def test_the_card_says_what_the_members_did(family: Path, tmp_path: Path):
+    converters.fuse(named(family, "up2 up3"), tmp_path / "out", base=family / "base", **PLAIN)
+    text = (tmp_path / "out" / "MERGE.md").read_text()
+    digest = hashlib.sha256((family / "base" / "model.safetensors").read_bytes()).hexdigest()
+    assert f"| base | model.safetensors | {digest} |" in text
+    assert (tmp_path / "out" / "merge.png").read_bytes()[:4] == b"\x89PNG"
+    base, two, three = (llm_of(family / name) for name in ("base", "up2", "up3"))
+    names = [name for name in base if "layers.1." in name]
+    flat = [
+        np.concatenate([x[n].astype(np.float64).ravel() for n in names]) for x in (base, two, three)
+    ]
+    first, second = flat[1] - flat[0], flat[2] - flat[0]
+    lengths = [np.linalg.norm(x) / np.linalg.norm(flat[0]) for x in (first, second)]
+    cosine = first @ second / np.linalg.norm(first) / np.linalg.norm(second)
+    conflicts = np.mean(first * second < 0)
+    row = f"{lengths[0]:.4%} | {lengths[1]:.4%} | {cosine:.4f} | {conflicts:.2%}"
+    assert f"| layer 1 | {row} |" in text
+
+
+def test_added_tokens(family: Path, tmp_path: Path):
+    """Dropped, or kept from the member that has them; the base's rows are merged either way."""
+    wide = make_llama(7, vocab_size=325).bfloat16()
+    llama_folder(tmp_path / "wide", llm=wide)
+    members = {"up2": family / "up2", "wide": tmp_path / "wide"}
+    more = {"base": family / "base", **PLAIN}
+    line = refused(tmp_path, members, **more)
+    assert line.startswith("wide: vocab_size: found vocabulary of 325 rows, base has 320")
+    for vocab, rows in (("base", 320), ("wide", 325)):
+        out = tmp_path / vocab / "out"
+        converters.fuse(members, out, vocab=vocab, **more)
+        found, own = llm_of(out), llm_of(tmp_path / "wide")
+        assert read_json(out / "config.json")["vocab_size"] == rows
+        table = found["model.embed_tokens.weight"]
+        assert table.shape[0] == rows
+        np.testing.assert_array_equal(table[320:], own["model.embed_tokens.weight"][320:rows])
+        parts = [llm_of(family / n)["model.embed_tokens.weight"] for n in ("base", "up2")]
+        expected = exact(
+            parts[0], [parts[1], own["model.embed_tokens.weight"][:320]], "task_arithmetic"
+        )
+        np.testing.assert_allclose(table[:320].astype(np.float64), expected, atol=2**-7)
+
+
+def test_a_mergekit_recipe_as_it_is(family: Path, tmp_path: Path):
+    recipe = tmp_path / "recipe.yml"
+    recipe.write_text(f"""
+merge_method: ties
+base_model: {family / "base"}
+models:
+  - model: {family / "up2"}
+    parameters: {{weight: 0.5, density: [0.2, 0.8]}}
+  - model: {family / "up3"}
+    parameters: {{weight: [{{filter: mlp, value: 0.7}}, {{value: 0.5}}], density: 0.5}}
+parameters: {{normalize: false}}
+dtype: float32
+out_dtype: bfloat16
+tokenizer_source: base
+""")
+    converters.fuse({}, tmp_path / "yaml", recipe=recipe, export="llm")
+    weights = (0.5, [{"filter": "mlp", "value": 0.7}, {"value": 0.5}])
+    params = {"weights": weights, "density": ([0.2, 0.8], 0.5), "normalize": False}
+    more = {"method": "ties", "params": params, "export": "llm"}
+    converters.fuse(named(family, "up2 up3"), tmp_path / "own", base=family / "base", **more)
+    own = llm_of(tmp_path / "own")
+    for name, value in llm_of(tmp_path / "yaml").items():
+        np.testing.assert_array_equal(value, own[name])
+    assert (
+        f"model: {family / 'up2'}"
+        in json.loads(
+            re.search(r"```json\n(.*?)```", (tmp_path / "yaml/MERGE.md").read_text(), re.S)[1]
+        )["recipe"]
+    )
+
+
+def test_layers_from_two_models(family: Path, tmp_path: Path):
+    recipe = tmp_path / "recipe.yml"
+    recipe.write_text(f"""
+merge_method: passthrough
+slices:
+  - sources: [{{model: {family / "up2"}, layer_range: [0, 2]}}]
+  - sources: [{{model: {family / "up3"}, layer_range: [1, 2]}}]
+""")
+    converters.fuse({}, tmp_path / "out", recipe=recipe, export="llm")
+    found, three = llm_of(tmp_path / "out"), llm_of(family / "up3")
+    assert read_json(tmp_path / "out/config.json")["num_hidden_layers"] == 3
+    name = "model.layers.{}.mlp.up_proj.weight"
+    np.testing.assert_array_equal(found[name.format(2)], three[name.format(1)])
+    transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "out")
+
+
+def test_nan_is_found_before_anything_is_written(
+    family: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setattr(
+        sys.modules["converters.fuse"], "write_folder", lambda *a, **k: pytest.fail("written")
+    )
+    bad = tmp_path / "bad"
+    shutil.copytree(family / "up2", bad)
+    tensors = load_file(bad / "model.safetensors")
+    tensors["model.norm.weight"][3] = float("nan")
+    save_file(tensors, bad / "model.safetensors")
+    line = refused(tmp_path, {"up3": family / "up3", "bad": bad}, base=family / "base", **PLAIN)
+    assert line.startswith(
+        f"{bad}/model.safetensors: model.norm.weight: found 1 NaN or infinite of 32"
+    )
+
+
+def test_a_source_that_changes_meanwhile(family: Path, tmp_path: Path):
+    odd = tmp_path / "odd"
+    shutil.copytree(family / "up2", odd)
+
+    def touch(nbytes: int) -> None:
+        (odd / "model.safetensors").touch()
+
+    members = {"up3": family / "up3", "odd": odd}
+    more = {"base": family / "base", "progress": touch, **PLAIN}
+    line = refused(tmp_path, members, **more)
+    assert line.startswith(f"{odd}/model.safetensors: found a file that changed while it was read")
+
+    def cut(nbytes: int) -> None:
+        (odd / "model.safetensors").write_bytes(b"short")
+
+    line = refused(tmp_path, members, **{**more, "progress": cut})
+    assert str(odd) in line and "found " in line
+    assert not list(tmp_path.glob("*out*"))
+
+
+@pytest.mark.parametrize("sharded", [False, True])
+def test_a_fusion_loads_without_a_folder_between(family: Path, fused: Path, sharded: bool):
+    """Onto 8 devices too: the parameters are those of the folder that `fuse` writes."""
+    mesh = make_mesh(data=2, model=4) if sharded else None
+    params = {"weights": WEIGHTS["task_arithmetic"]}
+    members = named(family, "hf2 up3")
+    model, processor = converters.load_fused(
+        members, base=family / "base", params=params, mesh=mesh
+    )
+    expected, _ = converters.load(fused, mesh=mesh)
+    found, wanted = (dict(nnx.to_flat_state(nnx.state(x))) for x in (model, expected))
+    assert found.keys() == wanted.keys() and len(found) > 20
+    for name, value in wanted.items():
+        assert found[name].sharding == value.sharding
+        np.testing.assert_array_equal(np.asarray(found[name]), np.asarray(value))
+    assert processor.tokenizer is None or processor.chat("What?")

@@ -5,6 +5,7 @@ VFJAX_KILLS sets how many runs are killed; the default is for every day.
 
 import os
 import random
+import shutil
 import signal
 import subprocess
 import sys
@@ -17,7 +18,7 @@ import converters
 from tests import checkpoints
 from vfjax import InputError
 
-KILLS = int(os.environ.get("VFJAX_KILLS", "6"))
+KILLS = int(os.environ.get("VFJAX_KILLS", "4"))
 REPO = Path(__file__).resolve().parents[2]
 SIZES = {"hidden_size": 256, "intermediate_size": 512, "num_hidden_layers": 6}
 
@@ -45,63 +46,66 @@ def contents(folder: Path) -> dict[str, bytes]:
     return {p.relative_to(folder).as_posix(): p.read_bytes() for p in folder.rglob("*.*")}
 
 
+SERVER = """
+import os, pathlib, sys
+sys.path.insert(0, {repo!r})
+import jax
+jax.config.update("jax_compilation_cache_dir", {cache!r})
+jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
+import converters
+from tests.converters.test_kill import options
+root = pathlib.Path({root!r})
+print("ready", flush=True)
+for line in sys.stdin:
+    resume, out = line.split()
+    if pid := os.fork():  # before JAX has any thread
+        print(pid, flush=True)
+        print(os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]), flush=True)
+    else:
+        members = {{name: root / name for name in "ab"}}
+        converters.fuse(members, out, resume=resume == "resume", **options(root))
+        os._exit(0)
+"""
+
+
 def test_killed_at_random_moments(family: Path, tmp_path: Path):
-    members = {name: family / name for name in "ab"}
+    members, out = {name: family / name for name in "ab"}, tmp_path / "out"
     converters.fuse(members, tmp_path / "whole", **options(family))
     whole = contents(tmp_path / "whole")
     assert len(whole) > 10
-    code = f"""
-import sys, pathlib
-sys.path.insert(0, {str(REPO)!r})
-import converters
-from tests.converters.test_kill import options
-print("ready", flush=True)
-root = pathlib.Path({str(family)!r})
-while True:
-    resume = sys.stdin.readline() == "resume\\n"
-    out = pathlib.Path(sys.stdin.readline().strip())
-    print("go", flush=True)
-    converters.fuse({{n: root / n for n in "ab"}}, out, resume=resume, **options(root))
-    print("done", flush=True)
-"""
-    rng = random.Random(0)
-    process, seconds, killed, finished = None, 4.0, 0, 0
-    out = tmp_path / "out"
+    code = SERVER.format(repo=str(REPO), root=str(family), cache=str(tmp_path / "cache"))
+    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
+    server = subprocess.Popen([sys.executable, "-c", code], **pipes)
+    assert server.stdout.readline() == "ready\n"
+    rng, longest, killed, finished, kept = random.Random(0), 8.0, 0, 0, 0
     while killed < KILLS:
-        if process is None:
-            command = [sys.executable, "-c", code]
-            pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
-            process = subprocess.Popen(command, **pipes)
-            assert process.stdout.readline() == "ready\n"
-        resume = rng.random() < 0.7
-        process.stdin.write(f"{'resume' if resume else 'anew'}\n{out}\n")
-        process.stdin.flush()
-        assert process.stdout.readline() == "go\n"
         start = time.monotonic()
-        time.sleep(rng.random() * seconds)
-        if out.exists():  # it was whole before it could be killed
-            assert process.stdout.readline() == "done\n"
-            seconds = min(seconds, 2 * (time.monotonic() - start))
+        server.stdin.write(f"{'resume' if rng.random() < 0.7 else 'anew'} {out}\n")
+        server.stdin.flush()
+        pid = int(server.stdout.readline())
+        end = start + rng.random() * longest
+        while time.monotonic() < end and not out.exists():
+            time.sleep(0.005)
+        if out.exists() and rng.random() < 0.5:  # else it is killed at its very end
+            assert int(server.stdout.readline()) == 0
+            longest = time.monotonic() - start
             finished += 1
         else:
-            process.send_signal(signal.SIGKILL)
-            process.wait()
-            process.stdin.close()
-            process.stdout.close()
-            process, killed = None, killed + 1
-        for folder in (out, *tmp_path.glob(".out.part"), *tmp_path.glob(".out.part/out")):
-            if folder != out and not (folder / "config.json").exists():
+            os.kill(pid, signal.SIGKILL)
+            killed += int(server.stdout.readline()) == -signal.SIGKILL
+        kept += bool(list(tmp_path.glob(".out.part/out/*.safetensors")))
+        for folder in (tmp_path / ".out.part", tmp_path / ".out.part" / "out"):
+            if (folder / "MERGE.md").exists() and not list(folder.glob("*.part")):
+                assert contents(folder).items() <= whole.items()
+            elif folder.exists() and not (folder / "config.json").exists():
                 with pytest.raises(InputError):
                     converters.open_source(folder)
-            elif folder.exists() and (folder / "MERGE.md").exists():
-                assert contents(folder) == whole
         if out.exists():
-            for path in sorted(out.rglob("*"), reverse=True):
-                path.unlink()
-            out.rmdir()
-    if process is not None:
-        process.kill()
-        process.wait()
+            assert contents(out) == whole
+            shutil.rmtree(out)
+    server.stdin.close()
+    server.wait()
+    server.stdout.close()
     converters.fuse(members, out, resume=True, **options(family))
     assert contents(out) == whole
-    print(f"killed {killed}, finished {finished}")
+    print(f"killed {killed}, {kept} of them with whole files, finished {finished}")

@@ -214,6 +214,15 @@ def test_an_index_that_is_wrong(tmp_path: Path, places: dict | list, line: str):
     assert line in refused(folder)
 
 
+def test_an_adapter_outside_its_folder(tmp_path: Path):
+    (tmp_path / "adapter").mkdir()
+    save_file({"a": np.ones(2, np.float32)}, tmp_path / "1.safetensors")
+    index = {"weight_map": {"a": "../1.safetensors"}}
+    write_json(tmp_path / "adapter" / "adapter_model.safetensors.index.json", index)
+    with pytest.raises(InputError, match="found shard '../1.safetensors' outside the folder"):
+        read_weights(tmp_path / "adapter", ("adapter_model",))
+
+
 def test_a_shard_with_more_than_its_index_lists(tmp_path: Path):
     save_file({n: np.ones(2, np.float32) for n in "ab"}, tmp_path / "1.safetensors")
     index = {"weight_map": {"a": "1.safetensors"}}

@@ -14,7 +14,7 @@ import pytest
 import yaml
 
 from vfjax.merge.engine import Merger
-from vfjax.merge.recipe import from_mergekit
+from vfjax.merge.mergekit import from_mergekit
 
 BF16 = np.dtype(ml_dtypes.bfloat16)
 LAYERS = 3

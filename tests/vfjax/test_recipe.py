@@ -8,8 +8,9 @@ from hypothesis import strategies as st
 from ml_collections import ConfigDict
 
 from vfjax.errors import InputError
+from vfjax.merge.mergekit import DEFAULTS, YAML_NAMES, from_mergekit
 from vfjax.merge.methods import METHODS
-from vfjax.merge.recipe import DEFAULTS, YAML_NAMES, TensorPlan, from_config, from_mergekit
+from vfjax.merge.recipe import TensorPlan, from_config
 
 EMBED, NORM, HEAD = "model.embed_tokens.weight", "model.norm.weight", "lm_head.weight"
 UP, DOWN, Q = "mlp.up_proj.weight", "mlp.down_proj.weight", "self_attn.q_proj.weight"

@@ -5,9 +5,10 @@ from vfjax.merge.account import Account
 from vfjax.merge.elementwise import linear, task_arithmetic
 from vfjax.merge.engine import Merged, Merger, merge
 from vfjax.merge.family import check_family
+from vfjax.merge.mergekit import from_mergekit
 from vfjax.merge.mesh import merge_arrays
 from vfjax.merge.methods import METHODS, register
-from vfjax.merge.recipe import Recipe, from_config, from_mergekit
+from vfjax.merge.recipe import Recipe, from_config
 from vfjax.merge.tensors import LazyTensor, Stacked, aligned, blocks
 
 __all__ = [

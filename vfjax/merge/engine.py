@@ -24,7 +24,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from vfjax.errors import InputError
-from vfjax.merge import passes, stream
+from vfjax.merge import kernels, passes, stream
 from vfjax.merge.account import Account, account
 from vfjax.merge.family import REMEDY, check_shape, check_tensors
 from vfjax.merge.methods import METHODS, Array, Flags, Method, Numbers, Params, find
@@ -405,12 +405,14 @@ class Rule:
     ) -> np.ndarray:
         """The formula on a block of a tensor that starts at a flat index, or on all of it."""
         if self.method.whole:
-            return np.asarray(whole_kernel(arrays, self._values, **self.static(tensor)))
+            return np.asarray(kernels.whole_kernel(arrays, self._values, **self.static(tensor)))
         first, size = np.uint32(start), arrays[0].size
-        words = _draw(first, self.keys(tensor.name), size=size) if self.method.random else None
+        words = (
+            kernels.draw(first, self.keys(tensor.name), size=size) if self.method.random else None
+        )
         known = tuple(answers)
         return np.asarray(
-            block_kernel(arrays, self._values, known, first, words, **self.static(tensor))
+            kernels.block_kernel(arrays, self._values, known, first, words, **self.static(tensor))
         )
 
     def static(self, tensor: Merged) -> dict[str, Any]:
@@ -450,7 +452,7 @@ class Rule:
 
         def look(arrays: Sequence[Array], known: Sequence[Any]) -> int:
             words = jnp.zeros((len(arrays), size), jnp.uint32)
-            found.append(_advance(arrays, self.values, known, 0, words, **static))
+            found.append(kernels.advance(arrays, self.values, known, 0, words, **static))
             return 0
 
         size = tensor.padded_size(tensor.width)
@@ -471,66 +473,3 @@ class Rule:
                 while len(self._recent) > 2:
                     self._recent.popitem(last=False)
         return known
-
-
-def _advance(
-    sources: Sequence[Array],
-    values: Mapping[str, Array],
-    answers: Sequence[Any],
-    start: Any,
-    words: Any,
-    *,
-    method: Method,
-    flags: Flags,
-    has_base: bool,
-    width: int | None,
-    is_vector: bool,
-) -> Any:
-    size = sources[0].size
-    block = passes.Block(jnp.asarray(start, jnp.uint32), words, size, is_vector)
-    params = {**values, **dict(flags)}
-    base, members = (sources[0], sources[1:]) if has_base else (None, sources)
-    return passes.advance(method, base, members, params, tuple(answers), block, width)
-
-
-_draw = functools.partial(jax.jit, static_argnames=("size",))(passes.draw)
-"""A call of its own: XLA would draw again for every use in a kernel."""
-
-STATIC = ("method", "flags", "has_base", "dtype", "width", "is_vector")
-
-
-@functools.partial(jax.jit, static_argnames=STATIC)
-def block_kernel(
-    sources: Sequence[Array],
-    values: Mapping[str, Array],
-    answers: Sequence[Any],
-    start: Array,
-    words: Any,
-    *,
-    dtype: np.dtype,
-    **static: Any,
-) -> jax.Array:
-    """A block of the result, in its dtype, or what the block adds to the next answer."""
-    result = _advance(sources, values, answers, start, words, **static)
-    return (
-        result.astype(dtype)
-        if isinstance(result, jax.Array)
-        else passes.partial(result, static["width"])
-    )
-
-
-@functools.partial(jax.jit, static_argnames=STATIC)
-def whole_kernel(
-    sources: Sequence[Array],
-    values: Mapping[str, Array],
-    *,
-    method: Method,
-    flags: Flags,
-    has_base: bool,
-    dtype: np.dtype,
-    width: None,
-    is_vector: bool,
-) -> jax.Array:
-    """The whole result, in its dtype."""
-    base, members = (sources[0], sources[1:]) if has_base else (None, sources)
-    return method(base, members, **values, **dict(flags)).astype(dtype)

@@ -16,7 +16,8 @@ import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from vfjax.merge import stream
-from vfjax.merge.engine import Merged, block_kernel, merge, whole_kernel
+from vfjax.merge.engine import Merged, merge
+from vfjax.merge.kernels import block_kernel, whole_kernel
 from vfjax.merge.passes import Largest, Sorted, Sum, draw
 from vfjax.merge.tensors import block_rows
 

@@ -1,0 +1,87 @@
+"""Vocabularies of the members of a fusion: tokens that some have and others lack, tokenizers."""
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from tokenizers import Tokenizer
+
+from converters.layouts import TOKENIZERS, Source
+from converters.load import TOKENIZER_FILES
+from vfjax import InputError
+from vfjax.merge import LazyTensor, Stacked
+from vfjax.merge.family import VOCABULARY
+
+BASE = "base"
+"""The base's label among the members."""
+
+
+def said(label: str) -> str:
+    """A model in an error."""
+    return BASE if label == BASE else f"member {label!r}"
+
+
+def one_vocabulary(
+    llms: Mapping[str, Mapping[str, LazyTensor]], vocab: str | None
+) -> dict[str, Mapping[str, LazyTensor]]:
+    """The models with as many rows as the first, or as the member whose tokens are kept.
+
+    The others have the first model's rows of the tokens that they lack: their deltas are zero.
+    """
+    if vocab is None:
+        return dict(llms)
+    first = next(iter(llms))
+    out: dict[str, dict[str, LazyTensor]] = {label: dict(llm) for label, llm in llms.items()}
+    for name, like in llms[first].items():
+        if not name.endswith(VOCABULARY):
+            continue
+        kept = llms[first if vocab == BASE else vocab][name]
+        rows, total = like.shape[0], kept.shape[0]
+        for label, llm in llms.items():
+            own = llm[name]
+            if own.shape[0] < rows:
+                raise InputError(
+                    f"{said(label)}: {name}",
+                    found=f"{own.shape[0]} tokens",
+                    expected=f"at least the {rows} of {first}",
+                    fix="merge models whose added tokens are at the end",
+                )
+            extra = (kept, rows, total - rows)
+            out[label][name] = Stacked((own, 0, rows), *([extra] if total > rows else []))
+    return dict(out)
+
+
+def same_vocabulary(sources: Sequence[Source]) -> None:
+    """Raises InputError if two tokenizers differ: embeddings are not permuted."""
+    found = [(source, _vocabulary(source.home)) for source in sources]
+    known = [(source, words) for source, words in found if words is not None]
+    for source, words in known[1:]:
+        if words != known[0][1]:
+            raise InputError(
+                f"{source.path}: tokenizer",
+                found=f"other tokens than in {known[0][0].path}",
+                expected="one vocabulary",
+                fix="leave tokenizer_source out; if only tokens at the end differ, set vocab",
+            )
+
+
+def _vocabulary(folder: Path) -> Any:
+    """What compares equal for equal vocabularies; None without a tokenizer."""
+    for name in TOKENIZERS:
+        if (folder / name).is_file():
+            if name.endswith(".json"):
+                return Tokenizer.from_file(str(folder / name)).get_vocab()
+            return (folder / name).read_bytes()
+    return None
+
+
+def tokenizer_files(order: Sequence[Source]) -> dict[str, Path]:
+    """Those of the first folder that has a tokenizer."""
+    home = next((source.home for source in order if has_tokenizer(source.home)), None)
+    files = {} if home is None else {name: home / name for name in TOKENIZER_FILES}
+    return {name: path for name, path in files.items() if path.is_file()}
+
+
+def has_tokenizer(folder: Path) -> bool:
+    """Whether there is a file with a vocabulary."""
+    return any((folder / name).is_file() for name in TOKENIZERS)

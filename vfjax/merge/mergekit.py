@@ -1,0 +1,202 @@
+"""mergekit's YAML, already parsed -> a recipe.
+
+Follows its config.py, plan.py and merge_methods; where mergekit ignores a key or drops a tensor
+silently, this raises `InputError`.
+"""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from vfjax.merge import parse
+from vfjax.merge.methods import METHODS
+from vfjax.merge.recipe import Chain, Formula, Recipe, Settings, Slice, Source
+
+FAMILY = {"scale": 1.0, "density": 1.0, "normalize": False}
+VOTE, TRIM = {"vote": "weighted"}, {"trim": "tensor"}
+CRUMBS = FAMILY | TRIM | {"rescale": "none", "gamma": 0.01}
+DARE = FAMILY | {"rescale": "norm"}
+DELLA = DARE | {"epsilon": 0.15}
+DEFAULTS: dict[str, dict[str, Any]] = {
+    "linear": {"normalize": True},
+    "nuslerp": {"flatten": True, "row_wise": False},
+    "multislerp": {"normalize": True},
+    "karcher": {"max_iter": 10, "tol": 1e-5},
+    "model_stock": {"filter_wise": False},
+    "sce": {"select_topk": 1.0},
+    "ram": {"epsilon": 1e-5},
+    "task_arithmetic": {"scale": 1.0},
+    "ties": FAMILY | TRIM | VOTE | {"normalize": True, "rescale": "none"},
+    "breadcrumbs": CRUMBS,
+    "breadcrumbs_ties": CRUMBS | VOTE,
+    "dare_linear": DARE,
+    "dare_ties": DARE | VOTE,
+    "della_linear": DELLA,
+    "della": DELLA | VOTE | {"normalize": True},
+}
+"""Method -> mergekit's defaults, by our names, so that a YAML means here what it means there."""
+YAML_NAMES = {
+    "": {"weights": "weight", "scale": "lambda"},
+    "passthrough": {"scale": "scale"},
+    "nuslerp": {"flatten": "nuslerp_flatten", "row_wise": "nuslerp_row_wise"},
+    "multislerp": {"normalize": "normalize_weights"},
+}
+"""Method, or "" for any -> our parameter -> mergekit's, where it differs."""
+NO_EFFECT = ("int8_mask",)
+"""Parameters of mergekit that change its memory use only: accepted and dropped."""
+RESCALE = {True: "norm", False: "none"}
+"""mergekit's `rescale: true` restores the delta's L1 norm."""
+SAME_ALONE = ("slerp", "nuslerp", "multislerp", "karcher", "arcee_fusion")
+"""Methods that return a lone tensor as it is."""
+
+TOP_KEYS = (
+    *("models", "slices", "modules", "merge_method", "base_model", "parameters", "dtype"),
+    *("out_dtype", "tokenizer_source", "tokenizer", "chat_template"),
+)
+
+
+def from_mergekit(config: Mapping[str, Any]) -> Recipe:
+    """The recipe of a parsed mergekit YAML.
+
+    As in mergekit, a base among the models is no member of a method that reads the base (its own
+    parameters are then without effect), and is an ordinary member of one that does not; `models`
+    without the base have it appended. mergekit's defaults are filled in. `residual_weight`, which
+    mergekit reads nowhere, is refused. After the last slice all its sources are merged into the
+    final norm and head; mergekit drops those beyond the first slice's number of sources.
+
+    Args:
+        config: mapping with the keys of mergekit's `MergeConfiguration`.
+
+    Returns:
+        The recipe.
+
+    Raises:
+        InputError: unknown key, method or parameter; value of the wrong type; not exactly one of
+            models, slices and modules; a missing base; a model listed twice.
+    """
+    parse.keys("recipe", config, TOP_KEYS)
+    method, base = (
+        parse.method(config.get("merge_method"), "merge_method"),
+        parse.text(config, "base_model"),
+    )
+    form = parse.one_of("recipe", config, ("models", "slices", "modules"))
+    outer = (
+        _yaml_settings("parameters", config.get("parameters"), method),
+        {key: parse.setting(key, value) for key, value in DEFAULTS.get(method, {}).items()},
+    )
+    if form == "modules":
+        modules = {}
+        for key, given in parse.mapping("modules", config["modules"]).items():
+            where = f"modules.{key}"
+            parse.keys(where, given, ("models", "slices", "parameters"))
+            own = _yaml_settings(f"{where}.parameters", given.get("parameters"), method)
+            modules[key] = _slices(f"{where}.", given, method, base, (own, *outer))
+    else:
+        modules = {"": _slices("", config, method, base, outer)}
+    if config.get("tokenizer") and config.get("tokenizer_source"):
+        parse.fail("tokenizer", "tokenizer_source too", "one of the two", "remove one")
+    sources = [s.model for pieces in modules.values() for piece in pieces for s in piece.sources]
+    return Recipe(
+        models=tuple(dict.fromkeys([base, *sources] if base else sources)),
+        modules=modules,
+        base=base,
+        dtype=parse.text(config, "dtype"),
+        out_dtype=parse.text(config, "out_dtype"),
+        tokenizer_source=parse.text(config, "tokenizer_source"),
+        tokenizer=parse.mapping("tokenizer", config.get("tokenizer")) or None,
+        chat_template=parse.text(config, "chat_template"),
+    )
+
+
+def _slices(
+    where: str, given: Mapping[str, Any], method: str, base: str | None, chain: Chain
+) -> tuple[Slice, ...]:
+    """The slices of a mapping with `models` or `slices`; whole models are one slice."""
+    if parse.one_of(where.rstrip(".") or "recipe", given, ("models", "slices")) == "models":
+        sources = _sources(f"{where}models", given["models"], method, ("model", "parameters"))
+        if base and base not in [source.model for source, _ in sources]:
+            sources.append((Source(base), {}))
+        return (_slice(f"{where}models", method, base, sources, chain),)
+    pieces = []
+    for i, piece in enumerate(parse.items(f"{where}slices", given["slices"])):
+        at = f"{where}slices[{i}]"
+        parse.keys(at, piece, ("sources", "base_model", "parameters"))
+        keys = ("model", "layer_range", "parameters")
+        sources = _sources(f"{at}.sources", piece.get("sources"), method, keys)
+        own = _yaml_settings(f"{at}.parameters", piece.get("parameters"), method)
+        start = parse.text(piece, "base_model", f"{at}.") or base
+        pieces.append(_slice(at, method, start, sources, (own, *chain)))
+    return tuple(pieces)
+
+
+def _sources(
+    where: str, given: Any, method: str, keys: Sequence[str]
+) -> list[tuple[Source, Settings]]:
+    sources = []
+    for i, source in enumerate(parse.items(where, given)):
+        at = f"{where}[{i}]"
+        parse.keys(at, source, keys)
+        if (model := parse.text(source, "model", f"{at}.")) is None:
+            parse.fail(at, "no 'model'", "a path, or path+lora", "name the model")
+        span: Sequence[Any] = (0, None)
+        if "layer_range" in keys:
+            span = parse.items(f"{at}.layer_range", source.get("layer_range"))
+            if [type(x) for x in span] != [int, int] or not 0 <= span[0] < span[1]:
+                wanted = "[start, stop] with 0 <= start < stop"
+                parse.fail(f"{at}.layer_range", list(span), wanted, "correct it")
+        own = _yaml_settings(f"{at}.parameters", source.get("parameters"), method, one_member=True)
+        sources.append((Source(model, *span), own))
+    return sources
+
+
+def _slice(
+    where: str, method: str, base: str | None, sources: list[tuple[Source, Settings]], chain: Chain
+) -> Slice:
+    """Tells base from members, as mergekit's methods do."""
+    parse.no_repeats(where, [source.model for source, _ in sources])
+    start = next((source for source, _ in sources if source.model == base), None)
+    others = [pair for pair in sources if pair[0] is not start]
+    use = METHODS[method].base
+    alone = others if method == "multislerp" and others else sources
+    if len(alone) == 1 and (method in SAME_ALONE or (use != "unread" and alone[0][0] is start)):
+        return Slice(where, Formula("passthrough", (), ((),)), (alone[0][0],), None)
+    needed = use == "required" or method == "slerp" or (method == "nuslerp" and base)
+    if needed and start is None:
+        found = f"base_model {base!r} not among its models" if base else "no base_model"
+        parse.fail(where, found, f"a base among the models, for {method}", "name it and list it")
+    if method == "slerp":
+        others = [pair for pair in sources if pair[0] is start] + others
+    members = sources if use == "unread" and method != "slerp" else others
+    formula = Formula(method, chain, tuple((own, *chain) for _, own in members))
+    return Slice(where, formula, tuple(s for s, _ in members), start if use != "unread" else None)
+
+
+def _yaml_settings(where: str, given: Any, method: str, one_member: bool = False) -> Settings:
+    """A `parameters` mapping by our names, its values as our methods want them."""
+    renamed = YAML_NAMES[""] | YAML_NAMES.get(method, {})
+    known = {renamed.get(ours, ours): ours for ours in METHODS[method].params}
+    settings = {}
+    for key, value in parse.mapping(where, given).items():
+        if key in NO_EFFECT:
+            continue
+        kind = parse.kind(where, key, method, known)
+        if one_member and not parse.is_members(method, kind):
+            fix = "move it to the parameters of the slice, module or recipe"
+            parse.fail(f"{where}.{key}", "a value of one model", "one for all", fix)
+
+        def convert(x: Any, ours: str = known[key], kind: Any = kind) -> Any:
+            if ours == "rescale":
+                return RESCALE.get(x, x)
+            if kind is bool:
+                return bool(x) if x in (0, 1) else x
+            return _number(x)
+
+        settings[known[key]] = parse.setting(f"{where}.{key}", value, convert)
+    return settings
+
+
+def _number(x: Any) -> Any:
+    """YAML 1.1 reads 1e-5 as a string; what is no number is left for `find` to refuse."""
+    try:
+        return float(x) if isinstance(x, str) else x
+    except ValueError:
+        return x

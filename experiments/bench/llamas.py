@@ -2,6 +2,7 @@
 
 import contextlib
 import dataclasses
+import functools
 import json
 import math
 import shutil
@@ -78,9 +79,15 @@ LLAMA3 = Shape(llama(4096, 14336, 32, (32, 8), 128256, 5e5), 5e9)
 QUICK = Shape(llama(64, 160, 2, (4, 2), 320, 1e4), 1e5)
 
 
+@functools.cache
+def noise(seed: int) -> np.ndarray:
+    """Normal numbers, of which tensors take stretches: drawing each anew takes minutes at 8B."""
+    return np.random.default_rng(seed).standard_normal((1 << 24) + 1, np.float32)
+
+
 @dataclasses.dataclass(frozen=True)
 class Drawn:
-    """A normal tensor, drawn when it is sliced: each slice from a seed of its own.
+    """A normal tensor, made when it is sliced: each slice from a place of its own in `noise`.
 
     So it has the same values only if it is cut the same way, as `write_folder` does.
 
@@ -98,14 +105,16 @@ class Drawn:
     def __getitem__(self, rows: slice | EllipsisType, /) -> np.ndarray:
         start, stop, _ = (slice(None) if rows is ... else rows).indices(self.shape[0])
         shape = (stop - start, *self.shape[1:])
+        count = math.prod(shape)
 
         def draw(seed: int) -> np.ndarray:
-            rng = np.random.default_rng([seed, zlib.crc32(self.name.encode()), start])
-            return rng.standard_normal(shape, np.float32)
+            numbers = noise(seed)
+            at = zlib.crc32(f"{self.name}/{start}/{seed}".encode()) % (len(numbers) - count)
+            return numbers[at : at + count].reshape(shape)
 
         values = 0.02 * draw(0) + np.float32("norm" in self.name)
         if self.member:
-            values += 1e-3 * draw(self.member)
+            values += np.float32(1e-3) * draw(self.member)
         return values.astype(self.dtype)
 
 

@@ -46,15 +46,14 @@ def _term(weight: Any, member: str) -> str:
     return f"{weight:g} x {member}" if isinstance(weight, int | float) else f"{weight} x {member}"
 
 
-NANOSECONDS = {"linear": 3.0, "task_arithmetic": 3.5, "slerp": 5.0, "dare_linear": 7.0}
-"""A parameter's time, on two cores with the files cached: rough figures of bench/merge.py."""
-OTHERS = 15.0
+NANOSECONDS = {"linear": 6, "task_arithmetic": 6, "slerp": 10, "dare_linear": 12, "dare_ties": 12}
+"""A parameter's time, on two cores with the files cached, from bench/merge.py; 20 for others."""
 
 
 def show(out: Path, found: dict[str, Any]) -> None:
     """Prints what a dry run found."""
     size = sum(found["files"].values())
-    seconds = found["parameters"] * 1e-9 * max(NANOSECONDS.get(m, OTHERS) for m in found["methods"])
+    seconds = found["parameters"] * 1e-9 * max(NANOSECONDS.get(m, 20) for m in found["methods"])
     for name, count in found["files"].items():
         print(f"{out / name}: {count / 1e9:.3f} GB")
     methods = ", ".join(f"{count} by {name}" for name, count in found["methods"].items())

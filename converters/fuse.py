@@ -17,7 +17,7 @@ from converters.adapters import named_base
 from converters.audit import audit, stat
 from converters.card import CARD, PLOT, by_layer, card, plot
 from converters.export import to_bytes, with_dtype
-from converters.layouts import Source, assign, open_source
+from converters.layouts import Source, assign, has_tokenizer, open_source
 from converters.load import abstract, check, float_dtype, model_config, read_model
 from converters.mergekit import read_yaml
 from converters.tables import LAYOUTS
@@ -25,7 +25,6 @@ from converters.tables.visionfuse import KINDS, fused_config
 from converters.towers import Towers
 from converters.vocabulary import (
     BASE,
-    has_tokenizer,
     one_vocabulary,
     said,
     same_vocabulary,

@@ -22,6 +22,11 @@ TOKENIZERS = ("tokenizer.json", "tokenizer.model")
 """Files that hold a vocabulary."""
 
 
+def has_tokenizer(folder: Path) -> bool:
+    """Whether there is a file with a vocabulary."""
+    return any((folder / name).is_file() for name in TOKENIZERS)
+
+
 @dataclasses.dataclass
 class Source:
     """A checkpoint folder in normal form.
@@ -65,7 +70,7 @@ class Source:
     @property
     def home(self) -> Path:
         """Folder of the tokenizer and of generation_config.json: the base's if only it has one."""
-        if self.base is None or any((self.path / name).is_file() for name in TOKENIZERS):
+        if self.base is None or has_tokenizer(self.path):
             return self.path
         return self.base
 

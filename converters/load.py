@@ -15,7 +15,7 @@ import numpy as np
 from flax import nnx
 from jax.sharding import Mesh
 
-from converters.layouts import TOKENIZERS, Source, open_source, reading
+from converters.layouts import TOKENIZERS, Source, has_tokenizer, open_source, reading
 from converters.preprocessor import from_preprocessor
 from converters.reader import first_line, read_json
 from converters.rules import FLOATS, Rule
@@ -279,7 +279,7 @@ def processor(source: Source, config: ModelConfig) -> Processor:
 
 def load_tokenizer(folder: Path) -> Any:
     """The folder's transformers tokenizer, None if it has none; no code of the folder is run."""
-    if not any((folder / name).is_file() for name in TOKENIZERS):
+    if not has_tokenizer(folder):
         return None
     import transformers  # takes seconds, so only where it is needed
 

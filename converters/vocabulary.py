@@ -6,7 +6,7 @@ from typing import Any
 
 from tokenizers import Tokenizer
 
-from converters.layouts import TOKENIZERS, Source
+from converters.layouts import TOKENIZERS, Source, has_tokenizer
 from converters.load import TOKENIZER_FILES
 from vfjax import InputError
 from vfjax.merge import LazyTensor, Stacked
@@ -80,8 +80,3 @@ def tokenizer_files(order: Sequence[Source]) -> dict[str, Path]:
     home = next((source.home for source in order if has_tokenizer(source.home)), None)
     files = {} if home is None else {name: home / name for name in TOKENIZER_FILES}
     return {name: path for name, path in files.items() if path.is_file()}
-
-
-def has_tokenizer(folder: Path) -> bool:
-    """Whether there is a file with a vocabulary."""
-    return any((folder / name).is_file() for name in TOKENIZERS)

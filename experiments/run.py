@@ -59,7 +59,10 @@ def join_processes() -> None:
     """The same command runs on every host: connects them, and lets the first one print.
 
     JAX itself reads JAX_COORDINATOR_ADDRESS, but neither the number of processes nor this one's.
+    Gloo greets on file descriptor 1, so that becomes stderr, and only Python prints on stdout.
     """
+    sys.stdout = os.fdopen(os.dup(1), "w", buffering=1)
+    os.dup2(2, 1)
     names = ("JAX_NUM_PROCESSES", "JAX_PROCESS_ID")
     try:
         count, index = (int(os.environ[name]) if name in os.environ else None for name in names)

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from vfjax.merge.methods import Array
-from vfjax.merge.passes import LANES
+from vfjax.merge.passes import lanes
 
 
 @dataclasses.dataclass(frozen=True)
@@ -68,7 +68,7 @@ def account(arrays: Sequence[Array], count: int) -> Account:
     return Account(count, float(sums[0]), gram, int(sums[1]))
 
 
-@functools.partial(jax.jit)
+@jax.jit
 def _sums(arrays: Sequence[Array]) -> jax.Array:
     base, *members = (jnp.asarray(x, jnp.float32) for x in arrays)
     deltas = [x - base for x in members]
@@ -76,5 +76,4 @@ def _sums(arrays: Sequence[Array]) -> jax.Array:
     down = functools.reduce(jnp.logical_or, [d < 0 for d in deltas])
     products = [deltas[i] * deltas[j] for i in range(len(deltas)) for j in range(i, len(deltas))]
     terms = [base * base, (up & down).astype(jnp.float32), *products]
-    rest = -terms[0].size % LANES
-    return jnp.stack([jnp.pad(x, (0, rest)).reshape(-1, LANES).sum(0) for x in terms])
+    return lanes(jnp.stack(terms))

@@ -49,8 +49,7 @@ def task_arithmetic(
     Returns:
         float32 array of that shape.
     """
-    start = jnp.asarray(base, jnp.float32)
-    deltas = [jnp.asarray(x, jnp.float32) - start for x in members]
+    start, deltas = from_base(base, members)
     return start + scale * weighted_sum(deltas, jnp.asarray(weights, jnp.float32))
 
 
@@ -86,6 +85,17 @@ def nearswap(base: Array, members: Sequence[Array], *, t: float) -> jax.Array:
     start = jnp.asarray(base, jnp.float32)
     delta = jnp.asarray(members[0], jnp.float32) - start
     return start + jnp.clip(t / jnp.maximum(jnp.abs(delta), 1e-6), 0.0, 1.0) * delta
+
+
+def from_base(base: Array | float, members: Sequence[Array]) -> tuple[jax.Array, list[jax.Array]]:
+    """The base and the members' deltas from it, in float32.
+
+    Args:
+        base: float array.
+        members: K arrays of its shape.
+    """
+    start = jnp.asarray(base, jnp.float32)
+    return start, [jnp.asarray(x, jnp.float32) - start for x in members]
 
 
 def weighted_sum(arrays: Sequence[Array], weights: jax.Array) -> jax.Array:

@@ -98,6 +98,7 @@ def merge(
     }
 
 
+Find = Callable[["Merged", Any, list[Any]], Any]
 Labelled = tuple[str, LazyTensor]
 """A tensor with the name that errors give its source."""
 
@@ -274,8 +275,13 @@ class Merged:
             return self.size
         return (rows.stop - rows.start) * math.prod(self.shape[1:])
 
-    def answers(self, count: int | None = None) -> list[Any]:
-        """Answers to the first `count` requests of the method, to all by default; found once."""
+    def answers(self, count: int | None = None, find: Find = stream.answer) -> list[Any]:
+        """Answers to the first `count` requests of the method, to all by default; found once.
+
+        Args:
+            count: how many.
+            find: (this tensor, request, earlier answers) -> its answer.
+        """
         assert self.rule is not None
         if not self.rule.method.in_passes:
             return []
@@ -284,7 +290,7 @@ class Merged:
                 request = self.rule.request(self, self.known)
                 if request is None:
                     break
-                self.known.append(stream.answer(self, request, list(self.known)))
+                self.known.append(find(self, request, list(self.known)))
             return self.known[:count]
 
     def evaluate(self, rows: slice | EllipsisType, answers: Sequence[Any]) -> np.ndarray:

@@ -12,6 +12,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from vfjax.merge.elementwise import from_base
 from vfjax.merge.methods import Array, register
 
 COMMON = 0.8
@@ -45,7 +46,7 @@ def wudi(
     Returns:
         float32 array of that shape.
     """
-    start, deltas = _deltas(base, members)
+    start, deltas = from_base(base, members)
     if start.ndim != 2:
         return start + scale * _mean(deltas)
     return start + scale * _disentangle(deltas, deltas, deltas, steps, learning_rate)
@@ -77,7 +78,7 @@ def optmerge(
     Returns:
         float32 array of that shape.
     """
-    start, deltas = _deltas(base, members)
+    start, deltas = from_base(base, members)
     mean = _mean(deltas)
     if start.ndim != 2:
         return start + scale * mean
@@ -108,7 +109,7 @@ def tsv(base: Array, members: Sequence[Array], *, scale: float = 1.0) -> jax.Arr
     Returns:
         float32 array of that shape.
     """
-    start, deltas = _deltas(base, members)
+    start, deltas = from_base(base, members)
     if start.ndim != 2:
         return start + scale * _mean(deltas)
     k = max(1, min(start.shape) // len(deltas))
@@ -132,7 +133,7 @@ def iso(base: Array, members: Sequence[Array], *, scale: float = 1.0) -> jax.Arr
     Returns:
         float32 array of that shape.
     """
-    start, deltas = _deltas(base, members)
+    start, deltas = from_base(base, members)
     if start.ndim != 2:
         return start + scale * _mean(deltas)
     u, s, vt = _svd(_sum(deltas))
@@ -158,7 +159,7 @@ def iso_cts(base: Array, members: Sequence[Array], *, scale: float = 1.0) -> jax
     Returns:
         float32 array of that shape.
     """
-    start, deltas = _deltas(base, members)
+    start, deltas = from_base(base, members)
     if start.ndim != 2:
         return start + scale * _mean(deltas)
     rank = min(start.shape)
@@ -168,11 +169,6 @@ def iso_cts(base: Array, members: Sequence[Array], *, scale: float = 1.0) -> jax
     residuals = [delta - _mul(shared, _mul(shared.T, delta)) for delta in deltas]
     u, s, vt = _stack([*(_top(residual, specific) for residual in residuals), common])
     return start + scale * _mul(_whiten(u) * s.mean(), _whiten(vt))
-
-
-def _deltas(base: Array, members: Sequence[Array]) -> tuple[jax.Array, list[jax.Array]]:
-    start = jnp.asarray(base, jnp.float32)
-    return start, [jnp.asarray(x, jnp.float32) - start for x in members]
 
 
 def _sum(deltas: list[jax.Array]) -> jax.Array:

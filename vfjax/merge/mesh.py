@@ -109,24 +109,16 @@ class _Sharded:
 
     def answers(self, count: int | None = None) -> list[Any]:
         """As `Merged.answers`."""
-        tensor = self.tensor
-        assert tensor.rule is not None
-        known = tensor.known
-        while tensor.rule.method.in_passes and (count is None or len(known) < count):
-            request = tensor.rule.request(tensor, known)
-            if request is None:
-                break
-            known.append(self._answer(request, list(known)))
-        return known[:count]
+        return self.tensor.answers(count, self._answer)
 
-    def _answer(self, request: Any, earlier: list[Any]) -> Any:
+    def _answer(self, tensor: Merged, request: Any, earlier: list[Any]) -> Any:
         if isinstance(request, Sorted):
             return stream.SORTED
         if isinstance(request, Sum):
             parts = jax.device_put(self.evaluate(earlier), self.everywhere)
-            return stream.solved(request, list(np.asarray(parts)[: self.count]), self.tensor)
+            return stream.solved(request, list(np.asarray(parts)[: self.count]), tensor)
         assert isinstance(request, Largest)
-        return stream.order_answer(self.tensor, request, earlier, self._cuts)
+        return stream.order_answer(tensor, request, earlier, self._cuts)
 
     def _cuts(
         self, tensors: Sequence[Merged], step: int, ranks: np.ndarray

@@ -182,6 +182,12 @@ def bare(request: Any) -> Any:
     return None
 
 
+def lanes(terms: jax.Array) -> jax.Array:
+    """float32[m, size] -> float32[m, LANES], partial sums that do not depend on padding."""
+    terms = jnp.pad(terms, ((0, 0), (0, -terms.shape[1] % LANES)))
+    return terms.reshape(len(terms), -1, LANES).sum(1)
+
+
 def partial(request: Any, width: int | None) -> jax.Array:
     """What a block adds to the answer, to be computed under jit.
 
@@ -193,6 +199,5 @@ def partial(request: Any, width: int | None) -> jax.Array:
         terms = jnp.stack([term.reshape(-1) for term in request.terms])
         if request.columns:
             return terms.reshape(len(terms), -1, width).sum(1)
-        terms = jnp.pad(terms, ((0, 0), (0, -terms.shape[1] % LANES)))
-        return terms.reshape(len(terms), -1, LANES).sum(1)
+        return lanes(terms)
     return jnp.stack([x.reshape(-1) for x in request.values]).astype(jnp.float32)

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from vfjax.errors import InputError
-from vfjax.merge.elementwise import weighted_sum
+from vfjax.merge.elementwise import from_base, weighted_sum
 from vfjax.merge.methods import Array, Each, Params, Weights, register
 from vfjax.merge.passes import Answers, Block, Largest, Sorted, Steps, Sum, above
 
@@ -70,7 +70,7 @@ def ties(
     Returns:
         float32 array of that shape.
     """
-    start, deltas = _deltas(base, members)
+    start, deltas = from_base(base, members)
     kept = yield from _trimmed(deltas, density, rescale, trim, block)
     return start + scale * _elect(kept, weights, normalize, vote)
 
@@ -110,7 +110,7 @@ def breadcrumbs(
     Returns:
         float32 array of that shape.
     """
-    start, deltas = _deltas(base, members)
+    start, deltas = from_base(base, members)
     kept = yield from _crumbs(deltas, density, rescale, trim, block)
     return start + scale * _add(kept, weights, normalize)
 
@@ -131,7 +131,7 @@ def breadcrumbs_ties(
     block: Block,
 ) -> Steps:
     """`breadcrumbs` whose members elect signs as in `ties`; arguments as there."""
-    start, deltas = _deltas(base, members)
+    start, deltas = from_base(base, members)
     kept = yield from _crumbs(deltas, density, rescale, trim, block)
     return start + scale * _elect(kept, weights, normalize, vote)
 
@@ -165,7 +165,7 @@ def dare_linear(
     Returns:
         float32 array of that shape.
     """
-    start, deltas = _deltas(base, members)
+    start, deltas = from_base(base, members)
     kept = yield from _dropped(deltas, density, rescale, block)
     return start + scale * _add(kept, weights, normalize)
 
@@ -184,7 +184,7 @@ def dare_ties(
     block: Block,
 ) -> Steps:
     """`dare_linear` whose members elect signs as in `ties`; arguments as there."""
-    start, deltas = _deltas(base, members)
+    start, deltas = from_base(base, members)
     kept = yield from _dropped(deltas, density, rescale, block)
     return start + scale * _elect(kept, weights, normalize, vote)
 
@@ -223,7 +223,7 @@ def della_linear(
     Returns:
         float32 array of that shape.
     """
-    start, deltas = _deltas(base, members)
+    start, deltas = from_base(base, members)
     kept = yield from _pruned(deltas, density, epsilon, rescale, block)
     return start + scale * _add(kept, weights, normalize)
 
@@ -243,7 +243,7 @@ def della(
     block: Block,
 ) -> Steps:
     """`della_linear` whose members elect signs as in `ties`; arguments as there."""
-    start, deltas = _deltas(base, members)
+    start, deltas = from_base(base, members)
     kept = yield from _pruned(deltas, density, epsilon, rescale, block)
     return start + scale * _elect(kept, weights, normalize, vote)
 
@@ -265,7 +265,7 @@ def sce(base: Array, members: Sequence[Array], *, select_topk: float = 1.0, bloc
     Returns:
         float32 array of that shape.
     """
-    start, deltas = _deltas(base, members)
+    start, deltas = from_base(base, members)
     count = len(deltas)
     mean = sum(deltas[1:], deltas[0]) / count
     squares = [(d - mean) ** 2 for d in deltas]
@@ -280,8 +280,7 @@ def sce(base: Array, members: Sequence[Array], *, select_topk: float = 1.0, bloc
     selected = above(variance, block.index, _cut(cuts, 0, 0))
     kept = [_where(selected, d) for d in deltas]
     shares = yield Sum([d * d for d in kept], _shares)
-    positive = sum(kept[1:], kept[0]) >= 0
-    agree = [jnp.where(positive, d > 0, d < 0) for d in kept]
+    agree = _agree(kept, kept)
     total = sum(w * a for w, a in zip(shares, agree, strict=True))
     merged = weighted_sum([_where(a, d) for d, a in zip(kept, agree, strict=True)], shares)
     return start + merged / jnp.where(total == 0, 1.0, total)
@@ -306,7 +305,7 @@ def ram(base: Array, members: Sequence[Array], *, epsilon: float = 1e-5) -> jax.
     Returns:
         float32 array of that shape.
     """
-    start, deltas = _deltas(base, members)
+    start, deltas = from_base(base, members)
     active = [~(jnp.abs(d) <= epsilon) for d in deltas]
     count = sum(a.astype(jnp.float32) for a in active)
     total = sum(_where(a, d) for d, a in zip(deltas, active, strict=True))
@@ -328,7 +327,7 @@ def arcee_fusion(base: Array, members: Sequence[Array], *, block: Block) -> Step
     Returns:
         float32 array of that shape.
     """
-    start, (delta,) = _deltas(base, members)
+    start, (delta,) = from_base(base, members)
     ours, theirs = (jax.nn.softmax(x, axis=-1) + 1e-8 for x in (start + delta, start))
     divergence = jnp.sum(ours * jnp.log(ours / theirs), axis=-1, keepdims=True)
     importance = jnp.abs(delta) * jnp.maximum(divergence, 0.0)
@@ -341,11 +340,6 @@ def arcee_fusion(base: Array, members: Sequence[Array], *, block: Block) -> Step
     cuts = yield Largest([importance], ranks)
     median, low, high = cuts[0][0]
     return start + _where(~(importance < median + 1.5 * (high - low)), delta)
-
-
-def _deltas(base: Array, members: Sequence[Array]) -> tuple[jax.Array, list[jax.Array]]:
-    start = jnp.asarray(base, jnp.float32)
-    return start, [jnp.asarray(x, jnp.float32) - start for x in members]
 
 
 def _where(mask: jax.Array, x: jax.Array) -> jax.Array:
@@ -466,12 +460,17 @@ def _add(kept: list[jax.Array], weights: Any, normalize: bool) -> Any:
 def _elect(kept: Sequence[Any], weights: Any, normalize: bool, vote: Vote) -> Any:
     terms = [w * d for w, d in zip(weights, kept, strict=True)]
     votes = terms if vote == "weighted" else kept
-    positive = sum(votes[1:], votes[0]) >= 0
-    agree = [jnp.where(positive, x > 0, x < 0) for x in terms]
+    agree = _agree(votes, terms)
     total = sum(_where(a, x) for x, a in zip(terms, agree, strict=True))
     if not normalize:
         return total
     return total / _divisor(sum(w * a for w, a in zip(weights, agree, strict=True)))
+
+
+def _agree(votes: Sequence[Any], terms: Sequence[Any]) -> list[jax.Array]:
+    """Which terms have the sign of the votes' sum, plus if it is 0."""
+    positive = sum(votes[1:], votes[0]) >= 0
+    return [jnp.where(positive, x > 0, x < 0) for x in terms]
 
 
 def _divisor(total: Any) -> jax.Array:

@@ -11,15 +11,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from vfjax.merge.elementwise import weighted_sum
+from vfjax.merge.elementwise import from_base, weighted_sum
 from vfjax.merge.methods import Array, Params, Weights, register
 from vfjax.merge.passes import Block, Steps, Sum
 
 
 def _origin(base: Array | None, members: Sequence[Array]) -> tuple[jax.Array | float, list]:
     """The base, or 0 without one, and the members as seen from it, in float32."""
-    start = 0.0 if base is None else jnp.asarray(base, jnp.float32)
-    return start, [jnp.asarray(x, jnp.float32) - start for x in members]
+    return from_base(0.0 if base is None else base, members)
 
 
 def _gram(

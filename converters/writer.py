@@ -350,10 +350,12 @@ def _write(file: io.RawIOBase, data: memoryview) -> None:
 def _write_file(path: Path, where: Path, source: bytes | Path) -> None:
     with _writing(where, _size(source)):
         path.parent.mkdir(parents=True, exist_ok=True)
+        part = path.with_name(path.name + ".part")
         if isinstance(source, bytes):
-            path.write_bytes(source)
+            part.write_bytes(source)
         else:
-            shutil.copyfile(source, path)
+            shutil.copyfile(source, part)
+        part.rename(path)
 
 
 def _sync(path: Path) -> None:

@@ -5,12 +5,14 @@ from converters.layouts import Source, open_source
 
 tables.register()
 
-from converters.export import export  # noqa: E402  (the tables must be there first)
+from converters.create import create  # noqa: E402  (the tables must be there first)
+from converters.export import export  # noqa: E402
 from converters.fuse import dry_run, fuse, load_fused  # noqa: E402
 from converters.load import load, load_encoder  # noqa: E402
 
 __all__ = [
     "Source",
+    "create",
     "dry_run",
     "export",
     "fuse",

@@ -66,11 +66,8 @@ def export(
         folder: {name: _Exported(pieces) for name, pieces in tensors.items()}
         for folder, tensors in parts.items()
     }
-    files = {
-        name: origin / name
-        for name in (*TOKENIZER_FILES, "preprocessor_config.json", "processor_config.json")
-        if (origin / name).is_file()
-    }
+    own = () if record["created"] else ("preprocessor_config.json", "processor_config.json")
+    files = {name: origin / name for name in (*TOKENIZER_FILES, *own) if (origin / name).is_file()}
     dtype = np.dtype(params["llm/embedding"].dtype)
     texts: dict[str, Mapping[str, Any]] = {"config.json": with_dtype(record["config"], dtype)}
     for part, tower in {**record["towers"], **record["held"]}.items():

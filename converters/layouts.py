@@ -21,6 +21,9 @@ from vfjax.merge import LazyTensor
 TOKENIZERS = ("tokenizer.json", "tokenizer.model")
 """Files that hold a vocabulary."""
 
+TEMPLATE = "mm_prompt_template"
+"""Key of config.json, ours: prompt template of a model that was not trained with its layout's."""
+
 
 def has_tokenizer(folder: Path) -> bool:
     """Whether there is a file with a vocabulary."""
@@ -50,6 +53,7 @@ class Source:
         unread: tensors of the folder that another copy takes the place of.
         files: the folder's weights files, and its base's, by name.
         base: folder of the LLM that this one adapts or adds to, see `converters.adapters`.
+        created: only the LLM's files are this folder's, see `converters.create`.
     """
 
     path: Path
@@ -66,6 +70,7 @@ class Source:
     unread: tuple[str, ...] = ()
     files: dict[str, Path] = dataclasses.field(default_factory=dict)
     base: Path | None = None
+    created: bool = False
 
     @property
     def home(self) -> Path:
@@ -97,7 +102,7 @@ class Source:
 
     def to_json(self) -> str:
         """All but the tensors, for `ModelConfig.source`."""
-        keep = ("layout", "config", "llm", "branches", "template", "prefixes")
+        keep = ("layout", "config", "llm", "branches", "template", "prefixes", "created")
         record = {key: getattr(self, key) for key in keep}
         record["path"] = str(self.home)
         for key in ("towers", "held"):
@@ -167,6 +172,7 @@ def open_source(
         )
     with reading(contents.home / "config.json"):
         source = layout.describe(contents.home, config, places)
+    source.template = config.get(TEMPLATE, source.template)
     source.path, source.base, source.files = path, contents.base, contents.files
     assign(source, layout, contents.tensors, tower_source)
     return source

@@ -153,6 +153,10 @@ def _branch_config(source: Source, branch: Mapping[str, Any]) -> BranchConfig:
             expected=f"{encoder.image_size}, as the encoder was built for",
             fix="use the preprocessor_config.json of the encoder's repository",
         )
+    aux = None
+    if "aux" in branch:
+        fed = {"input_size": images.size} if "preprocessor_aux" in branch["connector"] else {}
+        aux = _component_config(source, f"{part}.aux", **fed)
     connector = _component_config(source, f"{part}.connector")
     views = source.table(f"{part}.connector").views
     assert views is not None, f"the table of {part}.connector has no views"
@@ -160,8 +164,8 @@ def _branch_config(source: Source, branch: Mapping[str, Any]) -> BranchConfig:
         name=branch["name"],
         encoder=encoder,
         connector=connector,
-        views=views(branch["connector"], images, encoder, connector),
-        aux=_component_config(source, f"{part}.aux") if "aux" in branch else None,
+        views=views({**branch["connector"], "aux": aux}, images, encoder, connector),
+        aux=aux,
     )
 
 

@@ -21,6 +21,27 @@ LENGTHS = tuple(m << k for k in range(4, 17) for m in (4, 5, 6, 7))
 """Default sequence lengths: 64, 80, 96, 112, 128, ... each at most 1.25 x the one before."""
 
 
+@dataclasses.dataclass(frozen=True)
+class Shard:
+    """A process's share of a batch that several make together; from `Processor.shard`.
+
+    Put together on their first axes, the arrays of all shares are one batch.
+
+    Attributes:
+        index: of the process.
+        count: of the processes.
+        length: t, of all rows of the batch.
+        pictures: that each process makes room for; 0 if no row of the batch has any.
+        text: ids of a prompt that each process makes room for.
+    """
+
+    index: int
+    count: int
+    length: int
+    pictures: int
+    text: int
+
+
 @dataclasses.dataclass
 class Processor:
     """Makes batches for one model.
@@ -50,7 +71,7 @@ class Processor:
         Raises:
             InputError: there is no tokenizer.
         """
-        out = self._tokenizer().decode(ids, skip_special_tokens=True)
+        out = self.require_tokenizer().decode(ids, skip_special_tokens=True)
         for stop in text.get_template(self.template).stop:
             out = out.split(stop)[0]
         return out.strip()
@@ -64,6 +85,7 @@ class Processor:
         labels: Sequence[Sequence[int]] | None = None,
         padding: str = "right",
         truncate: int | None = None,
+        shard: Shard | None = None,
     ) -> Batch:
         """One row a prompt.
 
@@ -76,23 +98,29 @@ class Processor:
             padding: side on which short rows are filled, "right" or "left".
             truncate: cut rows to this many tokens, visual ones included, as upstream does at its
                 tokenizer_model_max_length; a long picture then cuts the question.
+            shard: the rows are this share of a batch; visual tokens are numbered in the whole.
 
         Returns:
-            A batch of numpy arrays, t and n rounded up to a bucket.
+            A batch of numpy arrays, t and n rounded up to a bucket, or as `shard` says.
 
         Raises:
             InputError: placeholders and pictures don't match, a row is longer than the LLM's
-                context, an id outside the vocabulary, or a picture can't be read.
+                context, an id outside the vocabulary, a picture can't be read, or there is more
+                than `shard` has room for.
         """
         rows = self._rows(prompts, input_ids)
         pictures = self._pictures(images, rows)
-        images_in, seen = self._prepare(pictures, rows)
+        words = [ids[:truncate] for ids in _words(rows)]
+        images_in, seen = self._prepare(pictures, words, shard)
         spliced, first = [], 0
         for row in rows:
             last = first + int((row == text.IMAGE_ID).sum())
             spliced.append(tuple(a[:truncate] for a in _splice(row, seen[first:last])))
             first = last
-        t = self._length(max(len(s[0]) for s in spliced))
+        longest = max(len(s[0]) for s in spliced)
+        t = self._length(longest) if shard is None else shard.length
+        if longest > t:
+            raise _no_room("tokens in a row", longest, t)
         shape = (len(rows), t)
         tokens, visual = np.zeros(shape, np.int32), np.full(shape, -1, np.int32)
         mask, learn = np.zeros(shape, bool), np.full(shape, text.IGNORE, np.int32)
@@ -109,6 +137,49 @@ class Processor:
             labels=None if labels is None else learn,
         )
 
+    def shard(
+        self,
+        input_ids: Sequence[Sequence[int]],
+        index: int,
+        count: int,
+        *,
+        truncate: int | None = None,
+    ) -> Shard:
+        """What the processes have to agree on, from what all know: the ids of the whole batch.
+
+        Pictures, which each process reads of its own rows only, count with the most tokens they
+        may have.
+
+        Args:
+            input_ids: of all rows of the batch, in order; process i has the i-th of `count` equal
+                parts.
+            index: of this process.
+            count: of the processes.
+            truncate: as for `__call__`.
+
+        Raises:
+            InputError: the rows don't divide, or one is longer than the LLM's context.
+        """
+        rows = self._rows(None, input_ids)
+        if len(rows) % count:
+            raise InputError(
+                "batch",
+                found=f"{len(rows)} rows",
+                expected=f"a multiple of {count}, the number of processes",
+                fix="choose another batch size",
+            )
+        places = np.array([(row == text.IMAGE_ID).sum() for row in rows])
+        each = sum(branch.tokens for branch in self.config.branches)
+        lengths = [len(r) + n * (each - 1) for r, n in zip(rows, places, strict=True)]
+        most = int(places.reshape(count, -1).sum(axis=1).max())
+        return Shard(
+            index=index,
+            count=count,
+            length=self._length(min(max(lengths), truncate or max(lengths))),
+            pictures=bucket(most) if most else 0,
+            text=self._length(max((len(w[:truncate]) for w in _words(rows)), default=1)),
+        )
+
     def _rows(
         self, prompts: Sequence[str] | None, input_ids: Sequence[Sequence[int]] | None
     ) -> list[np.ndarray]:
@@ -120,7 +191,7 @@ class Processor:
                 fix="pass one of the two",
             )
         if prompts is not None:
-            input_ids = [text.tokenize(self._tokenizer(), p) for p in prompts]
+            input_ids = [text.tokenize(self.require_tokenizer(), p) for p in prompts]
         assert input_ids is not None
         rows = [np.asarray(row, np.int64) for row in input_ids]
         for i, row in enumerate(rows):
@@ -182,25 +253,34 @@ class Processor:
         return _bucket(longest, (*self.lengths, context))
 
     def _prepare(
-        self, pictures: Sequence[Picture], rows: Sequence[np.ndarray]
+        self, pictures: Sequence[Picture], words: Sequence[np.ndarray], shard: Shard | None
     ) -> tuple[dict[str, dict[str, AnyArray]], list[np.ndarray]]:
-        """Each branch's inputs, and each picture's visual tokens as numbers in the batch."""
-        if not pictures:
+        """Each branch's inputs, and each picture's visual tokens as numbers in the batch.
+
+        Args:
+            pictures: of all rows.
+            words: for each picture the text ids of its row.
+            shard: see `__call__`.
+        """
+        slots = shard.pictures if shard else None
+        if not (pictures or slots):
             return {}, []
         groups = [list(p.frames) if isinstance(p, Video) else [open_image(p)] for p in pictures]
         views = [view for group in groups for view in group]
         owner = [i for i, group in enumerate(groups) for _ in group]
         videos = {k: p.pool for k, i in enumerate(owner) if isinstance(p := pictures[i], Video)}
+        if slots is not None and (videos or len(views) > slots):
+            raise _no_room("pictures", len(views), slots)
         pools = [videos.get(k, 1) for k in range(len(views))]
-        prompts = _words(rows)
-        words = [prompts[i] for i in owner]
         numbers: list[list[np.ndarray]] = [[] for _ in pictures]
         inputs, base = {}, 0
         for branch in self.config.branches:
-            ready = branch.views(views, videos)
+            ready = branch.views(views, videos, slots)
             inputs[branch.name] = ready.inputs
             if branch.views.reads_text:
-                inputs[branch.name] |= self._texts(words)
+                inputs[branch.name] |= self._texts([words[i] for i in owner], shard)
+            if shard:
+                ready = _numbered(ready, shard)
             seen, pool = _pooled(ready, pools)
             if pool is not None:
                 inputs[branch.name]["pool"] = pool
@@ -209,16 +289,17 @@ class Processor:
             base += ready.size + (0 if pool is None else len(pool))
         return inputs, [np.concatenate(parts) for parts in numbers]
 
-    def _texts(self, words: Sequence[np.ndarray]) -> dict[str, AnyArray]:
+    def _texts(self, words: Sequence[np.ndarray], shard: Shard | None) -> dict[str, AnyArray]:
         """For each picture the ids of its prompt, int32[n, l], and where they are."""
-        n = bucket(len(words))
-        ids = np.zeros((n, self._length(max(map(len, words)))), np.int32)
+        n = shard.pictures if shard else bucket(len(words))
+        ids = np.zeros((n, shard.text if shard else self._length(max(map(len, words)))), np.int32)
         mask = np.zeros(ids.shape, bool)
         for i, row in enumerate(words):
             ids[i, : len(row)], mask[i, : len(row)] = row, True
         return {"text": ids, "text_mask": mask}
 
-    def _tokenizer(self) -> Any:
+    def require_tokenizer(self) -> Any:
+        """The tokenizer; raises InputError if there is none."""
         if self.tokenizer is None:
             raise InputError(
                 "tokenizer",
@@ -253,6 +334,23 @@ def _splice(
     return ids, where, source
 
 
+def _numbered(ready: Prepared, shard: Shard) -> Prepared:
+    """A branch's share with its tokens' numbers in the memory of all processes' shares."""
+    own = ready.size - ready.shared
+    first, end = shard.index * own, shard.count * own
+    indices = [np.where(i < own, first + i, end - own + i) for i in ready.indices]
+    return dataclasses.replace(ready, indices=indices, size=end + ready.shared)
+
+
+def _no_room(what: str, found: int, room: int) -> InputError:
+    return InputError(
+        "shard",
+        found=f"{found} {what}",
+        expected=f"at most {room}, as agreed between the processes, and no video",
+        fix="make the shard from the same rows",
+    )
+
+
 def _pooled(ready: Prepared, pools: Sequence[int]) -> tuple[list[np.ndarray], np.ndarray | None]:
     """A branch's tokens of each picture after pooling, and which of its memory make a pooled one.
 
@@ -264,7 +362,7 @@ def _pooled(ready: Prepared, pools: Sequence[int]) -> tuple[list[np.ndarray], np
         For each picture int64[k] numbers, the pooled ones behind the memory; and int32[m, p] the
         memory's tokens of each pooled one, m a bucket, None if nothing is pooled.
     """
-    most = max(pools)
+    most = max(pools, default=1)
     if most == 1:
         return ready.indices, None
     seen, groups, count = [], [], 0

@@ -2,6 +2,10 @@
 
 A branch turns its inputs into a flat memory of visual tokens of static size; each picture's tokens
 are a list of indices into it. Tiling, unpadding and newlines are thus one gather on the device.
+
+Views are called with pictures, the numbers of those that are frames (`Frames`), and `slots`:
+pictures to make room for, so that processes with other numbers of pictures agree on shapes; None
+for the fewest that fit, rounded up to a bucket.
 """
 
 import dataclasses
@@ -27,11 +31,15 @@ class Prepared:
         inputs: arrays of static shape for the branch.
         indices: for each picture, int64[k] indices of its tokens in the branch's memory.
         size: tokens in that memory.
+        shared: of these, the last ones, which belong to no picture. (The others are in the order of
+            the inputs' first axis: inputs of several processes put together make a memory of all
+            their own tokens and the shared ones once.)
     """
 
     inputs: dict[str, np.ndarray]
     indices: list[np.ndarray]
     size: int
+    shared: int = 0
 
 
 def bucket(count: int) -> int:
@@ -39,10 +47,11 @@ def bucket(count: int) -> int:
     return 1 << (count - 1).bit_length()
 
 
-def stacked(views: Sequence[np.ndarray], count: int) -> np.ndarray:
-    """Views as one array, with black ones up to `count`."""
-    out = np.zeros((count, *views[0].shape), views[0].dtype)
-    out[: len(views)] = views
+def stacked(views: Sequence[np.ndarray], count: int, side: int) -> np.ndarray:
+    """Views as float32[count, side, side, 3], black after the last."""
+    out = np.zeros((count, side, side, 3), np.float32)
+    for slot, view in zip(out[: len(views)], views, strict=True):
+        slot[...] = view
     return out
 
 
@@ -59,11 +68,13 @@ class Whole:
         """Tokens of a picture at most."""
         return self.tokens
 
-    def __call__(self, pictures: Pictures, frames: Frames = ()) -> Prepared:
+    def __call__(
+        self, pictures: Pictures, frames: Frames = (), slots: int | None = None
+    ) -> Prepared:
         """Inputs: pixels float32[n, s, s, 3]."""
         del frames  # all are whole
-        n = bucket(len(pictures))
-        pixels = stacked([preprocess(p, self.images) for p in pictures], n)
+        n = bucket(len(pictures)) if slots is None else slots
+        pixels = stacked([preprocess(p, self.images) for p in pictures], n, self.images.size)
         indices = [i * self.tokens + np.arange(self.tokens) for i in range(len(pictures))]
         return Prepared({"pixels": pixels}, indices, n * self.tokens)
 
@@ -96,7 +107,9 @@ class Anyres:
             len(self._order(point, g)) for point, g in zip(self.pinpoints, grids, strict=True)
         )
 
-    def __call__(self, pictures: Pictures, frames: Frames = ()) -> Prepared:
+    def __call__(
+        self, pictures: Pictures, frames: Frames = (), slots: int | None = None
+    ) -> Prepared:
         """Inputs: pixels float32[t, s, s, 3], all views of all pictures."""
         tile, per_view = self.images.size, self.side**2
         views: list[np.ndarray] = []
@@ -113,11 +126,16 @@ class Anyres:
             orders[-1] = np.where(
                 orders[-1] == (1 + grid[0] * grid[1]) * per_view, -1, orders[-1] + starts[-1]
             )
-        count = bucket(len(views))
+        count = bucket(len(views)) if slots is None else slots * self._views()
         newline = count * per_view  # one row behind all views
         indices = [np.where(order < 0, newline, order) for order in orders]
-        pixels = stacked(views, count)
-        return Prepared({"pixels": pixels}, indices, newline + (self.merge == "spatial_unpad"))
+        pixels, shared = stacked(views, count, tile), int(self.merge == "spatial_unpad")
+        return Prepared({"pixels": pixels}, indices, newline + shared, shared)
+
+    def _views(self) -> int:
+        """Views of a picture at most."""
+        tile = self.images.size
+        return 1 + max((width // tile) * (height // tile) for width, height in self.pinpoints)
 
     def _order(self, size: tuple[int, int], grid: tuple[int, int]) -> np.ndarray:
         if self.merge == "flat":
@@ -155,15 +173,17 @@ class TwoScales:
         """Tokens of a picture at most."""
         return self.tokens * (self.grid**2 + self.whole)
 
-    def __call__(self, pictures: Pictures, frames: Frames = ()) -> Prepared:
+    def __call__(
+        self, pictures: Pictures, frames: Frames = (), slots: int | None = None
+    ) -> Prepared:
         """Inputs: pixels float32[n * views, s, s, 3], pixels_aux float32[n, S, S, 3]."""
         del frames  # all are whole
-        n, each = bucket(len(pictures)), self.most()
+        n, each = bucket(len(pictures)) if slots is None else slots, self.most()
         high = [preprocess(p, self.images) for p in pictures]
         low = [view for picture in high for view in self._views(picture)]
         inputs = {
-            "pixels": stacked(low, n * (self.grid**2 + self.whole)),
-            "pixels_aux": stacked(high, n),
+            "pixels": stacked(low, n * (self.grid**2 + self.whole), self.size),
+            "pixels_aux": stacked(high, n, self.images.size),
         }
         return Prepared(inputs, [i * each + np.arange(each) for i in range(len(high))], n * each)
 
@@ -199,6 +219,38 @@ def _neighbours(source: int, target: int) -> tuple[np.ndarray, np.ndarray, np.nd
 
 
 @dataclasses.dataclass(frozen=True)
+class Pair:
+    """Each picture is one view, shown to two encoders, to each as it was trained (COMM).
+
+    Attributes:
+        images: for the first encoder.
+        images_aux: for the second.
+        tokens: of a picture.
+    """
+
+    images: ImageSpec
+    images_aux: ImageSpec
+    tokens: int
+
+    reads_text = False
+
+    def most(self) -> int:
+        """Tokens of a picture at most."""
+        return self.tokens
+
+    def __call__(
+        self, pictures: Pictures, frames: Frames = (), slots: int | None = None
+    ) -> Prepared:
+        """Inputs: pixels and pixels_aux, both float32[n, s, s, 3]."""
+        one, two = (
+            Whole(images, self.tokens)(pictures, frames, slots)
+            for images in (self.images, self.images_aux)
+        )
+        inputs = {"pixels": one.inputs["pixels"], "pixels_aux": two.inputs["pixels"]}
+        return dataclasses.replace(one, inputs=inputs)
+
+
+@dataclasses.dataclass(frozen=True)
 class Sliced:
     """The whole picture and as many tiles as its size asks for (SliME).
 
@@ -220,10 +272,12 @@ class Sliced:
         """Tokens of a picture at most: whole view, separator, tiles."""
         return self.tokens + 1 + self.tiles * self.side**2
 
-    def __call__(self, pictures: Pictures, frames: Frames = ()) -> Prepared:
+    def __call__(
+        self, pictures: Pictures, frames: Frames = (), slots: int | None = None
+    ) -> Prepared:
         """Inputs: pixels float32[n * (1 + tiles), s, s, 3], tile_mask bool[n, tiles], raster."""
-        n, each, per_tile = bucket(len(pictures)), self.most(), self.side**2
-        size = self.images.size
+        n = bucket(len(pictures)) if slots is None else slots
+        each, per_tile, size = self.most(), self.side**2, self.images.size
         pixels = np.zeros((n, 1 + self.tiles, size, size, 3), np.float32)
         mask = np.zeros((n, self.tiles), bool)
         raster = np.tile(np.arange(self.tiles * per_tile, dtype=np.int32), (n, 1))

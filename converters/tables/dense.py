@@ -15,27 +15,49 @@ from converters.tables.llava import (
 )
 from converters.towers import Towers
 from vfjax import InputError
+from vfjax.connectors import dense
 
 KINDS = ("sti", "sci", "dci")
 
 
 def groups(path: Path, config: Mapping[str, Any], encoder: Mapping[str, Any]) -> dict[str, Any]:
-    """What the connector reads: its fixed layers, by the kind and the tower.
+    """What the connector reads, by the kind and the tower; see `vfjax.connectors.dense`.
 
-    DenseConnector llava/model/multimodal_encoder; layer 0 is the embedding output. CLIP's second
-    mean includes the plain feature, SigLIP's does not. SigLIP has no class token.
+    The published code has fixed layers, those of CLIP-L and SigLIP-so400m (DenseConnector
+    llava/model/multimodal_encoder). CLIP's second mean includes the plain feature, SigLIP's does
+    not. SigLIP has no class token. `mm_dense_connector_layers` is ours, for towers of other depths.
     """
     kind = choice(path, config, "mm_dense_connector_type", "", KINDS)
-    siglip = encoder["model_type"].startswith("siglip")
-    plain = 26 if siglip else config.get("mm_vision_select_layer", -2)
-    half = 13 if siglip else 12
-    halves = [list(range(half)), list(range(half, 2 * half))]
+    siglip = is_siglip(encoder)
+    layers, plain = config.get(LAYERS, PUBLISHED[siglip]), config.get("mm_vision_select_layer", -2)
+    if siglip and LAYERS not in config:
+        plain = layers  # fixed there
+    combine = dense(kind, layers, plain, drop=0 if siglip else 1)
     return {
-        "groups": [[plain], *(halves if kind == "dci" else [[7], [15]])],
-        "axis": "tokens" if kind == "sti" else "channels",
-        "pool": 8 if kind == "sti" else 1,
-        "drop": 0 if siglip else 1,
+        "groups": [list(group) for group in combine.groups],
+        "axis": combine.axis,
+        "pool": combine.pool,
+        "drop": combine.drop,
     }
+
+
+LAYERS = "mm_dense_connector_layers"
+
+PUBLISHED = {False: 24, True: 26}
+"""Whether it is SigLIP -> hidden states that the published code shares out."""
+
+
+def is_siglip(encoder: Mapping[str, Any]) -> bool:
+    """Whether a tower is a SigLIP, whose last layer Dense Connector leaves out."""
+    return str(encoder["model_type"]).startswith("siglip")
+
+
+def config_of(kind: str, encoder: Mapping[str, Any], layers: int, select: int) -> dict[str, Any]:
+    """Keys of config.json from which `groups` reads a kind over a tower of `layers` layers."""
+    siglip = is_siglip(encoder)
+    shared = layers - siglip
+    fixed = shared == PUBLISHED[siglip] and (not siglip or select == -2)
+    return {"mm_dense_connector_type": kind} | ({} if fixed else {LAYERS: shared})
 
 
 def describe(path: Path, config: dict[str, Any], towers: Towers) -> Source:

@@ -101,6 +101,7 @@ def frequencies(config: LlamaConfig) -> np.ndarray:
     return np.where(slow, freq / s.factor, np.where(fast, freq, blend)).astype(np.float32)
 
 
+@jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Step:
     """What a call tells all blocks: `LlamaConfig.rope`, who sees whom bool[b, t, s], the cache."""
@@ -187,10 +188,14 @@ class Block(nnx.Module):
 
 
 class Llama(nnx.Module):
-    """Token embeddings -> hidden states -> logits, with an explicit cache."""
+    """Token embeddings -> hidden states -> logits, with an explicit cache.
+
+    `remat` computes each block again in the backward pass; for training, without a cache.
+    """
 
     def __init__(self, config: LlamaConfig, *, rngs: nnx.Rngs):
         c = self.config = config
+        self.remat = False
         self.embedding = param((c.vocab, c.width), ("vocab", "embed"), rngs=rngs)
         self.blocks = nnx.List(c.block(rngs=rngs) for _ in range(c.layers))
         self.norm = c.norm(rngs=rngs)
@@ -229,6 +234,9 @@ class Llama(nnx.Module):
         step = Step(*self.config.rope(positions), see, cache)
         kept = []
         for i, block in enumerate(self.blocks):
+            if self.remat:
+                x = jax.checkpoint(lambda x, block, step, i=i: block(x, i, step)[0])(x, block, step)
+                continue
             x, kv = block(x, i, step)
             kept.append(kv)
         if cache is not None:

@@ -1,0 +1,30 @@
+"""Training: what trains and how fast, one compiled step, the loop with its state on disk."""
+
+from vfjax.train.checkpoint import Checkpoints
+from vfjax.train.loop import Options, Stopped, fit
+from vfjax.train.lora import LoRA, LoRAConfig, add_lora, merge_lora
+from vfjax.train.optim import Group, Optim
+from vfjax.train.record import TensorBoard, WandB, report
+from vfjax.train.step import State, answer_loss, gradients, init, make_step, split
+
+__all__ = [
+    "Checkpoints",
+    "Group",
+    "LoRA",
+    "LoRAConfig",
+    "Optim",
+    "Options",
+    "State",
+    "Stopped",
+    "TensorBoard",
+    "WandB",
+    "add_lora",
+    "answer_loss",
+    "fit",
+    "gradients",
+    "init",
+    "make_step",
+    "merge_lora",
+    "report",
+    "split",
+]

@@ -1,0 +1,117 @@
+"""A stage's state on disk: Orbax, asynchronous, each process its shards."""
+
+import contextlib
+import json
+import os
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import jax
+from orbax.checkpoint import v1 as ocp
+
+from vfjax.errors import InputError
+from vfjax.train.optim import name_of
+from vfjax.train.step import State
+
+CONFIG = "config.json"
+
+
+class Checkpoints:
+    """The last states of a stage, in a folder of its own.
+
+    The state is all there is: the data's order follows from the step (`vfjax.data.Batches`), and
+    the model draws no random numbers. An unfinished save has a temporary name, so that a killed
+    run leaves the ones before.
+    """
+
+    def __init__(self, folder: Path, config: Mapping[str, Any], *, keep: int = 2):
+        """Opens the folder, or makes it.
+
+        Args:
+            folder: of this stage alone.
+            config: JSON values that the states depend on.
+            keep: states that are kept.
+
+        Raises:
+            InputError: the folder's states are of another config.
+        """
+        self.folder = folder
+        _same_config(folder, json.loads(json.dumps(config)))
+        decisions, latest = ocp.training.save_decision_policies, ocp.training.preservation_policies
+        self.files = ocp.training.Checkpointer(
+            folder.absolute(),
+            save_decision_policy=decisions.FixedIntervalPolicy(1),
+            preservation_policy=latest.LatestN(keep),
+        )
+
+    def __enter__(self) -> "Checkpoints":
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self.files.close()
+
+    @property
+    def step(self) -> int | None:
+        """Of the newest state, None without one."""
+        return None if self.files.latest is None else self.files.latest.step
+
+    def save(self, step: int, state: State) -> None:
+        """Starts writing; returns once the arrays are copied. A step that is there stays."""
+        if step != self.step:
+            self.files.save_checkpointables_async(step, {"state": _named(state)})
+
+    def restore(self, state: State) -> State:
+        """The newest state, laid out as `state`, on whatever mesh that one is.
+
+        Raises:
+            InputError: it is unreadable, or its parameters are others.
+        """
+        like = jax.tree.map(
+            lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), _named(state)
+        )
+        try:
+            found = self.files.load_checkpointables(self.step, {"state": like})["state"]
+        except (ValueError, KeyError, OSError) as error:
+            raise InputError(
+                self.folder / str(self.step),
+                found=f"a state that does not fit ({str(error).splitlines()[0][:200]})",
+                expected="the parameters that this stage trains",
+                fix="train with the config it was saved with, or in another --workdir",
+            ) from error
+        leaves = [found[name] for name in _named(state)]
+        return jax.tree.unflatten(jax.tree.structure(state), leaves)
+
+    def wait(self) -> None:
+        """Returns when all is on disk."""
+        self.files.wait()
+
+
+def _named(state: State) -> dict[str, jax.Array]:
+    return {name_of(path): x for path, x in jax.tree_util.tree_leaves_with_path(state)}
+
+
+def _same_config(folder: Path, config: dict[str, Any]) -> None:
+    file = folder / CONFIG
+    if file.is_file():
+        known = json.loads(file.read_text())
+        for key in sorted({*known, *config}):
+            if known.get(key) != config.get(key):
+                raise InputError(
+                    f"{file}: {key}",
+                    found=json.dumps(known.get(key)),
+                    expected=f"{json.dumps(config.get(key))}, as in this run",
+                    fix="go on with the config of the folder, or pass another --workdir",
+                )
+    elif jax.process_index() == 0:
+        folder.mkdir(parents=True, exist_ok=True)
+        with replacing(file) as part:
+            part.write_text(json.dumps(config, indent=2))
+
+
+@contextlib.contextmanager
+def replacing(file: Path) -> Iterator[Path]:
+    """A temporary file beside `file`, which takes its name if the block ends well."""
+    part = file.with_name(f".{file.name}.part")
+    yield part
+    os.replace(part, file)

@@ -1,0 +1,106 @@
+"""Low-rank adapters on dense layers (LoRA, arXiv 2106.09685)."""
+
+import dataclasses
+import re
+from typing import TypeVar
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from vfjax.errors import InputError
+from vfjax.model import Model
+
+Array = jax.Array
+T = TypeVar("T", bound=nnx.Module)
+
+DENSE = r"llm/blocks/.*"
+"""LLaVA's choice: all dense layers of the LLM but its head (llava/train/train.py)."""
+
+
+@dataclasses.dataclass(frozen=True)
+class LoRAConfig:
+    """Rank and scale; `pattern` matches the names of the layers that get an adapter."""
+
+    rank: int = 128
+    alpha: float = 256.0
+    pattern: str = DENSE
+
+
+class LoRA(nnx.Module):
+    """y = base(x) + alpha / rank * (x A) B, with A [in, rank] random and B [rank, out] zero."""
+
+    def __init__(self, base: nnx.Linear, config: LoRAConfig, *, rngs: nnx.Rngs):
+        self.base, self.scale = base, config.alpha / config.rank
+        din, dout = base.kernel.shape
+        axes = base.kernel.axes
+        bound = din**-0.5  # Kaiming's uniform with a = sqrt(5), as PEFT draws A
+        draw = jax.random.uniform(rngs.params(), (din, config.rank), minval=-bound, maxval=bound)
+        self.a = nnx.Param(draw, axes=(axes[0], None))
+        self.b = nnx.Param(jnp.zeros((config.rank, dout)), axes=(None, axes[1]))
+
+    @property
+    def kernel(self) -> nnx.Param:
+        """The frozen kernel."""
+        return self.base.kernel
+
+    def __call__(self, x: Array) -> Array:
+        low = x @ self.a[...].astype(x.dtype)
+        return self.base(x) + self.scale * (low @ self.b[...].astype(x.dtype))
+
+    def merged(self) -> nnx.Linear:
+        """The layer with A B added to its kernel, in float32, rounded once."""
+        kernel = self.base.kernel
+        delta = jnp.matmul(self.a[...], self.b[...], precision="highest")
+        value = kernel[...].astype(jnp.float32) + self.scale * delta
+        self.base.kernel[...] = value.astype(kernel.dtype)
+        return self.base
+
+
+def add_lora(model: Model, config: LoRAConfig, *, seed: int = 0) -> Model:
+    """Puts adapters into the model, in place; train them with a group `.*/[ab]$`.
+
+    Args:
+        model: any; its layers stay as they are, under `base`.
+        config: rank, scale, which layers.
+        seed: of A; B is 0, so that nothing changes yet.
+
+    Returns:
+        The model.
+
+    Raises:
+        InputError: the pattern matches no dense layer.
+    """
+    rngs = nnx.Rngs(seed)
+    found = [
+        (parent, key, LoRA(layer, config, rngs=rngs))
+        for name, parent, key, layer in _layers(model, nnx.Linear)
+        if re.match(config.pattern, name)
+    ]
+    if not found:
+        raise InputError(
+            "lora.pattern",
+            found=f"{config.pattern!r}, which matches no dense layer",
+            expected="names such as llm/blocks/0/attn/q",
+            fix=f"correct it; {DENSE!r} is all of the LLM's blocks",
+        )
+    for parent, key, layer in found:
+        setattr(parent, key, layer)
+    return model
+
+
+def merge_lora(model: Model) -> Model:
+    """Adds every adapter to its layer's kernel and takes it out, in place; for export."""
+    for _, parent, key, layer in _layers(model, LoRA):
+        setattr(parent, key, layer.merged())
+    return model
+
+
+def _layers(model: nnx.Module, kind: type[T]) -> list[tuple[str, nnx.Module, str, T]]:
+    """(name, parent, attribute, layer) of all layers of a kind, in the order of their names."""
+    modules = dict(nnx.iter_modules(model))
+    return [
+        ("/".join(map(str, path)), modules[path[:-1]], str(path[-1]), layer)
+        for path, layer in modules.items()
+        if isinstance(layer, kind) and path
+    ]

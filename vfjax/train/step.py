@@ -1,0 +1,186 @@
+"""One compiled training step: loss of the answers, gradients of what trains, update."""
+
+import dataclasses
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+from flax import nnx
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+from vfjax.errors import InputError
+from vfjax.model import Batch, Model
+from vfjax.prompts import IGNORE
+from vfjax.train.optim import Group, name_of, trains
+
+Array = jax.Array
+CHUNK = 1024
+"""Positions whose logits are in memory at once."""
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class State:
+    """What changes from step to step.
+
+    Attributes:
+        step: int32[], updates so far.
+        params: float32 masters of what trains.
+        opt: the optimiser's state, sharded as the parameters.
+    """
+
+    step: Array
+    params: nnx.State
+    opt: Any
+
+
+def split(model: Model, groups: Sequence[Group]) -> tuple[nnx.GraphDef, nnx.State, nnx.State]:
+    """A model as structure, what trains (float32) and what is frozen (as it is).
+
+    The model must not be used any more: its arrays may be given to the step.
+
+    Raises:
+        InputError: a group that matches no parameter of its own.
+    """
+    parts: Any = nnx.split(model, lambda path, _: trains(groups, name_of(path)), ...)
+    graph, params, frozen = parts
+    names = ["/".join(map(str, path)) for path, _ in nnx.to_flat_state(params)]
+    for i, group in enumerate(groups):
+        if not any(trains([group], name) and not trains(groups[:i], name) for name in names):
+            raise InputError(
+                f"train[{i}].pattern",
+                found=f"{group.pattern!r}, which names no parameter that is left to it",
+                expected="names such as branches/clip/connector/projector/layers/0/kernel",
+                fix="correct it, or remove the group",
+            )
+    return graph, cast(params, jnp.float32), frozen
+
+
+def cast(tree: Any, dtype: Any) -> Any:
+    """Floating arrays in `dtype`."""
+    return jax.tree.map(
+        lambda x: x.astype(dtype) if jnp.issubdtype(x.dtype, jnp.floating) else x, tree
+    )
+
+
+def init(params: nnx.State, tx: optax.GradientTransformation, mesh: Mesh | None) -> State:
+    """The state before the first step; the optimiser's lies where its parameters lie."""
+    state = State(jnp.zeros((), jnp.int32), params, tx.init(params))  # under jit: replicated
+    return state if mesh is None else jax.device_put(state, shardings(state, mesh))
+
+
+def shardings(state: State, mesh: Mesh) -> State:
+    """Where each array of the state lies: as it does; scalars on all devices."""
+    everywhere = NamedSharding(mesh, PartitionSpec())
+
+    def of(x: Array) -> NamedSharding:
+        at = getattr(x, "sharding", None)
+        return at if isinstance(at, NamedSharding) and at.mesh == mesh else everywhere
+
+    return jax.tree.map(of, state)
+
+
+def answer_loss(model: Model, batch: Batch) -> tuple[Array, Array]:
+    """Summed cross-entropy of the labelled tokens, float32[], and their number, float32[].
+
+    Position i predicts label i + 1, as in transformers' LlamaForCausalLM. Logits are computed a
+    chunk at a time and again in the backward pass, so that [b, t, vocab] never exists.
+
+    Args:
+        model: any.
+        batch: with labels, int32[b, t], -100 where nothing is learnt.
+    """
+    hidden, _ = model.llm(*model.embed(batch))
+    labels = jnp.asarray(batch.labels)[:, 1:].reshape(-1)
+    hidden = hidden[:, :-1].reshape(len(labels), -1)
+    rest = -len(labels) % min(CHUNK, len(labels))
+    hidden = jnp.pad(hidden, ((0, rest), (0, 0)))
+    labels = jnp.pad(labels, (0, rest), constant_values=IGNORE)
+    chunks = len(labels) // min(CHUNK, len(labels))
+
+    @jax.checkpoint
+    def add(total: Array, part: tuple[Array, Array]) -> tuple[Array, None]:
+        x, y = part
+        losses = optax.softmax_cross_entropy_with_integer_labels(
+            model.llm.logits(x), jnp.maximum(y, 0)
+        )
+        return total + jnp.where(y == IGNORE, 0.0, losses).sum(), None
+
+    parts = (hidden.reshape(chunks, -1, hidden.shape[-1]), labels.reshape(chunks, -1))
+    total, _ = jax.lax.scan(add, jnp.zeros(()), parts)
+    return total, (labels != IGNORE).sum().astype(jnp.float32)
+
+
+def gradients(
+    graph: nnx.GraphDef, params: nnx.State, frozen: nnx.State, batches: Batch, dtype: Any
+) -> tuple[Array, nnx.State]:
+    """Mean loss of all labelled tokens, and its gradients in float32.
+
+    Args:
+        graph: the model's structure.
+        params: float32 masters; computed with in `dtype`.
+        frozen: the rest.
+        batches: every array with a leading axis of accumulated parts, one after another; each
+            token counts the same, whatever part it is in.
+        dtype: of the computation.
+    """
+
+    def loss(params: nnx.State, batch: Batch) -> tuple[Array, Array]:
+        return answer_loss(nnx.merge(graph, cast(params, dtype), frozen), batch)
+
+    grad = jax.value_and_grad(loss, has_aux=True)
+
+    def add(sums: Any, batch: Batch) -> tuple[Any, None]:
+        (total, count), found = grad(params, batch)
+        return jax.tree.map(jnp.add, sums, (total, count, found)), None
+
+    parts = len(batches.tokens)
+    if parts == 1:
+        (total, count), grads = grad(params, jax.tree.map(lambda x: x[0], batches))
+    else:
+        zeros = (jnp.zeros(()), jnp.zeros(()), jax.tree.map(jnp.zeros_like, params))
+        (total, count, grads), _ = jax.lax.scan(add, zeros, batches)
+    count = jnp.maximum(count, 1.0)
+    return total / count, jax.tree.map(lambda g: g / count, grads)
+
+
+def make_step(
+    graph: nnx.GraphDef,
+    tx: optax.GradientTransformation,
+    state: State,
+    *,
+    dtype: Any = jnp.float32,
+    mesh: Mesh | None = None,
+) -> Callable[[State, nnx.State, Batch], tuple[State, dict[str, Array]]]:
+    """The compiled step: (state, frozen, batches) -> (state, metrics).
+
+    Args:
+        graph: of `split`.
+        tx: of `Optim.build`.
+        state: whose shardings the new one gets; given to the step, which may overwrite it.
+        dtype: of the computation.
+        mesh: that everything lies on.
+
+    Returns:
+        A jitted function. Metrics are float32[]: "loss", the mean of all labelled tokens;
+        "grad_norm", before clipping; "answers", labelled tokens; "tokens" read.
+    """
+
+    def step(state: State, frozen: nnx.State, batches: Batch) -> tuple[State, dict[str, Array]]:
+        loss, grads = gradients(graph, state.params, frozen, batches, dtype)
+        updates, opt = tx.update(grads, state.opt, state.params)
+        params = optax.apply_updates(state.params, updates)
+        metrics = {
+            "loss": loss,
+            "grad_norm": optax.tree.norm(grads),
+            "answers": (jnp.asarray(batches.labels)[..., 1:] != IGNORE).sum().astype(jnp.float32),
+            "tokens": batches.mask.sum().astype(jnp.float32),
+        }
+        return State(state.step + 1, params, opt), metrics
+
+    if mesh is None:
+        return jax.jit(step, donate_argnums=0)
+    everywhere = NamedSharding(mesh, PartitionSpec())
+    return jax.jit(step, donate_argnums=0, out_shardings=(shardings(state, mesh), everywhere))

@@ -1,6 +1,10 @@
-"""Eight CPU devices, one thread for PyTorch, no network; set before jax and torch are imported."""
+"""Eight CPU devices, one thread for PyTorch, no network, one cache of compiled programs for all
+processes of a run; set before jax and torch are imported."""
 
+import atexit
 import os
+import shutil
+import tempfile
 from pathlib import Path
 
 import hypothesis
@@ -14,6 +18,11 @@ os.environ.setdefault("JAX_PLATFORMS", "cpu")
 os.environ.setdefault("JAX_DEFAULT_MATMUL_PRECISION", "highest")  # GPU and TPU default to less
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # the reference outputs were recorded on one thread
 os.environ["HF_HUB_OFFLINE"] = "1"
+
+if "JAX_COMPILATION_CACHE_DIR" not in os.environ:  # else of pytest-xdist's controller
+    os.environ["JAX_COMPILATION_CACHE_DIR"] = tempfile.mkdtemp(prefix="vfjax-compiled-")
+    atexit.register(shutil.rmtree, os.environ["JAX_COMPILATION_CACHE_DIR"], ignore_errors=True)
+os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")
 
 hypothesis.settings.register_profile("vfjax", deadline=None, derandomize=True)
 hypothesis.settings.load_profile("vfjax")

@@ -9,10 +9,17 @@ from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+import jax
+import numpy as np
 import pytest
+from flax import nnx
+from PIL import Image
 
 import converters
+import experiments.configs.train as configs_train
+import experiments.tasks.train as task
 import vfjax
+from tests import checkpoints
 from tests.checkpoints import make_llama, upstream_llava_folder
 from tests.distributed_worker import make_batch
 
@@ -101,3 +108,50 @@ def test_the_command_line_runs_as_two_processes(folder) -> None:
     batch = processor(None, [processor.chat("What?", images=0)])
     (answer,) = vfjax.generate(model, processor, batch, max_new_tokens=8)
     assert printed == [f"{answer}\n", ""]
+
+
+def test_training_in_two_processes_equals_one(tmp_path) -> None:
+    """The same losses and the same trained folder within 1e-5, of which process 0 writes all."""
+    checkpoints.llama_folder(tmp_path / "llm", 1, num_hidden_layers=1)
+    checkpoints.tower_folder(tmp_path / "clip", "clip", 2, num_hidden_layers=2)
+    pictures, rows = np.random.default_rng(0).integers(0, 256, (8, 30, 40, 3), np.uint8), []
+    for i, picture in enumerate(pictures):
+        Image.fromarray(picture).save(tmp_path / f"{i}.png")
+        turns = [("human", f"<image>\nWhat is {i}?"), ("gpt", "a " * (i + 1))]
+        turns = [{"from": name, "value": value} for name, value in turns]
+        rows.append({"id": str(i), "image": f"{i}.png", "conversations": turns})
+    (tmp_path / "rows.json").write_text(json.dumps(rows))
+    changes = {
+        "llm": str(tmp_path / "llm"),
+        "encoder": str(tmp_path / "clip"),
+        "dtype": "float32",
+        "mesh": (4, 2),
+        "report": False,
+    }
+    for name, steps in (("align", 1), ("tune", 2)):
+        stage = {"data": (f"{tmp_path / 'rows.json'}={tmp_path}",), "batch": 4, "steps": steps}
+        stage |= {"length": 400, "template": "vicuna_v1"}
+        changes |= {f"stages.{name}.{key}": value for key, value in stage.items()}
+    config = configs_train.get_config()
+    config.update_from_flattened_dict(changes)
+    task.run(config, tmp_path / "one")
+
+    command = [sys.executable, str(ROOT / "experiments" / "run.py")]
+    command += [f"--config={ROOT}/experiments/configs/train.py", f"--workdir={tmp_path / 'two'}"]
+    command += [f"--config.{key}={value}" for key, value in changes.items()]
+    shared = {
+        "VFJAX_DISTRIBUTED": "1",
+        "JAX_COORDINATOR_ADDRESS": f"localhost:{free_port()}",
+        "JAX_NUM_PROCESSES": "2",
+    }
+    printed = run_together([command] * 2, [{**shared, "JAX_PROCESS_ID": str(i)} for i in range(2)])
+    assert "trained" in printed[0] and not printed[1]
+    rows = [
+        [json.loads(line) for line in (tmp_path / run / "tune" / "metrics.jsonl").open()]
+        for run in ("one", "two")
+    ]
+    losses = [[row["loss"] for row in run] for run in rows]
+    np.testing.assert_allclose(*losses, rtol=1e-5)
+    models = [converters.load(tmp_path / run / "tune" / "model")[0] for run in ("one", "two")]
+    for a, b in zip(*(jax.tree.leaves(nnx.state(model)) for model in models), strict=True):
+        np.testing.assert_allclose(a, b, atol=1e-5)

@@ -26,6 +26,8 @@ def get_config() -> ConfigDict:
             "seed": 0,  # of dare and della
             "export": "model",  # or "llm": a plain Hugging Face causal LM
             "template": config_dict.placeholder(str),  # default: the first member's
+            "positions": "running",  # or "parallel": each branch where the picture stands
+            "mask": "causal",  # or "block": a branch's tokens don't see another's
             "router": "merged",  # embeddings that SliME's router reads; or "member": its own
             "dtype": config_dict.placeholder(str),  # default: the base's
             "towers": (),  # "name in config.json=folder" for towers that are elsewhere

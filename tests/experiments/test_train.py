@@ -1,4 +1,4 @@
-"""Training by the command line: stages, the exported folder, kills, SIGTERM, two processes."""
+"""Training by the command line: stages, the exported folder, kills."""
 
 import json
 import os
@@ -16,7 +16,6 @@ from PIL import Image
 
 import converters
 from tests import checkpoints
-from vfjax import InputError
 
 ROOT = Path(__file__).resolve().parents[2]
 KILLS = int(os.environ.get("VFJAX_KILLS", "1"))
@@ -141,39 +140,3 @@ def test_killed_at_random_moments(project: Path, whole: Path, tmp_path: Path) ->
         if killed >= KILLS:
             return
         workdir = tmp_path / f"out{killed}"
-
-
-def test_sigterm_saves_and_the_run_goes_on(project: Path, whole: Path, tmp_path: Path) -> None:
-    workdir, env = tmp_path / "out", environment(project)
-    process = subprocess.Popen(
-        command(project, workdir, "--config.save_every=1000"), cwd=ROOT, env=env, text=True,
-        stdout=subprocess.PIPE,
-    )  # fmt: skip
-    lines = []
-    for line in process.stdout:
-        lines.append(line)
-        if line.startswith("step 3/12"):
-            process.send_signal(signal.SIGTERM)
-    assert process.wait() == 0
-    stopped = int(lines[-1].split("stopped at step ")[1].split()[0])
-    assert 3 <= stopped < STEPS
-    done = subprocess.run(
-        command(project, workdir, "--config.save_every=1000"), cwd=ROOT, env=env, text=True,
-        capture_output=True,
-    )  # fmt: skip
-    assert done.returncode == 0, done.stderr
-    assert f"step {stopped + 1}/" in done.stdout and f"step {stopped}/" not in done.stdout
-    assert losses(workdir) == losses(whole)
-
-
-def test_another_config_is_refused(project: Path, whole: Path) -> None:
-    (whole / "tune" / "model").rename(whole / "tune" / "away")
-    try:
-        done = subprocess.run(
-            command(project, whole, "--config.seed=1"), cwd=ROOT, env=environment(project),
-            capture_output=True, text=True,
-        )  # fmt: skip
-    finally:
-        (whole / "tune" / "away").rename(whole / "tune" / "model")
-    assert done.returncode == 2
-    assert "config.json: seed: found 0, expected 1, as in this run" in done.stderr

@@ -11,6 +11,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from jax.sharding import Mesh
 
 from converters.adapters import named_base
@@ -18,10 +19,10 @@ from converters.audit import audit, stat
 from converters.card import CARD, PLOT, by_layer, card, plot
 from converters.export import to_bytes, with_dtype
 from converters.layouts import Source, assign, has_tokenizer, open_source
-from converters.load import abstract, check, float_dtype, model_config, read_model
+from converters.load import abstract, check, float_dtype, model_config, read_llm, read_model
 from converters.mergekit import read_yaml
 from converters.tables import LAYOUTS
-from converters.tables.visionfuse import KINDS, fused_config
+from converters.tables.visionfuse import KINDS, arrange, fused_config
 from converters.towers import Towers
 from converters.vocabulary import (
     BASE,
@@ -31,7 +32,15 @@ from converters.vocabulary import (
     tokenizer_files,
 )
 from converters.writer import Content, plan_shards, write_folder
-from vfjax import InputError, Model, Processor, __version__
+from vfjax import (
+    CacheFusion,
+    InputError,
+    LogitsFusion,
+    MemberProcessors,
+    Model,
+    Processor,
+    __version__,
+)
 from vfjax.merge import (
     Account,
     LazyTensor,
@@ -42,6 +51,7 @@ from vfjax.merge import (
     from_config,
 )
 from vfjax.merge.family import check_names
+from vfjax.places import MASKS, POSITIONS
 from vfjax.prompts import get_template
 
 Tensors = dict[str, LazyTensor]
@@ -65,6 +75,8 @@ class Request:
         export: "model" writes merged LLM and branches; "llm" a plain Hugging Face causal LM.
         template: prompt template; the first member's by default.
         dtype: of the merged LLM; the base's by default.
+        positions: of the branches' tokens, "running" or "parallel", see `vfjax.model.ModelConfig`.
+        mask: "causal", or "block": a branch's tokens don't see another's.
         router: embeddings of the prompt that a connector reads (SliME's router): "merged", the
             fused LLM's, or "member", the member's own, which are then kept beside it.
         towers: see `converters.load`.
@@ -86,6 +98,8 @@ class Request:
     export: str = "model"
     template: str | None = None
     dtype: Any = None
+    positions: str = "running"
+    mask: str = "causal"
     router: str = "merged"
     towers: Mapping[str, str | Path] | None = None
     vocab: str | None = None
@@ -131,25 +145,63 @@ def fuse(
 def load_fused(
     members: Mapping[str, str | Path],
     *,
+    mode: str = "tokens",
     mesh: Mesh | None = None,
     progress: Callable[[int], object] = lambda nbytes: None,
     **options: Any,
-) -> tuple[Model, Processor]:
-    """The fused model itself, from its members' folders: what `load` reads of what `fuse` writes.
+) -> tuple[Model | CacheFusion | LogitsFusion, Processor | MemberProcessors]:
+    """A fusion from its members' folders, with nothing written between.
 
     The host merges each tensor as it is asked for, and puts it where `mesh` has it.
 
     Args:
         members: see `Request`.
+        mode: "tokens", one merged LLM reads all branches: what `load` reads of what `fuse` writes;
+            "cache", each branch is read by its member's LLM (`vfjax.CacheFusion`), or "logits",
+            nothing is merged and probabilities are averaged (`vfjax.LogitsFusion`).
         mesh: see `load`.
         progress: see `load`.
-        options: the other attributes of `Request`, without `out`.
+        options: the other attributes of `Request`, without `out`; "cache" has positions and mask
+            of its own, and "logits" needs no more than `base`, `towers` and `dtype`.
 
     Raises:
         InputError: as `fuse`; of NaN, when it is met.
     """
-    fusion = _Fusion(Request(members, "", **options))
-    return read_model(fusion.source(), mesh, None, progress)
+    if mode not in MODES:
+        raise InputError(
+            "mode", found=repr(mode), expected=" or ".join(map(repr, MODES)), fix="choose one"
+        )
+    request = Request(members, "", **options)
+    if mode == "logits":
+        return _side_by_side(request, mesh, progress)
+    fusion = _Fusion(request)
+    merged, processor = read_model(fusion.source(), mesh, None, progress)
+    if mode == "tokens":
+        return merged, processor
+    dtype = np.dtype(merged.llm.embedding.dtype)
+    sources = [source for name, source in fusion.opened.items() if name != BASE]
+    llms = [read_llm(source, mesh, dtype, progress) for source in sources]
+    owners = [i for i, source in enumerate(sources) for _ in source.branches]
+    return CacheFusion(merged, llms, owners), processor
+
+
+def _side_by_side(
+    request: Request, mesh: Mesh | None, progress: Callable[[int], object]
+) -> tuple[LogitsFusion, MemberProcessors]:
+    """All members as they are."""
+    _check_request(request)
+    dtype = float_dtype(request.dtype)
+    loaded = [
+        read_model(_open(path, request), mesh, dtype, progress) for path in request.members.values()
+    ]
+    models, processors = zip(*loaded, strict=True)
+    return LogitsFusion(models), MemberProcessors(processors)
+
+
+def _open(path: str | Path, request: Request) -> Source:
+    """A member, completed from the LLM that it names, or else from the base."""
+    base = named_base(path, request.towers) or request.base
+    return open_source(path, towers=request.towers, base=base)
 
 
 def dry_run(members: Mapping[str, str | Path], out: str | Path, **options: Any) -> dict[str, Any]:
@@ -164,6 +216,9 @@ def dry_run(members: Mapping[str, str | Path], out: str | Path, **options: Any) 
     """
     return _Fusion(Request(members, out, **options)).describe()
 
+
+MODES = ("tokens", "cache", "logits")
+"""How members may be combined."""
 
 ROUTERS = ("merged", "member")
 """Whose embeddings of the prompt a connector reads."""
@@ -182,11 +237,8 @@ class _Fusion:
             recipe, folders, home = read_yaml(request.recipe)
             request = dataclasses.replace(request, members=folders, base=home)
         self.request, self.out = request, Path(request.out)
-        base, towers = request.base, request.towers
-        opened = {
-            name: open_source(path, towers=towers, base=named_base(path, towers) or base)
-            for name, path in request.members.items()
-        }
+        base = request.base
+        opened = {name: _open(path, request) for name, path in request.members.items()}
         if base is not None:
             opened = {BASE: open_source(base), **opened}
         self.opened = opened
@@ -211,6 +263,7 @@ class _Fusion:
         self.merged = self._merge(one_vocabulary(llms, request.vocab))
         self.result = _describe(opened, self.out, request.template)
         self.result.llm = self._llm_config()
+        arrange(self.result, request.positions, request.mask)
         self.weights: Tensors = dict(self.merged)
         if request.export == "model":
             for name, source in opened.items():
@@ -384,7 +437,12 @@ def _check_request(request: Request) -> None:
             expected=f"names of letters, digits, - and _, other than {BASE!r}; none with a recipe",
             fix="rename the member" if bad else "name members, or a recipe",
         )
-    choices: dict[str, tuple[str, ...]] = {"export": ("model", "llm"), "router": ROUTERS}
+    choices: dict[str, tuple[str, ...]] = {
+        "export": ("model", "llm"),
+        "router": ROUTERS,
+        "positions": POSITIONS,
+        "mask": MASKS,
+    }
     if request.vocab is not None:
         choices["vocab"] = (BASE, *members)
     for key, allowed in choices.items():

@@ -54,6 +54,8 @@ class Source:
         files: the folder's weights files, and its base's, by name.
         base: folder of the LLM that this one adapts or adds to, see `converters.adapters`.
         created: only the LLM's files are this folder's, see `converters.create`.
+        positions: where the branches' tokens stand, see `vfjax.model.ModelConfig`.
+        mask: which of them see one another, see there.
     """
 
     path: Path
@@ -71,6 +73,8 @@ class Source:
     files: dict[str, Path] = dataclasses.field(default_factory=dict)
     base: Path | None = None
     created: bool = False
+    positions: str = "running"
+    mask: str = "causal"
 
     @property
     def home(self) -> Path:

@@ -18,8 +18,9 @@ from jax.sharding import Mesh
 from converters.layouts import TOKENIZERS, Source, has_tokenizer, open_source, reading
 from converters.preprocessor import from_preprocessor
 from converters.reader import first_line, read_json
-from converters.rules import FLOATS, Rule
+from converters.rules import FLOATS, Rule, Table
 from converters.tables import find
+from converters.tables.visionfuse import arrange
 from converters.towers import KINDS, read_tower
 from vfjax import InputError, Model, Processor
 from vfjax.layers import ACTIVATIONS
@@ -54,6 +55,8 @@ def load(
     towers: Mapping[str, str | Path] | None = None,
     tower_source: str = "auto",
     base: str | Path | None = None,
+    positions: str | None = None,
+    mask: str | None = None,
     progress: Callable[[int], object] = lambda nbytes: None,
 ) -> tuple[Model, Processor]:
     """Any supported checkpoint folder as a model on the devices, and its processor.
@@ -67,14 +70,17 @@ def load(
             its authors' loader does, "checkpoint", or "hub" for the tower's own folder.
         base: folder of the LLM that a LoRA adapter or a bare projector at `path` is for; None: the
             one that its configs name.
+        positions: "running" or "parallel", see `ModelConfig`; None: as the folder says.
+        mask: "causal" or "block", see there; None: as the folder says.
         progress: called with the bytes of each tensor as it arrives.
 
     Raises:
-        InputError: the folder cannot be read whole and exactly (see `open_source`), or `dtype` is
-            not one that parameters have.
+        InputError: the folder cannot be read whole and exactly (see `open_source`), or an argument
+            is none of its choices.
     """
     dtype = float_dtype(dtype)
     source = open_source(path, towers=towers, tower_source=tower_source, base=base)
+    arrange(source, positions, mask)
     return read_model(source, mesh, dtype, progress)
 
 
@@ -96,6 +102,19 @@ def read_model(
     return join(graph, params), processor(source, config)
 
 
+def read_llm(
+    source: Source,
+    mesh: Mesh | None,
+    dtype: np.dtype | None,
+    progress: Callable[[int], object] = lambda nbytes: None,
+) -> Any:
+    """The language model alone of an opened source; arguments and errors as `load`."""
+    with reading(source.path / "config.json"):
+        config = _component_config(source, "llm")
+    table, tensors = source.table("llm"), source.parts["llm"]
+    return _read_module(config, table, tensors, f"{source.path}: llm", mesh, dtype, progress)
+
+
 def load_encoder(path: str | Path, *, mesh: Mesh | None = None, dtype: Any = None) -> nnx.Module:
     """A vision encoder from its own Hugging Face folder (config.json and weights).
 
@@ -106,10 +125,23 @@ def load_encoder(path: str | Path, *, mesh: Mesh | None = None, dtype: Any = Non
     path, dtype = Path(path), float_dtype(dtype)
     tower = read_tower(path, next((f for f in KINDS if (path / f).is_file()), "config.json"))
     table = find(tower.config, str(path))
-    graph, params = abstract(table.config(tower.config).build)
-    shapes = {name: p.shape for name, p in params.items()}
-    rules = table.check(shapes, tower.tensors, str(path))
-    fill(params, {n: (tower.tensors, rule) for n, rule in rules.items()}, mesh, dtype)
+    config = table.config(tower.config)
+    return _read_module(config, table, tower.tensors, str(path), mesh, dtype)
+
+
+def _read_module(
+    config: Any,
+    table: Table,
+    tensors: Mapping[str, LazyTensor],
+    where: str,
+    mesh: Mesh | None,
+    dtype: np.dtype | None,
+    progress: Callable[[int], object] = lambda nbytes: None,
+) -> nnx.Module:
+    """One component by itself."""
+    graph, params = abstract(config.build)
+    rules = table.check({name: p.shape for name, p in params.items()}, tensors, where)
+    fill(params, {n: (tensors, rule) for n, rule in rules.items()}, mesh, dtype, progress)
     return join(graph, params)
 
 
@@ -138,7 +170,7 @@ def model_config(source: Source) -> ModelConfig:
     with reading(source.path / "config.json"):
         branches = tuple(_branch_config(source, branch) for branch in source.branches)
         llm = _component_config(source, "llm")
-    return ModelConfig(branches, llm, source.to_json())
+    return ModelConfig(branches, llm, source.to_json(), source.positions, source.mask)
 
 
 def _branch_config(source: Source, branch: Mapping[str, Any]) -> BranchConfig:

@@ -3,6 +3,7 @@
 from vfjax.errors import InputError
 from vfjax.generate import generate, generate_ids
 from vfjax.model import Batch, Model, forward
+from vfjax.modes import CacheFusion, LogitsFusion, MemberProcessors
 from vfjax.processor import Processor
 from vfjax.video import Video, open_video
 
@@ -10,7 +11,10 @@ __version__ = "0.1.0"
 
 __all__ = [
     "Batch",
+    "CacheFusion",
     "InputError",
+    "LogitsFusion",
+    "MemberProcessors",
     "Model",
     "Processor",
     "Video",

@@ -2,7 +2,7 @@
 
 import functools
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, Protocol
 
 import jax
 import jax.numpy as jnp
@@ -10,20 +10,36 @@ import numpy as np
 from jax.experimental import multihost_utils
 
 from vfjax.errors import InputError
-from vfjax.llm import Cache
-from vfjax.model import AnyArray, Batch, Model
+from vfjax.model import AnyArray, Batch
 from vfjax.sharding import mesh_of, place
 
 if TYPE_CHECKING:
+    from vfjax.modes import MemberProcessors
     from vfjax.processor import Processor
 
 Array = jax.Array
+Batches = Batch | tuple[Batch, ...]
+"""What a model reads: one batch, or one a member."""
+
+
+class Generator(Protocol):
+    """What generates: a `Model`, or one of `vfjax.modes`; a pytree."""
+
+    @property
+    def context(self) -> int:
+        """Tokens that it was made for."""
+
+    def prefill(self, batch: Any, size: int) -> tuple[Array, Any]:
+        """Reads a batch: logits float32[b, vocab] after it, and a cache of `size` slots."""
+
+    def next(self, tokens: Array, cache: Any) -> tuple[Array, Any]:
+        """Reads int32[b] tokens: logits float32[b, vocab] after them, and the cache."""
 
 
 def generate(
-    model: Model,
-    processor: "Processor",
-    batch: Batch,
+    model: Generator,
+    processor: "Processor | MemberProcessors",
+    batch: Batches,
     *,
     max_new_tokens: int = 64,
     temperature: float = 0.0,
@@ -34,7 +50,7 @@ def generate(
     """One text a row, cut at the tokenizer's and the template's stops.
 
     Args:
-        model: any model of `converters.load`.
+        model: any model of `converters.load` or `converters.load_fused`.
         processor: the one that made `batch`.
         batch: b rows; a row may be shorter than another.
         max_new_tokens: tokens to write at most.
@@ -61,8 +77,8 @@ def generate(
 
 
 def generate_ids(
-    model: Model,
-    batch: Batch,
+    model: Generator,
+    batch: Batches,
     *,
     max_new_tokens: int = 64,
     stop: Sequence[int] = (),
@@ -72,10 +88,11 @@ def generate_ids(
     seed: int = 0,
 ) -> list[list[int]]:
     """New token ids of each row, without the stop id that ended it; see `generate`."""
-    _check(model, batch, max_new_tokens, temperature, top_k, top_p)
-    batch = place(batch, mesh_of(model))
+    batches = batch if isinstance(batch, tuple) else (batch,)
+    _check(model, batches, max_new_tokens, temperature, top_k, top_p)
     steps = _round_up(max_new_tokens, 64)
-    logits, cache = _prefill(model, batch, size=batch.tokens.shape[1] + steps)
+    slots = max(each.tokens.shape[1] for each in batches)
+    logits, cache = _prefill(model, place(batch, mesh_of(model)), size=slots + steps)
     out, count, _ = _decode(
         model,
         cache,
@@ -93,8 +110,8 @@ def generate_ids(
 
 
 def _check(
-    model: Model,
-    batch: Batch,
+    model: Generator,
+    batches: Sequence[Batch],
     max_new_tokens: int,
     temperature: float,
     top_k: int | None,
@@ -104,8 +121,8 @@ def _check(
         if not ok:
             raise InputError(where, found=found, expected=expected, fix="change the argument")
 
-    context = model.config.llm.context
-    longest = int(np.asarray(_fetch(batch.mask)).sum(axis=1).max())
+    context = model.context
+    longest = max(int(_fetch(batch.mask).sum(axis=1).max()) for batch in batches)
     require(max_new_tokens > 0, "max_new_tokens", max_new_tokens, "at least 1")
     require(
         longest + max_new_tokens <= context,
@@ -119,14 +136,14 @@ def _check(
 
 
 @functools.partial(jax.jit, static_argnames="size")
-def _prefill(model: Model, batch: Batch, *, size: int) -> tuple[Array, Cache]:
+def _prefill(model: Generator, batch: Batches, *, size: int) -> tuple[Array, Any]:
     return model.prefill(batch, size)
 
 
 @functools.partial(jax.jit, static_argnames=("steps", "greedy", "top_k"), donate_argnames="cache")
 def _decode(
-    model: Model,
-    cache: Cache,
+    model: Generator,
+    cache: Any,
     logits: Array,
     stop: Array,
     limit: Array,
@@ -137,7 +154,7 @@ def _decode(
     steps: int,
     greedy: bool,
     top_k: int | None,
-) -> tuple[Array, Array, Cache]:
+) -> tuple[Array, Array, Any]:
     """Decodes until every row has stopped or `limit` tokens are written.
 
     Returns:
@@ -160,9 +177,8 @@ def _decode(
 
     def step(state: tuple) -> tuple:
         i, token, done, count, out, cache = state
-        x = model.llm.embed(token[:, None])
-        hidden, cache = model.llm(x, jnp.ones((b, 1), bool), cache)
-        token = pick(i, model.llm.logits(hidden[:, 0]))
+        logits, cache = model.next(token, cache)
+        token = pick(i, logits)
         done = done | stops(token)
         return i + 1, token, done, count + ~done, out.at[:, i].set(token), cache
 

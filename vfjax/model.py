@@ -1,11 +1,12 @@
 """Several visual branches and one LLM.
 
 VisionFuse (arXiv 2412.01289): the visual tokens of all branches, one branch after another, stand in
-the text where the image was; one LLM reads them all. One branch is an ordinary LLaVA.
+the text where the image was; one LLM reads them all. One branch is an ordinary LLaVA. Other ways to
+combine members are in `vfjax.modes`.
 """
 
 import dataclasses
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -13,10 +14,14 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
+from vfjax import places
+from vfjax.errors import InputError
 from vfjax.llm import Cache
 
 Array = jax.Array
 AnyArray = jax.Array | np.ndarray
+Memory = tuple[Array, Array]
+"""A branch's visual tokens [m, d], and which of them are read, bool[m]."""
 
 
 @jax.tree_util.register_dataclass
@@ -100,13 +105,35 @@ class Branch(nnx.Module):
 class ModelConfig:
     """K branches in the order in which their tokens are read, and one LLM.
 
-    `source` is the normal-form description of the checkpoint as JSON text; `converters` writes and
-    reads it, vfjax only carries it.
+    Attributes:
+        branches: K configs.
+        llm: config of an LLM (`vfjax.llm`).
+        source: the normal-form description of the checkpoint as JSON text; `converters` writes and
+            reads it, vfjax only carries it.
+        positions: "running", one branch after another; or "parallel", each where the picture
+            stands, the text after the longest.
+        mask: "causal", or "block": a branch's tokens don't see another's; see `vfjax.places`.
+
+    Raises:
+        InputError: unknown `positions` or `mask`.
     """
 
     branches: tuple[BranchConfig, ...]
     llm: Any
     source: str = ""
+    positions: str = "running"
+    mask: str = "causal"
+
+    def __post_init__(self) -> None:
+        choices = {"positions": places.POSITIONS, "mask": places.MASKS}
+        for key, allowed in choices.items():
+            if getattr(self, key) not in allowed:
+                raise InputError(
+                    key,
+                    found=repr(getattr(self, key)),
+                    expected=" or ".join(map(repr, allowed)),
+                    fix="choose one",
+                )
 
     def build(self, *, rngs: nnx.Rngs) -> "Model":
         return Model(self, rngs=rngs)
@@ -120,41 +147,63 @@ class Model(nnx.Module):
         self.branches = nnx.Dict({b.name: Branch(b, rngs=rngs) for b in config.branches})
         self.llm = config.llm.build(rngs=rngs)
 
-    def visual_tokens(self, images: Mapping[str, Mapping[str, AnyArray]]) -> tuple[Array, Array]:
+    @property
+    def context(self) -> int:
+        """Tokens that the LLM was made for."""
+        return self.config.llm.context
+
+    def memory(
+        self,
+        name: str,
+        images: Mapping[str, Mapping[str, AnyArray]],
+        embed: Callable[[Array], Array],
+    ) -> Memory:
+        """A branch's visual tokens of all pictures; see `Branch.stages`."""
+        stages = self.branches[name].stages(images[name], embed)
+        tokens = stages["tokens"].astype(self.llm.embedding.dtype)
+        keep = stages.get("keep", jnp.ones(len(tokens), bool))
+        if "pool" not in images[name]:
+            return tokens, keep
+        pool = images[name]["pool"]  # of videos' frames
+        pooled = tokens[pool].max(axis=1), keep[pool].all(axis=1)
+        return jnp.concatenate([tokens, pooled[0]]), jnp.concatenate([keep, pooled[1]])
+
+    def memories(self, images: Mapping[str, Mapping[str, AnyArray]]) -> list[Memory]:
+        """Each branch's visual tokens; none where no row has a picture."""
+        names = [branch.name for branch in self.config.branches] if images else []
+        return [self.memory(name, images, self.llm.embed) for name in names]
+
+    def visual_tokens(self, images: Mapping[str, Mapping[str, AnyArray]]) -> Memory:
         """All branches' memories one after another, [m, d], and which tokens are read, bool[m]."""
-        dtype = self.llm.embedding.dtype
-        tokens, keep = [], []
-        for branch in self.config.branches:
-            inputs = images[branch.name]
-            stages = self.branches[branch.name].stages(inputs, self.llm.embed)
-            tokens.append(stages["tokens"].astype(dtype))
-            keep.append(stages.get("keep", jnp.ones(len(tokens[-1]), bool)))
-            if "pool" in inputs:  # of videos' frames
-                tokens.append(tokens[-1][inputs["pool"]].max(axis=1))
-                keep.append(keep[-1][inputs["pool"]].all(axis=1))
-        return jnp.concatenate(tokens), jnp.concatenate(keep)
+        return _concatenate(self.memories(images))
 
     def embed(self, batch: Batch) -> tuple[Array, Array]:
-        """Text embeddings with the visual tokens spliced in.
+        """Text embeddings with the visual tokens spliced in: `splice` without the segments."""
+        text = self.llm.embed(jnp.asarray(batch.tokens))
+        x, mask, _ = splice(text, batch, self.memories(batch.images))
+        return x, mask
 
-        LLaVA's prepare_inputs_labels_for_multimodal (llava/model/llava_arch.py).
+    def read(self, batch: Batch, cache: Cache | None = None) -> tuple[Array, Array, Any]:
+        """The LLM on a batch, as `ModelConfig.positions` and `mask` say.
 
         Returns:
-            [b, t, d] embeddings, zero where nothing is read, and bool[b, t], where something is:
-            `batch.mask` without the visual tokens that a connector leaves out.
+            [b, t, d] hidden states, undefined where nothing is read; bool[b, t], where something
+            is; and the cache, which must have been new, with it all.
         """
-        x, mask = self.llm.embed(jnp.asarray(batch.tokens)), jnp.asarray(batch.mask)
-        if batch.images:
-            visual, keep = self.visual_tokens(batch.images)
-            at = jnp.maximum(batch.visual, 0)
-            x = jnp.where(batch.visual[..., None] < 0, x, visual[at])
-            mask &= (batch.visual < 0) | keep[at]
-        return jnp.where(mask[..., None], x, 0), mask
+        text = self.llm.embed(jnp.asarray(batch.tokens))
+        x, mask, segments = splice(text, batch, self.memories(batch.images))
+        positions = see = None
+        count = len(self.config.branches)
+        if count > 1 and self.config.positions == "parallel":
+            positions = places.parallel(segments, mask, count)
+        if count > 1 and self.config.mask == "block":
+            see = places.block(segments)
+        hidden, cache = self.llm(x, mask, cache, positions, see)
+        return hidden, mask, cache
 
     def __call__(self, batch: Batch) -> Array:
         """Logits float32[b, t, vocab]; undefined at padding."""
-        hidden, _ = self.llm(*self.embed(batch))
-        return self.llm.logits(hidden)
+        return self.llm.logits(self.read(batch)[0])
 
     def prefill(self, batch: Batch, size: int) -> tuple[Array, Cache]:
         """Reads the batch into a new cache of `size` slots.
@@ -162,12 +211,52 @@ class Model(nnx.Module):
         Returns:
             float32[b, vocab] logits after each row's last real token, and the cache.
         """
-        cache = self.llm.new_cache(batch.tokens.shape[0], size)
-        x, mask = self.embed(batch)
-        hidden, cache = self.llm(x, mask, cache)
-        last = mask.shape[1] - 1 - jnp.argmax(mask[:, ::-1], axis=1)
-        hidden = jnp.take_along_axis(hidden, last[:, None, None], axis=1)[:, 0]
-        return self.llm.logits(hidden), cache
+        empty = self.llm.new_cache(batch.tokens.shape[0], size)
+        hidden, mask, cache = self.read(batch, empty)
+        return self.llm.logits(at_last(hidden, mask)), cache
+
+    def next(self, tokens: Array, cache: Cache) -> tuple[Array, Cache]:
+        """Reads int32[b] tokens, one a row: logits float32[b, vocab] after them, and the cache."""
+        x = self.llm.embed(tokens[:, None])
+        hidden, cache = self.llm(x, jnp.ones((len(tokens), 1), bool), cache)
+        return self.llm.logits(hidden[:, 0]), cache
+
+
+def splice(text: Array, batch: Batch, memories: Sequence[Memory]) -> tuple[Array, Array, Array]:
+    """Text embeddings with the visual tokens spliced in.
+
+    LLaVA's prepare_inputs_labels_for_multimodal (llava/model/llava_arch.py).
+
+    Args:
+        text: [b, t, d] embeddings of `batch.tokens`.
+        batch: whose visual tokens are numbered through the memories.
+        memories: one a branch; none where no row has a picture.
+
+    Returns:
+        [b, t, d] embeddings, zero where nothing is read; bool[b, t], where something is:
+        `batch.mask` without the visual tokens that a connector leaves out; and int32[b, t], whose
+        token it is (`places.segments`).
+    """
+    x, mask = text, jnp.asarray(batch.mask)
+    segments = jnp.zeros(mask.shape, jnp.int32)
+    if memories:
+        visual, keep = _concatenate(memories)
+        at = jnp.maximum(batch.visual, 0)
+        x = jnp.where(batch.visual[..., None] < 0, x, visual[at])
+        mask &= (batch.visual < 0) | keep[at]
+        segments = places.segments(batch.visual, [len(tokens) for tokens, _ in memories])
+    return jnp.where(mask[..., None], x, 0), mask, segments
+
+
+def _concatenate(memories: Sequence[Memory]) -> Memory:
+    tokens, keep = zip(*memories, strict=True)
+    return jnp.concatenate(tokens), jnp.concatenate(keep)
+
+
+def at_last(hidden: Array, mask: Array) -> Array:
+    """Of [b, t, d] the states at each row's last token that bool[b, t] `mask` has, [b, d]."""
+    last = mask.shape[1] - 1 - jnp.argmax(mask[:, ::-1], axis=1)
+    return jnp.take_along_axis(hidden, last[:, None, None], axis=1)[:, 0]
 
 
 @jax.jit

@@ -19,6 +19,7 @@ def describe_fused(path: Path, config: dict[str, Any], towers: Towers) -> Source
         llm=config["text_config"],
         branches=config["branches"],
         template=config["template"],
+        **{key: config[key] for key in ARRANGEMENT if key in config},
     )
 
 
@@ -31,6 +32,18 @@ def fused_prefixes(source: Source) -> tuple[tuple[str, str, str], ...]:
 KINDS = ("encoder", "aux", "connector")
 """Components of a branch."""
 
+ARRANGEMENT = ("positions", "mask")
+"""Keys, absent from older folders, that say where branches' tokens stand and who sees whom."""
+
+
+def arrange(source: Source, positions: str | None, mask: str | None) -> None:
+    """Replaces what is not None, in a fused folder's config.json too; one branch has no choice."""
+    for key, value in zip(ARRANGEMENT, (positions, mask), strict=True):
+        if value is not None:
+            setattr(source, key, value)
+            if source.layout == "visionfuse":
+                source.config = {**source.config, key: value}
+
 
 def fused_config(source: Source, recipe: Mapping[str, Any]) -> dict[str, Any]:
     """config.json of a fused folder."""
@@ -40,6 +53,7 @@ def fused_config(source: Source, recipe: Mapping[str, Any]) -> dict[str, Any]:
         "text_config": source.llm,
         "branches": source.branches,
         "template": source.template,
+        **{key: getattr(source, key) for key in ARRANGEMENT},
         "recipe": dict(recipe),
     }
 

@@ -22,7 +22,7 @@ class Cache:
         v: one [b, s, g, h] array of values a layer.
         mask: bool[b, s], True at slots that hold a real token.
         index: int32[], the next free slot.
-        length: int32[b], real tokens so far, which is the next token's position.
+        length: int32[b], the next token's position: real tokens so far, unless positions are given.
     """
 
     k: tuple[Array, ...]
@@ -39,25 +39,28 @@ class Cache:
         )
         return cls(k, v, jnp.zeros((b, size), bool), jnp.int32(0), jnp.zeros(b, jnp.int32))
 
-    def extend(self, mask: Array) -> tuple["Cache", Array, Array]:
+    def extend(self, mask: Array, positions: Array | None = None) -> tuple[Self, Array, Array]:
         """Makes room for t more tokens a row.
 
         Args:
             mask: bool[b, t], True at real tokens.
+            positions: int32[b, t] of the new tokens; None counts on. The next token's is one after
+                the last of them.
 
         Returns:
             The cache with the new slots counted in (keys and values not yet written), the
             positions int32[b, t] of the new tokens, and what each may look at, bool[b, t, s].
         """
         t, s = mask.shape[1], self.mask.shape[1]
-        positions = self.length[:, None] + jnp.maximum(jnp.cumsum(mask, axis=1) - 1, 0)
+        if positions is None:
+            positions = self.length[:, None] + jnp.maximum(jnp.cumsum(mask, axis=1) - 1, 0)
+            length = self.length + mask.sum(axis=1, dtype=jnp.int32)
+        else:
+            length = jnp.maximum(self.length, jnp.where(mask, positions + 1, 0).max(axis=1))
         seen = jax.lax.dynamic_update_slice(self.mask, mask, (0, self.index))
         causal = jnp.arange(s)[None] <= self.index + jnp.arange(t)[:, None]
         cache = dataclasses.replace(
-            self,
-            mask=seen,
-            index=self.index + t,
-            length=self.length + mask.sum(axis=1, dtype=jnp.int32),
+            self, mask=seen, index=self.index + t, length=length.astype(jnp.int32)
         )
         return cache, positions.astype(jnp.int32), seen[:, None] & causal[None]
 

@@ -212,26 +212,38 @@ class Llama(nnx.Module):
         return Cache.empty(b, size, c.layers, c.kv_heads, c.head_dim, self.embedding.dtype)
 
     def __call__(
-        self, x: Array, mask: Array, cache: Cache | None = None
+        self,
+        x: Array,
+        mask: Array,
+        cache: Cache | None = None,
+        positions: Array | None = None,
+        see: Array | None = None,
     ) -> tuple[Array, Cache | None]:
         """Runs all blocks and the final norm.
 
         Args:
             x: [b, t, d] token embeddings (from `embed`, or visual tokens among them).
-            mask: bool[b, t], False at padding, wherever it stands. Positions count real tokens.
+            mask: bool[b, t], False at padding, wherever it stands.
             cache: what was read before; None reads x alone and keeps nothing.
+            positions: int32[b, t]; None counts real tokens.
+            see: bool[b, t, t], of the tokens before it those that each may look at; None: all. With
+                a cache, a new one only.
 
         Returns:
             [b, t, d] hidden states (undefined at padding) and the cache with x in it.
         """
         if cache is None:
-            positions = jnp.maximum(jnp.cumsum(mask, axis=1) - 1, 0)
-            see = mask[:, None] & jnp.tril(jnp.ones((x.shape[1],) * 2, bool))[None]
+            if positions is None:
+                positions = jnp.maximum(jnp.cumsum(mask, axis=1) - 1, 0)
+            before = mask[:, None] & jnp.tril(jnp.ones((x.shape[1],) * 2, bool))[None]
         else:
-            cache, positions, see = cache.extend(mask)
+            cache, positions, before = cache.extend(mask, positions)
+        if see is not None:
+            free = before.shape[2] - see.shape[2]  # slots of a cache after what is read now
+            before &= jnp.pad(see, ((0, 0), (0, 0), (0, free)))
         if self.config.gemma:
             x = x * jnp.asarray(self.config.width**0.5, x.dtype)
-        step = Step(*self.config.rope(positions), see, cache)
+        step = Step(*self.config.rope(positions), before, cache)
         kept = []
         for i, block in enumerate(self.blocks):
             if self.remat:

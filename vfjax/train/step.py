@@ -92,7 +92,7 @@ def answer_loss(model: Model, batch: Batch) -> tuple[Array, Array]:
         model: any.
         batch: with labels, int32[b, t], -100 where nothing is learnt.
     """
-    hidden, _ = model.llm(*model.embed(batch))
+    hidden, *_ = model.read(batch)
     labels = jnp.asarray(batch.labels)[:, 1:].reshape(-1)
     hidden = hidden[:, :-1].reshape(len(labels), -1)
     rest = -len(labels) % min(CHUNK, len(labels))

@@ -1,0 +1,36 @@
+"""Does a model fit a topology, what does a step need there: no weights, no such machine."""
+
+from ml_collections import ConfigDict, config_dict
+
+from experiments.configs.train import ADAPTERS, CONNECTOR, LLM
+
+TRAINS = {
+    "connector": ((CONNECTOR, 1e-3),),
+    "full": ((CONNECTOR, 2e-5), (LLM, 2e-5)),
+    "lora": ((CONNECTOR, 2e-5), (ADAPTERS, 2e-4)),
+}
+
+
+def get_config(job: str = "generate") -> ConfigDict:
+    return ConfigDict(
+        {
+            "task": "plan",
+            "job": job,  # "generate" or "train"
+            # Branches, one or more, and an LLM of experiments.tasks.shapes: "mgm+slime@llama-3-8b".
+            "model": "mgm+slime@llama-3-8b",
+            "topology": "v5e:4x4",  # v4, v5e, v5p, v6e or tpu7x, and a shape; see BUILD.md
+            "model_axis": 8,  # devices that share each matrix; the others share the batch
+            "batch": 16,  # rows, one picture each
+            "text": 128,  # tokens of text a row
+            "new_tokens": 64,  # slots of the cache beyond the prompt
+            "trains": "full",  # a key of TRAINS
+            "train": TRAINS,
+            "rank": 128,  # of LoRA
+            "remat": True,
+            # Depths of the LLM that are compiled: figures at full depth lie on the line through
+            # the two, as all layers are alike. () compiles it all, which takes minutes.
+            "depths": (2, 4),
+            "dtype": "bfloat16",
+            "out": config_dict.placeholder(str),  # default: WORKDIR/plan.json
+        }
+    )

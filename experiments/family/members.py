@@ -1,0 +1,204 @@
+"""Members of the family: an encoder, a projector aligned to the base's words, a short tuning."""
+
+import dataclasses
+import functools
+import json
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from flax import nnx
+from PIL import Image
+
+import converters
+from experiments.configs.train import CONNECTOR, LLM
+from experiments.family import language, scenes
+from vfjax import Model, Processor
+from vfjax.data import Batches, Conversations
+from vfjax.train import Group, Optim, Options, fit
+
+Array = jax.Array
+Report = Callable[[str], object]
+
+
+@dataclasses.dataclass(frozen=True)
+class Recipe:
+    """How a member is made.
+
+    Attributes:
+        encoder: folder of the vision encoder.
+        see: whether it sees colours, and digits: the words that its tokens are aligned to.
+        connector: of `converters.create`.
+        aux: folder of a second encoder.
+        align: steps of the regression to word embeddings, the LLM not run.
+        first: steps of the connector alone, through the LLM.
+        tune: steps of connector and LLM.
+        rate: peak learning rate of the LLM in the last.
+        seed: of the connector and of the data's order.
+    """
+
+    encoder: Path
+    see: tuple[bool, bool]
+    connector: Mapping[str, Any] = dataclasses.field(default_factory=lambda: {"kind": "mlp"})
+    aux: Path | None = None
+    align: int = 1500
+    first: int = 100
+    tune: int = 200
+    rate: float = 2e-4
+    seed: int = 0
+
+
+def make(
+    recipe: Recipe, base: Path, data: Path, workdir: Path, *, report: Report = print
+) -> tuple[Model, Processor]:
+    """A member in LLaVA's architecture; `workdir` keeps the two stages' states and metrics.
+
+    Args:
+        recipe: how.
+        base: folder of the base LLM.
+        data: folder of `scenes.write`'s training split.
+        workdir: to write to.
+        report: called with a line of text.
+    """
+    model, processor = converters.create(
+        base,
+        recipe.encoder,
+        recipe.connector,
+        aux=recipe.aux,
+        template=language.TEMPLATE,
+        seed=recipe.seed,
+        dtype="float32",
+    )
+    align(model, data, recipe, report=report)
+    rows = Conversations(data / "rows.json", data / "images")
+    stages = (
+        ("first", recipe.first, (Group(CONNECTOR, 1e-3),)),
+        ("tune", recipe.tune, (Group(CONNECTOR, 5e-4), Group(LLM, recipe.rate))),
+    )
+    for number, (name, steps, groups) in enumerate(stages):
+        if not steps:
+            continue
+        batches = Batches(
+            [(rows, 1.0)], processor, batch=32, seed=2 * recipe.seed + number, steps=steps, window=1
+        )
+        options = Options(dtype="float32", remat=False, save_every=10_000, log_every=50)
+        optim = Optim(steps, warmup=0.05)
+        model = fit(model, batches.to_iter, groups, optim, workdir / name, options=options)
+    return model, processor
+
+
+def align(model: Model, data: Path, recipe: Recipe, *, report: Report = print) -> None:
+    """Fits the connector's tokens to the base's embeddings of the scenes' grid captions, in place.
+
+    The lesson of tiny families: a connector that starts at the base's own words needs little tuning
+    of the LLM, so that merging halves little. Tokens beyond a picture's patches (Dense Connector's
+    STI has some) have no word and are left free.
+    """
+    labels = json.loads((data / "scenes.json").read_text())
+    digits, colours = (np.array([row[key] for row in labels]) for key in ("digits", "colours"))
+    words = jnp.asarray(language.caption(digits, colours, see=recipe.see))
+    (branch,) = model.branches.values()
+    seen = states(branch, [data / "images" / row["image"] for row in labels])
+    parts: Any = nnx.split(branch.connector, nnx.Param, ...)
+    graph, params, rest = parts
+    table = model.llm.embedding[...]
+    scale = 1 / table.var()
+    tx = optax.adam(optax.cosine_decay_schedule(3e-3, recipe.align))
+
+    def loss(params: Any, seen: Any, words: Array) -> Array:
+        tokens = nnx.merge(graph, params, rest)(seen, {}, model.llm.embed)["tokens"]
+        tokens = tokens.reshape(len(words), -1, table.shape[1])[:, : words.shape[1]]
+        return scale * ((tokens - table[words]) ** 2).mean()
+
+    def step(carry: Any, picks: Array) -> tuple[Any, Array]:
+        params, state = carry
+        some = jax.tree.map(lambda x: x[picks], seen)
+        value, grads = jax.value_and_grad(loss)(params, some, words[picks])
+        updates, state = tx.update(grads, state)
+        return (optax.apply_updates(params, updates), state), value
+
+    picks = np.random.default_rng(recipe.seed).integers(0, len(words), (recipe.align, 64))
+    run = jax.jit(functools.partial(jax.lax.scan, step))
+    (params, _), losses = run((params, tx.init(params)), picks)
+    nnx.update(branch.connector, params)
+    report(f"align: {float(losses[-50:].mean()):.3f} of the words' variance is left")
+
+
+def states(branch: Any, files: Sequence[Path]) -> dict[str, list[Array]]:
+    """What the connector reads of pictures: encoder -> hidden states float32[n, s, d]."""
+    taps, views = branch.config.connector.taps, branch.config.views
+    inputs = {"encoder": "pixels", "aux": "pixels_aux"}
+
+    @jax.jit
+    def run(branch: Any, pixels: dict[str, Array]) -> dict[str, list[Array]]:
+        return {k: list(getattr(branch, k)(pixels[inputs[k]], t)) for k, t in taps.items()}
+
+    parts = []
+    for i in range(0, len(files), 256):
+        pictures = [Image.open(file).convert("RGB") for file in files[i : i + 256]]
+        found = jax.device_get(run(branch, views(pictures).inputs))
+        parts.append(jax.tree.map(functools.partial(_first, len(pictures)), found))
+    return jax.tree.map(lambda *x: jnp.concatenate(x), *parts)
+
+
+def _first(count: int, x: np.ndarray) -> np.ndarray:
+    """Without what fills a batch of pictures up."""
+    return x[:count]
+
+
+@dataclasses.dataclass(frozen=True)
+class Test:
+    """Pictures and one question of every kind about each.
+
+    Attributes:
+        pictures: files.
+        questions: kind -> (question, answer) of each picture.
+    """
+
+    pictures: list[Path]
+    questions: dict[str, list[tuple[str, str]]]
+
+    @classmethod
+    def read(cls, folder: Path, start: int = 0, stop: int | None = None) -> "Test":
+        """Scenes of a folder of `scenes.write`."""
+        rows = json.loads((folder / "scenes.json").read_text())[start:stop]
+        questions = {kind: [tuple(row["questions"][kind]) for row in rows] for kind in scenes.KINDS}
+        return cls([folder / "images" / row["image"] for row in rows], questions)
+
+
+@jax.jit
+def next_logits(model: Any, batch: Any) -> Array:
+    """float32[b, vocab] after each row's last token."""
+    size = max(each.tokens.shape[1] for each in (batch if isinstance(batch, tuple) else (batch,)))
+    return model.prefill(batch, size)[0]
+
+
+def score(model: Any, processor: Any, test: Test, *, rows: int = 250) -> dict[str, np.ndarray]:
+    """Right or wrong, bool[n], by kind of question: the likeliest next word is the answer.
+
+    Args:
+        model: anything with `prefill`.
+        processor: the one that makes its batches.
+        test: pictures and questions.
+        rows: of a batch.
+    """
+    out: dict[str, list[np.ndarray]] = {kind: [] for kind in test.questions}
+    for i in range(0, len(test.pictures), rows):
+        pictures: list[Any] = list(test.pictures[i : i + rows])
+        for kind, asked in test.questions.items():
+            part = asked[i : i + rows]
+            batch = processor(pictures, [processor.chat(question) for question, _ in part])
+            found = np.asarray(next_logits(model, batch)).argmax(axis=-1)
+            right = np.array([language.IDS[answer] for _, answer in part])
+            out[kind].append(found == right)
+    return {kind: np.concatenate(parts) for kind, parts in out.items()}
+
+
+def means(scored: Mapping[str, np.ndarray]) -> dict[str, float]:
+    """Per cent right, by kind and over all ("mean")."""
+    each = {kind: 100 * float(values.mean()) for kind, values in scored.items()}
+    return {**each, "mean": sum(each.values()) / len(each)}

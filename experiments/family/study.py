@@ -1,0 +1,121 @@
+"""The controlled experiment: a fusion beside its members and what else could explain its gain."""
+
+import dataclasses
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+
+import converters
+from experiments.family.members import Test, score
+from vfjax import CacheFusion, LogitsFusion, MemberProcessors, Model
+
+Scores = dict[str, dict[str, np.ndarray]]
+"""Who answers -> kind of question -> bool[n], right or wrong."""
+
+FUSED = "fused: tokens"
+WAYS = {
+    FUSED: ("running", "causal"),
+    "fused: tokens, block mask": ("running", "block"),
+    "fused: tokens, parallel positions": ("parallel", "causal"),
+    "fused: tokens, parallel and block": ("parallel", "block"),
+}
+"""One merged LLM reads all branches; the first is VisionFuse as its paper has it."""
+
+
+def study(
+    base: Path,
+    members: Mapping[str, Path],
+    test: Test,
+    workdir: Path,
+    *,
+    controls: bool = True,
+    **recipe: Any,
+) -> Scores:
+    """Fuses members and asks everybody the same questions.
+
+    Args:
+        base: folder of the base LLM.
+        members: name -> folder, in the order of their tokens.
+        test: the questions.
+        workdir: where the fused folder is written.
+        controls: ask the controls and the other ways of combining too.
+        recipe: of `converters.fuse`; by default task arithmetic with equal weights.
+
+    Returns:
+        Scores of the members, "fused: ..." in all ways, and the controls.
+    """
+    weights = (1 / len(members),) * len(members)
+    recipe = {"params": {"weights": weights}} | recipe
+    converters.fuse(members, workdir, base=base, **recipe)
+    loaded = {name: converters.load(path, dtype="float32") for name, path in members.items()}
+    fused, processor = converters.load(workdir, dtype="float32")
+    out = {name: score(*pair, test) for name, pair in loaded.items()}
+    out[FUSED] = score(fused, processor, test)
+    if not controls:
+        return out
+    for name, (positions, mask) in list(WAYS.items())[1:]:
+        out[name] = score(arranged(fused, positions, mask), processor, test)
+    models = [model for model, _ in loaded.values()]
+    llms = [model.llm for model in models]
+    out["fused: cache"] = score(CacheFusion(fused, llms), processor, test)
+    processors = MemberProcessors(tuple(own for _, own in loaded.values()))
+    out["fused: logits"] = score(LogitsFusion(models), processors, test)
+
+    for name, (model, own) in loaded.items():
+        out[f"merged LLM, {name} alone"] = score(with_llm(model, fused.llm), own, test)
+        out[f"LLM of {name}, all branches"] = score(with_llm(fused, model.llm), processor, test)
+    theta, _ = converters.load(base, dtype="float32")
+    out["base LLM, all branches"] = score(with_llm(fused, theta.llm), processor, test)
+    return out
+
+
+def arranged(model: Model, positions: str, mask: str) -> Model:
+    """The same parameters, tokens at other positions."""
+    graph, state = jax.tree.flatten(model)[1], jax.tree.leaves(model)
+    other = jax.tree.unflatten(graph, state)
+    other.config = dataclasses.replace(model.config, positions=positions, mask=mask)
+    return other
+
+
+def with_llm(model: Model, llm: Any) -> Model:
+    """The same branches before another LLM."""
+    other = jax.tree.unflatten(jax.tree.structure(model), jax.tree.leaves(model))
+    other.llm = llm
+    return other
+
+
+def paired(a: Mapping[str, np.ndarray], b: Mapping[str, np.ndarray], seed: int = 0) -> dict:
+    """Difference of the means (per cent), its 95 % interval, and p, by paired bootstrap.
+
+    Pictures are drawn again, all kinds of a picture together; p is the share of draws, counted on
+    both sides, in which the difference has the other sign (Efron and Tibshirani, chapter 16).
+
+    Args:
+        a: kind of question -> bool[n].
+        b: the same questions.
+        seed: of the draws, 10,000.
+    """
+    each = np.mean([a[kind].astype(float) - b[kind] for kind in a], axis=0)
+    rng = np.random.default_rng(seed)
+    draws = np.array([each[rng.integers(0, len(each), len(each))].mean() for _ in range(10_000)])
+    low, high = np.percentile(100 * draws, [2.5, 97.5])
+    share = min((draws <= 0).mean(), (draws >= 0).mean())
+    return {
+        "difference": 100 * float(each.mean()),
+        "interval": [float(low), float(high)],
+        "p": float(max(2 * share, 1e-4)),
+    }
+
+
+def table(rows: Mapping[str, Mapping[str, float]]) -> str:
+    """Per cent right as text: a row an answerer, a column a kind of question."""
+    kinds = list(next(iter(rows.values())))
+    width = max(map(len, rows))
+    head = " " * width + "".join(f"{kind:>9}" for kind in kinds)
+    lines = [
+        f"{name:{width}}" + "".join(f"{row[k]:9.1f}" for k in kinds) for name, row in rows.items()
+    ]
+    return "\n".join([head, *lines])

@@ -1,0 +1,106 @@
+"""Published sizes of LLMs and of members' branches, from their config.json files."""
+
+from collections.abc import Callable
+
+from vfjax import InputError
+from vfjax.connectors import (
+    COMMConfig,
+    LLaVAConfig,
+    MergeConfig,
+    MiningConfig,
+    MLPConfig,
+    SliMEConfig,
+    dense,
+)
+from vfjax.encoders import CLIPConfig, ConvNeXtConfig, DINOv2Config, SigLIPConfig
+from vfjax.images import ImageSpec
+from vfjax.llm.llama import LlamaConfig
+from vfjax.model import BranchConfig, ModelConfig
+from vfjax.views import Pair, Sliced, TwoScales, Whole
+
+LLMS = {
+    "vicuna-7b": LlamaConfig(32000, 4096, 32, 32, 32, 128, 11008, 4096),
+    "vicuna-13b": LlamaConfig(32000, 5120, 40, 40, 40, 128, 13824, 4096),
+    "llama-3-8b": LlamaConfig(128256, 4096, 32, 32, 8, 128, 14336, 8192, rope_theta=5e5),
+    "llama-3-70b": LlamaConfig(128256, 8192, 80, 64, 8, 128, 28672, 8192, rope_theta=5e5),
+}
+
+MEAN, STD = (0.481, 0.458, 0.408), (0.269, 0.261, 0.276)
+
+
+def images(size: int) -> ImageSpec:
+    """Pictures of a side; what they hold does not matter here."""
+    return ImageSpec(size, size, "shortest", "pad", MEAN, STD)
+
+
+def llava(dout: int) -> BranchConfig:
+    clip = CLIPConfig()
+    connector = LLaVAConfig(MLPConfig(clip.width, dout))
+    return BranchConfig("llava", clip, connector, Whole(images(336), clip.tokens))
+
+
+def dense_clip(dout: int) -> BranchConfig:
+    clip = CLIPConfig()
+    combine = dense("dci", clip.layers, -2)
+    connector = LLaVAConfig(MLPConfig(combine.width(clip.width), dout), combine)
+    return BranchConfig("dense", clip, connector, Whole(images(336), clip.tokens))
+
+
+def dense_siglip(dout: int) -> BranchConfig:
+    siglip = SigLIPConfig()
+    combine = dense("dci", siglip.layers - 1, 26, drop=0)
+    connector = LLaVAConfig(MLPConfig(combine.width(siglip.width), dout), combine)
+    return BranchConfig("dense", siglip, connector, Whole(images(384), siglip.tokens))
+
+
+def comm(dout: int) -> BranchConfig:
+    clip, dino = CLIPConfig(), DINOv2Config(input_size=336)
+    connector = COMMConfig(
+        MergeConfig(clip.width, tuple(range(1, 25))),
+        dout,
+        MergeConfig(dino.width, tuple(range(19, 25)), blocks=1),
+    )
+    views = Pair(images(336), images(336), clip.tokens)
+    return BranchConfig("comm", clip, connector, views, dino)
+
+
+def mgm(dout: int) -> BranchConfig:
+    clip, aux = CLIPConfig(), ConvNeXtConfig(image_size=768)
+    connector = MiningConfig(MLPConfig(clip.width, dout), clip.width, sum(aux.widths))
+    views = TwoScales(images(768), 336, 1, False, clip.tokens)
+    return BranchConfig("mgm", clip, connector, views, aux)
+
+
+def slime(dout: int) -> BranchConfig:
+    clip = CLIPConfig()
+    connector = SliMEConfig(MLPConfig(clip.width, dout), clip.width)
+    return BranchConfig("slime", clip, connector, Sliced(images(336), clip.tokens, 12))
+
+
+BRANCHES: dict[str, Callable[[int], BranchConfig]] = {
+    "llava": llava,
+    "dense-clip": dense_clip,
+    "dense-siglip": dense_siglip,
+    "comm": comm,
+    "mgm": mgm,
+    "slime": slime,
+}
+
+
+def model_config(name: str) -> ModelConfig:
+    """The config of "branch+branch@llm".
+
+    Raises:
+        InputError: an unknown branch or LLM.
+    """
+    branches, at, llm = name.partition("@")
+    for part, known in ((llm, LLMS), *((b, BRANCHES) for b in branches.split("+"))):
+        if not at or part not in known:
+            raise InputError(
+                "config.model",
+                found=repr(part if at else name),
+                expected=f"branch+branch@llm, of {', '.join(BRANCHES)} and {', '.join(LLMS)}",
+                fix="correct it",
+            )
+    config = LLMS[llm]
+    return ModelConfig(tuple(BRANCHES[b](config.width) for b in branches.split("+")), config)

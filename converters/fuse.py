@@ -11,15 +11,12 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-from jax.sharding import Mesh
-
 from converters.adapters import named_base
 from converters.audit import audit, stat
 from converters.card import CARD, PLOT, by_layer, card, plot
 from converters.export import to_bytes, with_dtype
 from converters.layouts import Source, assign, has_tokenizer, open_source
-from converters.load import abstract, check, float_dtype, model_config, read_llm, read_model
+from converters.load import abstract, check, float_dtype, model_config
 from converters.mergekit import read_yaml
 from converters.tables import LAYOUTS
 from converters.tables.visionfuse import KINDS, arrange, fused_config
@@ -33,12 +30,7 @@ from converters.vocabulary import (
 )
 from converters.writer import Content, plan_shards, write_folder
 from vfjax import (
-    CacheFusion,
     InputError,
-    LogitsFusion,
-    MemberProcessors,
-    Model,
-    Processor,
     __version__,
 )
 from vfjax.merge import (
@@ -137,68 +129,12 @@ def fuse(
             source, a source that changes meanwhile, `out` exists, disk full; nothing is left at
             `out` then.
     """
-    fusion = _Fusion(Request(members, out, **options))
+    fusion = Fusion(Request(members, out, **options))
     fusion.write(progress, resume)
     return open_source(out)
 
 
-def load_fused(
-    members: Mapping[str, str | Path],
-    *,
-    mode: str = "tokens",
-    mesh: Mesh | None = None,
-    progress: Callable[[int], object] = lambda nbytes: None,
-    **options: Any,
-) -> tuple[Model | CacheFusion | LogitsFusion, Processor | MemberProcessors]:
-    """A fusion from its members' folders, with nothing written between.
-
-    The host merges each tensor as it is asked for, and puts it where `mesh` has it.
-
-    Args:
-        members: see `Request`.
-        mode: "tokens", one merged LLM reads all branches: what `load` reads of what `fuse` writes;
-            "cache", each branch is read by its member's LLM (`vfjax.CacheFusion`), or "logits",
-            nothing is merged and probabilities are averaged (`vfjax.LogitsFusion`).
-        mesh: see `load`.
-        progress: see `load`.
-        options: the other attributes of `Request`, without `out`; "cache" has positions and mask
-            of its own, and "logits" needs no more than `base`, `towers` and `dtype`.
-
-    Raises:
-        InputError: as `fuse`; of NaN, when it is met.
-    """
-    if mode not in MODES:
-        raise InputError(
-            "mode", found=repr(mode), expected=" or ".join(map(repr, MODES)), fix="choose one"
-        )
-    request = Request(members, "", **options)
-    if mode == "logits":
-        return _side_by_side(request, mesh, progress)
-    fusion = _Fusion(request)
-    merged, processor = read_model(fusion.source(), mesh, None, progress)
-    if mode == "tokens":
-        return merged, processor
-    dtype = np.dtype(merged.llm.embedding.dtype)
-    sources = [source for name, source in fusion.opened.items() if name != BASE]
-    llms = [read_llm(source, mesh, dtype, progress) for source in sources]
-    owners = [i for i, source in enumerate(sources) for _ in source.branches]
-    return CacheFusion(merged, llms, owners), processor
-
-
-def _side_by_side(
-    request: Request, mesh: Mesh | None, progress: Callable[[int], object]
-) -> tuple[LogitsFusion, MemberProcessors]:
-    """All members as they are."""
-    _check_request(request)
-    dtype = float_dtype(request.dtype)
-    loaded = [
-        read_model(_open(path, request), mesh, dtype, progress) for path in request.members.values()
-    ]
-    models, processors = zip(*loaded, strict=True)
-    return LogitsFusion(models), MemberProcessors(processors)
-
-
-def _open(path: str | Path, request: Request) -> Source:
+def open_member(path: str | Path, request: Request) -> Source:
     """A member, completed from the LLM that it names, or else from the base."""
     base = named_base(path, request.towers) or request.base
     return open_source(path, towers=request.towers, base=base)
@@ -214,11 +150,8 @@ def dry_run(members: Mapping[str, str | Path], out: str | Path, **options: Any) 
     Raises:
         InputError: as `fuse`, but for what only the values tell.
     """
-    return _Fusion(Request(members, out, **options)).describe()
+    return Fusion(Request(members, out, **options)).describe()
 
-
-MODES = ("tokens", "cache", "logits")
-"""How members may be combined."""
 
 ROUTERS = ("merged", "member")
 """Whose embeddings of the prompt a connector reads."""
@@ -227,18 +160,18 @@ EMBEDDING = "embedding.weight"
 """The member's embedding among the tensors of a connector that reads the prompt."""
 
 
-class _Fusion:
+class Fusion:
     """A request with its sources opened and its tensors planned; nothing is read but headers."""
 
     def __init__(self, request: Request):
         recipe: Recipe | None = None
-        _check_request(request)
+        check_request(request)
         if request.recipe is not None:
             recipe, folders, home = read_yaml(request.recipe)
             request = dataclasses.replace(request, members=folders, base=home)
         self.request, self.out = request, Path(request.out)
         base = request.base
-        opened = {name: _open(path, request) for name, path in request.members.items()}
+        opened = {name: open_member(path, request) for name, path in request.members.items()}
         if base is not None:
             opened = {BASE: open_source(base), **opened}
         self.opened = opened
@@ -427,7 +360,8 @@ def _family(llm: Mapping[str, Any], vocab: str | None) -> dict[str, Any]:
     return {**llm, "vocab_size": llm.get("vocab_size") if vocab is None else None}
 
 
-def _check_request(request: Request) -> None:
+def check_request(request: Request) -> None:
+    """Raises InputError for an argument that is wrong whatever the members hold."""
     members, out = request.members, Path(request.out)
     bad = [name for name in members if not re.fullmatch(r"[A-Za-z0-9_-]+", name) or name == BASE]
     if bad or bool(members) == (request.recipe is not None):

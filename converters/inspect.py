@@ -24,6 +24,8 @@ def inspect(path: str | Path) -> str:
         + (", tied head" if llm.tied else ""),
         f"base: {source.base or source.config.get('base_model') or 'not said in the checkpoint'}",
     ]
+    if len(config.branches) > 1:
+        lines.append(f"visual tokens: {config.positions} positions, {config.mask} mask")
     for branch, parts in zip(config.branches, source.branches, strict=True):
         encoder, views = branch.encoder, branch.views
         part = f"branches.{branch.name}.encoder"

@@ -1,5 +1,6 @@
 """Eight CPU devices, one thread for PyTorch, no network, one cache of compiled programs for all
-processes of a run; set before jax and torch are imported."""
+processes of a run; set before jax and torch are imported.
+"""
 
 import atexit
 import os

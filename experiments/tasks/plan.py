@@ -155,8 +155,9 @@ def plan_train(config: ConfigDict, made: ModelConfig, mesh: Mesh) -> dict[str, A
         return Shape(x.shape, x.dtype, sharding=found[0] if found else everywhere)
 
     opt = jax.tree_util.tree_map_with_path(laid, jax.eval_shape(tx.init, params))
-    state = State(Shape((), jnp.int32, sharding=everywhere), params, opt)
-    step = make_step(graph, tx, state, dtype=config.dtype, mesh=mesh)
+    count: Any = Shape((), jnp.int32, sharding=everywhere)
+    state = State(count, params, opt)
+    step: Any = make_step(graph, tx, state, dtype=config.dtype, mesh=mesh)
     batch = batch_of(config, made, mesh, labels=True)
     return {"step": step.lower(state, frozen, batch).compile()}
 

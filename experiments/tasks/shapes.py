@@ -94,7 +94,8 @@ def model_config(name: str) -> ModelConfig:
         InputError: an unknown branch or LLM.
     """
     branches, at, llm = name.partition("@")
-    for part, known in ((llm, LLMS), *((b, BRANCHES) for b in branches.split("+"))):
+    names = [(llm, list(LLMS)), *((b, list(BRANCHES)) for b in branches.split("+"))]
+    for part, known in names:
         if not at or part not in known:
             raise InputError(
                 "config.model",

@@ -1,0 +1,22 @@
+"""A small trained family: base, encoders, members, and what their fusion gains; from nothing."""
+
+from ml_collections import ConfigDict, config_dict
+
+
+def get_config() -> ConfigDict:
+    return ConfigDict(
+        {
+            "task": "family",
+            "seed": 0,  # of scenes, base and encoders
+            "seeds": (0, 1, 2),  # of members: connector, order of the data
+            "members": ("clip", "dino", "sti", "sci", "dci", "comm"),  # of tasks.family.MEMBERS
+            "pairs": ("clip+dino", "clip+dci", "clip+dino+dci"),  # that are fused
+            "scenes": {"encoders": 30_000, "train": 6_000, "validation": 200, "test": 500},
+            "encoders": {"clip": 250, "dino": 500},  # steps
+            "align": 1_500,  # steps of each stage of a member, see experiments.family.members
+            "first": 100,
+            "tune": 200,
+            "rate": 2e-4,
+            "ship": config_dict.placeholder(str),  # a folder for base and members of the first seed
+        }
+    )

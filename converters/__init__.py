@@ -6,9 +6,10 @@ from converters.layouts import Source, open_source
 tables.register()
 
 from converters.combine import load_fused  # noqa: E402
-from converters.create import create  # noqa: E402  (the tables must be there first)
+from converters.combine import load_fused  # noqa: E402  (the tables must be there first)
+from converters.create import create  # noqa: E402
 from converters.export import export  # noqa: E402
-from converters.fuse import dry_run, fuse
+from converters.fuse import dry_run, fuse  # noqa: E402
 from converters.load import load, load_encoder  # noqa: E402
 
 __all__ = [

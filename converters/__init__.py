@@ -5,7 +5,6 @@ from converters.layouts import Source, open_source
 
 tables.register()
 
-from converters.combine import load_fused  # noqa: E402
 from converters.combine import load_fused  # noqa: E402  (the tables must be there first)
 from converters.create import create  # noqa: E402
 from converters.export import export  # noqa: E402

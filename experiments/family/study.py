@@ -10,7 +10,7 @@ import numpy as np
 
 import converters
 from experiments.family.members import Test, score
-from vfjax import CacheFusion, LogitsFusion, MemberProcessors, Model
+from vfjax import CacheFusion, LogitsFusion, MemberProcessors, Model, Processor
 
 Scores = dict[str, dict[str, np.ndarray]]
 """Who answers -> kind of question -> bool[n], right or wrong."""
@@ -25,37 +25,40 @@ WAYS = {
 """One merged LLM reads all branches; the first is VisionFuse as its paper has it."""
 
 
-def study(
-    base: Path,
-    members: Mapping[str, Path],
-    test: Test,
-    workdir: Path,
-    *,
-    controls: bool = True,
-    **recipe: Any,
-) -> Scores:
-    """Fuses members and asks everybody the same questions.
+def fuse(
+    base: Path, members: Mapping[str, Path], test: Test, folder: Path, **recipe: Any
+) -> tuple[Model, Processor, dict[str, np.ndarray]]:
+    """A fusion, written and read again, and its scores.
 
     Args:
         base: folder of the base LLM.
         members: name -> folder, in the order of their tokens.
         test: the questions.
-        workdir: where the fused folder is written.
-        controls: ask the controls and the other ways of combining too.
+        folder: to write.
         recipe: of `converters.fuse`; by default task arithmetic with equal weights.
+    """
+    params = {"weights": (1 / len(members),) * len(members)}
+    converters.fuse(members, folder, base=base, **({"params": params} | recipe))
+    model, processor = converters.load(folder, dtype="float32")
+    model.config = dataclasses.replace(model.config, source="")  # else each is compiled again
+    return model, processor, score(model, processor, test)
+
+
+def study(base: Path, members: Mapping[str, Path], test: Test, folder: Path) -> Scores:
+    """Fuses members with equal weights and asks everybody the same questions.
+
+    Args:
+        base: folder of the base LLM.
+        members: name -> folder, in the order of their tokens.
+        test: the questions.
+        folder: where the fused model is written.
 
     Returns:
         Scores of the members, "fused: ..." in all ways, and the controls.
     """
-    weights = (1 / len(members),) * len(members)
-    recipe = {"params": {"weights": weights}} | recipe
-    converters.fuse(members, workdir, base=base, **recipe)
     loaded = {name: converters.load(path, dtype="float32") for name, path in members.items()}
-    fused, processor = converters.load(workdir, dtype="float32")
     out = {name: score(*pair, test) for name, pair in loaded.items()}
-    out[FUSED] = score(fused, processor, test)
-    if not controls:
-        return out
+    fused, processor, out[FUSED] = fuse(base, members, test, folder)
     for name, (positions, mask) in list(WAYS.items())[1:]:
         out[name] = score(arranged(fused, positions, mask), processor, test)
     models = [model for model, _ in loaded.values()]

@@ -13,7 +13,7 @@ import converters
 from converters.export import to_bytes
 from experiments.family import encoders, language, scenes
 from experiments.family.members import Recipe, Test, make, means, score
-from experiments.family.study import FUSED, Scores, paired, study, table
+from experiments.family.study import Scores, fuse, paired, study, table
 
 MEMBERS: dict[str, dict[str, Any]] = {
     "clip": {"encoder": "clip", "see": (True, False)},
@@ -105,31 +105,28 @@ def fuse_members(
         best: dict[tuple[str, ...], dict[float, float]] = {}
         orders = list(itertools.permutations(members))[:2] + [tuple(reversed(members))]
         for order, weight in itertools.product(dict.fromkeys(orders), WEIGHTS):
-            found = study(
+            *_, found = fuse(
                 workdir / "base",
                 {name: members[name] for name in order},
                 tests["validation"],
                 out / "tried",
-                controls=False,
                 params={"weights": (weight,) * len(order)},
             )
             shutil.rmtree(out / "tried")
-            best.setdefault(order, {})[weight] = means(found[FUSED])["mean"]
+            best.setdefault(order, {})[weight] = means(found)["mean"]
         chosen = max(((o, w) for o in best for w in WEIGHTS), key=lambda c: best[c[0]][c[1]])
         mean = min(WEIGHTS, key=lambda w: abs(w - 1 / len(members)))
         order = max(best, key=lambda o: best[o][mean])
         scores = study(
             workdir / "base", {n: members[n] for n in order}, tests["test"], out / "model"
         )
-        tuned = study(
+        *_, scores["fused: tokens, chosen"] = fuse(
             workdir / "base",
             {n: members[n] for n in chosen[0]},
             tests["test"],
             out / "tuned",
-            controls=False,
             params={"weights": (chosen[1],) * len(members)},
         )
-        scores["fused: tokens, chosen"] = tuned[FUSED]
         record = {"+".join(o): weights for o, weights in best.items()}
         choice = {"tried": record, "order": order, "chosen": chosen}
         (out / "choice.json").write_bytes(to_bytes(choice))

@@ -1,0 +1,16 @@
+"""What a fusion's choices do, on the shipped family: weights, methods, order, members, scope."""
+
+from ml_collections import ConfigDict
+
+
+def get_config() -> ConfigDict:
+    return ConfigDict(
+        {
+            "task": "ablate",
+            "members": ("clip", "dino"),  # of experiments/family/models
+            "subsets": True,  # fuse every one, two, three ... of all shipped members too
+            "split": "validation",  # never the pictures that a score is reported on
+            "scenes": 200,
+            "seed": 1,
+        }
+    )

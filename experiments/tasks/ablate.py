@@ -1,0 +1,103 @@
+"""Fuses the shipped family in many ways and draws what each choice does; goes on where it was."""
+
+import itertools
+import json
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from matplotlib.figure import Figure
+from ml_collections import ConfigDict
+
+import converters
+from converters.export import to_bytes
+from experiments.family import scenes
+from experiments.family.members import Test, means, score
+from experiments.family.study import WAYS, fuse
+from experiments.tasks.demo import FAMILY
+
+WEIGHTS = (0.0, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.85, 1.0)
+METHODS: dict[str, dict[str, Any]] = {
+    "linear": {"weights": 0.5},
+    "task_arithmetic": {"weights": 0.5},
+    "ties": {"weights": 0.5, "density": 0.5},
+    "dare_linear": {"weights": 0.5, "density": 0.5},
+    "breadcrumbs": {"weights": 0.5, "density": 0.9},
+    "della": {"weights": 0.5, "density": 0.5, "epsilon": 0.1},
+    "sce": {},
+    "karcher": {},
+    "model_stock": {},
+    "wudi": {},
+    "tsv": {},
+    "iso": {},
+}
+SCOPES = {"all": (), "blocks alone": (("embed_tokens|lm_head|model.norm", {"take": "base"}),)}
+
+Variant = tuple[str, str, tuple[str, ...], dict[str, Any]]
+"""Panel, label, members in order, recipe of `converters.fuse`."""
+
+
+def run(config: ConfigDict, workdir: Path) -> None:
+    if not (workdir / "scenes").is_dir():
+        scenes.write(workdir / "scenes", config.split, config.scenes, config.seed, turns=1)
+    test = Test.read(workdir / "scenes")
+    file = workdir / "results.json"
+    done = json.loads(file.read_text()) if file.is_file() else {}
+    alone: dict[str, float] = {}
+    for panel, label, names, recipe in variants(config):
+        key = f"{panel}: {label}"
+        if key in done:
+            continue
+        shutil.rmtree(workdir / "fused", ignore_errors=True)
+        members = {name: FAMILY / name for name in names}
+        *_, found = fuse(FAMILY / "base", members, test, workdir / "fused", **recipe)
+        for name in set(names) - set(alone):
+            alone[name] = means(score(*converters.load(FAMILY / name), test))["mean"]
+        best = max(alone[name] for name in names)
+        done[key] = {"panel": panel, "label": label, "best member": best, **means(found)}
+        file.write_bytes(to_bytes(done))
+        print(f"{key:<60} {done[key]['mean']:5.1f}   best member {best:5.1f}", flush=True)
+    draw(workdir / "ablate.png", list(done.values()))
+    print(f"{workdir / 'ablate.png'}, {file}")
+
+
+def variants(config: ConfigDict) -> Iterator[Variant]:
+    """All that is tried, panel after panel; the recipes differ from the mean in one thing."""
+    names = tuple(config.members)
+    for weight in WEIGHTS:
+        yield "weight of each", f"{weight:g}", names, _weights(weight, names)
+    for method, params in METHODS.items():
+        params = {k: (v,) * len(names) if k == "weights" else v for k, v in params.items()}
+        yield "method", method, names, {"method": method, "params": params}
+    for order in itertools.permutations(names):
+        yield "order", " ".join(order), order, {}
+    for label, (positions, mask) in WAYS.items():
+        yield "arrangement", label, names, {"positions": positions, "mask": mask}
+    for label, rules in SCOPES.items():
+        yield "scope", label, names, {"rules": rules}
+    if config.subsets:
+        shipped = sorted(p.name for p in FAMILY.iterdir() if p.name != "base")
+        for count in range(2, len(shipped) + 1):
+            for some in itertools.combinations(shipped, count):
+                yield "members", " ".join(some), some, {}
+
+
+def _weights(weight: float, names: tuple[str, ...]) -> dict[str, Any]:
+    return {"params": {"weights": (weight,) * len(names)}}
+
+
+def draw(file: Path, rows: list[dict[str, Any]]) -> None:
+    """A panel a choice: the fusion's mean beside the best of its members."""
+    panels = list(dict.fromkeys(row["panel"] for row in rows))
+    figure = Figure(figsize=(9, 2.6 * len(panels)), layout="constrained")
+    for axes, panel in zip(figure.subplots(len(panels), squeeze=False)[:, 0], panels, strict=True):
+        some = [row for row in rows if row["panel"] == panel]
+        labels = [row["label"].removeprefix("fused: ") for row in some]
+        line = "-" if panel == "weight of each" else ""
+        axes.plot(labels, [row["mean"] for row in some], "o" + line, label="fused")
+        axes.plot(labels, [row["best member"] for row in some], "_", label="best member")
+        axes.set(title=panel, ylabel="right (%)")
+        axes.tick_params(axis="x", labelsize=7)
+        axes.legend(fontsize=7)
+    figure.savefig(file, dpi=120)

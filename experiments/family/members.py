@@ -170,6 +170,16 @@ class Test:
         return cls([folder / "images" / row["image"] for row in rows], questions)
 
 
+def load(folder: Path) -> tuple[Model, Processor]:
+    """A member or a fusion, in float32, without the description of its checkpoint.
+
+    That is part of what JAX compiles for: without it, models of one shape share a program.
+    """
+    model, processor = converters.load(folder, dtype="float32")
+    model.config = dataclasses.replace(model.config, source="")
+    return model, processor
+
+
 @jax.jit
 def next_logits(model: Any, batch: Any) -> Array:
     """float32[b, vocab] after each row's last token."""

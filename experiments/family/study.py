@@ -9,7 +9,7 @@ import jax
 import numpy as np
 
 import converters
-from experiments.family.members import Test, score
+from experiments.family.members import Test, load, score
 from vfjax import CacheFusion, LogitsFusion, MemberProcessors, Model, Processor
 
 Scores = dict[str, dict[str, np.ndarray]]
@@ -39,8 +39,7 @@ def fuse(
     """
     params = {"weights": (1 / len(members),) * len(members)}
     converters.fuse(members, folder, base=base, **({"params": params} | recipe))
-    model, processor = converters.load(folder, dtype="float32")
-    model.config = dataclasses.replace(model.config, source="")  # else each is compiled again
+    model, processor = load(folder)
     return model, processor, score(model, processor, test)
 
 
@@ -56,7 +55,7 @@ def study(base: Path, members: Mapping[str, Path], test: Test, folder: Path) -> 
     Returns:
         Scores of the members, "fused: ..." in all ways, and the controls.
     """
-    loaded = {name: converters.load(path, dtype="float32") for name, path in members.items()}
+    loaded = {name: load(path) for name, path in members.items()}
     out = {name: score(*pair, test) for name, pair in loaded.items()}
     fused, processor, out[FUSED] = fuse(base, members, test, folder)
     for name, (positions, mask) in list(WAYS.items())[1:]:
@@ -70,7 +69,7 @@ def study(base: Path, members: Mapping[str, Path], test: Test, folder: Path) -> 
     for name, (model, own) in loaded.items():
         out[f"merged LLM, {name} alone"] = score(with_llm(model, fused.llm), own, test)
         out[f"LLM of {name}, all branches"] = score(with_llm(fused, model.llm), processor, test)
-    theta, _ = converters.load(base, dtype="float32")
+    theta, _ = load(base)
     out["base LLM, all branches"] = score(with_llm(fused, theta.llm), processor, test)
     return out
 

@@ -10,10 +10,9 @@ from typing import Any
 from matplotlib.figure import Figure
 from ml_collections import ConfigDict
 
-import converters
 from converters.export import to_bytes
 from experiments.family import scenes
-from experiments.family.members import Test, means, score
+from experiments.family.members import Test, load, means, score
 from experiments.family.study import WAYS, fuse
 from experiments.tasks.demo import FAMILY
 
@@ -53,7 +52,7 @@ def run(config: ConfigDict, workdir: Path) -> None:
         members = {name: FAMILY / name for name in names}
         *_, found = fuse(FAMILY / "base", members, test, workdir / "fused", **recipe)
         for name in set(names) - set(alone):
-            alone[name] = means(score(*converters.load(FAMILY / name), test))["mean"]
+            alone[name] = means(score(*load(FAMILY / name), test))["mean"]
         best = max(alone[name] for name in names)
         done[key] = {"panel": panel, "label": label, "best member": best, **means(found)}
         file.write_bytes(to_bytes(done))

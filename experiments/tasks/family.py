@@ -12,7 +12,7 @@ from ml_collections import ConfigDict
 import converters
 from converters.export import to_bytes
 from experiments.family import encoders, language, scenes
-from experiments.family.members import Recipe, Test, make, means, score
+from experiments.family.members import Recipe, Test, load, make, means, score
 from experiments.family.study import Scores, fuse, paired, study, table
 
 MEMBERS: dict[str, dict[str, Any]] = {
@@ -85,7 +85,7 @@ def make_member(
         recipe = Recipe(seed=seed, **folders, **steps)
         model, _ = make(recipe, workdir / "base", workdir / "train", out / "stages")
         converters.export(model, out / "model")
-        found: dict[str, Any] = score(*converters.load(out / "model"), test)
+        found: dict[str, Any] = score(*load(out / "model"), test)
         np.savez(out / "scores.npz", **found)
     return dict(np.load(out / "scores.npz"))
 

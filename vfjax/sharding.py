@@ -11,6 +11,7 @@ from typing import TypeVar
 import jax
 import numpy as np
 from flax import nnx
+from jax.experimental import mesh_utils
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from vfjax.errors import InputError
@@ -39,7 +40,18 @@ def make_mesh(data: int = 1, model: int = 1) -> Mesh:
             expected=f"{jax.device_count()} devices",
             fix="choose axes whose product is the number of devices",
         )
-    return jax.make_mesh((data, model), ("data", "model"), axis_types=(AxisType.Auto,) * 2)
+    axes, processes = (AxisType.Auto,) * 2, jax.process_count()
+    if processes > 1 and data % processes == 0:
+        # A process's devices are a block of the data axis, so that it reads its own rows alone; on
+        # a pod the devices' own order follows the torus.
+        devices = mesh_utils.create_hybrid_device_mesh(
+            (data // processes, model),
+            (processes, 1),
+            process_is_granule=True,
+            allow_split_physical_axes=True,
+        )
+        return Mesh(devices, ("data", "model"), axis_types=axes)
+    return jax.make_mesh((data, model), ("data", "model"), axis_types=axes)
 
 
 def param_sharding(

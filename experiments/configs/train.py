@@ -1,8 +1,8 @@
 """A connector, and what else a stage names, is trained; `train.py:RECIPE` names the stages.
 
-Figures of the recipes: LLaVA scripts/v1_5, SliME's and DenseConnector's scripts, COMM (arXiv
-2310.08825, section 4.1). What COMM does not print is ours: warm-up, length, steps of the second
-stage.
+Figures of the recipes: LLaVA scripts/v1_5 (its adapters have dropout, ours none), SliME's and
+DenseConnector's scripts, COMM (arXiv 2310.08825, section 4.1). What COMM does not print is ours:
+warm-up, length, steps of the second stage.
 """
 
 from typing import Any
@@ -77,7 +77,7 @@ def get_config(recipe: str = "llava") -> ConfigDict:
             "options": config_dict.placeholder(object),  # of the connector, a dict
             "aspect": "pad",  # pictures are padded to a square, or cropped ("crop")
             "stages": RECIPES[recipe](),  # in this order; each makes WORKDIR/NAME/model
-            "dtype": "bfloat16",  # of computation and of what is frozen
+            "dtype": "bfloat16",  # of the computation; what is stored keeps its own
             "mesh": (1, 1),  # (data, model)
             "remat": True,
             "seed": 0,

@@ -1,10 +1,13 @@
 """Trains a model stage by stage; each stage leaves a folder that `converters.load` reads."""
 
 import dataclasses
+import itertools
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 import jax
+from jax.experimental import multihost_utils
 from ml_collections import ConfigDict
 
 import converters
@@ -24,27 +27,24 @@ from vfjax.train import (
     fit,
     merge_lora,
     report,
+    same_config,
 )
-from vfjax.train.record import Tracker
+from vfjax.train.record import Tracker, missing
 
 
 def run(config: ConfigDict, workdir: Path) -> None:
-    stages = {name: config.stages[name] for name in config.stages}
+    stages = list(config.stages)
     folders = {name: workdir / name for name in stages}
-    for name, stage in stages.items():
-        if not stage.data:
-            raise InputError(
-                f"config.stages.{name}.data",
-                found="nothing",
-                expected="rows.json=folder of pictures, one or more",
-                fix=f"pass --config.stages.{name}.data=\"('rows.json=folder',)\"",
-            )
     data = {name: read_data(config, name) for name in stages}  # all is checked before the first
-    done = [name for name, folder in folders.items() if (folder / "model").is_dir()]
-    for name in list(stages)[len(done) :]:
-        model, processor = start(config, folders[done[-1]] / "model" if done else None)
+    if config.report and find_spec("matplotlib") is None:
+        raise missing("report", "matplotlib", "train")
+    done = list(itertools.takewhile(lambda name: (folders[name] / "model").is_dir(), stages))
+    for name in done:
+        same_config(folders[name] / "states", settings(config, name, data[name]))
+    for name in stages[len(done) :]:
+        model = start(config, folders[done[-1]] / "model" if done else None)
         try:
-            train(config, name, model, processor, data[name], folders[name])
+            train(config, name, *model, data[name], folders[name])
         except Stopped as stopped:
             print(f"stopped at step {stopped} of {name}; the same command goes on from there")
             return
@@ -56,9 +56,23 @@ def run(config: ConfigDict, workdir: Path) -> None:
 
 def read_data(config: ConfigDict, name: str) -> list[Conversations]:
     """A stage's data sets, checked."""
-    out = []
-    for item in config.stages[name].data:
-        rows, _, pictures = item.partition("=")
+    out, stage = [], config.stages[name]
+    if not stage.data or len(stage.weights or stage.data) != len(stage.data):
+        raise InputError(
+            f"config.stages.{name}.data",
+            found=f"{len(stage.data)} data sets, {len(stage.weights)} weights",
+            expected="one or more, rows.json=folder of pictures, and as many weights or none",
+            fix=f"pass --config.stages.{name}.data=\"('rows.json=folder',)\"",
+        )
+    for item in stage.data:
+        rows, equals, pictures = item.partition("=")
+        if not equals:
+            raise InputError(
+                f"config.stages.{name}.data",
+                found=repr(item),
+                expected="rows.json=folder of pictures",
+                fix="name the folder",
+            )
         found = Conversations(rows, pictures, skip_broken=config.skip_broken)
         if found.broken:
             print(f"{rows}: {len(found.broken)} broken rows left out, the first: {found.broken[0]}")
@@ -68,9 +82,9 @@ def read_data(config: ConfigDict, name: str) -> list[Conversations]:
 
 def start(config: ConfigDict, folder: Path | None) -> tuple[Model, Processor]:
     """The model that the next stage trains: the last stage's, a given one, or a new one."""
-    mesh = make_mesh(*config.mesh) if jax.device_count() > 1 else None
+    mesh = make_mesh(*config.mesh) if tuple(config.mesh) != (1, 1) else None
     if folder is not None or config.model:
-        return converters.load(folder or config.model, mesh=mesh, dtype=config.dtype)
+        return converters.load(folder or config.model, mesh=mesh)
     required(config, "llm", "encoder")
     return converters.create(
         config.llm,
@@ -80,7 +94,6 @@ def start(config: ConfigDict, folder: Path | None) -> tuple[Model, Processor]:
         aspect=config.aspect,
         seed=config.seed,
         mesh=mesh,
-        dtype=config.dtype,
     )
 
 
@@ -115,7 +128,7 @@ def train(
         [Group(pattern, rate, stage.weight_decay) for pattern, rate in stage.train],
         Optim(batches.steps, stage.warmup, stage.schedule, stage.clip),
         folder,
-        config=settings(config, name, rows),
+        config=settings(config, name, data),
         options=Options(
             dtype=config.dtype,
             remat=config.remat,
@@ -129,12 +142,17 @@ def train(
     if batches.broken:
         print(f"{len(batches.broken)} broken rows replaced, the first: {batches.broken[0]}")
     converters.export(merge_lora(model), folder / "model")
+    if jax.process_count() > 1:  # process 0 writes, the next stage is read by all
+        multihost_utils.sync_global_devices(f"{name} is written")
 
 
-def settings(config: ConfigDict, name: str, rows: list[int]) -> dict[str, Any]:
+MODEL = ("model", "llm", "encoder", "aux", "connector", "options", "aspect", "dtype", "seed")
+
+
+def settings(config: ConfigDict, name: str, data: list[Conversations]) -> dict[str, Any]:
     """What a stage's states depend on."""
-    model = {key: config[key] for key in ("model", "llm", "encoder", "aux", "connector", "options")}
-    return {**model, "dtype": config.dtype, "seed": config.seed, "rows": rows} | {
+    model = {key: config[key] for key in MODEL}
+    return {**model, "rows": [len(x) for x in data]} | {
         key: value
         for key, value in config.stages[name].to_dict().items()
         if key != "data"  # which may have moved

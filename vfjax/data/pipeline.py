@@ -82,7 +82,6 @@ class Batches:
                 the numbers of rows show each row once an epoch.
             processor: makes the arrays; its template is what the turns are rendered in.
             batch: rows of a step, or of each of its parts, over all processes.
-            accumulate: parts of a step.
             seed: of the order, at least 0.
             accumulate: parts of a step, whose gradients are added.
             steps: of the whole run; by default one epoch.

@@ -1,6 +1,6 @@
 """Training: what trains and how fast, one compiled step, the loop with its state on disk."""
 
-from vfjax.train.checkpoint import Checkpoints
+from vfjax.train.checkpoint import Checkpoints, same_config
 from vfjax.train.loop import Options, Stopped, fit
 from vfjax.train.lora import LoRA, LoRAConfig, add_lora, merge_lora
 from vfjax.train.optim import Group, Optim
@@ -25,6 +25,7 @@ __all__ = [
     "init",
     "make_step",
     "merge_lora",
+    "same_config",
     "report",
     "split",
 ]

@@ -1,9 +1,7 @@
 """A stage's state on disk: Orbax, asynchronous, each process its shards."""
 
-import contextlib
 import json
-import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +9,7 @@ import jax
 from orbax.checkpoint import v1 as ocp
 
 from vfjax.errors import InputError
+from vfjax.train.files import replacing
 from vfjax.train.optim import name_of
 from vfjax.train.step import State
 
@@ -37,7 +36,7 @@ class Checkpoints:
             InputError: the folder's states are of another config.
         """
         self.folder = folder
-        _same_config(folder, json.loads(json.dumps(config)))
+        same_config(folder, config)
         decisions, latest = ocp.training.save_decision_policies, ocp.training.preservation_policies
         self.files = ocp.training.Checkpointer(
             folder.absolute(),
@@ -57,19 +56,25 @@ class Checkpoints:
         return None if self.files.latest is None else self.files.latest.step
 
     def save(self, step: int, state: State) -> None:
-        """Starts writing; returns once the arrays are copied. A step that is there stays."""
-        if step != self.step:
-            self.files.save_checkpointables_async(step, {"state": _named(state)})
+        """Starts writing; returns once the arrays are copied."""
+        self.files.save_checkpointables_async(step, {"state": _named(state)})
 
     def restore(self, state: State) -> State:
         """The newest state, laid out as `state`, on whatever mesh that one is.
 
+        Args:
+            state: shapes and shardings; arrays are deleted, so that both are never there at once.
+
         Raises:
             InputError: it is unreadable, or its parameters are others.
         """
-        like = jax.tree.map(
-            lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), _named(state)
-        )
+        named = _named(state)
+        like = {
+            name: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding)
+            for name, x in named.items()
+        }
+        for x in named.values():
+            x.delete()
         try:
             found = self.files.load_checkpointables(self.step, {"state": like})["state"]
         except (ValueError, KeyError, OSError) as error:
@@ -79,7 +84,7 @@ class Checkpoints:
                 expected="the parameters that this stage trains",
                 fix="train with the config it was saved with, or in another --workdir",
             ) from error
-        leaves = [found[name] for name in _named(state)]
+        leaves = [found[name] for name in like]
         return jax.tree.unflatten(jax.tree.structure(state), leaves)
 
     def wait(self) -> None:
@@ -91,8 +96,9 @@ def _named(state: State) -> dict[str, jax.Array]:
     return {name_of(path): x for path, x in jax.tree_util.tree_leaves_with_path(state)}
 
 
-def _same_config(folder: Path, config: dict[str, Any]) -> None:
-    file = folder / CONFIG
+def same_config(folder: Path, config: Mapping[str, Any]) -> None:
+    """Keeps a config in a new folder; raises InputError where an old one's differs in a key."""
+    file, config = folder / CONFIG, json.loads(json.dumps(config))
     if file.is_file():
         known = json.loads(file.read_text())
         for key in sorted({*known, *config}):
@@ -107,11 +113,3 @@ def _same_config(folder: Path, config: dict[str, Any]) -> None:
         folder.mkdir(parents=True, exist_ok=True)
         with replacing(file) as part:
             part.write_text(json.dumps(config, indent=2))
-
-
-@contextlib.contextmanager
-def replacing(file: Path) -> Iterator[Path]:
-    """A temporary file beside `file`, which takes its name if the block ends well."""
-    part = file.with_name(f".{file.name}.part")
-    yield part
-    os.replace(part, file)

@@ -1,10 +1,14 @@
 """Floating-point operations of a training step, and what a device can do."""
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from typing import Any
 
 import jax
 from flax import nnx
+
+from vfjax.model import Batch, Model
+from vfjax.train.optim import name_of
 
 PEAK: Mapping[str, float] = {
     "TPU v4": 275e12,
@@ -28,36 +32,41 @@ def peak() -> float | None:
     return PEAK[max(names, key=len)] * jax.device_count() if names else None
 
 
-def step_flops(
-    params: nnx.State, frozen: nnx.State, tokens: int, views: Mapping[str, int]
-) -> float:
+def step_flops(graph: nnx.GraphDef, params: nnx.State, frozen: nnx.State, batches: Batch) -> float:
     """What a step must compute, without rematerialisation, for model FLOPs utilisation.
 
-    Two operations a weight and position forward, two for the gradient of its input, two for that
-    of the weight; attention's products are left out, as in PaLM's 6N (arXiv 2204.02311, appendix
-    B). An encoder of which nothing trains has no backward pass.
+    XLA counts the forward passes of the encoders, E, and of the LLM, L, attention included (all of
+    its square, masked or not). A backward pass is as much for the gradients of the inputs and, of
+    the share of the matrices that trains, as much for theirs; an encoder of which nothing trains
+    has none. Nothing is compiled or run.
 
     Args:
-        params: what trains.
-        frozen: what does not.
-        tokens: positions that the LLM reads, padding included.
-        views: branch -> positions of its encoders' hidden states.
+        graph: of `split`.
+        params: what trains; arrays or shapes.
+        frozen: the rest.
+        batches: a step's, every array with a leading axis of parts.
     """
-    total = 0.0
-    trained = _matrices(params)
-    for name, size in {**_matrices(frozen), **trained}.items():
-        part, branch = name.split("/")[0], name.split("/")[1]
-        encoder = part == "branches" and name.split("/")[2] in ("encoder", "aux")
-        backward = not encoder or any(t.startswith("/".join(name.split("/")[:3])) for t in trained)
-        passes = 2 + 2 * backward + 2 * (name in trained)
-        total += passes * size * (views[branch] if part == "branches" else tokens)
-    return total
+    parts = len(batches.tokens)
+    batch = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape[1:], x.dtype), batches)
+    shapes = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), (params, frozen))
+    model = nnx.merge(graph, *shapes)
+    eyes = _forward(Model.memories, model, batch.images) if batch.images else 0.0
+    whole = _forward(Model.__call__, model, batch)
+    trained, total = _matrices(params, "llm/"), _matrices(shapes, "llm/")
+    tuned = any("/encoder/" in name or "/aux/" in name for name in _names(params))
+    return parts * (eyes * (3 if tuned else 1) + (whole - eyes) * (2 + trained / total))
 
 
-def _matrices(state: nnx.State) -> dict[str, int]:
-    """Sizes of the matrices that are multiplied with, by name."""
-    return {
-        "/".join(map(str, path)): math.prod(value.shape)
-        for path, value in nnx.to_flat_state(state)
-        if value.ndim > 1 and path[-1] in ("kernel", "a", "b")
-    }
+def _forward(function: Callable[..., Any], *args: Any) -> float:
+    cost = jax.jit(function).lower(*args).cost_analysis()
+    return float((cost or {}).get("flops", math.nan))
+
+
+def _names(tree: object) -> list[str]:
+    return [name_of(path) for path, _ in jax.tree_util.tree_leaves_with_path(tree)]
+
+
+def _matrices(tree: object, start: str) -> int:
+    """Values of the matrices of a part."""
+    leaves = jax.tree_util.tree_leaves_with_path(tree)
+    return sum(x.size for path, x in leaves if start in name_of(path) and x.ndim > 1)

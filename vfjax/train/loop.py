@@ -19,8 +19,8 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from vfjax.errors import InputError
 from vfjax.model import Batch, Model
 from vfjax.sharding import mesh_of
-from vfjax.train import flops
 from vfjax.train.checkpoint import Checkpoints
+from vfjax.train.flops import step_flops
 from vfjax.train.optim import Group, Optim
 from vfjax.train.record import Record, Tracker
 from vfjax.train.step import init, make_step, split
@@ -83,44 +83,51 @@ def fit(
         The trained model, parameters in the model's dtypes.
 
     Raises:
-        InputError: the folder's states are of another config, a group names nothing, or the loss
-            is not finite.
+        InputError: the folder's states are of another config, a group names nothing, a loss is not
+            finite, a step has nothing to learn, or the data end.
         Stopped: on SIGTERM, once the state is on disk.
     """
     mesh = mesh_of(nnx.state(model))
     dtypes = jax.tree.map(lambda x: x.dtype, nnx.state(model))
     model.llm.remat = options.remat
     graph, params, frozen = split(model, groups)
-    del model
     tx = optim.build(groups)
     state = init(params, tx, mesh)
+    del model, params  # their arrays are the state's
     step = make_step(graph, tx, state, dtype=options.dtype, mesh=mesh)
     states = Checkpoints(folder / "states", config or {}, keep=options.keep)
-    with states, _asked_to_stop() as asked, contextlib.ExitStack() as stack:
+    with states, _stop_requested() as stop_requested, contextlib.ExitStack() as stack:
         done = states.step or 0
         if done:
             state = states.restore(state)
-        rows = _Rows(folder, done, optim, groups, options.log_every, trackers)
-        stack.callback(rows.close)
-        for batches in itertools.islice(data(done), optim.steps - done):
-            if options.profile and done + 1 == options.profile[0]:
-                jax.profiler.start_trace(folder / "profile")
-            if not rows.flops:
-                rows.flops = _flops(params, frozen, batches)
-            state, metrics = step(state, frozen, put(batches, mesh))
+        pending = _Pending(folder, done, optim, groups, options.log_every, trackers)
+        stack.callback(pending.close)
+        profile = _Profile(folder / "profile", options.profile)
+        stack.callback(profile.stop)
+        stop = False
+        for batches in itertools.islice(data(done), max(optim.steps - done, 0)):
+            profile.at(done + 1)
+            batches = put(batches, mesh)
+            flops = pending.flops(graph, state.params, frozen, batches)
+            state, metrics = step(state, frozen, batches)
             done += 1
-            rows.add(done, metrics)
-            if options.profile and done == options.profile[1]:
-                jax.block_until_ready(metrics)
-                jax.profiler.stop_trace()
-            stop = asked(done)
+            pending.add(done, metrics, flops)
+            stop = stop_requested(done)
             if stop or done == optim.steps or done % options.save_every == 0:
-                rows.flush()  # a loss that is not finite is found before it is saved
+                pending.flush()  # a loss that is not finite is found before it is saved
                 states.save(done, state)
-            if stop and done < optim.steps:
-                states.wait()
-                raise Stopped(done)
+            if stop:
+                break
         states.wait()
+        if stop:
+            raise Stopped(done)
+        if done < optim.steps:
+            raise InputError(
+                "data",
+                found=f"an end after step {done}",
+                expected=f"batches for {optim.steps} steps",
+                fix="repeat the data, or train fewer steps",
+            )
     trained = nnx.merge(graph, state.params, frozen)
     trained.llm.remat = False
     nnx.update(trained, jax.tree.map(lambda x, to: x.astype(to), nnx.state(trained), dtypes))
@@ -131,22 +138,31 @@ def put(batches: Batch, mesh: Mesh | None) -> Batch:
     """This process's share on the mesh, with an axis of parts, the second axis over `data`.
 
     Raises:
-        InputError: several processes, and an axis that the mesh's `data` does not divide.
+        InputError: several processes, and an axis that the mesh's `data` does not divide, or a mesh
+            on which a process's rows are not a block.
     """
     if batches.tokens.ndim == 2:
         batches = jax.tree.map(lambda x: x[None], batches)
     if mesh is None:
         return jax.device_put(batches)
     processes, over = jax.process_count(), mesh.shape["data"]
+    owners = [{device.process_index for device in row} for row in mesh.devices]
+    if processes > 1 and owners != [{i * processes // over} for i in range(over)]:
+        raise InputError(
+            "mesh",
+            found=f"rows of its data axis on processes {[sorted(own) for own in owners]}",
+            expected=f"a block of them on each of the {processes} processes, in order",
+            fix="make it by vfjax.sharding.make_mesh, data a multiple of the processes",
+        )
 
     def one(x: np.ndarray) -> jax.Array:
         shape = (x.shape[0], x.shape[1] * processes, *x.shape[2:])
         divides = shape[1] % over == 0
-        if processes > 1 and not (divides and over % processes == 0):
+        if processes > 1 and not divides:
             raise InputError(
                 "batch",
                 found=f"{shape[1]} rows or pictures on a data axis of {over} devices",
-                expected=f"multiples of it, and of {processes} processes",
+                expected="a multiple of it",
                 fix="choose another batch or mesh",
             )
         spec = PartitionSpec(None, "data") if divides else PartitionSpec()
@@ -156,7 +172,26 @@ def put(batches: Batch, mesh: Mesh | None) -> Batch:
     return jax.tree.map(one, batches)
 
 
-class _Rows:
+class _Profile:
+    """A profiler's trace from one step to another; none if the run starts behind the first."""
+
+    def __init__(self, folder: Path, steps: tuple[int, int] | None):
+        self.folder, self.steps, self.tracing = folder, steps, False
+
+    def at(self, step: int) -> None:
+        if self.steps and step == self.steps[0]:
+            jax.profiler.start_trace(self.folder)
+            self.tracing = True
+        if self.steps and step == self.steps[1] + 1:
+            self.stop()
+
+    def stop(self) -> None:
+        if self.tracing:
+            jax.profiler.stop_trace()
+        self.tracing = False
+
+
+class _Pending:
     """Metrics on their way from the devices to the record; one step late, so that none waits."""
 
     def __init__(
@@ -168,68 +203,71 @@ class _Rows:
         every: int,
         trackers: Sequence[Tracker],
     ):
-        self.rate, self.every, self.flops = optim.rate(groups[0].learning_rate), every, 0.0
-        self.waiting: list[tuple[int, dict[str, jax.Array]]] = []
+        self.rate, self.every = optim.rate(groups[0].learning_rate), every
+        self.rows: list[tuple[int, dict[str, jax.Array], float | None]] = []
+        self.known: dict[Any, float] = {}
         self.record = None
         if jax.process_index() == 0:
             self.record = Record(folder, done, optim.steps, trackers=trackers)
 
-    def add(self, step: int, metrics: dict[str, jax.Array]) -> None:
-        self.waiting.append((step, metrics))
-        if len(self.waiting) > self.every:
-            self.flush(len(self.waiting) - 1)
+    def flops(self, graph: Any, params: Any, frozen: Any, batches: Batch) -> float | None:
+        """Of a step, counted once for each shape of its batches; None if nobody asks."""
+        if self.record is None or self.record.peak is None:
+            return None
+        shapes = tuple(x.shape for x in jax.tree.leaves(batches))
+        if shapes not in self.known:
+            self.known[shapes] = step_flops(graph, params, frozen, batches)
+        return self.known[shapes]
+
+    def add(self, step: int, metrics: dict[str, jax.Array], flops: float | None) -> None:
+        self.rows.append((step, metrics, flops))
+        if len(self.rows) > self.every:
+            self.flush(len(self.rows) - 1)
 
     def flush(self, count: int | None = None) -> None:
-        rows, self.waiting = self.waiting[:count], self.waiting[len(self.waiting[:count]) :]
+        rows = self.rows[:count]
+        self.rows = self.rows[len(rows) :]
         if not rows:
             return
-        steps = [step for step, _ in rows]
+        steps = [step for step, *_ in rows]
         rates = np.broadcast_to(self.rate(jnp.asarray(steps) - 1), len(steps))
-        values = jax.device_get([metrics for _, metrics in rows])
+        values = jax.device_get([metrics for _, metrics, _ in rows])
         for step, row in zip(steps, values, strict=True):
-            if not math.isfinite(row["loss"]) or not math.isfinite(row["grad_norm"]):
-                raise InputError(
-                    f"step {step}",
-                    found=f"loss {row['loss']}, gradient norm {row['grad_norm']}",
-                    expected="finite numbers",
-                    fix="lower the learning rate, or look at the data; earlier states are kept",
-                )
-            if not row["answers"]:
-                raise InputError(
-                    f"step {step}",
-                    found="no token to learn",
-                    expected="an answer in some row",
-                    fix="raise the length that rows are cut to, or look at the data",
-                )
+            _check(step, row)
         if self.record is not None:
-            self.record.write(
-                [
-                    {
-                        "step": step,
-                        **{key: float(x) for key, x in row.items()},
-                        "learning_rate": float(rate),
-                    }
-                    for step, row, rate in zip(steps, values, rates, strict=True)
-                ],
-                flops=self.flops,
-            )
+            known = [flops for *_, flops in rows if flops is not None]
+            numbers = [{k: float(x) for k, x in row.items()} for row in values]
+            numbers = [
+                {"step": step, **row, "learning_rate": float(rate)}
+                for step, row, rate in zip(steps, numbers, rates, strict=True)
+            ]
+            self.record.write(numbers, sum(known) if known else None)
 
     def close(self) -> None:
         if self.record is not None:
             self.record.close()
 
 
-def _flops(params: nnx.State, frozen: nnx.State, batches: Batch) -> float:
-    """Of a step of all processes."""
-    views = {}
-    for name, inputs in batches.images.items():
-        sizes = [x.size // 3 for key, x in inputs.items() if key.startswith("pixels")]
-        views[name] = max(sizes)
-    return jax.process_count() * flops.step_flops(params, frozen, batches.tokens.size, views)
+def _check(step: int, row: Mapping[str, Any]) -> None:
+    """Raises InputError for a step that nothing can be learnt from."""
+    if not math.isfinite(row["loss"]) or not math.isfinite(row["grad_norm"]):
+        raise InputError(
+            f"step {step}",
+            found=f"loss {row['loss']}, gradient norm {row['grad_norm']}",
+            expected="finite numbers",
+            fix="lower the learning rate, or look at the data; earlier states are kept",
+        )
+    if not row["answers"]:
+        raise InputError(
+            f"step {step}",
+            found="no token to learn",
+            expected="an answer in some row",
+            fix="raise the length that rows are cut to, or look at the data",
+        )
 
 
 @contextlib.contextmanager
-def _asked_to_stop() -> Iterator[Callable[[int], bool]]:
+def _stop_requested() -> Iterator[Callable[[int], bool]]:
     """Yields step -> whether SIGTERM came; on several processes, at a step that all agree on."""
     if jax.process_count() > 1:  # JAX's coordination service has its own handler
         yield multihost_utils.reached_preemption_sync_point

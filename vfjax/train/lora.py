@@ -1,4 +1,4 @@
-"""Low-rank adapters on dense layers (LoRA, arXiv 2106.09685)."""
+"""Low-rank adapters on dense layers (LoRA, arXiv 2106.09685), without dropout."""
 
 import dataclasses
 import re
@@ -7,9 +7,11 @@ from typing import TypeVar
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jax.sharding import Mesh
 
 from vfjax.errors import InputError
 from vfjax.model import Model
+from vfjax.sharding import mesh_of, param_sharding
 
 Array = jax.Array
 T = TypeVar("T", bound=nnx.Module)
@@ -84,7 +86,11 @@ def add_lora(model: Model, config: LoRAConfig, *, seed: int = 0) -> Model:
             expected="names such as llm/blocks/0/attn/q",
             fix=f"correct it; {DENSE!r} is all of the LLM's blocks",
         )
+    mesh = mesh_of(nnx.state(model))
     for parent, key, layer in found:
+        for name, p in (("a", layer.a), ("b", layer.b)):
+            if isinstance(mesh, Mesh):
+                p[...] = jax.device_put(p[...], param_sharding(name, p, mesh))
         setattr(parent, key, layer)
     return model
 

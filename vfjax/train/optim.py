@@ -1,6 +1,7 @@
 """What trains, how fast: groups of parameters, schedules, the optimiser of a stage."""
 
 import dataclasses
+import math
 import re
 from collections.abc import Sequence
 from typing import Literal
@@ -56,7 +57,7 @@ class Optim:
         Raises:
             InputError: no such schedule.
         """
-        rising = round(self.warmup * self.steps)
+        rising = math.ceil(self.warmup * self.steps)
         rest = max(self.steps - rising, 1)
         falls = {
             "cosine": lambda: optax.cosine_decay_schedule(peak, rest),
@@ -103,8 +104,10 @@ class Optim:
 
 def name_of(path: Sequence[object]) -> str:
     """A parameter's name, "llm/blocks/0/attn/q/kernel", of its path in a pytree or NNX state."""
-    words = (getattr(key, "key", getattr(key, "name", getattr(key, "idx", key))) for key in path)
-    return "/".join(str(word) for word in words if word != "value")
+    words = [getattr(key, "key", getattr(key, "name", getattr(key, "idx", key))) for key in path]
+    if words[-1] == "value":  # NNX's own leaf in a variable
+        words.pop()
+    return "/".join(map(str, words))
 
 
 def trains(groups: Sequence[Group], name: str) -> bool:

@@ -1,5 +1,6 @@
 """What a person sees of a training run: a line, a JSONL, TensorBoard, W&B, a picture."""
 
+import hashlib
 import json
 import time
 from collections.abc import Mapping, Sequence
@@ -7,7 +8,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from vfjax.errors import InputError
-from vfjax.train.checkpoint import replacing
+from vfjax.train.files import replacing
 from vfjax.train.flops import peak
 
 METRICS = "metrics.jsonl"
@@ -30,7 +31,7 @@ class TensorBoard:
         try:
             from tensorboardX import SummaryWriter
         except ImportError as error:
-            raise _missing("tensorboard", "tensorboardX", "train") from error
+            raise missing("tensorboard", "tensorboardX", "train") from error
         self.writer = SummaryWriter(str(folder))
 
     def write(self, step: int, values: Mapping[str, float]) -> None:
@@ -48,8 +49,9 @@ class WandB:
         try:
             import wandb
         except ImportError as error:
-            raise _missing("wandb", "wandb", "wandb") from error
-        self.run = wandb.init(project=project, name=name, dir=str(folder), resume="allow")
+            raise missing("wandb", "wandb", "wandb") from error
+        run = hashlib.sha256(str(folder.absolute()).encode()).hexdigest()[:16]
+        self.run = wandb.init(project=project, name=name, id=run, dir=str(folder), resume="allow")
 
     def write(self, step: int, values: Mapping[str, float]) -> None:
         self.run.log(dict(values), step=step)
@@ -58,7 +60,8 @@ class WandB:
         self.run.finish()
 
 
-def _missing(key: str, package: str, extra: str) -> InputError:
+def missing(key: str, package: str, extra: str) -> InputError:
+    """The error where a config asks for a package that is not installed."""
     return InputError(
         f"config.{key}",
         found=f"no package {package}",
@@ -99,12 +102,12 @@ class Record:
             part.write_text("".join(json.dumps(row) + "\n" for row in kept))
         self.file = file.open("a")
 
-    def write(self, rows: Sequence[dict[str, float]], flops: float) -> None:
+    def write(self, rows: Sequence[dict[str, float]], flops: float | None) -> None:
         """Keeps consecutive steps' values, each with its 1-based "step", and prints their means.
 
         Args:
             rows: one a step.
-            flops: of a step.
+            flops: of all these steps together, None if unknown.
         """
         now = time.perf_counter()
         seconds = (now - self.time) / len(rows)
@@ -114,8 +117,8 @@ class Record:
         self.file.flush()
         mean = {key: sum(row[key] for row in rows) / len(rows) for key in rows[0] if key != "step"}
         mean |= {"tokens_per_second": mean.pop("tokens") / seconds, "seconds": seconds}
-        if self.peak:
-            mean["mfu"] = flops / seconds / self.peak
+        if self.peak and flops:
+            mean["mfu"] = flops / len(rows) / seconds / self.peak
         for tracker in self.trackers:
             tracker.write(self.seen, mean)
         print(self.line(mean), flush=True)
@@ -160,7 +163,7 @@ def report(file: Path, stages: Mapping[str, Path]) -> None:
     try:
         from matplotlib.figure import Figure
     except ImportError as error:
-        raise _missing("report", "matplotlib", "plot") from error
+        raise missing("report", "matplotlib", "plot") from error
     panels = ("loss", "grad_norm", "learning_rate")
     figure = Figure(figsize=(5 * len(stages), 3 * len(panels)), layout="constrained")
     axes = figure.subplots(len(panels), len(stages), squeeze=False)

@@ -16,8 +16,8 @@ from vfjax.prompts import IGNORE
 from vfjax.train.optim import Group, name_of, trains
 
 Array = jax.Array
-CHUNK = 1024
-"""Positions whose logits are in memory at once."""
+LOGITS = 2**28
+"""Logits, of all rows, that are in memory at once."""
 
 
 @jax.tree_util.register_dataclass
@@ -39,14 +39,14 @@ class State:
 def split(model: Model, groups: Sequence[Group]) -> tuple[nnx.GraphDef, nnx.State, nnx.State]:
     """A model as structure, what trains (float32) and what is frozen (as it is).
 
-    The model must not be used any more: its arrays may be given to the step.
+    The model must not be used any more: its arrays are deleted, or given to the step.
 
     Raises:
         InputError: a group that matches no parameter of its own.
     """
     parts: Any = nnx.split(model, lambda path, _: trains(groups, name_of(path)), ...)
     graph, params, frozen = parts
-    names = ["/".join(map(str, path)) for path, _ in nnx.to_flat_state(params)]
+    names = [name_of(path) for path, _ in nnx.to_flat_state(params)]
     for i, group in enumerate(groups):
         if not any(trains([group], name) and not trains(groups[:i], name) for name in names):
             raise InputError(
@@ -55,19 +55,29 @@ def split(model: Model, groups: Sequence[Group]) -> tuple[nnx.GraphDef, nnx.Stat
                 expected="names such as branches/clip/connector/projector/layers/0/kernel",
                 fix="correct it, or remove the group",
             )
-    return graph, cast(params, jnp.float32), frozen
+    masters = cast(params, jnp.float32)
+    for old, new in zip(jax.tree.leaves(params), jax.tree.leaves(masters), strict=True):
+        if isinstance(old, jax.Array) and old.dtype != new.dtype:
+            old.delete()  # whoever still holds the model
+    return graph, masters, frozen
 
 
 def cast(tree: Any, dtype: Any) -> Any:
-    """Floating arrays in `dtype`."""
-    return jax.tree.map(
-        lambda x: x.astype(dtype) if jnp.issubdtype(x.dtype, jnp.floating) else x, tree
-    )
+    """Floating arrays, or shapes of arrays, in `dtype`."""
+
+    def one(x: Any) -> Any:
+        if not jnp.issubdtype(x.dtype, jnp.floating):
+            return x
+        if isinstance(x, jax.ShapeDtypeStruct):
+            return jax.ShapeDtypeStruct(x.shape, dtype, sharding=x.sharding)
+        return x.astype(dtype)
+
+    return jax.tree.map(one, tree)
 
 
 def init(params: nnx.State, tx: optax.GradientTransformation, mesh: Mesh | None) -> State:
     """The state before the first step; the optimiser's lies where its parameters lie."""
-    state = State(jnp.zeros((), jnp.int32), params, tx.init(params))  # under jit: replicated
+    state = State(jnp.zeros((), jnp.int32), params, tx.init(params))  # jit would replicate it
     return state if mesh is None else jax.device_put(state, shardings(state, mesh))
 
 
@@ -92,13 +102,16 @@ def answer_loss(model: Model, batch: Batch) -> tuple[Array, Array]:
         model: any.
         batch: with labels, int32[b, t], -100 where nothing is learnt.
     """
-    hidden, *_ = model.read(batch)
-    labels = jnp.asarray(batch.labels)[:, 1:].reshape(-1)
-    hidden = hidden[:, :-1].reshape(len(labels), -1)
-    rest = -len(labels) % min(CHUNK, len(labels))
-    hidden = jnp.pad(hidden, ((0, rest), (0, 0)))
-    labels = jnp.pad(labels, (0, rest), constant_values=IGNORE)
-    chunks = len(labels) // min(CHUNK, len(labels))
+    hidden, mask, _ = model.read(batch)
+    t = mask.shape[1] - 1
+    # What predicts a token is the last one that was read before it: a connector may leave some out.
+    last = jax.lax.cummax(jnp.where(mask, jnp.arange(t + 1), 0), axis=1)[:, :-1]
+    hidden = jnp.take_along_axis(hidden, last[..., None], axis=1)
+    labels = jnp.asarray(batch.labels)[:, 1:]
+    size = max(1, min(t, LOGITS // (len(labels) * model.config.llm.vocab)))
+    rest = -t % size
+    hidden = jnp.pad(hidden, ((0, 0), (0, rest), (0, 0)))
+    labels = jnp.pad(labels, ((0, 0), (0, rest)), constant_values=IGNORE)
 
     @jax.checkpoint
     def add(total: Array, part: tuple[Array, Array]) -> tuple[Array, None]:
@@ -108,8 +121,11 @@ def answer_loss(model: Model, batch: Batch) -> tuple[Array, Array]:
         )
         return total + jnp.where(y == IGNORE, 0.0, losses).sum(), None
 
-    parts = (hidden.reshape(chunks, -1, hidden.shape[-1]), labels.reshape(chunks, -1))
-    total, _ = jax.lax.scan(add, jnp.zeros(()), parts)
+    def chunks(x: Array) -> Array:
+        """Along the sequence: rows stay where the mesh has them."""
+        return x.reshape(len(x), -1, size, *x.shape[2:]).swapaxes(0, 1)
+
+    total, _ = jax.lax.scan(add, jnp.zeros(()), (chunks(hidden), chunks(labels)))
     return total, (labels != IGNORE).sum().astype(jnp.float32)
 
 
@@ -121,14 +137,14 @@ def gradients(
     Args:
         graph: the model's structure.
         params: float32 masters; computed with in `dtype`.
-        frozen: the rest.
+        frozen: the rest, in any dtype; computed with in `dtype` too.
         batches: every array with a leading axis of accumulated parts, one after another; each
             token counts the same, whatever part it is in.
         dtype: of the computation.
     """
 
     def loss(params: nnx.State, batch: Batch) -> tuple[Array, Array]:
-        return answer_loss(nnx.merge(graph, cast(params, dtype), frozen), batch)
+        return answer_loss(nnx.merge(graph, cast(params, dtype), cast(frozen, dtype)), batch)
 
     grad = jax.value_and_grad(loss, has_aux=True)
 

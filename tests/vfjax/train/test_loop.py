@@ -144,6 +144,15 @@ def test_batches_without_an_answer_are_refused(folder, tmp_path) -> None:
         run(folder, tmp_path, change=silent)
 
 
+def test_data_that_end_early_are_said(folder, tmp_path) -> None:
+    model, processor = converters.load(folder, dtype="float32")
+    with pytest.raises(InputError, match="data: found an end after step 2"):
+        fit(
+            model, lambda start: itertools.islice(Data(processor)(start), 2), GROUPS["projector"],
+            Optim(STEPS), tmp_path, options=OPTIONS,
+        )  # fmt: skip
+
+
 def test_report(folder, whole, tmp_path) -> None:
     records.report(tmp_path / "curves.png", {"align": whole[0], "tune": whole[0]})
     assert (tmp_path / "curves.png").read_bytes()[:4] == b"\x89PNG"

@@ -22,12 +22,15 @@ from vfjax.train import (
     LoRAConfig,
     Optim,
     add_lora,
+    answer_loss,
     gradients,
     init,
     make_step,
     merge_lora,
     split,
 )
+from vfjax.train.flops import step_flops
+from vfjax.train.optim import name_of
 
 PICTURE, IGNORE = -200, -100
 CONNECTOR = r"branches/.*/connector/"
@@ -330,3 +333,52 @@ def test_lora_where_there_is_no_layer(folder) -> None:
     model, _ = converters.load(folder[0])
     with pytest.raises(InputError, match=r"lora\.pattern: found 'vision/"):
         add_lora(model, LoRAConfig(pattern="vision/.*"))
+
+
+def test_an_answer_behind_a_token_that_is_left_out(folder) -> None:
+    """It is predicted from the last token that was read, as if the other were cut out."""
+    model, processor = converters.load(folder[0], dtype="float32")
+    branch = model.branches["clip"]
+    stages = type(branch).stages
+
+    def left_out(self, inputs, embed):
+        out = stages(self, inputs, embed)
+        return out | {"keep": jnp.arange(len(out["tokens"])) % 16 != 15}  # each picture's last
+
+    pictures, ids, labels = rows(1)
+    ids, labels = [[1, 7, PICTURE, 9, 10, 11]], [[IGNORE] * 3 + [9, 10, 11]]
+    batch = processor(pictures[:1], input_ids=ids, labels=labels)
+    whole, _ = answer_loss(model, batch)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(type(branch), "stages", left_out)
+        found, count = answer_loss(model, batch)
+        hidden, mask, _ = model.read(batch)
+    logits = model.llm.logits(hidden)[0][np.flatnonzero(np.asarray(mask[0]))]
+    assert len(logits) == 20 and count == 3  # 21 with the one that was left out
+    expected = -sum(jax.nn.log_softmax(logits[16 + i])[9 + i] for i in range(3))
+    assert abs(float(found) / float(expected) - 1) < 1e-5
+    assert abs(float(whole) / float(expected) - 1) > 1e-3
+
+
+def test_operations_of_a_step(folder) -> None:
+    """The LLM's products by hand: forward, inputs' gradients, trained weights' gradients."""
+    text = {"tokens": np.ones((1, 2, 8), np.int32), "visual": np.full((1, 2, 8), -1)}
+    batch = Batch(**text, mask=np.ones((1, 2, 8), bool), images={}, labels=text["tokens"])
+    weights = 2 * (32 * (32 + 16 + 16 + 32) + 3 * 32 * 48) + 32 * 320
+    scores = 2 * 4 * 8 * 8 * 8 * 2  # layers, heads, queries, keys, width of a head, two products
+    forward = 2 * (16 * weights + 2 * scores)
+    found = {}
+    for kind in ("projector", "full"):
+        model, _ = converters.load(folder[0], dtype="float32")
+        found[kind] = step_flops(*split(model, GROUPS[kind]), batch)
+    assert 2 * forward < found["projector"] < 2.2 * forward  # norms, softmax and the like
+    assert found["full"] == pytest.approx(1.5 * found["projector"])
+    model, processor = converters.load(folder[0], dtype="float32")
+    seen = step_flops(*split(model, GROUPS["projector"]), stacked(batch_of(processor, 0)))
+    assert seen > 2 * found["projector"]  # pictures, and longer rows
+
+
+def test_names_of_parameters() -> None:
+    keys = [jax.tree_util.GetAttrKey("connector"), jax.tree_util.DictKey("value")]
+    assert name_of([*keys, jax.tree_util.DictKey("kernel")]) == "connector/value/kernel"
+    assert name_of([*keys[:1], jax.tree_util.GetAttrKey("value")]) == "connector"

@@ -11,6 +11,8 @@ from pathlib import Path
 from types import ModuleType
 from typing import NoReturn
 
+os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")  # tokenizers need no torch
+
 import jax
 from absl import app, flags, logging
 from ml_collections import ConfigDict, config_flags

@@ -43,7 +43,13 @@ def fuse(
     return model, processor, score(model, processor, test)
 
 
-def study(base: Path, members: Mapping[str, Path], test: Test, folder: Path) -> Scores:
+def study(
+    base: Path,
+    members: Mapping[str, Path],
+    test: Test,
+    folder: Path,
+    ways: Mapping[str, tuple[str, str]] = WAYS,
+) -> Scores:
     """Fuses members with equal weights and asks everybody the same questions.
 
     Args:
@@ -51,6 +57,7 @@ def study(base: Path, members: Mapping[str, Path], test: Test, folder: Path) -> 
         members: name -> folder, in the order of their tokens.
         test: the questions.
         folder: where the fused model is written.
+        ways: name -> positions and mask of the merged LLM's tokens, beside the first of `WAYS`.
 
     Returns:
         Scores of the members, "fused: ..." in all ways, and the controls.
@@ -58,8 +65,9 @@ def study(base: Path, members: Mapping[str, Path], test: Test, folder: Path) -> 
     loaded = {name: load(path) for name, path in members.items()}
     out = {name: score(*pair, test) for name, pair in loaded.items()}
     fused, processor, out[FUSED] = fuse(base, members, test, folder)
-    for name, (positions, mask) in list(WAYS.items())[1:]:
-        out[name] = score(arranged(fused, positions, mask), processor, test)
+    for name, (positions, mask) in ways.items():
+        if name != FUSED:
+            out[name] = score(arranged(fused, positions, mask), processor, test)
     models = [model for model, _ in loaded.values()]
     llms = [model.llm for model in models]
     out["fused: cache"] = score(CacheFusion(fused, llms), processor, test)

@@ -15,7 +15,7 @@ import vfjax
 from converters.export import to_bytes
 from experiments.family import scenes
 from experiments.family.members import Test, means
-from experiments.family.study import FUSED, paired, study, table
+from experiments.family.study import FUSED, WAYS, paired, study, table
 from vfjax import InputError
 
 FAMILY = Path(__file__).resolve().parents[1] / "family" / "models"
@@ -34,7 +34,8 @@ def run(config: ConfigDict, workdir: Path) -> None:
     members = {name: FAMILY / name for name in config.members}
     scenes.write(workdir / "scenes", "test", config.scenes, config.seed, turns=1)
     test = Test.read(workdir / "scenes")
-    found = study(FAMILY / "base", members, test, workdir / "fused")
+    ways = dict(list(WAYS.items())[-1:])
+    found = study(FAMILY / "base", members, test, workdir / "fused", ways)
     rows = {who: means(scores) for who, scores in found.items()}
     print(f"\nright answers in per cent, {config.scenes} held-out pictures, one seed of members\n")
     print(table(rows))

@@ -42,7 +42,7 @@ from vfjax.merge import (
     check_family,
     from_config,
 )
-from vfjax.merge.family import check_names
+from vfjax.merge.family import check_names, check_weights
 from vfjax.places import MASKS, POSITIONS
 from vfjax.prompts import get_template
 
@@ -74,6 +74,8 @@ class Request:
         towers: see `converters.load`.
         vocab: where members have more tokens than the base, which must be at the end: "base" drops
             them, a member's name keeps that member's, None is an error.
+        family: refuse members whose weights are not a fine-tune of the base (without one: of the
+            first member's origin), see `vfjax.merge.family.check_weights`. A recipe is not checked.
         seed: of methods that draw random numbers.
         shard_bytes: largest size of a weights file.
         checksums: take the SHA-256 of all source files, for config.json and MERGE.md.
@@ -95,6 +97,7 @@ class Request:
     router: str = "merged"
     towers: Mapping[str, str | Path] | None = None
     vocab: str | None = None
+    family: bool = True
     seed: int = 0
     shard_bytes: float = 5e9
     checksums: bool = True
@@ -183,7 +186,7 @@ class Fusion:
         self.before = {path: stat(path) for path in self.files.values()}
         check_family({name: _family(source.llm, request.vocab) for name, source in opened.items()})
         parts = {name: _mapped(source) for name, source in opened.items()}
-        llms = {name: part["llm"] for name, part in parts.items()}
+        self.llms = llms = {name: part["llm"] for name, part in parts.items()}
         self.recipe = recipe or from_config(
             {
                 "method": request.method,
@@ -238,6 +241,7 @@ class Fusion:
         """Reads the sources, writes the folder."""
         request = self.request
         digests = audit(self.files, request.checksums)
+        self._check_weights()
         config = self.result.llm
         if request.export == "model":
             config = fused_config(self.result, self._record(digests))
@@ -258,8 +262,13 @@ class Fusion:
             resume=resume,
         )
 
+    def _check_weights(self) -> None:
+        if self.request.family and self.request.recipe is None:
+            check_weights({said(label): tensors for label, tensors in self.llms.items()})
+
     def source(self) -> Source:
         """The folder that is not written, opened."""
+        self._check_weights()
         config = fused_config(self.result, self._record({}))
         homes = [source.home for source in self._tokenizers()]
         home = next((x for x in homes if has_tokenizer(x)), homes[0])

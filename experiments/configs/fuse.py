@@ -23,6 +23,7 @@ def get_config() -> ConfigDict:
             "rules": (),  # (regex, changes): (("embed_tokens|lm_head", {"take": "base"}),)
             "recipe": config_dict.placeholder(str),  # a mergekit YAML file, in place of all these
             "vocab": config_dict.placeholder(str),  # members' added tokens: "base" or whose to keep
+            "family": True,  # refuse weights that are no fine-tune of the base
             "seed": 0,  # of dare and della
             "export": "model",  # or "llm": a plain Hugging Face causal LM
             "template": config_dict.placeholder(str),  # default: the first member's

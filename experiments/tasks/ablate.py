@@ -7,9 +7,11 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from matplotlib.figure import Figure
 from ml_collections import ConfigDict
 
+import converters
 from converters.export import to_bytes
 from experiments.family import scenes
 from experiments.family.members import Test, load, means, score
@@ -33,6 +35,8 @@ METHODS: dict[str, dict[str, Any]] = {
 }
 SCOPES = {"all": (), "blocks alone": (("embed_tokens|lm_head|model.norm", {"take": "base"}),)}
 
+OTHER = "other-origin"
+
 Variant = tuple[str, str, tuple[str, ...], dict[str, Any]]
 """Panel, label, members in order, recipe of `converters.fuse`."""
 
@@ -44,15 +48,19 @@ def run(config: ConfigDict, workdir: Path) -> None:
     file = workdir / "results.json"
     done = json.loads(file.read_text()) if file.is_file() else {}
     alone: dict[str, float] = {}
+    folders = {p.name: p for p in FAMILY.iterdir()}
+    folders[OTHER] = workdir / OTHER
+    if not folders[OTHER].is_dir():
+        turned_over(FAMILY / config.members[-1], folders[OTHER], config.seed)
     for panel, label, names, recipe in variants(config):
         key = f"{panel}: {label}"
         if key in done:
             continue
         shutil.rmtree(workdir / "fused", ignore_errors=True)
-        members = {name: FAMILY / name for name in names}
+        members = {name: folders[name] for name in names}
         *_, found = fuse(FAMILY / "base", members, test, workdir / "fused", **recipe)
         for name in set(names) - set(alone):
-            alone[name] = means(score(*load(FAMILY / name), test))["mean"]
+            alone[name] = means(score(*load(folders[name]), test))["mean"]
         best = max(alone[name] for name in names)
         done[key] = {"panel": panel, "label": label, "best member": best, **means(found)}
         file.write_bytes(to_bytes(done))
@@ -75,11 +83,37 @@ def variants(config: ConfigDict) -> Iterator[Variant]:
         yield "arrangement", label, names, {"positions": positions, "mask": mask}
     for label, rules in SCOPES.items():
         yield "scope", label, names, {"rules": rules}
+    yield "origin", "one base", names, {}
+    yield "origin", "of another base, forced", (*names[:-1], OTHER), {"family": False}
     if config.subsets:
         shipped = sorted(p.name for p in FAMILY.iterdir() if p.name != "base")
         for count in range(2, len(shipped) + 1):
             for some in itertools.combinations(shipped, count):
                 yield "members", " ".join(some), some, {}
+
+
+def turned_over(member: Path, out: Path, seed: int) -> None:
+    """Writes a member with the features of its LLM's stream in another order.
+
+    It computes what it did, but its weights have another origin than the base's: a member of a base
+    that was trained apart, as good as the family's own. Merging takes it for a fine-tune.
+    """
+    model, _ = converters.load(member, dtype="float32")
+    llm, (branch,) = model.llm, model.branches.values()
+    order = np.random.default_rng(seed).permutation(llm.config.width)
+    rows = [getattr(block.attn, name) for block in llm.blocks for name in ("q", "k", "v")]
+    rows += [getattr(block.mlp, name) for block in llm.blocks for name in ("gate", "up")]
+    columns = [layer for block in llm.blocks for layer in (block.attn.out, block.mlp.down)]
+    columns.append(branch.connector.projector.layers[-1])
+    norms = [norm for block in llm.blocks for norm in (block.norm1, block.norm2)]
+    for layer in rows:
+        layer.kernel[...] = layer.kernel[...][order]
+    for layer in columns:
+        layer.kernel[...] = layer.kernel[...][:, order]
+    for vector in (*(norm.scale for norm in (*norms, llm.norm)), columns[-1].bias):
+        vector[...] = vector[...][order]
+    llm.embedding[...] = llm.embedding[...][:, order]
+    converters.export(model, out)
 
 
 def _weights(weight: float, names: tuple[str, ...]) -> dict[str, Any]:

@@ -11,7 +11,7 @@ from vfjax.merge import METHODS
 
 KEYS = [
     *("base", "recipe", "export", "template", "dtype", "router", "vocab", "seed"),
-    *("positions", "mask", "checksums", "account"),
+    *("positions", "mask", "family", "checksums", "account"),
 ]
 """Of the config, that `converters.fuse` takes as they are."""
 

@@ -49,7 +49,9 @@ def fused(shared: Path, tmp_path_factory) -> Path:
     """Mini-Gemini, SliME and LLaVA-1.6 in one folder; their LLMs have one shape."""
     out = tmp_path_factory.mktemp("kinds") / "fused"
     members = {name: shared / "golden" / case for name, case in KINDS.items()}
-    converters.fuse(members, out, method="linear", params={"weights": [1.0, 1.0, 1.0]})
+    converters.fuse(
+        members, out, method="linear", family=False, params={"weights": [1.0, 1.0, 1.0]}
+    )
     return out
 
 
@@ -107,7 +109,7 @@ def pair(shared: Path, tmp_path_factory) -> Path:
     out = tmp_path_factory.mktemp("pair") / "fused"
     members = {name: shared / "golden" / case for name, case in PAIR.items()}
     weights = {"weights": [0.5, 0.5]}
-    converters.fuse(members, out, method="linear", params=weights, router="member")
+    converters.fuse(members, out, method="linear", family=False, params=weights, router="member")
     return out
 
 
@@ -155,7 +157,7 @@ def test_whose_embeddings_the_router_reads(shared: Path, pair: Path, tmp_path: P
     """The member's own table is kept with its branch; with the merged one the choice differs."""
     members = {name: shared / "golden" / case for name, case in PAIR.items()}
     params = {"weights": [0.5, 0.5]}
-    converters.fuse(members, tmp_path / "merged", method="linear", params=params)
+    converters.fuse(members, tmp_path / "merged", method="linear", family=False, params=params)
     kept = load_file(pair / "model.safetensors")["branches.slime.connector.embedding.weight"]
     own = load_file(members["slime"] / "model.safetensors")["model.embed_tokens.weight"]
     np.testing.assert_array_equal(kept, own)

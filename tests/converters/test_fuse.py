@@ -19,6 +19,7 @@ from safetensors.torch import load_file, save_file
 
 import converters
 from converters.reader import read_json, read_weights
+from tests import checkpoints
 from tests.checkpoints import (
     hf_llava_folder,
     llama_folder,
@@ -422,7 +423,7 @@ def test_added_tokens(family: Path, tmp_path: Path):
     assert line.startswith("wide: vocab_size: found vocabulary of 325 rows, base has 320")
     for vocab, rows in (("base", 320), ("wide", 325)):
         out = tmp_path / vocab / "out"
-        converters.fuse(members, out, vocab=vocab, **more)
+        converters.fuse(members, out, vocab=vocab, family=False, **more)
         found, own = llm_of(out), llm_of(tmp_path / "wide")
         assert read_json(out / "config.json")["vocab_size"] == rows
         table = found["model.embed_tokens.weight"]
@@ -535,3 +536,19 @@ def test_a_fusion_loads_without_a_folder_between(family: Path, fused: Path, shar
         assert found[name].sharding == value.sharding
         np.testing.assert_array_equal(np.asarray(found[name]), np.asarray(value))
     assert processor.tokenizer is None or processor.chat("What?")
+
+
+def test_weights_of_another_origin_are_refused(tmp_path):
+    """The same architecture, trained apart: nothing is written, unless it is asked for."""
+    base = checkpoints.llama_folder(tmp_path / "base", 1)
+    checkpoints.llama_folder(tmp_path / "a", llm=checkpoints.tuned(base, 2))
+    checkpoints.llama_folder(tmp_path / "b", 9)
+    members = {name: tmp_path / name for name in "ab"}
+    options = {"base": tmp_path / "base", "export": "llm", "params": {"weights": (0.5, 0.5)}}
+    with pytest.raises(
+        InputError, match=r"'b': .*found weights with a cosine of -?0\.\d\d to those"
+    ):
+        converters.fuse(members, tmp_path / "out", **options)
+    assert not (tmp_path / "out").exists()
+    converters.fuse(members, tmp_path / "out", family=False, **options)
+    assert (tmp_path / "out" / "config.json").is_file()

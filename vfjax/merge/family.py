@@ -1,27 +1,16 @@
 """Do these models share a base? Answered from configs and tensor headers, before any work."""
 
 from collections.abc import Mapping, Sequence
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 
 from vfjax.errors import InputError
+from vfjax.merge.tensors import Header, LazyTensor
 
 REMEDY = "merge only models that were fine-tuned from one base LLM"
 VOCABULARY = ("embed_tokens.weight", "lm_head.weight")
 """Ends of the names of tensors with one row a token."""
-
-
-class Header(Protocol):
-    """What is known of a tensor before it is read."""
-
-    @property
-    def shape(self) -> tuple[int, ...]:
-        """Sizes of the axes."""
-
-    @property
-    def dtype(self) -> np.dtype:
-        """Of numpy, or of ml_dtypes for bfloat16 and float8."""
 
 
 def check_tensors(sources: Sequence[tuple[str, Mapping[str, Header]]]) -> None:
@@ -78,6 +67,44 @@ def _vocabulary_error(where: str, rows: int, reference: str, expected: int) -> N
         fix="if one only has tokens added at its end, set vocab to 'base', or to the member whose "
         "tokens are kept; otherwise " + REMEDY,
     )
+
+
+ALIKE, SAMPLE = 0.5, 64
+"""Least cosine of a member's matrices with the base's, and the rows and number of matrices that it
+is taken of. Fine-tunes of one base stay above 0.9, models that were trained apart are near 0."""
+
+
+def check_weights(sources: Mapping[str, Mapping[str, LazyTensor]]) -> None:
+    """Checks on a few rows that the weights themselves have one origin.
+
+    Args:
+        sources: label -> tensors of one family by `check_family`, the reference (base) first.
+
+    Raises:
+        InputError: naming the member, the tensor and the cosine of the two.
+    """
+    (reference, first), *others = sources.items()
+    matrices = [
+        name for name, x in first.items() if len(x.shape) == 2 and not name.endswith(VOCABULARY)
+    ]
+    for name in matrices[:: max(1, len(matrices) // 4)]:
+        expected = _rows(first[name])
+        for label, tensors in others:
+            if name not in tensors or tensors[name].shape != first[name].shape:
+                continue
+            found = _rows(tensors[name])
+            scale = np.linalg.norm(found) * np.linalg.norm(expected)
+            if scale and (cosine := float((found * expected).sum() / scale)) < ALIKE:
+                raise InputError(
+                    f"{label}: {name}",
+                    found=f"weights with a cosine of {cosine:.2f} to those of {reference}",
+                    expected=f"at least {ALIKE}: a fine-tune of that model",
+                    fix=f"{REMEDY}, or set family to False to merge all the same",
+                )
+
+
+def _rows(tensor: LazyTensor) -> np.ndarray:
+    return np.asarray(tensor[: min(SAMPLE, tensor.shape[0])]).astype(np.float64)
 
 
 def check_family(configs: Mapping[str, Mapping[str, Any]]) -> None:

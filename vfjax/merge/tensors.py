@@ -9,7 +9,6 @@ import jax.numpy as jnp
 import numpy as np
 
 from vfjax.errors import InputError
-from vfjax.merge.family import Header
 
 BLOCK = 1 << 20
 """Elements computed at a time: a few such arrays fit the last-level cache."""
@@ -21,6 +20,18 @@ EXPONENTS: dict[np.dtype, Any] = {
     np.dtype(np.float32): np.uint32(0x7F800000),
 }
 """Dtypes that merge, with their exponent bits: all of them set is what makes NaN and infinity."""
+
+
+class Header(Protocol):
+    """What is known of a tensor before it is read."""
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Sizes of the axes."""
+
+    @property
+    def dtype(self) -> np.dtype:
+        """Of numpy, or of ml_dtypes for bfloat16 and float8."""
 
 
 class LazyTensor(Header, Protocol):

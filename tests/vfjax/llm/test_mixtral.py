@@ -60,7 +60,7 @@ def test_members_merge(tmp_path):
     members = {name: tmp_path / name / "theirs" for name in ("1", "2")}
     out = tmp_path / "fused"
     params = {"weights": [0.5, 0.5]}
-    converters.fuse(members, out, method="linear", params=params, export="llm")
+    converters.fuse(members, out, method="linear", family=False, params=params, export="llm")
     models = [converters.load(p)[0].llm for p in (out, *members.values())]
     found, one, two = (np.asarray(m.blocks[0].mlp.down[...]) for m in models)
     np.testing.assert_allclose(found, (one + two) / 2, rtol=1e-6)

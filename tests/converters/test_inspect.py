@@ -99,8 +99,9 @@ def test_fused(tmp_path: Path, inspect: Inspect):
     lines = inspect(tmp_path)
     assert lines[0] == f"{tmp_path}: layout visionfuse, template vicuna_v1"
     assert lines[1] == LLM + ", tied head"
-    assert lines[3:5] == [CLIP.format(name, "pad", "this folder") for name in "ab"]
-    parts = [line.partition(":")[0] for line in lines[5:]]
+    assert lines[3] == "visual tokens: running positions, causal mask"
+    assert lines[4:6] == [CLIP.format(name, "pad", "this folder") for name in "ab"]
+    parts = [line.partition(":")[0] for line in lines[6:]]
     kinds = ("connector", "encoder")
     assert parts == [*(f"branches.{b}.{kind}" for b in "ab" for kind in kinds), "llm"]
 

@@ -2,7 +2,6 @@
 
 import itertools
 
-import jax
 import numpy as np
 import pytest
 import torch
@@ -101,4 +100,4 @@ def test_another_llm_or_arrangement_leaves_the_model_as_it_is() -> None:
 def test_tokenizer_and_corpus_agree() -> None:
     tokenizer = converters.load(FAMILY / "base")[1].tokenizer
     assert tokenizer("where is 3 ?").input_ids[1:] == language.encode("where is 3 ?")
-    assert jax.tree.leaves(language.IDS) == list(range(len(language.WORDS)))
+    assert tokenizer.convert_tokens_to_ids(list(language.WORDS)) == list(language.IDS.values())

@@ -151,7 +151,7 @@ def _first(count: int, x: np.ndarray) -> np.ndarray:
 
 
 @dataclasses.dataclass(frozen=True)
-class Test:
+class Quiz:
     """Pictures and one question of every kind about each.
 
     Attributes:
@@ -163,7 +163,7 @@ class Test:
     questions: dict[str, list[tuple[str, str]]]
 
     @classmethod
-    def read(cls, folder: Path, start: int = 0, stop: int | None = None) -> "Test":
+    def read(cls, folder: Path, start: int = 0, stop: int | None = None) -> "Quiz":
         """Scenes of a folder of `scenes.write`."""
         rows = json.loads((folder / "scenes.json").read_text())[start:stop]
         questions = {kind: [tuple(row["questions"][kind]) for row in rows] for kind in scenes.KINDS}
@@ -187,7 +187,7 @@ def next_logits(model: Any, batch: Any) -> Array:
     return model.prefill(batch, size)[0]
 
 
-def score(model: Any, processor: Any, test: Test, *, rows: int = 250) -> dict[str, np.ndarray]:
+def score(model: Any, processor: Any, test: Quiz, *, rows: int = 250) -> dict[str, np.ndarray]:
     """Right or wrong, bool[n], by kind of question: the likeliest next word is the answer.
 
     Args:

@@ -9,7 +9,7 @@ import jax
 import numpy as np
 
 import converters
-from experiments.family.members import Test, load, score
+from experiments.family.members import Quiz, load, score
 from vfjax import CacheFusion, LogitsFusion, MemberProcessors, Model, Processor
 
 Scores = dict[str, dict[str, np.ndarray]]
@@ -26,7 +26,7 @@ WAYS = {
 
 
 def fuse(
-    base: Path, members: Mapping[str, Path], test: Test, folder: Path, **recipe: Any
+    base: Path, members: Mapping[str, Path], test: Quiz, folder: Path, **recipe: Any
 ) -> tuple[Model, Processor, dict[str, np.ndarray]]:
     """A fusion, written and read again, and its scores.
 
@@ -46,7 +46,7 @@ def fuse(
 def study(
     base: Path,
     members: Mapping[str, Path],
-    test: Test,
+    test: Quiz,
     folder: Path,
     ways: Mapping[str, tuple[str, str]] = WAYS,
 ) -> Scores:

@@ -14,7 +14,7 @@ from ml_collections import ConfigDict
 import converters
 from converters.export import to_bytes
 from experiments.family import scenes
-from experiments.family.members import Test, load, means, score
+from experiments.family.members import Quiz, load, means, score
 from experiments.family.study import WAYS, fuse
 from experiments.tasks.demo import FAMILY
 
@@ -44,7 +44,7 @@ Variant = tuple[str, str, tuple[str, ...], dict[str, Any]]
 def run(config: ConfigDict, workdir: Path) -> None:
     if not (workdir / "scenes").is_dir():
         scenes.write(workdir / "scenes", config.split, config.scenes, config.seed, turns=1)
-    test = Test.read(workdir / "scenes")
+    test = Quiz.read(workdir / "scenes")
     file = workdir / "results.json"
     done = json.loads(file.read_text()) if file.is_file() else {}
     alone: dict[str, float] = {}

@@ -14,7 +14,7 @@ import converters
 import vfjax
 from converters.export import to_bytes
 from experiments.family import scenes
-from experiments.family.members import Test, means
+from experiments.family.members import Quiz, means
 from experiments.family.study import FUSED, WAYS, paired, study, table
 from vfjax import InputError
 
@@ -33,7 +33,7 @@ def run(config: ConfigDict, workdir: Path) -> None:
         _clear(workdir)
     members = {name: FAMILY / name for name in config.members}
     scenes.write(workdir / "scenes", "test", config.scenes, config.seed, turns=1)
-    test = Test.read(workdir / "scenes")
+    test = Quiz.read(workdir / "scenes")
     ways = dict(list(WAYS.items())[-1:])
     found = study(FAMILY / "base", members, test, workdir / "fused", ways)
     rows = {who: means(scores) for who, scores in found.items()}
@@ -72,7 +72,7 @@ def _clear(workdir: Path) -> None:
     shutil.rmtree(workdir)
 
 
-def ask(members: Mapping[str, Path], workdir: Path, test: Test) -> dict[str, dict[str, str]]:
+def ask(members: Mapping[str, Path], workdir: Path, test: Quiz) -> dict[str, dict[str, str]]:
     """Questions about one picture: what every member and the fused model write."""
     picture = test.pictures[0]
     print(f"\n{picture}")

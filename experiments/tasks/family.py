@@ -13,7 +13,7 @@ from ml_collections import ConfigDict
 import converters
 from converters.export import to_bytes
 from experiments.family import encoders, language, scenes
-from experiments.family.members import Recipe, Test, load, make, means, score
+from experiments.family.members import Quiz, Recipe, load, make, means, score
 from experiments.family.study import Scores, fuse, paired, study, table
 from vfjax.train import Stopped
 
@@ -48,7 +48,7 @@ def _run(config: ConfigDict, workdir: Path) -> None:
         language.build(workdir / "base", seed=config.seed)
     make_encoders(config, workdir)
     tests = {
-        split: Test.read(workdir / split, 0, config.scenes[split])
+        split: Quiz.read(workdir / split, 0, config.scenes[split])
         for split in ("validation", "test")
     }
     alone: dict[str, list[dict[str, np.ndarray]]] = {}
@@ -79,7 +79,7 @@ def make_encoders(config: ConfigDict, workdir: Path) -> None:
 
 
 def make_member(
-    config: ConfigDict, workdir: Path, name: str, seed: int, test: Test
+    config: ConfigDict, workdir: Path, name: str, seed: int, test: Quiz
 ) -> dict[str, np.ndarray]:
     """A member as a folder, and its scores alone, after it was written and read again."""
     out = workdir / "members" / f"{name}-{seed}"
@@ -100,7 +100,7 @@ def make_member(
 
 
 def fuse_members(
-    config: ConfigDict, workdir: Path, pair: str, seed: int, tests: Mapping[str, Test]
+    config: ConfigDict, workdir: Path, pair: str, seed: int, tests: Mapping[str, Quiz]
 ) -> Scores:
     """Order and weights chosen on the validation scenes; all scores on the test scenes.
 

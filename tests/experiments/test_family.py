@@ -10,7 +10,7 @@ from safetensors.torch import load_file
 
 import converters
 from experiments.family import language, scenes
-from experiments.family.members import Test, next_logits
+from experiments.family.members import Quiz, next_logits
 from experiments.family.study import arranged, paired, with_llm
 from experiments.tasks.demo import FAMILY
 
@@ -18,10 +18,10 @@ MEMBERS = sorted(path.name for path in FAMILY.iterdir() if path.name != "base")
 
 
 @pytest.fixture(scope="module")
-def test(tmp_path_factory) -> Test:
+def test(tmp_path_factory) -> Quiz:
     folder = tmp_path_factory.mktemp("scenes") / "test"
     scenes.write(folder, "test", 12, 3, turns=1)
-    return Test.read(folder)
+    return Quiz.read(folder)
 
 
 def in_transformers(name: str) -> transformers.LlavaForConditionalGeneration:
@@ -51,7 +51,7 @@ def in_transformers(name: str) -> transformers.LlavaForConditionalGeneration:
 
 
 @pytest.mark.parametrize("name", ["clip", "dino"])
-def test_members_score_the_same_in_transformers(name: str, test: Test) -> None:
+def test_members_score_the_same_in_transformers(name: str, test: Quiz) -> None:
     theirs = in_transformers(name)
     ours, processor = converters.load(FAMILY / name)
     mark = theirs.config.image_token_id

@@ -167,7 +167,12 @@ COLLECTIVES = ("all-gather", "all-reduce", "reduce-scatter", "all-to-all", "coll
 
 def measured(compiled: Any) -> dict[str, float]:
     """Bytes a device, operations a device, collectives by kind."""
-    memory, text = compiled.memory_analysis(), compiled.as_text()
+    memory = compiled.memory_analysis()
+    try:
+        text = compiled.as_text()
+    except jax.errors.JaxRuntimeError as error:  # this jaxlib cannot read that compiler's text
+        print(f"collectives are not counted: {str(error).splitlines()[0][:120]}")
+        text = ""
     used = memory.argument_size_in_bytes + memory.output_size_in_bytes
     return {
         "bytes": used + memory.temp_size_in_bytes - memory.alias_size_in_bytes,

@@ -13,6 +13,8 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from vfjax.files import replacing
+
 Row = dict[str, Any]
 
 
@@ -92,9 +94,8 @@ def report(
         "machine": machine(),
     }
     out.parent.mkdir(parents=True, exist_ok=True)
-    part = out.with_name(f".{out.name}.tmp")
-    part.write_text(json.dumps(record, indent=2) + "\n")
-    part.rename(out)
+    with replacing(out) as part:
+        part.write_text(json.dumps(record, indent=2) + "\n")
 
 
 def machine() -> dict[str, Any]:

@@ -341,15 +341,6 @@ def score(model: Model, *, count: int = 200, seed: int = 1) -> dict[str, dict[st
     }
 
 
-def table(scores: dict[str, dict[str, float]]) -> str:
-    """Scores in per cent as text, with means."""
-    lines = [" " * 20 + "".join(f"{kind:>9}" for kind in (*KINDS, "mean"))]
-    for name, row in scores.items():
-        values = [*row.values(), sum(row.values()) / len(row)]
-        lines.append(f"{name:20}" + "".join(f"{100 * value:9.1f}" for value in values))
-    return "\n".join(lines)
-
-
 def build(out: Path, *, seed: int = 0, report: Callable[[str], object] = print) -> Model:
     """Trains the base and writes it to `out` as a Hugging Face folder.
 

@@ -84,17 +84,21 @@ def study(
 
 def arranged(model: Model, positions: str, mask: str) -> Model:
     """The same parameters, tokens at other positions."""
-    graph, state = jax.tree.flatten(model)[1], jax.tree.leaves(model)
-    other = jax.tree.unflatten(graph, state)
+    other = _copy(model)
     other.config = dataclasses.replace(model.config, positions=positions, mask=mask)
     return other
 
 
 def with_llm(model: Model, llm: Any) -> Model:
     """The same branches before another LLM."""
-    other = jax.tree.unflatten(jax.tree.structure(model), jax.tree.leaves(model))
+    other = _copy(model)
     other.llm = llm
     return other
+
+
+def _copy(model: Model) -> Model:
+    """Another model of the same arrays."""
+    return jax.tree.map(lambda x: x, model)
 
 
 def paired(a: Mapping[str, np.ndarray], b: Mapping[str, np.ndarray], seed: int = 0) -> dict:

@@ -17,6 +17,7 @@ from experiments.family import scenes
 from experiments.family.members import Quiz, load, means, score
 from experiments.family.study import WAYS, fuse
 from experiments.tasks.demo import FAMILY
+from vfjax.files import replacing
 
 WEIGHTS = (0.0, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.85, 1.0)
 METHODS: dict[str, dict[str, Any]] = {
@@ -63,7 +64,8 @@ def run(config: ConfigDict, workdir: Path) -> None:
             alone[name] = means(score(*load(folders[name]), test))["mean"]
         best = max(alone[name] for name in names)
         done[key] = {"panel": panel, "label": label, "best member": best, **means(found)}
-        file.write_bytes(to_bytes(done))
+        with replacing(file) as part:
+            part.write_bytes(to_bytes(done))
         print(f"{key:<60} {done[key]['mean']:5.1f}   best member {best:5.1f}", flush=True)
     draw(workdir / "ablate.png", list(done.values()))
     print(f"{workdir / 'ablate.png'}, {file}")

@@ -22,7 +22,7 @@ from vfjax import Batch, InputError, Model, Processor
 from vfjax.model import ModelConfig
 from vfjax.sharding import param_sharding
 from vfjax.train import Group, LoRAConfig, Optim, State, add_lora, make_step, split
-from vfjax.train.optim import name_of
+from vfjax.train.optim import name_of, named
 
 MEMORY = {"v4": 32, "v5e": 16, "v5p": 95, "v6e": 32, "tpu7x": 192}
 """GiB of a chip (of half a chip, which is a device, for tpu7x: 96)."""
@@ -147,7 +147,7 @@ def plan_train(config: ConfigDict, made: ModelConfig, mesh: Mesh) -> dict[str, A
     groups = [Group(pattern, rate) for pattern, rate in config.train[config.trains]]
     graph, params, frozen = split(model, groups)
     tx = Optim(1000).build(groups)
-    at = {name_of(path): x.sharding for path, x in jax.tree_util.tree_leaves_with_path(params)}
+    at = {name: x.sharding for name, x in named(params).items()}
     everywhere = NamedSharding(mesh, PartitionSpec())
 
     def laid(path: Any, x: Shape) -> Shape:

@@ -9,8 +9,8 @@ import jax
 from orbax.checkpoint import v1 as ocp
 
 from vfjax.errors import InputError
-from vfjax.train.files import replacing
-from vfjax.train.optim import name_of
+from vfjax.files import replacing
+from vfjax.train.optim import named
 from vfjax.train.step import State
 
 CONFIG = "config.json"
@@ -57,7 +57,7 @@ class Checkpoints:
 
     def save(self, step: int, state: State) -> None:
         """Starts writing; returns once the arrays are copied."""
-        self.files.save_checkpointables_async(step, {"state": _named(state)})
+        self.files.save_checkpointables_async(step, {"state": named(state)})
 
     def restore(self, state: State) -> State:
         """The newest state, laid out as `state`, on whatever mesh that one is.
@@ -68,12 +68,12 @@ class Checkpoints:
         Raises:
             InputError: it is unreadable, or its parameters are others.
         """
-        named = _named(state)
+        old = named(state)
         like = {
             name: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding)
-            for name, x in named.items()
+            for name, x in old.items()
         }
-        for x in named.values():
+        for x in old.values():
             x.delete()
         try:
             found = self.files.load_checkpointables(self.step, {"state": like})["state"]
@@ -90,10 +90,6 @@ class Checkpoints:
     def wait(self) -> None:
         """Returns when all is on disk."""
         self.files.wait()
-
-
-def _named(state: State) -> dict[str, jax.Array]:
-    return {name_of(path): x for path, x in jax.tree_util.tree_leaves_with_path(state)}
 
 
 def same_config(folder: Path, config: Mapping[str, Any]) -> None:

@@ -8,7 +8,7 @@ import jax
 from flax import nnx
 
 from vfjax.model import Batch, Model
-from vfjax.train.optim import name_of
+from vfjax.train.optim import named
 
 PEAK: Mapping[str, float] = {
     "TPU v4": 275e12,
@@ -53,7 +53,7 @@ def step_flops(graph: nnx.GraphDef, params: nnx.State, frozen: nnx.State, batche
     eyes = _forward(Model.memories, model, batch.images) if batch.images else 0.0
     whole = _forward(Model.__call__, model, batch)
     trained, total = _matrices(params, "llm/"), _matrices(shapes, "llm/")
-    tuned = any("/encoder/" in name or "/aux/" in name for name in _names(params))
+    tuned = any("/encoder/" in name or "/aux/" in name for name in named(params))
     return parts * (eyes * (3 if tuned else 1) + (whole - eyes) * (2 + trained / total))
 
 
@@ -62,11 +62,6 @@ def _forward(function: Callable[..., Any], *args: Any) -> float:
     return float((cost or {}).get("flops", math.nan))
 
 
-def _names(tree: object) -> list[str]:
-    return [name_of(path) for path, _ in jax.tree_util.tree_leaves_with_path(tree)]
-
-
 def _matrices(tree: object, start: str) -> int:
     """Values of the matrices of a part."""
-    leaves = jax.tree_util.tree_leaves_with_path(tree)
-    return sum(x.size for path, x in leaves if start in name_of(path) and x.ndim > 1)
+    return sum(x.size for name, x in named(tree).items() if start in name and x.ndim > 1)

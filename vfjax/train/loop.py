@@ -35,8 +35,7 @@ class Options:
     """How a stage runs.
 
     Attributes:
-        dtype: of the computation of what trains; masters are float32. What is frozen keeps the
-            dtype it was loaded in.
+        dtype: of the computation; masters are float32, and what is frozen keeps its stored dtype.
         remat: computes each LLM block again in the backward pass instead of keeping it.
         save_every: steps between two states.
         keep: states that are kept.

@@ -4,7 +4,7 @@ import dataclasses
 import math
 import re
 from collections.abc import Sequence
-from typing import Literal
+from typing import Any, Literal
 
 import jax
 import optax
@@ -108,6 +108,11 @@ def name_of(path: Sequence[object]) -> str:
     if words[-1] == "value":  # NNX's own leaf in a variable
         words.pop()
     return "/".join(map(str, words))
+
+
+def named(tree: object) -> dict[str, Any]:
+    """Name -> leaf of a pytree, in its order; see `name_of`."""
+    return {name_of(path): x for path, x in jax.tree_util.tree_leaves_with_path(tree)}
 
 
 def trains(groups: Sequence[Group], name: str) -> bool:

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from vfjax.errors import InputError
-from vfjax.train.files import replacing
+from vfjax.files import replacing
 from vfjax.train.flops import peak
 
 METRICS = "metrics.jsonl"

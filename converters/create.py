@@ -13,10 +13,11 @@ from jax.sharding import Mesh
 from converters.layouts import TEMPLATE, Source, open_source
 from converters.load import flatten, float_dtype, model_config, read_model
 from converters.rules import FLOATS
-from converters.tables import comm, dense, find, llava
+from converters.tables import comm, dense, find, llava, mining, slime
 from converters.tables.visionfuse import fused_config
 from converters.towers import KINDS, Tower, Towers, read_tower
 from vfjax import InputError, Model, Processor
+from vfjax.encoders import ConvNeXtConfig
 from vfjax.encoders.vit import resolve_taps
 from vfjax.merge import LazyTensor
 from vfjax.model import BranchConfig
@@ -34,8 +35,18 @@ OPTIONS = {
     "sci": ("projector", "select", "side"),
     "dci": ("projector", "select", "side"),
     "comm": comm.OPTIONS,
+    "mgm": ("projector", "select", "image_size_aux", "image_grid", "image_global"),
+    "slime": ("select", *slime.OPTIONS),
 }
 """Kind of connector -> its options, see `create`."""
+
+LAYOUTS = {
+    "mlp": llava.describe_upstream,
+    "comm": comm.describe,
+    "mgm": mining.describe,
+    "slime": slime.describe,
+}
+"""Kind of connector -> its layout's normal form; the others have Dense Connector's."""
 
 
 def create(
@@ -67,9 +78,13 @@ def create(
             the plain feature (-2); `side`, tokens a side of the efficient "sci" and "dci". "comm"
             has `layers`, `layers_aux`, `merge`, `blocks`, `ratio`, `join`, see
             `vfjax.connectors.MergeConfig` and `COMMConfig`; the first two are all layers and the
-            last quarter.
-        aux: folder of COMM's second encoder, shown the pixels of the first one with its own mean
-            and deviation; None: COMM of one encoder.
+            last quarter. "mgm" is Mini-Gemini's patch info mining: `projector`, `select`,
+            `image_size_aux` (twice the encoder's size), `image_grid` (1), `image_global` (False),
+            see `vfjax.connectors.MiningConfig`. "slime" has `select` and `queries`, `top_p`,
+            `temperature`, `gate`, `separator`, see `vfjax.connectors.SliMEConfig`.
+        aux: folder of a second encoder: for "comm" a vision transformer, shown the pixels of the
+            first one with its own mean and deviation, or None: COMM of one encoder; for "mgm" an
+            OpenCLIP ConvNeXt.
         template: name of the prompt template; by default the one of the model that `llm` is, or
             what LLaVA's code would take for that LLM.
         aspect: "pad" or "crop", see `vfjax.images.ImageSpec`.
@@ -102,10 +117,11 @@ def drawn(
         params = flatten(nnx.split(branch.connector.build(rngs=nnx.Rngs(seed)))[1])
     table = source.table(f"branches.{branch.name}.connector")
     rules = table.match({name: p.shape for name, p in params.items()})
-    return {
-        rule.source: rule.to_source(np.asarray(params[name].get_value()).astype(dtype))
-        for name, rule in rules.items()
-    }
+    parts: dict[str, list[np.ndarray]] = {}  # a tensor may hold several parameters
+    for name, rule in sorted(rules.items(), key=lambda item: item[1].part):
+        array = np.asarray(params[name].get_value()).astype(dtype)
+        parts.setdefault(rule.source, []).append(rule.to_source(array))
+    return {name: np.concatenate(p) if p[1:] else p[0] for name, p in parts.items()}
 
 
 def describe(
@@ -121,12 +137,11 @@ def describe(
     options = _options(connector, aux, aspect)
     kind = options.pop("kind")
     text = open_source(llm)
-    towers = _Given(found={"vision_tower": _tower(encoder)} | _second(aux))
-    config = _config(text, towers.found["vision_tower"], kind, options, aspect)
+    towers = {"vision_tower": _tower(encoder)}
     if aux is not None:
-        config["mm_vision_tower_aux"] = "vision_tower_aux"
-    layout = {"mlp": llava.describe_upstream, "comm": comm.describe}.get(kind, dense.describe)
-    source = layout(text.path, config, towers)
+        towers["vision_tower_aux"] = _convnext(aux) if kind == "mgm" else _tower(aux)
+    config = _config(text, towers, kind, options, aspect)
+    source = LAYOUTS.get(kind, dense.describe)(text.path, config, _Given(found=towers))
     source.llm, source.path, source.base, source.files = text.llm, text.path, text.base, text.files
     source.created = True
     default = text.template if text.branches else source.template
@@ -139,9 +154,7 @@ def describe(
     source.parts = {part: tower.tensors for part, tower in source.towers.items()}
     source.parts["llm"] = text.parts["llm"]
     source.prefixes = {part: tower.prefixes for part, tower in source.towers.items()}
-    lone = branch["connector"]["mm_projector_type"] == "linear"
-    names = "model.mm_projector."
-    source.prefixes |= {"llm": (("", ""),), f"{start}.connector": ((names, "0." if lone else ""),)}
+    source.prefixes |= {"llm": (("", ""),), f"{start}.connector": _names(source, kind)}
     prefix = find(branch["encoder"], str(encoder)).config(branch["encoder"]).prefix
     if text.llm["model_type"] in UPSTREAM and (prefix < 2 or kind == "comm"):
         return source
@@ -159,6 +172,15 @@ class _Given(Towers):
         return self.found[slot]
 
 
+def _names(source: Source, kind: str) -> tuple[tuple[str, str], ...]:
+    """Prefixes of the connector's tensors in the new folder, and in its table."""
+    if kind in ("mgm", "slime"):
+        names = (mining if kind == "mgm" else slime).names(source)
+        return tuple((old, new) for old, part, new in names if new and part.endswith(".connector"))
+    lone = source.branches[0]["connector"]["mm_projector_type"] == "linear"
+    return (("model.mm_projector.", "0." if lone else ""),)
+
+
 def _options(connector: Mapping[str, Any], aux: str | Path | None, aspect: str) -> dict[str, Any]:
     """The connector's options, checked by name."""
     kind = connector.get("kind")
@@ -173,29 +195,33 @@ def _options(connector: Mapping[str, Any], aux: str | Path | None, aspect: str) 
             expected=", ".join(OPTIONS[kind]),
             fix="remove it",
         )
-    if aux is not None and kind != "comm":
+    if aux is not None and kind not in ("comm", "mgm"):
         raise InputError(
             "aux",
             found=f"a second encoder for connector {kind!r}",
             expected="none",
-            fix="take 'comm', which reads two",
+            fix="take 'comm' or 'mgm', which read two",
+        )
+    if aux is None and kind == "mgm":
+        raise InputError(
+            "aux", found="none", expected="a ConvNeXt for connector 'mgm'", fix="pass its folder"
         )
     if aspect not in ("pad", "crop"):
         raise InputError("aspect", found=repr(aspect), expected="'pad', 'crop'", fix="choose one")
     return dict(connector)
 
 
-def _second(aux: str | Path | None) -> dict[str, Tower]:
-    return {} if aux is None else {"vision_tower_aux": _tower(aux)}
+def _read(path: str | Path) -> Tower:
+    path = Path(path)
+    return read_tower(path, next((f for f in KINDS if (path / f).is_file()), "config.json"))
 
 
 def _tower(path: str | Path) -> Tower:
-    """An encoder's own folder."""
-    path = Path(path)
-    tower = read_tower(path, next((f for f in KINDS if (path / f).is_file()), "config.json"))
+    """A vision transformer's own folder."""
+    tower = _read(path)
     if not tower.preprocessor:
         raise InputError(
-            path / "preprocessor_config.json",
+            Path(path) / "preprocessor_config.json",
             found="no file",
             expected="how the encoder's pictures are prepared",
             fix="copy it from the published repository",
@@ -210,10 +236,24 @@ def _tower(path: str | Path) -> Tower:
     return tower
 
 
+def _convnext(path: str | Path) -> Tower:
+    """The folder of Mini-Gemini's second encoder, which is fed by the first one's preprocessor."""
+    tower = _read(path)
+    if not isinstance(find(tower.config, str(path)).config(tower.config), ConvNeXtConfig):
+        raise InputError(
+            path,
+            found=f"model_type {tower.config['model_type']!r}",
+            expected="an OpenCLIP ConvNeXt for connector 'mgm'",
+            fix="choose another second encoder",
+        )
+    return tower
+
+
 def _config(
-    text: Source, tower: Tower, kind: str, options: Mapping[str, Any], aspect: str
+    text: Source, towers: Mapping[str, Tower], kind: str, options: Mapping[str, Any], aspect: str
 ) -> dict[str, Any]:
     """config.json as LLaVA's code and what grew from it have it."""
+    tower = towers["vision_tower"]
     llm = find(text.llm, str(text.path)).config(text.llm)
     encoder = find(tower.config, str(tower.path)).config(tower.config)
     name, architecture = UPSTREAM.get(text.llm["model_type"], UPSTREAM["llama"])
@@ -232,8 +272,14 @@ def _config(
         "mm_vision_select_layer": select,
         "mm_vision_select_feature": "patch" if encoder.prefix else "cls_patch",  # all tokens
     }
+    if "vision_tower_aux" in towers:
+        config["mm_vision_tower_aux"] = "vision_tower_aux"
     if kind == "comm":
         return config | {"mm_projector_type": "comm", "mm_comm": dict(options)}
+    if kind == "mgm":
+        return config | mining.config_of(name, towers["vision_tower_aux"], encoder, options)
+    if kind == "slime":
+        return config | slime.config_of(options, llm.vocab)
     if kind in dense.KINDS:
         config |= dense.config_of(kind, tower.config, encoder.layers, select)
         if "side" in options:

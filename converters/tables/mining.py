@@ -1,10 +1,12 @@
 """Mini-Gemini folders (MGM mgm/model): CLIP and ConvNeXt, patch info mining."""
 
 import dataclasses
+import math
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from converters import tables
 from converters.layouts import Layout, Source
 from converters.rules import Arrays, Rule, Table, dense, norm
 from converters.tables import dense as dense_connector
@@ -16,7 +18,8 @@ from converters.tables.llava import (
     upstream_tower,
 )
 from converters.tables.mlp import combine, projector, projector_rules
-from converters.towers import Towers
+from converters.towers import Tower, Towers
+from vfjax import InputError
 from vfjax.connectors import MiningConfig
 from vfjax.images import ImageSpec
 from vfjax.views import TwoScales
@@ -137,6 +140,39 @@ def template(llm: str, config: Mapping[str, Any]) -> str:
     """What the authors' scripts pass for each published model, told apart by LLM and vocabulary."""
     by_vocabulary = {128256: "llama_3", 64000: "chatml_direct"}
     return TEMPLATES.get(llm) or by_vocabulary.get(config.get("vocab_size", 0), "vicuna_v1")
+
+
+def config_of(name: str, aux: Tower, encoder: Any, options: Mapping[str, Any]) -> dict[str, Any]:
+    """The keys of config.json around a new connector.
+
+    Args:
+        name: `model_type` of LLaVA's code around the LLM.
+        aux: the ConvNeXt.
+        encoder: config of the low-resolution encoder.
+        options: `image_size_aux`, `image_grid` and `image_global`.
+
+    Raises:
+        InputError: a high-resolution map that the encoder's tokens do not divide.
+    """
+    grid = options.get("image_grid", 1)
+    side = options.get("image_size_aux", 2 * grid * encoder.image_size)
+    cells = grid * math.isqrt(encoder.tokens)
+    if side % 32 or side // 4 % cells:
+        raise InputError(
+            "connector 'mgm': image_size_aux",
+            found=f"{side}, a map of {side // 4} pixels a side",
+            expected=f"a multiple of 32 whose quarter is one of {cells}, the tokens a side",
+            fix="choose another size",
+        )
+    family = name.removeprefix("llava_")
+    return {
+        "model_type": "mgm" if family == "llama" else f"mgm_{family}",
+        "architectures": [f"MGM{family.capitalize()}ForCausalLM"],
+        "mm_hidden_size_aux": sum(tables.find(aux.config, str(aux.path)).config(aux.config).widths),
+        "image_size_aux": side,
+        "image_grid": grid,
+        "image_global": bool(options.get("image_global", False)),
+    }
 
 
 def names(source: Source) -> Names:

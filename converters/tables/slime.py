@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 
+from converters import tables
 from converters.layouts import Layout, Source
 from converters.rules import TRANSPOSE, Arrays, Rule, Table, dense, norm
 from converters.tables.llava import (
@@ -20,9 +21,19 @@ from converters.tables.llava import (
 )
 from converters.tables.mlp import combine, projector, projector_rules
 from converters.towers import Towers
+from vfjax import InputError
 from vfjax.connectors import SliMEConfig
 from vfjax.images import ImageSpec
 from vfjax.views import Sliced
+
+OPTIONS = {
+    "queries": "mm_resampler_dim",
+    "top_p": "mm_resampler_topp",
+    "temperature": "mm_resampler_temp",
+    "gate": "mm_learnable_gated",
+    "separator": "seperator",
+}
+"""Attributes of `SliMEConfig` -> keys of config.json."""
 
 OWN = ("seperator", "use_global_only", "use_local_only")
 
@@ -32,7 +43,7 @@ def config(hf: Mapping[str, Any]) -> SliMEConfig:
     return SliMEConfig(
         projector=projector(hf),
         width=hf["din"],
-        grid=24,  # fixed in upstream's connector
+        grid=hf.get("grid", 24),  # fixed in upstream's connector, as all its encoders have it
         queries=hf.get("mm_resampler_dim", 144),
         separator=hf.get("seperator", 1919),
         top_p=hf.get("mm_resampler_topp", 0.95),
@@ -116,12 +127,36 @@ def describe(path: Path, config: dict[str, Any], towers: Towers) -> Source:
     branch = upstream_branch(path, config | own, tower)
     for key in ("merge", "pinpoints"):  # not read by upstream
         branch["connector"].pop(key, None)
-    wanted = ("mm_resampler_dim", "mm_resampler_topp", "mm_resampler_temp", "mm_learnable_gated")
     branch["connector"] |= {"model_type": "slime"} | {
-        key: config[key] for key in (*wanted, "seperator") if key in config
+        key: config[key] for key in OPTIONS.values() if key in config
     }
+    side = math.isqrt(tables.find(tower.config, str(path)).config(tower.config).tokens)
+    if side != 24:
+        branch["connector"]["grid"] = side
     template = "llama3" if config.get("vocab_size") == 128256 else "vicuna_v1"
     return upstream_source(path, "slime", config, branch, tower, template=template, own=OWN)
+
+
+def config_of(options: Mapping[str, Any], vocab: int) -> dict[str, Any]:
+    """The keys of config.json around a new connector.
+
+    Args:
+        options: of `OPTIONS`.
+        vocab: tokens of the LLM.
+
+    Raises:
+        InputError: a separator that the LLM lacks.
+    """
+    separator = options.get("separator", SliMEConfig.separator)
+    if not 0 <= separator < vocab:
+        raise InputError(
+            "connector 'slime': separator",
+            found=str(separator),
+            expected=f"the id of a token, below {vocab}",
+            fix="choose the one that stands between global and local tokens",
+        )
+    own = {OPTIONS[key]: value for key, value in options.items() if key in OPTIONS}
+    return {"mm_projector_type": "gated", "mm_resampler_type": "cosine", **own}
 
 
 def names(source: Source) -> Names:

@@ -9,10 +9,19 @@ def get_config() -> ConfigDict:
             "task": "family",
             "seed": 0,  # of scenes, base and encoders
             "seeds": (0, 1, 2),  # of members: connector, order of the data
-            "members": ("clip", "dino", "sti", "sci", "dci", "comm"),  # of tasks.family.MEMBERS
-            "pairs": ("clip+dino", "clip+dci", "clip+dino+dci"),  # that are fused
+            "members": (  # of tasks.family.MEMBERS
+                *("clip", "dino", "sti", "sci", "dci", "comm", "mgm", "slime"),
+                *("fine", "clip-long", "dino-long"),
+            ),
+            "pairs": (  # that are fused
+                "clip+dino",
+                *("clip+dci", "clip+mgm", "clip+slime"),  # with one CLIP tower
+                *("clip+dino+dci", "clip+dino+mgm+slime"),
+            ),
+            # Steps and rate of the last stage of the first pair, beside the others' below.
+            "sweep": ((50, 2e-4), (200, 2e-4), (800, 2e-4), (200, 1e-3), (800, 1e-3)),
             "scenes": {"encoders": 30_000, "train": 6_000, "validation": 200, "test": 500},
-            "encoders": {"clip": 250, "dino": 500},  # steps
+            "encoders": {"clip": 250, "dino": 500, "fine": 250, "convnext": 250},  # steps
             "align": 1_500,  # steps of each stage of a member, see experiments.family.members
             "first": 100,
             "tune": 200,

@@ -18,7 +18,7 @@ def get_config(job: str = "generate") -> ConfigDict:
             "job": job,  # "generate" or "train"
             # Branches, one or more, and an LLM of experiments.tasks.shapes: "mgm+slime@llama-3-8b".
             "model": "mgm+slime@llama-3-8b",
-            "topology": "v5e:4x4",  # v4, v5e, v5p, v6e or tpu7x, and a shape; see BUILD.md
+            "topology": "v5e:4x4",  # v4, v5e, v5p, v6e or tpu7x, and a shape; or h100:8 and so on
             "model_axis": 8,  # devices that share each matrix; the others share the batch
             "batch": 16,  # rows, one picture each
             "text": 128,  # tokens of text a row
@@ -30,6 +30,7 @@ def get_config(job: str = "generate") -> ConfigDict:
             # Depths of the LLM that are compiled: figures at full depth lie on the line through
             # the two, as all layers are alike. () compiles it all, which takes minutes.
             "depths": (2, 4),
+            "largest": False,  # the largest batch that fits, too: compiles twice as much
             "dtype": "bfloat16",
             "out": config_dict.placeholder(str),  # default: WORKDIR/plan.json
         }

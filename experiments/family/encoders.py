@@ -1,7 +1,8 @@
-"""The family's two vision encoders, one of which sees what the other misses.
+"""The family's vision encoders, of which some see what others miss.
 
-`train_clip` is trained as CLIP (arXiv 2103.00020) against captions that name each object's colour
-and digit but no place; in the time there is it learns colours and hardly any digits. `train_dino`
+`train_clip` trains as CLIP (arXiv 2103.00020) against captions that name each object's colour and
+digit but no place: a vision transformer, which in the time there is learns colours and hardly any
+digits, the same at a higher resolution, and a ConvNeXt, Mini-Gemini's second encoder. `train_dino`
 has DINOv2's architecture (arXiv 2304.07193) but is NOT trained by self-distillation: it is
 supervised, each patch predicts the digit of its cell, with colours scrambled.
 """
@@ -16,12 +17,13 @@ import numpy as np
 import optax
 from flax import nnx
 
-from converters.export import to_bytes
+from converters.export import to_bytes, tower_files
 from converters.load import flatten
 from converters.tables import find
 from converters.writer import write_folder
 from experiments.family.optim import fit
 from experiments.family.scenes import COLOURS, SIZE, Scenes
+from vfjax.encoders.convnext import ConvNeXt
 
 Array = jax.Array
 Report = Callable[[str], object]
@@ -41,12 +43,25 @@ CLIP: dict[str, Any] = {
     "layer_norm_eps": 1e-5,
     "torch_dtype": "float32",
 }
+FINE: dict[str, Any] = {**CLIP, "image_size": 72}  # 81 tokens of the same pictures
+CONVNEXT: dict[str, Any] = {
+    "model_type": "open_clip_convnext",
+    "timm_model_name": "convnext_tiny",
+    "image_size": 2 * SIZE,
+    "golden_depths": [1, 1, 2, 1],
+    "golden_dims": [32, 64, 96, 128],
+}
 CLIP_IMAGES: dict[str, Any] = {
     "image_processor_type": "CLIPImageProcessor",
     "size": {"shortest_edge": SIZE},
     "crop_size": {"height": SIZE, "width": SIZE},
     "image_mean": [0.48145466, 0.4578275, 0.40821073],
     "image_std": [0.26862954, 0.26130258, 0.27577711],
+}
+FINE_IMAGES = {
+    **CLIP_IMAGES,
+    "size": {"shortest_edge": FINE["image_size"]},
+    "crop_size": {"height": FINE["image_size"], "width": FINE["image_size"]},
 }
 DINO: dict[str, Any] = {
     "architectures": ["Dinov2Model"],
@@ -74,8 +89,13 @@ def new(config: dict[str, Any], seed: int) -> nnx.Module:
     """An untrained tower: flax's default weights, places as sines, whole layer scales."""
     build = find(config, "encoder").config(config).build
     tower = nnx.jit(lambda: build(rngs=nnx.Rngs(seed)))()  # op by op it takes ten times as long
+    if isinstance(tower, ConvNeXt):
+        for stage in tower.stages:
+            for block in stage.blocks:
+                block.gamma.set_value(jnp.ones_like(block.gamma[...]))
+        return tower
     places = np.zeros(tower.pos.shape, np.float32)
-    places.reshape(-1, WIDTH)[1:] = sines()
+    places.reshape(-1, WIDTH)[1:] = sines(config["image_size"] // PATCH)
     tower.pos.set_value(jnp.asarray(places))
     for block in tower.blocks:
         if block.layer_scale:
@@ -84,18 +104,24 @@ def new(config: dict[str, Any], seed: int) -> nnx.Module:
     return tower
 
 
-def sines() -> np.ndarray:
-    """Sines and cosines of row and column, float32[36, 96], as in MoCo v3 (arXiv 2104.02057)."""
-    row, column = np.divmod(np.arange(GRID * GRID), GRID)
-    speed = 2 * np.pi / np.geomspace(2.5, 24, WIDTH // 4)
+def sines(grid: int) -> np.ndarray:
+    """Sines and cosines of row and column, float32[grid * grid, 96].
+
+    As in MoCo v3 (arXiv 2104.02057), in units of a grid of six.
+    """
+    row, column = np.divmod(np.arange(grid * grid), grid)
+    speed = 2 * np.pi / np.geomspace(2.5, 24, WIDTH // 4) * GRID / grid
     angles = np.concatenate([row[:, None] * speed, column[:, None] * speed], axis=1)
     return 0.5 * np.concatenate([np.sin(angles), np.cos(angles)], axis=1).astype(np.float32)
 
 
-def pixels(pictures: Array | np.ndarray, images: dict[str, Any]) -> Array:
-    """uint8 or float (0 to 255) [n, 48, 48, 3] -> what the tower is fed, float32."""
+def pixels(pictures: Array | np.ndarray, images: dict[str, Any], side: int = SIZE) -> Array:
+    """uint8 or float (0 to 255) [n, 48, 48, 3] -> what the tower is fed, float32 of `side`."""
     mean, std = (jnp.asarray(images[key], jnp.float32) for key in ("image_mean", "image_std"))
-    return (jnp.asarray(pictures, jnp.float32) / 255 - mean) / std
+    x = jnp.asarray(pictures, jnp.float32) / 255
+    if side != SIZE:
+        x = jax.image.resize(x, (len(x), side, side, 3), "cubic").clip(0, 1)
+    return (x - mean) / std
 
 
 def cells(values: Any) -> Any:
@@ -107,10 +133,10 @@ def cells(values: Any) -> Any:
 class Captions(nnx.Module):
     """A caption's embedding: a set of (colour, digit) pairs, as an MLP of their MLPs' sum."""
 
-    def __init__(self, width: int, *, rngs: nnx.Rngs):
+    def __init__(self, width: int, tower: int, *, rngs: nnx.Rngs):
         self.pair = nnx.Linear(len(COLOURS) + 10, 2 * width, rngs=rngs)
         self.out = nnx.Linear(2 * width, width, rngs=rngs)
-        self.tower = nnx.Linear(WIDTH, width, rngs=rngs)  # projects the picture's class token
+        self.tower = nnx.Linear(tower, width, rngs=rngs)  # projects what the picture is
         self.scale = nnx.Param(jnp.log(10.0))
 
     def __call__(self, digits: Array, colours: Array) -> Array:
@@ -123,22 +149,28 @@ class Captions(nnx.Module):
 def train_clip(
     scenes: Scenes,
     *,
+    config: dict[str, Any] = CLIP,
     steps: int = 400,
     batch: int = 128,
     rate: float = 4e-3,
     seed: int = 0,
     report: Report = print,
 ) -> nnx.Module:
-    """A CLIP tower trained by InfoNCE on scenes and captions without places."""
-    pair = nnx.List([new(CLIP, seed), Captions(64, rngs=nnx.Rngs(seed + 1))])
+    """A tower (CLIP, FINE, CONVNEXT) trained by InfoNCE on scenes and captions without places."""
+    width = config["golden_dims"][-1] if config is CONVNEXT else WIDTH
+    pair = nnx.List([new(config, seed), Captions(64, width, rngs=nnx.Rngs(seed + 1))])
     graph, params = nnx.split(pair)
 
     def loss(params: nnx.State, data: tuple[Array, Array, Array]) -> Array:
         pictures, digits, colours = data
         both: Any = nnx.merge(graph, params)
         tower, captions = both
-        (x,) = tower(pixels(pictures, CLIP_IMAGES), [-1], norm=True)
-        seen, told = captions.tower(x[:, 0]), captions(digits, colours)
+        x = pixels(pictures, CLIP_IMAGES, config["image_size"])
+        if config is CONVNEXT:
+            whole = tower(x, [-1])[0].mean(axis=(1, 2))
+        else:
+            whole = tower(x, [-1], norm=True)[0][:, 0]  # the class token
+        seen, told = captions.tower(whole), captions(digits, colours)
         seen, told = (y / jnp.linalg.norm(y, axis=-1, keepdims=True) for y in (seen, told))
         scores = seen @ told.T * jnp.exp(captions.scale[...])
         own = jnp.arange(len(scores))
@@ -266,17 +298,19 @@ def probes(
 
 
 def save(tower: nnx.Module, config: dict[str, Any], images: dict[str, Any], folder: Path) -> None:
-    """Writes a tower as a Hugging Face folder: config, weights, preprocessor.
+    """Writes a tower as a Hugging Face folder, or OpenCLIP's: config, weights, preprocessor.
 
     Raises:
         InputError: `folder` exists.
     """
     params = flatten(nnx.split(tower)[1])
     table = find(config, str(folder))
-    prefix = "vision_model." if config is CLIP else ""
+    prefix = {"clip_vision_model": "vision_model.", "open_clip_convnext": "visual.trunk."}
+    start = prefix.get(config["model_type"], "")
     tensors = {
-        prefix + rule.source: rule.to_source(np.asarray(params[name].get_value()))
+        start + rule.source: rule.to_source(np.asarray(params[name].get_value()))
         for name, rule in table.match({name: p.shape for name, p in params.items()}).items()
     }
-    files = {"config.json": to_bytes(config), "preprocessor_config.json": to_bytes(images)}
+    record = tower_files({"config": config, "preprocessor": images})
+    files = {name: to_bytes(content) for name, content in record.items()}
     write_folder(folder, {"": tensors}, files=files)

@@ -3,6 +3,7 @@
 import dataclasses
 import functools
 import json
+import math
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -16,7 +17,7 @@ from PIL import Image
 
 import converters
 from experiments.configs.train import CONNECTOR, LLM
-from experiments.family import language, scenes
+from experiments.family import encoders, language, scenes
 from vfjax import Model, Processor
 from vfjax.data import Batches, Conversations
 from vfjax.train import Group, Optim, Options, fit
@@ -100,8 +101,9 @@ def align(model: Model, data: Path, recipe: Recipe, *, report: Report = print) -
     """
     labels = json.loads((data / "scenes.json").read_text())
     digits, colours = (np.array([row[key] for row in labels]) for key in ("digits", "colours"))
-    words = jnp.asarray(language.caption(digits, colours, see=recipe.see))
     (branch,) = model.branches.values()
+    told = language.caption(digits, colours, see=recipe.see)
+    words = jnp.asarray(spread(told, math.isqrt(branch.config.encoder.tokens)))
     seen = states(branch, [data / "images" / row["image"] for row in labels])
     parts: Any = nnx.split(branch.connector, nnx.Param, ...)
     graph, params, rest = parts
@@ -110,13 +112,14 @@ def align(model: Model, data: Path, recipe: Recipe, *, report: Report = print) -
     tx = optax.adam(optax.cosine_decay_schedule(3e-3, recipe.align))
 
     def loss(params: Any, seen: Any, words: Array) -> Array:
-        tokens = nnx.merge(graph, params, rest)(seen, {}, model.llm.embed)["tokens"]
+        tokens = nnx.merge(graph, params, rest)(*seen, model.llm.embed)["tokens"]
         tokens = tokens.reshape(len(words), -1, table.shape[1])[:, : words.shape[1]]
         return scale * ((tokens - table[words]) ** 2).mean()
 
     def step(carry: Any, picks: Array) -> tuple[Any, Array]:
         params, state = carry
-        some = jax.tree.map(lambda x: x[picks], seen)
+        shown, inputs = jax.tree.map(lambda x: x[picks], seen)
+        some = jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:]), shown), inputs
         value, grads = jax.value_and_grad(loss)(params, some, words[picks])
         updates, state = tx.update(grads, state)
         return (optax.apply_updates(params, updates), state), value
@@ -128,8 +131,20 @@ def align(model: Model, data: Path, recipe: Recipe, *, report: Report = print) -
     report(f"align: {float(losses[-50:].mean()):.3f} of the words' variance is left")
 
 
-def states(branch: Any, files: Sequence[Path]) -> dict[str, list[Array]]:
-    """What the connector reads of pictures: encoder -> hidden states float32[n, s, d]."""
+def spread(words: np.ndarray, side: int) -> np.ndarray:
+    """Captions int32[n, 36] for another number of patches: [n, side * side], the nearest words."""
+    near = np.arange(side) * encoders.GRID // side
+    grid = words.reshape(-1, encoders.GRID, encoders.GRID)
+    return grid[:, near][:, :, near].reshape(len(words), -1)
+
+
+def states(branch: Any, files: Sequence[Path]) -> tuple[Any, Any]:
+    """What the connector reads of pictures, and is given besides; a row of each a picture.
+
+    Returns:
+        encoder -> hidden states float32[n, ...]; the other inputs of its views, SliME's router
+        shown one word that stands for any prompt.
+    """
     taps, views = branch.config.connector.taps, branch.config.views
     inputs = {"encoder": "pixels", "aux": "pixels_aux"}
 
@@ -140,14 +155,14 @@ def states(branch: Any, files: Sequence[Path]) -> dict[str, list[Array]]:
     parts = []
     for i in range(0, len(files), 256):
         pictures = [Image.open(file).convert("RGB") for file in files[i : i + 256]]
-        found = jax.device_get(run(branch, views(pictures).inputs))
-        parts.append(jax.tree.map(functools.partial(_first, len(pictures)), found))
-    return jax.tree.map(lambda *x: jnp.concatenate(x), *parts)
-
-
-def _first(count: int, x: np.ndarray) -> np.ndarray:
-    """Without what fills a batch of pictures up."""
-    return x[:count]
+        shown = views(pictures, slots=256).inputs
+        found = run(branch, {k: shown.pop(k) for k in inputs.values() if k in shown})
+        if views.reads_text:
+            words = np.full((256, 1), language.IDS["?"], np.int32)
+            shown |= {"text": words, "text_mask": np.ones_like(words, bool)}
+        rows = jax.tree.map(lambda x: x.reshape(256, -1, *x.shape[1:]), found)
+        parts.append(jax.device_get((rows, shown)))
+    return jax.tree.map(lambda *x: jnp.concatenate(x)[: len(files)], *parts)
 
 
 @dataclasses.dataclass(frozen=True)

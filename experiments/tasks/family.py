@@ -8,13 +8,14 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from matplotlib.figure import Figure
 from ml_collections import ConfigDict
 
 import converters
 from converters.export import to_bytes
 from experiments.family import encoders, language, scenes
 from experiments.family.members import Quiz, Recipe, load, make, means, score
-from experiments.family.study import Scores, fuse, paired, study, table
+from experiments.family.study import Scores, fuse, paired, study, table, with_llm
 from vfjax.train import Stopped
 
 MEMBERS: dict[str, dict[str, Any]] = {
@@ -24,9 +25,34 @@ MEMBERS: dict[str, dict[str, Any]] = {
     "sci": {"encoder": "clip", "see": (True, False), "connector": {"kind": "sci"}},
     "dci": {"encoder": "clip", "see": (True, False), "connector": {"kind": "dci"}},
     "comm": {"encoder": "clip", "aux": "dino", "see": (True, True), "connector": {"kind": "comm"}},
+    "mgm": {
+        "encoder": "clip",
+        "aux": "convnext",
+        "see": (True, False),
+        "connector": {"kind": "mgm"},
+    },
+    "slime": {
+        "encoder": "clip",
+        "see": (True, False),
+        "connector": {"kind": "slime", "queries": 9, "separator": language.IDS[language.EMPTY]},
+    },
+    "fine": {"encoder": "fine", "see": (True, False)},
+    "clip-long": {"encoder": "clip", "see": (True, False), "times": 2},
+    "dino-long": {"encoder": "dino", "see": (False, True), "times": 2},
 }
 """Name -> what of `Recipe` tells it from the others. "comm" is trained on both encoders: what a
-fusion of clip and dino could reach at most, at the price of training."""
+fusion of clip and dino could reach at most, at the price of training. "fine" has as many tokens as
+a fusion of two, by higher resolution; "clip-long" and "dino-long" train as long as both."""
+
+ENCODERS: dict[str, tuple[Any, ...]] = {
+    "clip": (encoders.train_clip, encoders.CLIP, encoders.CLIP_IMAGES),
+    "fine": (encoders.train_clip, encoders.FINE, encoders.FINE_IMAGES),
+    "convnext": (encoders.train_clip, encoders.CONVNEXT, {}),
+    "dino": (encoders.train_dino, encoders.DINO, encoders.DINO_IMAGES),
+}
+"""Name -> how it is trained, its config, and how its pictures are prepared."""
+
+KEYS = ("encoder", "aux")
 
 WEIGHTS = (0.3, 0.5, 0.7, 1.0)
 """Of each member, among which the validation scenes choose."""
@@ -57,46 +83,61 @@ def _run(config: ConfigDict, workdir: Path) -> None:
     pairs: dict[str, list[Scores]] = {pair: [] for pair in config.pairs}
     for seed, pair in itertools.product(config.seeds, config.pairs):
         pairs[pair].append(fuse_members(config, workdir, pair, seed, tests))
-    write_report(workdir, alone, pairs)
+    sweep = [
+        sweep_point(config, workdir, steps, rate, tests["test"]) for steps, rate in config.sweep
+    ]
+    write_report(workdir, alone, pairs, sweep)
     if config.ship:
         ship(workdir, Path(config.ship), config.members, config.seeds[0])
 
 
 def make_encoders(config: ConfigDict, workdir: Path) -> None:
-    """CLIP and DINOv2 towers, as Hugging Face folders."""
-    kinds = {
-        "clip": (encoders.train_clip, encoders.CLIP, encoders.CLIP_IMAGES),
-        "dino": (encoders.train_dino, encoders.DINO, encoders.DINO_IMAGES),
-    }
-    todo = [name for name in kinds if not (workdir / "encoders" / name).is_dir()]
+    """The towers that the members need, as folders."""
+    needed = {MEMBERS[n][key] for n in config.members for key in KEYS if key in MEMBERS[n]}
+    todo = [name for name in sorted(needed) if not (workdir / "encoders" / name).is_dir()]
     if not todo:
         return
     data = scenes.sample("train", config.scenes.encoders, config.seed)
     for name in todo:
-        train, tower, images = kinds[name]
-        made = train(data, steps=config.encoders[name], seed=config.seed)
+        train, tower, images = ENCODERS[name]
+        own = {"config": tower} if train is encoders.train_clip else {}
+        made = train(data, steps=config.encoders[name], seed=config.seed, **own)
         encoders.save(made, tower, images, workdir / "encoders" / name)
 
 
 def make_member(
-    config: ConfigDict, workdir: Path, name: str, seed: int, test: Quiz
+    config: ConfigDict, workdir: Path, name: str, seed: int, test: Quiz, **other: Any
 ) -> dict[str, np.ndarray]:
-    """A member as a folder, and its scores alone, after it was written and read again."""
-    out = workdir / "members" / f"{name}-{seed}"
+    """A member as a folder, and its scores alone, after it was written and read again.
+
+    Args:
+        config: the task's.
+        workdir: with scenes, base and encoders.
+        name: of `MEMBERS`.
+        seed: of the member.
+        test: questions.
+        other: of `Recipe`, in place of the config's.
+    """
+    out = member_folder(workdir, name, seed, **other)
     if not (out / "scores.npz").is_file():
         shutil.rmtree(out, ignore_errors=True)
-        folders = dict(MEMBERS[name])
-        for key in ("encoder", "aux"):
-            if key in folders:
-                folders[key] = workdir / "encoders" / folders[key]
-        steps = {key: config[key] for key in ("align", "first", "tune", "rate")}
-        print(f"member {name}, seed {seed}")
-        recipe = Recipe(seed=seed, **folders, **steps)
-        model, _ = make(recipe, workdir / "base", workdir / "train", out / "stages")
+        recipe = dict(MEMBERS[name])
+        recipe |= {key: workdir / "encoders" / recipe[key] for key in KEYS if key in recipe}
+        times = recipe.pop("times", 1)
+        recipe |= {key: config[key] for key in ("align", "rate")} | {"seed": seed}
+        recipe |= {key: times * config[key] for key in ("first", "tune")} | other
+        print(f"member {out.name}", flush=True)
+        model, _ = make(Recipe(**recipe), workdir / "base", workdir / "train", out / "stages")
         converters.export(model, out / "model")
         found: dict[str, Any] = score(*load(out / "model"), test)
         np.savez(out / "scores.npz", **found)
     return dict(np.load(out / "scores.npz"))
+
+
+def member_folder(workdir: Path, name: str, seed: int, **other: Any) -> Path:
+    """Where a member is; arguments as of `make_member`."""
+    changed = "".join(f"-{key}{value:g}" for key, value in other.items())
+    return workdir / "members" / f"{name}{changed}-{seed}"
 
 
 def fuse_members(
@@ -112,8 +153,8 @@ def fuse_members(
         shutil.rmtree(out, ignore_errors=True)
         members = {n: workdir / "members" / f"{n}-{seed}" / "model" for n in pair.split("+")}
         best: dict[tuple[str, ...], dict[float, float]] = {}
-        orders = list(itertools.permutations(members))[:2] + [tuple(reversed(members))]
-        for order, weight in itertools.product(dict.fromkeys(orders), WEIGHTS):
+        orders = (tuple(members), tuple(reversed(members)))
+        for order, weight in itertools.product(orders, WEIGHTS):
             *_, found = fuse(
                 workdir / "base",
                 {name: members[name] for name in order},
@@ -150,8 +191,49 @@ def fuse_members(
     return scores
 
 
+def sweep_point(
+    config: ConfigDict, workdir: Path, steps: int, rate: float, test: Quiz
+) -> dict[str, float]:
+    """What fusion gains when the members' last stage has other steps and another rate."""
+    names, seed = config.pairs[0].split("+"), config.seeds[0]
+    usual = steps == config.tune and rate == config.rate
+    other = {} if usual else {"tune": steps, "rate": rate}
+    alone = [make_member(config, workdir, name, seed, test, **other) for name in names]
+    out = workdir / "sweep" / f"{steps}x{rate:g}"
+    if not (out / "scores.npz").is_file():
+        shutil.rmtree(out, ignore_errors=True)
+        folders = (member_folder(workdir, name, seed, **other) for name in names)
+        members = {name: folder / "model" for name, folder in zip(names, folders, strict=True)}
+        fused, processor, found = fuse(workdir / "base", members, test, out / "model")
+        theta, _ = load(workdir / "base")
+        control = score(with_llm(fused, theta.llm), processor, test)
+        np.savez(out / "scores.npz", fused=means(found)["mean"], base=means(control)["mean"])
+    record = {key: float(value) for key, value in np.load(out / "scores.npz").items()}
+    best = max(means(scores)["mean"] for scores in alone)
+    return {"steps": steps, "rate": rate, "best member": best, **record}
+
+
+def draw_sweep(file: Path, sweep: list[dict[str, float]]) -> None:
+    """Scores against the length of the last stage, a line a rate."""
+    figure = Figure(figsize=(8, 3.2), layout="constrained")
+    rates = sorted({point["rate"] for point in sweep})
+    panels = figure.subplots(1, len(rates), sharey=True, squeeze=False)[0]
+    for axes, rate in zip(panels, rates, strict=True):
+        some = sorted((p for p in sweep if p["rate"] == rate), key=lambda p: p["steps"])
+        names = {"fused": "fused", "best member": "best member", "base": "base LLM, all branches"}
+        for key, label in names.items():
+            axes.plot([p["steps"] for p in some], [p[key] for p in some], "o-", label=label)
+        axes.set(title=f"rate {rate:g}", xlabel="steps of the last stage", xscale="log")
+    panels[0].set_ylabel("right answers (%)")
+    panels[0].legend(frameon=False, fontsize=8)
+    figure.savefig(file, dpi=120)
+
+
 def write_report(
-    workdir: Path, alone: Mapping[str, list], pairs: Mapping[str, list[Scores]]
+    workdir: Path,
+    alone: Mapping[str, list],
+    pairs: Mapping[str, list[Scores]],
+    sweep: list[dict[str, float]],
 ) -> None:
     """results.json and REPORT.md: means and deviations over the seeds, paired tests."""
     record: dict[str, Any] = {"members": {n: _over_seeds(runs) for n, runs in alone.items()}}
@@ -176,6 +258,13 @@ def write_report(
                 f"{high:.1f}, p = {test['p']:.4f} (paired bootstrap over pictures, all seeds)"
             )
         lines.append("")
+    if sweep:
+        lines += ["## Steps and rate of the last stage", "", "```"]
+        lines.append("".join(f"{key:>13}" for key in sweep[0]))
+        lines += ["".join(f"{value:13.5g}" for value in point.values()) for point in sweep]
+        lines += ["```", ""]
+        draw_sweep(workdir / "sweep.png", sweep)
+        record["sweep"] = sweep
     (workdir / "results.json").write_bytes(to_bytes(record))
     (workdir / "REPORT.md").write_text("\n".join(lines))
     print("\n".join(lines))
@@ -210,9 +299,7 @@ def ship(workdir: Path, out: Path, names: tuple[str, ...], seed: int) -> None:
     known = json.loads((workdir / "results.json").read_text())["members"]
     for name in names:
         shutil.copytree(workdir / "members" / f"{name}-{seed}" / "model", out / name)
-        towers = " and ".join(
-            MEMBERS[name][key] for key in ("encoder", "aux") if key in MEMBERS[name]
-        )
+        towers = " and ".join(MEMBERS[name][key] for key in KEYS if key in MEMBERS[name])
         kind = MEMBERS[name].get("connector", {"kind": "mlp"})["kind"]
         scores = ", ".join(f"{k} {row['mean']:.1f}" for k, row in known[name].items())
         card = MEMBER_CARD.format(name=name, towers=towers, kind=kind, seed=seed, scores=scores)

@@ -1,10 +1,11 @@
 """Compiles a model for a topology from shapes alone, and says what it needs there."""
 
 import dataclasses
+import math
 import os
 import re
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,69 +14,161 @@ import jax.numpy as jnp
 import numpy as np
 from jax.experimental import topologies
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+from matplotlib.figure import Figure
 from ml_collections import ConfigDict
 
 from converters.export import to_bytes
 from converters.load import abstract, join
 from experiments.tasks.shapes import model_config
 from vfjax import Batch, InputError, Model, Processor
+from vfjax.files import replacing
 from vfjax.model import ModelConfig
 from vfjax.sharding import param_sharding
 from vfjax.train import Group, LoRAConfig, Optim, State, add_lora, make_step, split
 from vfjax.train.optim import name_of, named
 
-MEMORY = {"v4": 32, "v5e": 16, "v5p": 95, "v6e": 32, "tpu7x": 192}
-"""GiB of a chip (of half a chip, which is a device, for tpu7x: 96)."""
 
+@dataclasses.dataclass(frozen=True)
+class Chip:
+    """One device, by its maker's data sheet: memory in GiB, the rest in units a second."""
+
+    memory: float
+    flops: float  # of bfloat16 products
+    bytes: float  # of its memory
+    network: float  # bytes to the devices beside it, all links
+
+    def seconds(self, program: Mapping[str, float]) -> dict[str, float]:
+        """The least time of a program's operations, memory traffic and collectives."""
+        moved = sum(program[f"{kind} bytes"] for kind in COLLECTIVES)
+        return {
+            "operations": program["flops"] / self.flops,
+            "memory": program["traffic"] / self.bytes,
+            "network": moved / self.network,
+        }
+
+
+CHIPS = {
+    "v4": Chip(32, 275e12, 1228e9, 300e9),
+    "v5e": Chip(16, 197e12, 819e9, 200e9),
+    "v5p": Chip(95, 459e12, 2765e9, 600e9),
+    "v6e": Chip(32, 918e12, 1640e9, 448e9),
+    "tpu7x": Chip(96, 1153.5e12, 3690e9, 600e9),  # a chip is two devices
+    "a100": Chip(80, 312e12, 2039e9, 300e9),
+    "h100": Chip(80, 989e12, 3350e9, 450e9),
+    "h200": Chip(141, 989e12, 4800e9, 450e9),
+}
+"""TPUs by the names of their topologies, GPUs (80 and 141 GB, SXM) by ours."""
+GPUS = ("a100", "h100", "h200")
+
+GIB = 2**30
 Shape = jax.ShapeDtypeStruct
 
 
 def run(config: ConfigDict, workdir: Path) -> None:
-    mesh, memory = make_mesh(config.topology, config.model_axis)
-    programs_of = {"generate": plan_generate, "train": plan_train}.get(config.job)
-    if programs_of is None:
+    if config.job not in JOBS:
         raise InputError(
-            "config.job", found=repr(config.job), expected="'generate' or 'train'", fix="choose one"
+            "config.job", found=repr(config.job), expected=" or ".join(JOBS), fix="choose one"
         )
+    mesh, chip = make_mesh(config.topology, config.model_axis)
     start, whole = time.perf_counter(), model_config(config.model)
-    found = {}
-    for depth in config.depths or (whole.llm.layers,):
-        llm = dataclasses.replace(whole.llm, layers=depth)
-        compiled = programs_of(config, dataclasses.replace(whole, llm=llm), mesh)
-        found[depth] = {name: measured(program) for name, program in compiled.items()}
-    programs = {name: at_depth(found, name, whole.llm.layers) for name in compiled}
-    seconds = time.perf_counter() - start
-    need = max(program["bytes"] for program in programs.values())
+    depths = config.depths or (whole.llm.layers,)
+    found = compiled(config, whole, mesh, config.batch, depths)
+    programs = {
+        name: at_depth(found, name, whole.llm.layers) for name in next(iter(found.values()))
+    }
+    record = {**config.to_dict(), "devices": mesh.size, "memory": chip.memory}
+    for program in programs.values():
+        seconds = chip.seconds(program)
+        program |= {f"{key} seconds": value for key, value in seconds.items()}
+        program["bound"] = max(seconds.values())
+        program["rows a second, at most"] = config.batch / program["bound"]
+    need = max(program["bytes"] for program in programs.values()) / GIB
+    record |= {"programs": programs, "fits": need <= chip.memory}
+    if config.largest:
+        twice = compiled(config, whole, mesh, 2 * config.batch, depths)
+        record["largest batch"] = largest(config.batch, found, twice, whole, chip, mesh)
+    record["compiled in"] = round(time.perf_counter() - start, 1)
+    report(record, dict(mesh.shape), chip, need)
     out = Path(config.out or workdir / "plan.json")
-    print(f"{config.model}, {config.job} on {config.topology}, mesh {dict(mesh.shape)}")
-    for name, program in programs.items():
-        print(f"  {name}: " + ", ".join(said(program)))
-    fits = need <= memory * 2**30
-    print(f"  {'fits' if fits else 'does NOT fit'}: {need / 2**30:.1f} of {memory} GiB a device")
-    if not fits:
-        print("  a larger --config.model_axis, or a smaller --config.batch, needs less a device")
-    record = {**config.to_dict(), "programs": programs, "fits": fits, "memory": memory}
-    record |= {"compiled in": round(seconds, 1), "devices": mesh.size}
     out.parent.mkdir(parents=True, exist_ok=True)
-    out.write_bytes(to_bytes(record))
+    with replacing(out) as part:
+        part.write_bytes(to_bytes(record))
+    draw(out.with_suffix(".png"), record, chip)
 
 
-def make_mesh(topology: str, model: int) -> tuple[Mesh, float]:
-    """A (data, model) mesh of a topology's devices, and GiB of each.
+def compiled(
+    config: ConfigDict, whole: ModelConfig, mesh: Mesh, batch: int, depths: Sequence[int]
+) -> dict[int, dict[str, dict[str, float]]]:
+    """Depth of the LLM -> name of a program -> what it needs."""
+    out = {}
+    for depth in depths:
+        llm = dataclasses.replace(whole.llm, layers=depth)
+        made = dataclasses.replace(whole, llm=llm)
+        programs = JOBS[config.job](config, made, mesh, batch)
+        out[depth] = {name: measured(program) for name, program in programs.items()}
+    return out
+
+
+def largest(batch: int, found: Any, twice: Any, whole: ModelConfig, chip: Chip, mesh: Mesh) -> int:
+    """Rows that fit, on the line through two batches, a multiple of the data axis."""
+    fit = []
+    for name in next(iter(found.values())):
+        one, two = (at_depth(each, name, whole.llm.layers)["bytes"] for each in (found, twice))
+        each = max((two - one) / batch, 1.0)
+        fit.append(batch + (chip.memory * GIB - one) / each)
+    axis = mesh.shape["data"]
+    return max(int(min(fit)) // axis * axis, 0)
+
+
+def report(record: Mapping[str, Any], mesh: Mapping[str, int], chip: Chip, need: float) -> None:
+    """The figures as text."""
+    print(f"{record['model']}, {record['job']} on {record['topology']}, mesh {mesh}")
+    for name, program in record["programs"].items():
+        print(f"  {name}: " + ", ".join(said(program, record["batch"])))
+    print(f"  {'fits' if record['fits'] else 'does NOT fit'}: {need:.1f} of {chip.memory} GiB")
+    if not record["fits"]:
+        print(f"  {remedy(record, mesh, chip)}")
+    if "largest batch" in record:
+        print(f"  largest batch that fits, by two compiled ones: {record['largest batch']}")
+
+
+def remedy(record: Mapping[str, Any], mesh: Mapping[str, int], chip: Chip) -> str:
+    """What would fit."""
+    fixed = max(program["arguments"] for program in record["programs"].values()) / GIB
+    if record.get("largest batch"):
+        return f"--config.batch={record['largest batch']} would"
+    wanted = 2 ** math.ceil(math.log2(mesh["model"] * max(fixed / (0.8 * chip.memory), 1.01)))
+    return (
+        f"parameters and state alone are {fixed:.1f} GiB a device: --config.model_axis={wanted} or "
+        "more, on a topology that has as many devices, would"
+    )
+
+
+def make_mesh(topology: str, model: int) -> tuple[Mesh, Chip]:
+    """A (data, model) mesh of a topology's devices, and one of them.
+
+    TPUs are compiled for by their own compiler. GPUs ("h100:8") stand on as many CPU devices: the
+    parameters and collectives are those of any machine, XLA:CPU's temporaries a guess.
 
     Raises:
         InputError: no such topology, no TPU compiler, or an axis that does not divide it.
     """
     os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")  # there is no TPU here to ask
-    kind = topology.partition(":")[0]
+    kind, _, shape = topology.partition(":")
     try:
-        memory = MEMORY[kind] / (2 if kind == "tpu7x" else 1)
-        devices = topologies.get_topology_desc(platform="tpu", topology_name=topology).devices
+        chip = CHIPS[kind]
+        devices: Sequence[jax.Device]
+        if kind in GPUS:
+            jax.config.update("jax_num_cpu_devices", int(shape))
+            devices = jax.devices("cpu")[: int(shape)]
+        else:
+            devices = topologies.get_topology_desc(platform="tpu", topology_name=topology).devices
     except (KeyError, RuntimeError, ValueError) as error:
         raise InputError(
             "config.topology",
             found=f"{topology!r} ({str(error).splitlines()[0][:120]})",
-            expected=f"one of {', '.join(MEMORY)} with a shape, as v5e:4x4, and the TPU compiler",
+            expected=f"one of {', '.join(CHIPS)} with a shape, as v5e:4x4 or h100:8, and for TPUs "
+            "their compiler",
             fix="correct it; pip install 'vfjax[tpu]' brings the compiler",
         ) from error
     if len(devices) % model:
@@ -85,9 +178,9 @@ def make_mesh(topology: str, model: int) -> tuple[Mesh, float]:
             expected="a divisor of their number",
             fix="choose another",
         )
-    shape = (len(devices) // model, model)
+    shape_of = (len(devices) // model, model)
     axes = (AxisType.Auto,) * 2
-    return jax.make_mesh(shape, ("data", "model"), axis_types=axes, devices=devices), memory
+    return jax.make_mesh(shape_of, ("data", "model"), axis_types=axes, devices=devices), chip
 
 
 def model_of(config: ConfigDict, made: ModelConfig, mesh: Mesh, *, lora: bool = False) -> Model:
@@ -105,7 +198,9 @@ def model_of(config: ConfigDict, made: ModelConfig, mesh: Mesh, *, lora: bool = 
     return join(graph, params)
 
 
-def batch_of(config: ConfigDict, made: ModelConfig, mesh: Mesh, *, labels: bool) -> Batch:
+def batch_of(
+    config: ConfigDict, made: ModelConfig, mesh: Mesh, batch: int, *, labels: bool
+) -> Batch:
     """Inputs of the job as shapes: rows of one picture and of text, over the data axis."""
     processor = Processor(made, lengths=tuple(range(128, 65536, 128)))
     ids = [[1, -200, *range(3, 3 + config.text)]]
@@ -113,7 +208,7 @@ def batch_of(config: ConfigDict, made: ModelConfig, mesh: Mesh, *, labels: bool)
     row = processor([picture], input_ids=ids, labels=ids if labels else None)
 
     def grown(x: np.ndarray) -> Shape:
-        shape = (config.batch * x.shape[0], *x.shape[1:])
+        shape = (batch * x.shape[0], *x.shape[1:])
         over = "data" if shape[0] % mesh.shape["data"] == 0 else None
         spec, lead = ((None, over), (1,)) if labels else ((over,), ())
         return Shape((*lead, *shape), x.dtype, sharding=NamedSharding(mesh, PartitionSpec(*spec)))
@@ -121,26 +216,20 @@ def batch_of(config: ConfigDict, made: ModelConfig, mesh: Mesh, *, labels: bool)
     return jax.tree.map(grown, row)
 
 
-def plan_generate(config: ConfigDict, made: ModelConfig, mesh: Mesh) -> dict[str, Any]:
+def plan_generate(config: ConfigDict, made: ModelConfig, mesh: Mesh, rows: int) -> dict[str, Any]:
     """Prefill, and one step of decoding."""
-    model, batch = model_of(config, made, mesh), batch_of(config, made, mesh, labels=False)
+    model, batch = model_of(config, made, mesh), batch_of(config, made, mesh, rows, labels=False)
     size = batch.tokens.shape[1] + config.new_tokens
     prefill = jax.jit(lambda model, batch: model.prefill(batch, size)).lower(model, batch).compile()
     _, cache = jax.eval_shape(lambda model, batch: model.prefill(batch, size), model, batch)
     _, at = prefill.output_shardings
     cache = jax.tree.map(lambda x, s: Shape(x.shape, x.dtype, sharding=s), cache, at)
-
-    def decode(model: Model, cache: Any, ids: jax.Array) -> Any:
-        hidden, cache = model.llm(model.llm.embed(ids), jnp.ones(ids.shape, bool), cache)
-        return model.llm.logits(hidden), cache
-
-    everywhere = NamedSharding(mesh, PartitionSpec())
-    ids = Shape((config.batch, 1), jnp.int32, sharding=everywhere)
-    step = jax.jit(decode, donate_argnums=1).lower(model, cache, ids).compile()
-    return {"prefill": prefill, "token": step}
+    tokens = Shape((rows,), jnp.int32, sharding=NamedSharding(mesh, PartitionSpec()))
+    decode = jax.jit(lambda model, tokens, cache: model.next(tokens, cache), donate_argnums=2)
+    return {"prefill": prefill, "token": decode.lower(model, tokens, cache).compile()}
 
 
-def plan_train(config: ConfigDict, made: ModelConfig, mesh: Mesh) -> dict[str, Any]:
+def plan_train(config: ConfigDict, made: ModelConfig, mesh: Mesh, rows: int) -> dict[str, Any]:
     """One step."""
     model = model_of(config, made, mesh, lora=config.trains == "lora")
     model.llm.remat = config.remat
@@ -158,28 +247,47 @@ def plan_train(config: ConfigDict, made: ModelConfig, mesh: Mesh) -> dict[str, A
     count: Any = Shape((), jnp.int32, sharding=everywhere)
     state = State(count, params, opt)
     step: Any = make_step(graph, tx, state, dtype=config.dtype, mesh=mesh)
-    batch = batch_of(config, made, mesh, labels=True)
+    batch = batch_of(config, made, mesh, rows, labels=True)
     return {"step": step.lower(state, frozen, batch).compile()}
 
 
+JOBS = {"generate": plan_generate, "train": plan_train}
+
 COLLECTIVES = ("all-gather", "all-reduce", "reduce-scatter", "all-to-all", "collective-permute")
+ITEM = {"pred": 1, "s8": 1, "u8": 1, "bf16": 2, "f16": 2, "f32": 4, "s32": 4, "u32": 4}
 
 
-def measured(compiled: Any) -> dict[str, float]:
-    """Bytes a device, operations a device, collectives by kind."""
-    memory = compiled.memory_analysis()
+def measured(program: Any) -> dict[str, float]:
+    """Bytes a device, operations and memory traffic a device, collectives by kind."""
+    memory = program.memory_analysis()
     try:
-        text = compiled.as_text()
+        text = program.as_text()
     except jax.errors.JaxRuntimeError as error:  # this jaxlib cannot read that compiler's text
         print(f"collectives are not counted: {str(error).splitlines()[0][:120]}")
         text = ""
     used = memory.argument_size_in_bytes + memory.output_size_in_bytes
-    return {
+    cost = program.cost_analysis()
+    out = {
         "bytes": used + memory.temp_size_in_bytes - memory.alias_size_in_bytes,
         "arguments": memory.argument_size_in_bytes,
-        "flops": compiled.cost_analysis().get("flops", 0.0),
-        **{kind: len(re.findall(rf" {kind}(?:-start)?\(", text)) for kind in COLLECTIVES},
+        "flops": cost.get("flops", 0.0),
+        "traffic": cost.get("bytes accessed", 0.0),
+        "compiler seconds": cost.get("optimal_seconds", 0.0),
     }
+    for kind in COLLECTIVES:
+        sizes = collectives(text, kind)
+        out |= {kind: len(sizes), f"{kind} bytes": sum(sizes)}
+    return out
+
+
+def collectives(text: str, kind: str) -> list[int]:
+    """Bytes of the results of a kind of collective in a compiled program's text."""
+    sizes = []
+    for line in re.findall(rf"= (.*?) {kind}(?:-start)?\(", text):
+        arrays = re.findall(r"(\w+)\[([\d,]*)\]", line)
+        each = [ITEM.get(t, 4) * math.prod(map(int, n.split(","))) if n else 4 for t, n in arrays]
+        sizes.append(max(each, default=0))  # a start's tuple holds what it reads, too
+    return sizes
 
 
 def at_depth(
@@ -194,12 +302,41 @@ def at_depth(
     }
 
 
-def said(program: Mapping[str, float]) -> list[str]:
+def said(program: Mapping[str, float], batch: int) -> list[str]:
     """A line of what was measured."""
-    kinds = [f"{program[kind]:.0f} {kind}" for kind in COLLECTIVES if program[kind]]
-    gib = 2**30
+    kinds = [
+        f"{program[kind]:.0f} {kind} ({program[f'{kind} bytes'] / 2**20:.0f} MiB)"
+        for kind in COLLECTIVES
+        if program[kind] >= 0.5
+    ]
+    by = max(("operations", "memory", "network"), key=lambda key: program[f"{key} seconds"])
+    times = f"at best {1e3 * program['bound']:.2f} ms ({by})"
+    if program["compiler seconds"] > 0:
+        times += f", {1e3 * program['compiler seconds']:.2f} ms by the compiler"
     return [
-        f"{program['bytes'] / gib:.1f} GiB a device ({program['arguments'] / gib:.1f} arguments)",
+        f"{program['bytes'] / GIB:.1f} GiB a device ({program['arguments'] / GIB:.1f} arguments)",
         f"{program['flops'] / 1e12:.2f} TFLOP a device",
+        times,
+        f"{batch / program['bound']:.0f} rows/s at most",
         *kinds,
     ]
+
+
+def draw(file: Path, record: Mapping[str, Any], chip: Chip) -> None:
+    """Memory beside the chip's, and the least times, a bar a program."""
+    names = list(record["programs"])
+    figure = Figure(figsize=(8, 1.2 + 0.5 * len(names)), layout="constrained")
+    left, right = figure.subplots(1, 2)
+    for name, program in record["programs"].items():
+        fixed, used = program["arguments"] / GIB, program["bytes"] / GIB
+        left.barh(name, fixed, color="tab:blue", label="arguments")
+        left.barh(name, used - fixed, left=fixed, color="tab:orange", label="temporaries")
+        keys = ("operations", "memory", "network")
+        right.barh([f"{name}: {k}" for k in keys], [1e3 * program[f"{k} seconds"] for k in keys])
+    left.axvline(chip.memory, color="black", linestyle="--")
+    left.set(xlabel="GiB a device", title=f"{record['model']} on {record['topology']}")
+    handles, labels = left.get_legend_handles_labels()
+    left.legend(handles[:2], labels[:2], frameon=False, fontsize=7)
+    right.set(xlabel="ms at best", xscale="log")
+    right.tick_params(axis="y", labelsize=7)
+    figure.savefig(file, dpi=120)

@@ -11,11 +11,13 @@ import numpy as np
 import pytest
 from flax import nnx
 from PIL import Image
+from safetensors.torch import save_file
 
 import converters
 from converters.load import flatten
 from converters.reader import read_weights
 from tests import checkpoints
+from tests.vfjax.encoders import test_convnext
 from vfjax import InputError, Model, Processor
 from vfjax.images import preprocess
 from vfjax.model import forward
@@ -35,6 +37,14 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> Path:
     for seed, kind in enumerate(checkpoints.TOWERS):
         checkpoints.tower_folder(path / kind, kind, seed)
     checkpoints.tower_folder(path / "coarse", "dinov2", patch_size=14, image_size=28)
+    (path / "convnext").mkdir()
+    twin = checkpoints.randomize(test_convnext.Twin(), seed=4)
+    state = {f"visual.trunk.{name}": x for name, x in twin.state_dict().items()}
+    save_file(state, path / "convnext/open_clip_model.safetensors")
+    sizes = {"golden_depths": test_convnext.DEPTHS, "golden_dims": test_convnext.WIDTHS}
+    vision = {"timm_model_name": "convnext_large", "image_size": 64, **sizes}
+    config = {"model_cfg": {"vision_cfg": vision}}
+    checkpoints.write_json(path / "convnext/open_clip_config.json", config)
     return path
 
 
@@ -48,7 +58,8 @@ def logits(model: Model, processor: Processor) -> np.ndarray:
 
 def exported(path: Path) -> tuple[dict[str, Any], set[str]]:
     """config.json and the names of the connector's tensors."""
-    names = {n for n in read_weights(path) if "mm_projector" in n or ".connector." in n}
+    parts = ("mm_projector", ".connector.", "model.sampler.", "vlm_uni_")
+    names = {n for n in read_weights(path) if any(part in n for part in parts)}
     return json.loads((path / "config.json").read_text()), names
 
 
@@ -145,6 +156,57 @@ MLP = {f"model.mm_projector.{i}.{end}" for i in (0, 2) for end in ("weight", "bi
             },
             16,
             {"encoder": (1, 3), "aux": (3,)},
+        ),
+        (
+            "clip",
+            {"kind": "mgm", "image_grid": 2, "image_global": True, "image_size_aux": 128},
+            "convnext",
+            {
+                "model_type": "mgm",
+                "architectures": ["MGMLlamaForCausalLM"],
+                "mm_hidden_size_aux": sum(test_convnext.WIDTHS),
+                "image_size_aux": 128,
+                "image_grid": 2,
+                "image_global": True,
+            },
+            MLP
+            | {
+                f"model.vlm_uni_{part}_projector.{layer}.{end}"
+                for part in ("query", "aux", "val")
+                for layer in (0, 1)
+                for end in ("weight", "bias")
+            },
+            5 * 16,
+            {"encoder": (-2,), "aux": (0, 1, 2, 3)},
+        ),
+        (
+            "clip",
+            {"kind": "slime", "queries": 4, "top_p": 0.5, "separator": 7},
+            None,
+            {
+                "mm_projector_type": "gated",
+                "mm_resampler_dim": 4,
+                "mm_resampler_topp": 0.5,
+                "seperator": 7,
+            },
+            {
+                *(n.replace("mm_projector.", "mm_projector.projection.") for n in MLP),
+                "model.mm_projector.w_gate",
+                *(
+                    f"model.{part}.{name}"
+                    for part in ("mm_projector.attn", "sampler.post_qformer")
+                    for name in (
+                        *("query", "pos_embed", "attn.in_proj_weight", "attn.in_proj_bias"),
+                        *(
+                            f"{layer}.{end}"
+                            for layer in ("ln_q", "ln_kv", "ln_post", "attn.out_proj")
+                            for end in ("weight", "bias")
+                        ),
+                    )
+                ),
+            },
+            16 + 1 + 7 * 4,
+            {"encoder": (-2,)},
         ),
     ],
 )
@@ -249,7 +311,11 @@ def test_llm_of_a_multimodal_folder(folders: Path, tmp_path: Path):
         ("clip", {}, {}, "kind: found None"),
         ("clip", {"kind": "mlp", "select": 5}, {}, "found [5], expected at least one index"),
         ("clip", {"kind": "sti", "side": 2}, {}, "side: found no such option"),
-        ("clip", {"kind": "mlp"}, {"aux": "dinov2"}, "take 'comm'"),
+        ("clip", {"kind": "mlp"}, {"aux": "dinov2"}, "take 'comm' or 'mgm'"),
+        ("clip", {"kind": "mgm"}, {}, "aux: found none, expected a ConvNeXt"),
+        ("clip", {"kind": "mgm"}, {"aux": "dinov2"}, "expected an OpenCLIP ConvNeXt"),
+        ("clip", {"kind": "mgm", "image_size_aux": 80}, {"aux": "convnext"}, "found 80"),
+        ("clip", {"kind": "slime"}, {}, "separator: found 1919, expected the id of a token, below"),
         ("clip", {"kind": "mlp"}, {"template": "none"}, "template: found 'none'"),
         ("clip", {"kind": "mlp"}, {"aspect": "anyres"}, "aspect: found 'anyres'"),
         ("siglip", {"kind": "sci"}, {}, "layers: found 2, expected 3 or more"),

@@ -71,7 +71,7 @@ class Resampler(nnx.Module):
     """
 
     def __init__(self, width: int, queries: int, grid: int, *, rngs: nnx.Rngs):
-        self.grid, self.heads = grid, width // 128
+        self.grid, self.heads = grid, max(1, width // 128)
         self.query = param((queries, width), (None, None), rngs=rngs)
         self.pos = param((queries, width), (None, None), rngs=rngs)
         self.norm_q, self.norm_kv, self.norm_post = (

@@ -26,6 +26,11 @@ class ConvNeXtConfig:
     act: str = "gelu"
     eps: float = 1e-6
 
+    @property
+    def layers(self) -> int:
+        """The last stage that can be tapped; they count from 0."""
+        return len(self.depths) - 1
+
     def build(self, *, rngs: nnx.Rngs) -> "ConvNeXt":
         return ConvNeXt(self, rngs=rngs)
 
@@ -50,7 +55,7 @@ class ConvNeXt(nnx.Module):
         Raises:
             InputError: no tap, or one outside the stages.
         """
-        wanted = resolve_taps(taps, len(self.stages) - 1)
+        wanted = resolve_taps(taps, self.config.layers)
         x = self.stem_norm(self.stem(pixels.astype(self.stem.kernel.dtype)))
         maps = {}
         for k in range(max(wanted) + 1):

@@ -1,0 +1,36 @@
+"""A benchmark on a model: `evaluate.py:NAME`, NAME a key of vfjax.eval.BENCHMARKS."""
+
+from ml_collections import ConfigDict, config_dict
+
+from vfjax.eval import BENCHMARKS
+
+
+def get_config(benchmark: str = "mmvp") -> ConfigDict:
+    options = dict(BENCHMARKS[benchmark].options) if benchmark in BENCHMARKS else {}
+    return ConfigDict(
+        {
+            "task": "evaluate",
+            "benchmark": benchmark,
+            "data": config_dict.placeholder(str),  # its files as published: a folder, or one file
+            "images": config_dict.placeholder(str),  # folder of the pictures; default: below `data`
+            "options": options,  # of the benchmark, such as original_labels of MMVP
+            "mode": "all",  # or "predict", or "score"
+            "model": config_dict.placeholder(str),  # default: the shipped clip and dino, fused
+            "constant": config_dict.placeholder(str),  # answers this to everything
+            "against": config_dict.placeholder(str),  # predictions.jsonl of another model
+            "limit": config_dict.placeholder(int),  # of the questions, the first so many
+            "batch": 8,  # questions asked together
+            "max_new_tokens": config_dict.placeholder(int),  # default: the benchmark's
+            "template": config_dict.placeholder(str),  # default: the checkpoint's
+            "dtype": config_dict.placeholder(str),  # default: as stored
+            "mesh": config_dict.placeholder(tuple),  # (data, model) devices; default: one a process
+            "towers": (),  # "name in config.json=folder" for towers that are elsewhere
+            "chunks": 1,  # jobs that share the questions, as in LLaVA's scripts
+            "chunk": 0,  # which of them this is
+            "frames": 8,  # of a video
+            "pool": 2,  # visual tokens of a frame that become one
+            "judge": config_dict.placeholder(str),  # an OpenAI-compatible address, ending in /v1
+            "judge_model": "gpt-4o-2024-11-20",
+            "seed": 0,  # of the bootstrap
+        }
+    )

@@ -1,0 +1,303 @@
+"""Asks a model a benchmark's questions, scores its answers, says how sure the scores are."""
+
+import hashlib
+import os
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import jax
+from jax.experimental import multihost_utils
+from ml_collections import ConfigDict
+from tqdm import tqdm
+
+import converters
+from converters.audit import audit
+from converters.export import to_bytes
+from experiments.tasks.common import bar, named, required
+from vfjax import InputError
+from vfjax.eval import (
+    Benchmark,
+    Data,
+    Judge,
+    Metric,
+    Question,
+    check_pictures,
+    digest,
+    get_benchmark,
+    intervals,
+    log,
+    paired,
+    predict,
+    read,
+)
+from vfjax.eval.llava import write_answers
+from vfjax.files import replacing
+from vfjax.sharding import make_mesh
+
+MODES = ("all", "predict", "score")
+FAMILY = Path(__file__).resolve().parents[1] / "family" / "models"
+MEMBERS = ("clip", "dino")
+"""Of the shipped family, fused where no model is named."""
+
+
+def run(config: ConfigDict, workdir: Path) -> None:
+    benchmark = get_benchmark(config.benchmark)
+    required(config, "data")
+    _check(config)
+    data = Data(Path(config.data), Path(config.images) if config.images else None)
+    questions = read(benchmark, data, config.options)[: config.limit]
+    header: log.Header = {"benchmark": config.benchmark, "questions": digest(questions)}
+    if config.mode != "score":
+        workdir.mkdir(parents=True, exist_ok=True)
+        header = answer(config, benchmark, questions, header, workdir)
+    if config.chunks > 1 and config.mode != "score":
+        print(f"chunk {config.chunk} is answered; when all are, pass --config.mode=score")
+    elif jax.process_index() == 0:
+        header, texts = collect(config, questions, header, workdir)
+        if config.mode != "predict":
+            finish(config, benchmark, questions, header, texts, workdir)
+
+
+def _check(config: ConfigDict) -> None:
+    limits = config.chunks >= 1 and 0 <= config.chunk < config.chunks
+    for key, good, expected in (
+        ("mode", config.mode in MODES, " or ".join(MODES)),
+        ("chunk", limits, f"0 to chunks - 1, of {config.chunks}"),
+        ("limit", config.limit is None or config.limit > 0, "at least 1"),
+        ("constant", not (config.constant and config.model), "no model beside it"),
+    ):
+        if not good:
+            raise InputError(
+                f"config.{key}", found=repr(config[key]), expected=expected, fix="correct it"
+            )
+
+
+# Answers
+
+
+def answer(
+    config: ConfigDict,
+    benchmark: Benchmark,
+    questions: Sequence[Question],
+    header: log.Header,
+    workdir: Path,
+) -> log.Header:
+    """Asks what is not answered yet; returns what the answers depend on."""
+    if config.constant is not None:
+        header = {**header, "model": "constant", "text": config.constant}
+        log.read_parts(workdir, header)
+        if jax.process_index() == 0:
+            log.join(workdir, header, {q.id: config.constant for q in questions})
+        return header
+    check_pictures(questions)
+    folder = Path(config.model) if config.model else shipped(workdir)
+    towers = named("towers", config.towers)
+    source = converters.open_source(folder, towers=towers)
+    sums = audit(source.weight_files())
+    with bar("load") as loading:
+        model, processor = converters.load(
+            folder,
+            mesh=make_mesh(*config.mesh) if config.mesh else None,
+            dtype=config.dtype,
+            towers=towers,
+            progress=loading,
+        )
+    processor.template = config.template or processor.template
+    length = config.max_new_tokens or benchmark.max_new_tokens
+    header = {
+        **header,
+        "model": model_id(folder),
+        "weights": hashlib.sha256("".join(sums.values()).encode()).hexdigest(),
+        "dtype": config.dtype,
+        "template": processor.template,
+        "max_new_tokens": length,
+        "video": [config.frames, config.pool],
+    }
+    with progress(questions, config) as advance:
+        predict(
+            model,
+            processor,
+            questions,
+            workdir,
+            header,
+            batch=config.batch,
+            max_new_tokens=length,
+            chunk=share(config),
+            writes=not config.mesh or jax.process_index() == 0,
+            frames=config.frames,
+            pool=config.pool,
+            progress=advance,
+            together=together,
+        )
+    together("answers are written")
+    return header
+
+
+def share(config: ConfigDict) -> tuple[int, int]:
+    """This process's chunk, of how many: processes without a common mesh share out a job's."""
+    if config.mesh:
+        return config.chunk, config.chunks
+    count = jax.process_count()
+    return config.chunk * count + jax.process_index(), config.chunks * count
+
+
+def together(what: str) -> None:
+    """Waits for the other processes, if there are any."""
+    if jax.process_count() > 1:
+        multihost_utils.sync_global_devices(what)
+
+
+def shipped(workdir: Path) -> Path:
+    """The shipped family's fused model, in WORKDIR."""
+    folder = workdir / "fused"
+    if jax.process_index() == 0 and not folder.is_dir():
+        members = {name: FAMILY / name for name in MEMBERS}
+        weights = (1 / len(MEMBERS),) * len(MEMBERS)
+        converters.fuse(members, folder, base=FAMILY / "base", params={"weights": weights})
+    together("the family is fused")
+    return folder
+
+
+def model_id(folder: Path) -> str:
+    """A model's name, as LLaVA has it: the last part of its path, two if that is a checkpoint's."""
+    *_, above, last = ("", *folder.resolve().parts)
+    return f"{above}_{last}" if last.startswith("checkpoint-") else last
+
+
+@contextmanager
+def progress(questions: Sequence[Question], config: ConfigDict) -> Iterator[Any]:
+    """A progress bar of questions, where stderr is a terminal."""
+    total = len(questions) // (config.chunks * (1 if config.mesh else jax.process_count()))
+    with tqdm(desc=config.benchmark, unit="question", total=total, disable=None) as shown:
+        yield shown.update
+
+
+# Scores
+
+
+def collect(
+    config: ConfigDict, questions: Sequence[Question], header: log.Header, workdir: Path
+) -> tuple[log.Header, dict[str, str]]:
+    """What the answers depend on, and the answers by id, joined to one file."""
+    if "model" not in header:  # only scored: whatever model has answered
+        found = log.parts(workdir)
+        if not found:
+            raise InputError(
+                workdir, found="no predictions", expected=log.NAME, fix="pass --config.mode=all"
+            )
+        header = {**log.read(found[0])[0], **header}
+    texts = log.read_parts(workdir, header)
+    answered(questions, texts, workdir)
+    file = log.join(workdir, header, {q.id: texts[q.id] for q in questions})
+    print(f"{file}: {len(questions):,} answers")
+    return header, texts
+
+
+def answered(questions: Sequence[Question], texts: dict[str, str], where: object) -> None:
+    """Raises InputError unless all are."""
+    if missing := sum(q.id not in texts for q in questions):
+        raise InputError(
+            where,
+            found=f"no answer to {missing:,} of {len(questions):,} questions",
+            expected="answers to all",
+            fix="run that command again with --config.mode=all; it goes on",
+        )
+
+
+def finish(
+    config: ConfigDict,
+    benchmark: Benchmark,
+    questions: Sequence[Question],
+    header: log.Header,
+    texts: dict[str, str],
+    workdir: Path,
+) -> None:
+    """Writes and prints the scores; or writes LLaVA's answers, for which there are none."""
+    if benchmark.score is None:
+        out = workdir / "answers.jsonl"
+        write_answers(out, questions, texts, str(header["model"]))
+        print(f"{out}: in LLaVA's form")
+        return
+    metrics = scored(config, benchmark, questions, texts, header, workdir)
+    clusters = [q.cluster for q in questions]
+    found_in = intervals(metrics, clusters, seed=config.seed)
+    record: dict[str, Any] = {
+        "settings": dict(header),
+        "count": len(questions),
+        "clusters": len(set(clusters)),
+        "metrics": {name: _row(m, found_in.get(name)) for name, m in metrics.items()},
+    }
+    if config.against:
+        record["against"] = compare(config, benchmark, questions, metrics, header)
+    with replacing(workdir / "results.json") as part:
+        part.write_bytes(to_bytes(record))
+    print(table(record))
+
+
+def scored(
+    config: ConfigDict,
+    benchmark: Benchmark,
+    questions: Sequence[Question],
+    texts: dict[str, str],
+    header: log.Header,
+    workdir: Path,
+) -> dict[str, Metric]:
+    """The metrics, with a judge if there is one."""
+    assert benchmark.score is not None
+    options = config.options.to_dict()
+    if benchmark.judged:
+        options["judge"] = None
+        if config.judge:
+            key = os.environ.get("OPENAI_API_KEY", "none")
+            judge = Judge(config.judge, config.judge_model, key, workdir / "judge.jsonl")
+            options["judge"] = lambda asked: judge.ask(asked, header)
+    return benchmark.score(questions, [texts[q.id] for q in questions], options)
+
+
+def compare(
+    config: ConfigDict,
+    benchmark: Benchmark,
+    questions: Sequence[Question],
+    metrics: dict[str, Metric],
+    header: log.Header,
+) -> dict[str, Any]:
+    """Differences to another model's answers to the same questions."""
+    other, texts = log.read(Path(config.against))
+    same = ("benchmark", "questions")
+    log.check(Path(config.against), {k: other.get(k) for k in same}, {k: header[k] for k in same})
+    answered(questions, texts, config.against)
+    theirs = scored(config, benchmark, questions, texts, other, Path(config.against).parent)
+    clusters = [q.cluster for q in questions]
+    return {
+        "model": other["model"],
+        "metrics": paired(metrics, theirs, clusters, seed=config.seed),
+    }
+
+
+def _row(metric: Metric, interval: tuple[float, float] | None) -> dict[str, float]:
+    low_high = dict(zip(("low", "high"), interval, strict=True)) if interval else {}
+    return {"value": metric.value, **low_high}
+
+
+def table(record: dict[str, Any]) -> str:
+    """Metrics with their intervals, and differences, as text."""
+    rows = record["metrics"]
+    width = max(map(len, rows))
+    settings = record["settings"]
+    lines = [
+        f"{settings['model']} on {settings['benchmark']}: {record['count']:,} questions, "
+        f"95 % intervals over {record['clusters']:,} clusters"
+    ]
+    for name, row in rows.items():
+        span = f"   {row['low']:.2f} to {row['high']:.2f}" if "low" in row else ""
+        lines.append(f"  {name:{width}} {row['value']:8.2f}{span}")
+    if other := record.get("against"):
+        lines.append(f"against {other['model']}, paired:")
+        for name, row in other["metrics"].items():
+            lines.append(
+                f"  {name:{width}} {row['difference']:+8.2f}   {row['low']:.2f} to "
+                f"{row['high']:.2f}, p = {row['p']:.4f}"
+            )
+    return "\n".join(lines)

@@ -1,0 +1,103 @@
+"""Captions: COCO and Flickr30k."""
+
+import contextlib
+import io
+from collections.abc import Sequence
+from typing import Any
+
+from vfjax.errors import InputError
+from vfjax.eval.data import Benchmark, Data, Options, Question, fields, read_json
+from vfjax.eval.extras import needs
+from vfjax.eval.stats import Metric, ratio
+
+PROMPT = "Provide a one-sentence caption for the provided image."
+"""LLaVA-1.5's words for captions (arXiv 2310.03744, appendix), as in lmms-eval."""
+
+
+def read_captions(data: Data, options: Options) -> list[Question]:
+    """COCO's captions_*.json, or Karpathy's dataset_coco.json and dataset_flickr30k.json.
+
+    Of Karpathy's, the rows of `split`. A picture is one question, its captions the answers.
+    """
+    file = data.file("captions_*.json", "dataset_*.json", "*.json")
+    (images,) = fields(whole := read_json(file), file, "images")
+    found: dict[str, tuple[str, list[str]]] = {}
+    if "annotations" in whole:
+        found = {str(row["id"]): (row["file_name"], []) for row in images}
+        for row in whole["annotations"]:
+            image, caption = fields(row, f"{file} annotations", "image_id", "caption")
+            if str(image) not in found:
+                raise InputError(
+                    file,
+                    found=f"a caption of image {image}",
+                    expected="one of its images",
+                    fix="copy the file again",
+                )
+            found[str(image)][1].append(caption)
+    else:
+        for number, row in enumerate(images):
+            name, sentences, split = fields(
+                row, f"{file} image {number}", "filename", "sentences", "split"
+            )
+            if split == options["split"]:
+                found[str(row.get("cocoid", name))] = (name, [s["raw"] for s in sentences])
+    return [
+        Question(
+            id=id,
+            prompt=PROMPT,
+            images=(data.picture(name, "val2014", "flickr30k-images"),),
+            answers=tuple(captions),
+            cluster=id,
+        )
+        for id, (name, captions) in found.items()
+        if captions
+    ]
+
+
+def score_captions(
+    questions: Sequence[Question], texts: Sequence[str], options: Options
+) -> dict[str, Metric]:
+    """CIDEr (x 100), BLEU, ROUGE-L by pycocoevalcap, after its tokenizer; needs Java.
+
+    BLEU is of the whole set and has no interval; the others are means over the pictures.
+    METEOR, which is slow, if `meteor` is set. SPICE is not computed: pycocoevalcap would download
+    what it needs.
+    """
+    scorers: Any = {
+        "CIDEr": _of("cider.cider", "Cider"),
+        "BLEU": _of("bleu.bleu", "Bleu"),
+        "ROUGE-L": _of("rouge.rouge", "Rouge"),
+    }
+    if options["meteor"]:
+        scorers["METEOR"] = _of("meteor.meteor", "Meteor")
+    tokenizer = _of("tokenizer.ptbtokenizer", "PTBTokenizer")
+    try:
+        said = tokenizer().tokenize(
+            {q.id: [{"caption": t}] for q, t in zip(questions, texts, strict=True)}
+        )
+        right = tokenizer().tokenize({q.id: [{"caption": a} for a in q.answers] for q in questions})
+        out: dict[str, Metric] = {}
+        with contextlib.redirect_stdout(io.StringIO()):  # Bleu prints
+            for name, scorer in scorers.items():
+                whole, each = scorer().compute_score(right, said)
+                if name == "BLEU":
+                    out |= {f"BLEU-{n}": Metric(100 * b) for n, b in enumerate(whole, 1)}
+                else:
+                    out[name] = ratio(each, value=100 * whole)
+    except FileNotFoundError as error:
+        raise InputError(
+            "config.benchmark",
+            found=f"no {error.filename}",
+            expected="Java on the PATH, for pycocoevalcap's tokenizer",
+            fix="install it, or pass --config.mode=predict and score elsewhere",
+        ) from None
+    return out
+
+
+def _of(module: str, name: str) -> Any:
+    return getattr(needs(f"pycocoevalcap.{module}", "eval", "pycocoevalcap"), name)
+
+
+BENCHMARKS = {
+    "captions": Benchmark(read_captions, score_captions, 64, {"split": "test", "meteor": False})
+}

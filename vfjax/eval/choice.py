@@ -1,0 +1,323 @@
+"""Questions with options: MMVP, ScienceQA, SEED-Bench, MMBench."""
+
+import base64
+import re
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from vfjax.errors import InputError
+from vfjax.eval.data import (
+    Benchmark,
+    Data,
+    Options,
+    Picture,
+    Question,
+    fields,
+    read_json,
+    read_lines,
+    read_table,
+)
+from vfjax.eval.stats import Metric, ratio
+from vfjax.eval.yesno import in_clusters
+
+LETTER = "\nAnswer with the option's letter from the given choices directly."
+"""What LLaVA-1.5 puts behind questions with options (docs/Evaluation.md)."""
+
+LETTERS = "ABCDEFGHIJ"
+
+MMVP_CORRECTED = {99: "(b)", 100: "(a)", 279: "(b)", 280: "(a)"}
+"""Labels that were the wrong way round (github.com/tsb0601/MMVP/issues/30; lmms-eval, too)."""
+
+_RULES = [
+    re.compile(rule, re.IGNORECASE)
+    for rule in (
+        r"^\(([a-j])\)",
+        r"^([a-j])(?:[.:),]|$)",
+        r"answer is:? ?\(?([a-j])(?:[.:),]|$)",
+        r"option \(?([a-j])(?:[.:),]|$)",
+    )
+]
+
+
+def choose(text: str, options: Mapping[str, str]) -> str:
+    """The letter of the option that an answer means; "" if it is none, or open to doubt.
+
+    A letter at the start or after "answer is", or else the words of exactly one option.
+
+    Args:
+        text: the answer.
+        options: upper-case letter -> words.
+    """
+    text = text.strip()
+    for rule in _RULES:
+        if (found := rule.search(text)) and found[1].upper() in options:
+            return found[1].upper()
+    said = text.casefold().rstrip(".")
+    words = {letter: option.casefold().rstrip(".") for letter, option in options.items()}
+    same = [letter for letter, option in words.items() if option == said]
+    inside = [
+        letter
+        for letter, option in words.items()
+        if re.search(rf"(?<!\w){re.escape(option)}(?!\w)", said)
+    ]
+    found_in = same or inside
+    return found_in[0] if len(found_in) == 1 else ""
+
+
+def listed(options: Mapping[str, str]) -> str:
+    """Options as lines of `A. words`."""
+    return "".join(f"\n{letter}. {words}" for letter, words in options.items())
+
+
+def _right(questions: Sequence[Question], texts: Sequence[str]) -> np.ndarray:
+    """float64[n], whether the right option was chosen."""
+    pairs = zip(questions, texts, strict=True)
+    return np.array([float(choose(t, q.extra["options"]) == q.answers[0]) for q, t in pairs])
+
+
+def _labelled(questions: Sequence[Question], what: str) -> None:
+    if not all(question.answers for question in questions):
+        raise InputError(
+            what,
+            found="questions without an answer",
+            expected="a split with published answers",
+            fix="pass --config.mode=predict and hand the predictions to its server",
+        )
+
+
+# MMVP
+
+
+def read_mmvp(data: Data, options: Options) -> list[Question]:
+    """MMVP's `Questions.csv` and `MMVP Images`, or `questions.jsonl` with the same columns.
+
+    The prompt is question and options in one line (tsb0601/MMVP scripts/evaluate_mllm.py).
+    Questions 2k - 1 and 2k are a pair. Four labels are corrected unless `original_labels`.
+    """
+    file, rows = data.file("Questions.csv", "questions.jsonl"), []
+    table = read_table(file, ",") if file.suffix == ".csv" else read_lines(file)
+    for number, row in enumerate(table, 1):
+        names = ("Index", "Question", "Options", "Correct Answer")
+        if file.suffix != ".csv":
+            names = ("index", "question", "options", "answer")
+        index, words, choices, answer = fields(row, f"{file} row {number}", *names)
+        index = int(index)
+        if not options["original_labels"]:
+            answer = MMVP_CORRECTED.get(index, answer)
+        image = Path(row.get("image") or f"{index}.jpg").name
+        rows.append(
+            Question(
+                id=str(index),
+                prompt=f"{words} {choices}{LETTER}",
+                images=(data.picture(image, "MMVP Images"),),
+                answers=(answer.strip(" ()").upper(),),
+                cluster=f"pair {(index - 1) // 2}",
+                extra={"options": _inline(choices)},
+            )
+        )
+    return rows
+
+
+def _inline(choices: str) -> dict[str, str]:
+    """Letter -> words of "(a) Open (b) Closed"."""
+    _, *parts = re.split(r"\(([a-j])\)", choices)
+    return {
+        letter.upper(): words.strip() for letter, words in zip(parts[::2], parts[1::2], strict=True)
+    }
+
+
+def score_mmvp(
+    questions: Sequence[Question], texts: Sequence[str], options: Options
+) -> dict[str, Metric]:
+    """Share of right answers, and of pairs with both right (arXiv 2401.06209, section 2).
+
+    The authors have GPT-4 compare answer and label; here it is `choose`.
+    """
+    del options
+    right = _right(questions, texts)
+    both, first = in_clusters(questions, right)
+    return {"accuracy": ratio(right), "pair accuracy": ratio(both, first)}
+
+
+# ScienceQA
+
+
+def read_scienceqa(data: Data, options: Options) -> list[Question]:
+    """ScienceQA's `problems.json`; pictures are images/SPLIT/ID/image.png.
+
+    `split` is "test", "val" or "train". The prompt is LLaVA-1.5's (llava_test_CQM-A.json).
+    """
+    file, out = data.file("problems.json"), []
+    for id, row in read_json(file).items():
+        if row.get("split", options["split"]) != options["split"]:
+            continue
+        words, choices, answer = fields(row, f"{file} {id}", "question", "choices", "answer")
+        named = dict(zip(LETTERS, choices, strict=False))
+        hint = f"Context: {row['hint']}\n" if row.get("hint") else ""
+        image = row.get("image")
+        picture = data.picture(f"{options['split']}/{id}/{image}", "images") if image else None
+        out.append(
+            Question(
+                id=id,
+                prompt=f"{hint}{words}{listed(named)}{LETTER}",
+                images=(picture,) if picture else (),
+                answers=(LETTERS[answer],),
+                cluster=id,
+                extra={"options": named},
+            )
+        )
+    return out
+
+
+def scienceqa_letter(text: str) -> str:
+    """The letter of "A", "A. ..." or "The answer is A."; else "" (LLaVA eval_science_qa.py)."""
+    text = text.strip()
+    if len(text) == 1:
+        return text
+    if text[1:3] == ". ":
+        return text[0]
+    found = re.findall(r"The answer is ([A-Z]).", text)
+    return found[0] if len(found) == 1 else ""
+
+
+def score_scienceqa(
+    questions: Sequence[Question], texts: Sequence[str], options: Options
+) -> dict[str, Metric]:
+    """Accuracy of all questions, and of those with a picture (ScienceQA-IMG)."""
+    del options
+    pairs = list(zip(questions, texts, strict=True))
+    right = np.array([scienceqa_letter(t) == q.answers[0] for q, t in pairs], float)
+    seen = np.array([bool(q.images) for q in questions])
+    return {"accuracy": ratio(right), "accuracy, with picture": ratio(right * seen, seen)}
+
+
+# SEED-Bench
+
+
+def read_seed(data: Data, options: Options) -> list[Question]:
+    """SEED-Bench.json; questions about pictures only, as in LLaVA's "SEED-IMG"."""
+    del options
+    file, out = data.file("SEED-Bench.json", "*.json"), []
+    whole = read_json(file)
+    (rows,) = fields(whole, file, "questions")
+    kinds = {str(number): name for name, number in whole.get("question_type", {}).items()}
+    for number, row in enumerate(rows):
+        if row.get("data_type", "image") != "image":
+            continue
+        where = f"{file} question {number}"
+        id, words, answer, image = fields(
+            row, where, "question_id", "question", "answer", "data_id"
+        )
+        choices = fields(row, where, *(f"choice_{letter}" for letter in "abcd"))
+        named = dict(zip(LETTERS, choices, strict=False))
+        kind = str(row.get("question_type_id", ""))
+        out.append(
+            Question(
+                id=str(id),
+                prompt=f"{words}{listed(named)}{LETTER}",
+                images=(data.picture(image, "SEED-Bench-image"),),
+                answers=(answer,),
+                cluster=image,
+                extra={"options": named, "kind": kinds.get(kind, kind)},
+            )
+        )
+    return out
+
+
+def score_kinds(
+    questions: Sequence[Question], texts: Sequence[str], options: Options
+) -> dict[str, Metric]:
+    """Accuracy, over all and by kind of question."""
+    del options
+    right, out = _right(questions, texts), {}
+    out["accuracy"] = ratio(right)
+    for kind in dict.fromkeys(q.extra["kind"] for q in questions):
+        here = np.array([q.extra["kind"] == kind for q in questions])
+        out[f"accuracy, {kind}"] = ratio(right * here, here)
+    return out
+
+
+# MMBench
+
+ROTATION = 1_000_000
+"""MMBench's k-th rotation of a question has its index plus k times this."""
+
+
+def read_mmbench(data: Data, options: Options) -> list[Question]:
+    """A TSV with pictures in base64, rotations of a question as rows of their own.
+
+    The prompt is LLaVA-1.5's (llava/eval/model_vqa_mmbench.py); `chinese` asks for the letter in
+    Chinese.
+    """
+    file, out = data.file("*.tsv"), []
+    rows = read_table(file, "\t")
+    pictures = {row["index"]: row["image"] for row in rows if len(row.get("image") or "") > 64}
+    decoded: dict[str, bytes] = {}
+    suffix = "\n请直接回答选项字母。" if options["chinese"] else LETTER
+    for number, row in enumerate(rows, 1):
+        index, words = fields(row, f"{file} row {number}", "index", "question")
+        named = {letter: row[letter] for letter in "ABCDE" if _given(row.get(letter))}
+        hint = f"{row['hint']}\n" if _given(row.get("hint")) else ""
+        base = str(int(index) % ROTATION)
+        encoded = pictures.get(index) or pictures.get(row.get("image", "")) or pictures.get(base)
+        out.append(
+            Question(
+                id=index,
+                prompt=f"{hint}{words}{listed(named)}{suffix}",
+                images=(_decoded(encoded, decoded, f"{file} row {number}"),),
+                answers=(row["answer"],) if _given(row.get("answer")) else (),
+                cluster=base,
+                extra={"options": named, "kind": row.get("category") or ""},
+            )
+        )
+    return out
+
+
+def _given(value: Any) -> bool:
+    return bool(value) and value.lower() not in ("nan", "none")
+
+
+def _decoded(encoded: str | None, known: dict[str, bytes], where: str) -> Picture:
+    """A picture's bytes; rotations share them."""
+    if encoded is None:
+        raise InputError(
+            where,
+            found="no picture",
+            expected="one in base64, here or in its first rotation's row",
+            fix="use the file as it is published",
+        )
+    try:
+        return known.setdefault(encoded, base64.b64decode(encoded, validate=True))
+    except ValueError:
+        raise InputError(
+            where, found="no base64", expected="a picture in base64", fix="copy the file again"
+        ) from None
+
+
+def score_mmbench(
+    questions: Sequence[Question], texts: Sequence[str], options: Options
+) -> dict[str, Metric]:
+    """Share of questions that are right in all their rotations (arXiv 2307.06281, section 4.1).
+
+    Options are found by `choose`, which asks no LLM. Also the share of right rows.
+    """
+    del options
+    _labelled(questions, "MMBench")
+    right = _right(questions, texts)
+    whole, first = in_clusters(questions, right)
+    out = {"circular accuracy": ratio(whole, first), "accuracy of rows": ratio(right)}
+    for kind in dict.fromkeys(q.extra["kind"] for q in questions):
+        here = np.array([q.extra["kind"] == kind for q in questions])
+        out[f"circular accuracy, {kind}"] = ratio(whole * here, first * here)
+    return out
+
+
+BENCHMARKS = {
+    "mmvp": Benchmark(read_mmvp, score_mmvp, 16, {"original_labels": False}),
+    "scienceqa": Benchmark(read_scienceqa, score_scienceqa, 16, {"split": "test"}),
+    "seed": Benchmark(read_seed, score_kinds, 16),
+    "mmbench": Benchmark(read_mmbench, score_mmbench, 16, {"chinese": False}),
+}

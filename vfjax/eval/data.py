@@ -1,0 +1,251 @@
+"""What a benchmark is made of: questions, read from local files as they are published."""
+
+import csv
+import dataclasses
+import hashlib
+import json
+import sys
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from vfjax.errors import InputError
+from vfjax.eval.stats import Metric
+
+Picture = Path | bytes
+"""A file, or an encoded picture."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Question:
+    """One thing to ask a model.
+
+    Attributes:
+        id: unique in the benchmark.
+        prompt: words of the user's turn, without placeholders for pictures.
+        images: pictures that stand before the words.
+        video: in place of pictures.
+        answers: what is right; empty if that is not published.
+        cluster: questions of one cluster are not independent, such as those about one picture.
+        extra: what else the scorer reads.
+    """
+
+    id: str
+    prompt: str
+    images: tuple[Picture, ...] = ()
+    video: Path | None = None
+    answers: tuple[str, ...] = ()
+    cluster: str = ""
+    extra: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+
+
+Options = Mapping[str, Any]
+
+
+@dataclasses.dataclass(frozen=True)
+class Benchmark:
+    """How a benchmark is read and scored.
+
+    Attributes:
+        read: the files -> questions.
+        score: questions and a text for each -> metrics; None if there is nothing to score by.
+        max_new_tokens: of an answer, as the authors' scripts have it.
+        options: names and defaults of what `read` and `score` can be told.
+        judged: scoring asks a judge; see `vfjax.eval.judge`.
+    """
+
+    read: Callable[["Data", Options], list[Question]]
+    score: Callable[[Sequence[Question], Sequence[str], Options], dict[str, Metric]] | None
+    max_new_tokens: int = 128
+    options: Options = dataclasses.field(default_factory=dict)
+    judged: bool = False
+
+
+class Data:
+    """A benchmark's folder, or one file of it.
+
+    Attributes:
+        path: the folder or file.
+        pictures: folder that names of pictures start from; None looks below `path`.
+    """
+
+    def __init__(self, path: Path, pictures: Path | None = None):
+        for each, what in ((path, "a benchmark's files"), (pictures, "a folder of pictures")):
+            if each is not None and not each.exists():
+                raise InputError(each, found="nothing", expected=what, fix="check the path")
+        self.path, self.pictures = path, pictures
+        self._folders: dict[tuple[str, ...], Path] = {}
+
+    @property
+    def folder(self) -> Path:
+        return self.path if self.path.is_dir() else self.path.parent
+
+    def files(self, *patterns: str) -> list[Path]:
+        """The files of the first pattern that has any, by name; or the one that was named.
+
+        Raises:
+            InputError: there is none.
+        """
+        if self.path.is_file():
+            return [self.path]
+        for pattern in patterns:
+            if found := sorted(self.path.glob(pattern)):
+                return found
+        raise InputError(
+            self.path,
+            found="no such file",
+            expected=" or ".join(patterns),
+            fix="name the file itself, or its folder",
+        )
+
+    def file(self, *patterns: str) -> Path:
+        """The one file of the first pattern that has any.
+
+        Raises:
+            InputError: there is none, or several.
+        """
+        first, *others = self.files(*patterns)
+        if others:
+            raise InputError(
+                self.path,
+                found=", ".join(path.name for path in (first, *others)),
+                expected=f"one {patterns[0]}",
+                fix="name the file that is meant",
+            )
+        return first
+
+    def picture(self, name: str, *folders: str) -> Path:
+        """Where a picture should lie: below the first of the folders that is there."""
+        if self.pictures is not None:
+            return self.pictures / name
+        if folders not in self._folders:
+            places = [self.folder / sub for sub in (*folders, "images")]
+            self._folders[folders] = next((p for p in places if p.is_dir()), self.folder)
+        return self._folders[folders] / name
+
+
+def read_json(path: Path) -> Any:
+    """A JSON file.
+
+    Raises:
+        InputError: it is missing or holds something else.
+    """
+    try:
+        return json.loads(_text(path))
+    except ValueError as error:
+        raise _unreadable(path, f"no JSON ({error})") from None
+
+
+def read_lines(path: Path) -> list[dict[str, Any]]:
+    """A file of one JSON object a line, or a JSON list of objects.
+
+    Raises:
+        InputError: it is missing or holds something else.
+    """
+    text = _text(path)
+    if text.lstrip().startswith("["):
+        rows = read_json(path)
+    else:
+        rows = []
+        for number, line in enumerate(text.split("\n"), 1):
+            try:
+                rows += [json.loads(line)] if line.strip() else []
+            except ValueError as error:
+                raise _unreadable(f"{path} line {number}", f"no JSON ({error})") from None
+    for number, row in enumerate(rows):
+        if not isinstance(row, dict):
+            raise _unreadable(f"{path} row {number}", f"a {type(row).__name__}")
+    return rows
+
+
+def read_table(path: Path, delimiter: str) -> list[dict[str, str]]:
+    """A file of delimited columns with a line of names.
+
+    Raises:
+        InputError: it is missing or has no rows.
+    """
+    csv.field_size_limit(sys.maxsize)  # pictures stand in columns
+    rows = list(csv.DictReader(_text(path).splitlines(keepends=True), delimiter=delimiter))
+    if not rows:
+        raise _unreadable(path, "no rows")
+    return rows
+
+
+def fields(row: Mapping[str, Any], where: object, *keys: str) -> list[Any]:
+    """Values of a row.
+
+    Raises:
+        InputError: it lacks one.
+    """
+    for key in keys:
+        if key not in row or row[key] is None:
+            raise InputError(
+                where,
+                found=f"columns {', '.join(map(str, row))}",
+                expected=f"a value in {key!r}",
+                fix="use the file as it is published",
+            )
+    return [row[key] for key in keys]
+
+
+def _text(path: Path) -> str:
+    try:
+        return path.read_text("utf-8")
+    except OSError as error:
+        raise _unreadable(path, error.strerror or str(error)) from None
+    except UnicodeDecodeError as error:
+        raise _unreadable(path, f"no UTF-8 ({error})") from None
+
+
+def _unreadable(where: object, found: str) -> InputError:
+    return InputError(
+        where, found=found, expected="the benchmark's file", fix="copy it again, or correct it"
+    )
+
+
+def check(questions: Sequence[Question], where: Path) -> None:
+    """Raises InputError if there is no question or two have the same id."""
+    if not questions:
+        raise _unreadable(where, "no questions")
+    seen: set[str] = set()
+    for question in questions:
+        if question.id in seen:
+            raise InputError(
+                where,
+                found=f"two questions with id {question.id}",
+                expected="another id each",
+                fix="correct the file",
+            )
+        seen.add(question.id)
+
+
+def check_pictures(questions: Iterable[Question]) -> None:
+    """Raises InputError for the first picture or video that is not there."""
+    known: set[Path] = set()
+    for question in questions:
+        media = [*question.images, *([question.video] if question.video else [])]
+        for path in media:
+            if isinstance(path, bytes) or path in known:
+                continue
+            if not path.is_file():
+                raise InputError(
+                    path,
+                    found="no file",
+                    expected=f"the picture of question {question.id}",
+                    fix="pass the folder of the pictures as --config.images",
+                )
+            known.add(path)
+
+
+def digest(questions: Iterable[Question]) -> str:
+    """SHA-256 of what is asked: ids, words and names of pictures, in order."""
+    sha = hashlib.sha256()
+    for q in questions:
+        names = [image.name if isinstance(image, Path) else _sha(image) for image in q.images]
+        video = q.video.name if q.video else None
+        sha.update(json.dumps([q.id, q.prompt, names, video]).encode() + b"\n")
+    return sha.hexdigest()
+
+
+def _sha(data: bytes) -> str:
+    return hashlib.sha256(data).hexdigest()

@@ -1,0 +1,114 @@
+"""Questions about videos: MSVD-QA, MSRVTT-QA, ActivityNet-QA."""
+
+import re
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+
+from vfjax.errors import InputError
+from vfjax.eval.data import Benchmark, Data, Options, Question, fields, read_json
+from vfjax.eval.judge import Messages
+from vfjax.eval.stats import Metric, ratio
+
+KINDS = (".mp4", ".avi", ".mkv", ".webm", ".mov", ".gif")
+
+# Words of Video-ChatGPT's quantitative_evaluation/evaluate_activitynet_qa.py, as in lmms-eval.
+_SYSTEM = (
+    "You are an intelligent chatbot designed for evaluating the correctness of generative outputs "
+    "for question-answer pairs. Your task is to compare the predicted answer with the correct "
+    "answer and determine if they match meaningfully. Here's how you can accomplish the task:"
+    "------##INSTRUCTIONS: - Focus on the meaningful match between the predicted answer and the "
+    "correct answer.\n- Consider synonyms or paraphrases as valid matches.\n- Evaluate the "
+    "correctness of the prediction compared to the answer."
+)
+_USER = (
+    "Please evaluate the following video-based question-answer pair:\n\nQuestion: {question}\n"
+    "Correct Answer: {answer}\nPredicted Answer: {said}\n\n"
+    "Provide your evaluation only as a yes/no and score where the score is an integer value "
+    "between 0 and 5, with 5 indicating the highest meaningful match. Please generate the response "
+    "in the form of a Python dictionary string with keys 'pred' and 'score', where value of 'pred' "
+    "is  a string of 'yes' or 'no' and value of 'score' is in INTEGER, not STRING.DO NOT PROVIDE "
+    "ANY OTHER OUTPUT TEXT OR EXPLANATION. Only provide the Python dictionary string. For example, "
+    "your response should look like this: {{'pred': 'yes', 'score': 4.8}}."
+)
+_REPLY = re.compile(
+    r"['\"]pred['\"]\s*:\s*['\"](yes|no)['\"].*?['\"]score['\"]\s*:\s*([\d.]+)", re.I | re.S
+)
+
+
+def read_videos(data: Data, options: Options) -> list[Question]:
+    """`*_q.json` (video_name, question, question_id) and `*_a.json` (answer, question_id).
+
+    The form of activitynet-qa and of Video-LLaVA's MSVD and MSRVTT. Videos lie in `videos`, named
+    with or without `v_` in front and an ending.
+    """
+    del options
+    file = data.file("test_q.json", "*_q.json")
+    path = file.with_name(file.name.replace("_q.json", "_a.json"))
+    answers = {str(row["question_id"]): row["answer"] for row in read_json(path)}
+    out = []
+    for number, row in enumerate(read_json(file)):
+        where = f"{file} question {number}"
+        id, words = fields(row, where, "question_id", "question")
+        (name,) = fields(row, where, "video_name" if "video_name" in row else "video")
+        if str(id) not in answers:
+            raise InputError(
+                path, found=f"no answer to {id}", expected="one", fix="copy the file again"
+            )
+        out.append(
+            Question(
+                id=str(id),
+                prompt=words,
+                video=_video(data.picture(str(name), "videos")),
+                answers=(str(answers[str(id)]),),
+                cluster=str(name),
+            )
+        )
+    return out
+
+
+def _video(path: Path) -> Path:
+    """The file of that name; its name as it is if there is none."""
+    names = (path, path.with_name(f"v_{path.name}"))
+    tried = [p for stem in names for p in (stem, *(Path(f"{stem}{kind}") for kind in KINDS))]
+    return next((p for p in tried if p.is_file()), path)
+
+
+def score_videos(
+    questions: Sequence[Question], texts: Sequence[str], options: Options
+) -> dict[str, Metric]:
+    """A judge's yes (accuracy) and its score, 0 to 5; without a judge, exact match only.
+
+    Exact match compares words in lower case without a last full stop; it is not what papers report.
+    """
+    pairs = list(zip(questions, texts, strict=True))
+    same = [t.strip().rstrip(".").lower() == q.answers[0].lower() for q, t in pairs]
+    out = {"exact match": ratio(same)}
+    if options["judge"] is None:
+        return out
+    asked: dict[str, Messages] = {
+        q.id: [
+            {"role": "system", "content": _SYSTEM},
+            {
+                "role": "user",
+                "content": _USER.format(question=q.prompt, answer=q.answers[0], said=text),
+            },
+        ]
+        for q, text in pairs
+    }
+    replies = options["judge"](asked)
+    read = [_REPLY.search(replies[q.id]) for q in questions]
+    yes = [float(r is not None and r[1].lower() == "yes") for r in read]
+    score = np.array([0.0 if r is None else float(r[2].rstrip(".")) for r in read])
+    return out | {
+        "accuracy": ratio(yes),
+        "score": ratio(score, scale=1.0),
+        "judgements read": ratio([r is not None for r in read]),
+    }
+
+
+BENCHMARKS = {
+    name: Benchmark(read_videos, score_videos, 128, judged=True)
+    for name in ("msvd", "msrvtt", "activitynet")
+}

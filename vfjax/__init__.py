@@ -1,10 +1,11 @@
 """vfjax: several multimodal LLMs fused into one, without training, in JAX."""
 
 from vfjax.errors import InputError
-from vfjax.generate import generate, generate_ids
+from vfjax.generate import generate, generate_ids, stream_ids
 from vfjax.model import Batch, Model, forward
 from vfjax.modes import CacheFusion, LogitsFusion, MemberProcessors
 from vfjax.processor import Processor
+from vfjax.stream import stream
 from vfjax.video import Video, open_video
 
 __version__ = "0.1.0"
@@ -22,4 +23,6 @@ __all__ = [
     "generate",
     "generate_ids",
     "open_video",
+    "stream",
+    "stream_ids",
 ]

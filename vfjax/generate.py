@@ -1,7 +1,8 @@
-"""Text generation: one compiled prefill, one compiled decode loop."""
+"""Text generation: one compiled prefill, one compiled decode loop, run at once or in pieces."""
 
+import dataclasses
 import functools
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Any, Protocol
 
 import jax
@@ -41,11 +42,11 @@ def generate(
     processor: "Processor | MemberProcessors",
     batch: Batches,
     *,
-    max_new_tokens: int = 64,
-    temperature: float = 0.0,
+    max_new_tokens: int | Sequence[int] = 64,
+    temperature: float | Sequence[float] = 0.0,
     top_k: int | None = None,
-    top_p: float | None = None,
-    seed: int = 0,
+    top_p: float | Sequence[float] | None = None,
+    seed: int | Sequence[int] = 0,
 ) -> list[str]:
     """One text a row, cut at the tokenizer's and the template's stops.
 
@@ -53,11 +54,11 @@ def generate(
         model: any model of `converters.load` or `converters.load_fused`.
         processor: the one that made `batch`.
         batch: b rows; a row may be shorter than another.
-        max_new_tokens: tokens to write at most.
+        max_new_tokens: tokens to write at most; one number, or, as those below, one a row.
         temperature: 0 takes the likeliest token; above, samples.
-        top_k: sample among the k likeliest only.
+        top_k: sample among the k likeliest only; one number.
         top_p: sample among the likeliest whose probabilities sum to p.
-        seed: of the sampling.
+        seed: of the sampling; a row with a seed of its own draws what it would alone.
 
     Raises:
         InputError: the batch and the new tokens don't fit the context, or a sampling parameter is
@@ -80,59 +81,189 @@ def generate_ids(
     model: Generator,
     batch: Batches,
     *,
-    max_new_tokens: int = 64,
+    max_new_tokens: int | Sequence[int] = 64,
     stop: Sequence[int] = (),
-    temperature: float = 0.0,
+    temperature: float | Sequence[float] = 0.0,
     top_k: int | None = None,
-    top_p: float | None = None,
-    seed: int = 0,
+    top_p: float | Sequence[float] | None = None,
+    seed: int | Sequence[int] = 0,
 ) -> list[list[int]]:
     """New token ids of each row, without the stop id that ended it; see `generate`."""
+    how = _how(model, batch, stop, max_new_tokens, temperature, top_k, top_p, seed)
+    (state,) = _pieces(model, batch, how, None, None)
+    return [row[:n].tolist() for row, n in zip(_fetch(state.out), _fetch(state.count), strict=True)]
+
+
+def stream_ids(
+    model: Generator,
+    batch: Batches,
+    *,
+    every: int = 8,
+    max_new_tokens: int | Sequence[int] = 64,
+    room: int | None = None,
+    stop: Sequence[int] = (),
+    temperature: float | Sequence[float] = 0.0,
+    top_k: int | None = None,
+    top_p: float | Sequence[float] | None = None,
+    seed: int | Sequence[int] = 0,
+) -> Iterator[tuple[list[list[int]], list[bool]]]:
+    """Each row's new ids since the last time, and whether it has ended, as they are written.
+
+    Joined, they are the ids of `generate_ids`, by the same compiled programs. Closing the iterator
+    ends the work. Arguments that are not named here are as there.
+
+    Args:
+        model: as in `generate`.
+        batch: as there.
+        every: tokens from one time to the next.
+        max_new_tokens: as there.
+        room: slots for new tokens, at least `max_new_tokens`; None: these, rounded up to 64.
+        stop: ids that end a row.
+        temperature: as there.
+        top_k: as there.
+        top_p: as there.
+        seed: as there.
+
+    Raises:
+        InputError: as there, at the call; or `every` or `room` is too small.
+    """
+    _require(every >= 1, "every", every, "at least 1")
+    how = _how(model, batch, stop, max_new_tokens, temperature, top_k, top_p, seed)
+    limit = np.asarray(how.limit)
+    _require(room is None or room >= limit.max(), "room", room, f"at least {limit.max()}")
+
+    def pieces() -> Iterator[tuple[list[list[int]], list[bool]]]:
+        seen = np.zeros_like(limit)
+        for state in _pieces(model, batch, how, every, room):
+            out, count, done = (_fetch(x) for x in (state.out, state.count, state.done))
+            rows = zip(out, seen, count, strict=True)
+            ended = done | (int(_fetch(state.i)) >= limit)
+            yield [row[first:last].tolist() for row, first, last in rows], ended.tolist()
+            seen = count
+
+    return pieces()
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class _How:
+    """How each of b rows is written.
+
+    Attributes:
+        stop: int32[s] ids that end a row.
+        limit: int32[b] tokens of a row at most.
+        keys: key[b] of the draws.
+        salt: int32[b], folded into the keys.
+        temperature: float32[b, 1].
+        top_p: float32[b, 1].
+        greedy: no row samples; a constant of the program.
+        top_k: another.
+    """
+
+    stop: AnyArray
+    limit: AnyArray
+    keys: Array
+    salt: AnyArray
+    temperature: AnyArray
+    top_p: AnyArray
+    greedy: bool = dataclasses.field(metadata={"static": True})
+    top_k: int | None = dataclasses.field(metadata={"static": True})
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class _State:
+    """What is written so far, beside the cache.
+
+    Attributes:
+        i: int32[] tokens picked for each row.
+        token: int32[b] the last ones.
+        done: bool[b], where a stop was met.
+        count: int32[b] tokens that belong to a row.
+        out: int32[b, steps] all tokens; undefined from a row's count on.
+    """
+
+    i: Array
+    token: Array
+    done: Array
+    count: Array
+    out: Array
+
+
+def _how(
+    model: Generator,
+    batch: Batches,
+    stop: Sequence[int],
+    max_new_tokens: int | Sequence[int],
+    temperature: float | Sequence[float],
+    top_k: int | None,
+    top_p: float | Sequence[float] | None,
+    seed: int | Sequence[int],
+) -> _How:
+    """The arguments of `generate_ids`, checked, one value a row."""
     batches = batch if isinstance(batch, tuple) else (batch,)
-    _check(model, batches, max_new_tokens, temperature, top_k, top_p)
-    steps = _round_up(max_new_tokens, 64)
-    slots = max(each.tokens.shape[1] for each in batches)
-    logits, cache = _prefill(model, place(batch, mesh_of(model)), size=slots + steps)
-    out, count, _ = _decode(
-        model,
-        cache,
-        logits,
-        jnp.asarray(stop, jnp.int32),
-        jnp.int32(max_new_tokens),
-        jax.random.key(seed),
-        jnp.float32(temperature or 1.0),
-        jnp.float32(1.0 if top_p is None else top_p),
-        steps=steps,
-        greedy=temperature == 0,
+    lengths = np.max([_fetch(each.mask).sum(axis=1) for each in batches], axis=0)
+    b = len(lengths)
+    limit = _by_row("max_new_tokens", max_new_tokens, b)
+    temperatures = _by_row("temperature", temperature, b)
+    top_ps = _by_row("top_p", 1.0 if top_p is None else top_p, b)
+    seeds = _by_row("seed", seed, b)
+    for value in limit:
+        _require(value > 0, "max_new_tokens", value, "at least 1")
+    row = int((lengths + limit).argmax())
+    _require(
+        lengths[row] + limit[row] <= model.context,
+        "max_new_tokens",
+        f"{lengths[row]} tokens in the longest row and {limit[row]} new ones",
+        f"at most {model.context}, the LLM's context",
+    )
+    for value in temperatures:
+        _require(value >= 0, "temperature", value, "0 or more")
+    _require(top_k is None or top_k >= 1, "top_k", top_k, "None or at least 1")
+    for value in top_ps:
+        _require(0 < value <= 1, "top_p", value, "None or within (0, 1]")
+    alone = isinstance(seed, Sequence)
+    return _How(
+        stop=np.asarray(stop, np.int32),
+        limit=np.asarray(limit, np.int32),
+        keys=jnp.stack([jax.random.key(value) for value in seeds]),
+        salt=np.zeros(b, np.int32) if alone else np.arange(b, dtype=np.int32),
+        temperature=np.asarray(temperatures, np.float32)[:, None],
+        top_p=np.asarray(top_ps, np.float32)[:, None],
+        greedy=not any(temperatures),
         top_k=top_k,
     )
-    return [row[:n].tolist() for row, n in zip(_fetch(out), _fetch(count), strict=True)]
 
 
-def _check(
-    model: Generator,
-    batches: Sequence[Batch],
-    max_new_tokens: int,
-    temperature: float,
-    top_k: int | None,
-    top_p: float | None,
-) -> None:
-    def require(ok: bool, where: str, found: object, expected: str) -> None:
-        if not ok:
-            raise InputError(where, found=found, expected=expected, fix="change the argument")
+def _by_row(name: str, value: Any, b: int) -> list[Any]:
+    if not isinstance(value, Sequence):
+        return [value] * b
+    _require(len(value) == b, name, f"{len(value)} values", f"one, or one for each of {b} rows")
+    return list(value)
 
-    context = model.context
-    longest = max(int(_fetch(batch.mask).sum(axis=1).max()) for batch in batches)
-    require(max_new_tokens > 0, "max_new_tokens", max_new_tokens, "at least 1")
-    require(
-        longest + max_new_tokens <= context,
-        "max_new_tokens",
-        f"{longest} tokens in the longest row and {max_new_tokens} new ones",
-        f"at most {context}, the LLM's context",
-    )
-    require(temperature >= 0, "temperature", temperature, "0 or more")
-    require(top_k is None or top_k >= 1, "top_k", top_k, "None or at least 1")
-    require(top_p is None or 0 < top_p <= 1, "top_p", top_p, "None or within (0, 1]")
+
+def _require(ok: bool, where: str, found: object, expected: str) -> None:
+    if not ok:
+        raise InputError(where, found=found, expected=expected, fix="change the argument")
+
+
+def _pieces(
+    model: Generator, batch: Batches, how: _How, every: int | None, room: int | None
+) -> Iterator[_State]:
+    """The state after each `every` tokens, until every row has ended; None: at the end alone."""
+    batches = batch if isinstance(batch, tuple) else (batch,)
+    most = int(np.max(how.limit))
+    steps = _round_up(most, 64) if room is None else room
+    slots = max(each.tokens.shape[1] for each in batches)
+    logits, cache = _prefill(model, place(batch, mesh_of(model)), size=slots + steps)
+    state = _first(logits, how, steps=steps)
+    until = 0
+    while True:
+        until = most if every is None else min(until + every, most)
+        state, cache = _decode(model, cache, state, how, jnp.int32(until))
+        yield state
+        if until == most or not _active(_fetch(state.done), until, np.asarray(how.limit)).any():
+            return
 
 
 @functools.partial(jax.jit, static_argnames="size")
@@ -140,54 +271,60 @@ def _prefill(model: Generator, batch: Batches, *, size: int) -> tuple[Array, Any
     return model.prefill(batch, size)
 
 
-@functools.partial(jax.jit, static_argnames=("steps", "greedy", "top_k"), donate_argnames="cache")
+@functools.partial(jax.jit, static_argnames="steps")
+def _first(logits: Array, how: _How, *, steps: int) -> _State:
+    """The state with each row's first token."""
+    token = _pick(jnp.int32(0), logits, how)
+    done = _stops(token, how)
+    out = jnp.zeros((len(token), steps), jnp.int32).at[:, 0].set(token)
+    return _State(jnp.int32(1), token, done, (~done).astype(jnp.int32), out)
+
+
+@functools.partial(jax.jit, donate_argnames="cache")
 def _decode(
-    model: Generator,
-    cache: Any,
-    logits: Array,
-    stop: Array,
-    limit: Array,
-    key: Array,
-    temperature: Array,
-    top_p: Array,
-    *,
-    steps: int,
-    greedy: bool,
-    top_k: int | None,
-) -> tuple[Array, Array, Any]:
-    """Decodes until every row has stopped or `limit` tokens are written.
+    model: Generator, cache: Any, state: _State, how: _How, until: Array
+) -> tuple[_State, Any]:
+    """Decodes until every row has ended or `until` tokens are written.
 
     Returns:
-        int32[b, steps] new ids; int32[b], how many of them belong to the row; the cache, which
-        takes over the donated buffers.
+        The state, and the cache, which takes over the donated buffers.
     """
-    b = logits.shape[0]
 
-    def pick(i: Array, logits: Array) -> Array:
-        if greedy:
-            return logits.argmax(axis=-1).astype(jnp.int32)
-        return sample(jax.random.fold_in(key, i), logits, temperature, top_k, top_p)
+    def running(carry: tuple[_State, Any]) -> Array:
+        state, _ = carry
+        return (state.i < until) & _active(state.done, state.i, how.limit).any()
 
-    def stops(token: Array) -> Array:
-        return (token[:, None] == stop[None]).any(axis=1)
+    def step(carry: tuple[_State, Any]) -> tuple[_State, Any]:
+        state, cache = carry
+        logits, cache = model.next(state.token, cache)
+        token = _pick(state.i, logits, how)
+        done = state.done | _stops(token, how)
+        count = state.count + _active(done, state.i, how.limit)
+        out = state.out.at[:, state.i].set(token)
+        return _State(state.i + 1, token, done, count, out), cache
 
-    def running(state: tuple) -> Array:
-        i, _, done, *_ = state
-        return (i < limit) & ~done.all()
+    return jax.lax.while_loop(running, step, (state, cache))
 
-    def step(state: tuple) -> tuple:
-        i, token, done, count, out, cache = state
-        logits, cache = model.next(token, cache)
-        token = pick(i, logits)
-        done = done | stops(token)
-        return i + 1, token, done, count + ~done, out.at[:, i].set(token), cache
 
-    token = pick(jnp.int32(0), logits)
-    done = stops(token)
-    out = jnp.zeros((b, steps), jnp.int32).at[:, 0].set(token)
-    state = (jnp.int32(1), token, done, (~done).astype(jnp.int32), out, cache)
-    _, _, _, count, out, cache = jax.lax.while_loop(running, step, state)
-    return out, count, cache
+def _active(done: AnyArray, i: AnyArray | int, limit: AnyArray) -> Any:
+    """bool[b]: rows that take an i-th token, counted from 0."""
+    return ~done & (i < limit)
+
+
+def _stops(token: Array, how: _How) -> Array:
+    return (token[:, None] == how.stop[None]).any(axis=1)
+
+
+def _pick(i: Array, logits: Array, how: _How) -> Array:
+    """The i-th token of each row, int32[b], from float32[b, v] logits."""
+    likeliest = logits.argmax(axis=-1).astype(jnp.int32)
+    if how.greedy:
+        return likeliest
+    fold = jax.vmap(lambda key, salt: jax.random.fold_in(jax.random.fold_in(key, i), salt))
+    samples = jnp.asarray(how.temperature) > 0
+    temperature = jnp.where(samples, how.temperature, 1)
+    drawn = _draw(fold(how.keys, how.salt), logits, temperature, how.top_k, how.top_p)
+    return jnp.where(samples[:, 0], drawn, likeliest)
 
 
 def sample(key: Array, logits: Array, temperature: Array, top_k: int | None, top_p: Array) -> Array:
@@ -196,6 +333,14 @@ def sample(key: Array, logits: Array, temperature: Array, top_k: int | None, top
     Row i draws with its own key, so a row's draw does not depend on the other rows. The likeliest
     token always stays (nucleus sampling, arXiv 1904.09751).
     """
+    keys = jax.vmap(functools.partial(jax.random.fold_in, key))(jnp.arange(len(logits)))
+    return _draw(keys, logits, temperature, top_k, top_p)
+
+
+def _draw(
+    keys: Array, logits: Array, temperature: AnyArray, top_k: int | None, top_p: AnyArray
+) -> Array:
+    """`sample` with key[b]; temperature and top-p scalars or [b, 1]."""
     logits = logits / temperature
     order = jnp.argsort(-logits, axis=-1)
     ranked = jnp.take_along_axis(logits, order, axis=-1)
@@ -203,7 +348,6 @@ def sample(key: Array, logits: Array, temperature: Array, top_k: int | None, top
         ranked = jnp.where(jnp.arange(ranked.shape[-1]) < top_k, ranked, -jnp.inf)
     p = jax.nn.softmax(ranked, axis=-1)
     ranked = jnp.where(jnp.cumsum(p, axis=-1) - p < top_p, ranked, -jnp.inf)
-    keys = jax.vmap(functools.partial(jax.random.fold_in, key))(jnp.arange(len(logits)))
     drawn = jax.vmap(jax.random.categorical)(keys, ranked)
     return jnp.take_along_axis(order, drawn[:, None], axis=-1)[:, 0].astype(jnp.int32)
 

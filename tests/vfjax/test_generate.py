@@ -13,7 +13,7 @@ from transformers import TemperatureLogitsWarper, TopKLogitsWarper, TopPLogitsWa
 import converters
 from tests import checkpoints
 from tests.checkpoints import IMAGE_TOKEN
-from vfjax import Batch, InputError, generate, generate_ids
+from vfjax import Batch, InputError, generate, generate_ids, stream, stream_ids
 from vfjax.generate import _decode, _prefill, sample
 
 PICTURE = -200
@@ -299,3 +299,84 @@ def test_compilations_are_as_few_as_buckets(tmp_path):
     assert used == {(1, 32), (1, 48), (1, 80)}
     assert _prefill._cache_size() - before[0] == 3
     assert _decode._cache_size() - before[1] == 3
+
+
+def join(pieces) -> tuple[list[list[int]], int]:
+    """The ids of a stream's rows, and how many pieces they came in."""
+    rows, count, ended = [], 0, [False]
+    for new, ended in pieces:  # noqa: B007
+        rows = [row + more for row, more in zip(rows or [[]] * len(new), new, strict=True)]
+        count += 1
+    assert all(ended)
+    return rows, count
+
+
+@pytest.mark.parametrize("every", [1, 5, NEW, 100])
+@pytest.mark.parametrize("how", [{}, {"temperature": 1.0, "seed": 3, "top_p": 0.9}])
+def test_streamed_ids_are_the_generated(llm, greedy, every: int, how: dict):
+    _, model, processor = llm
+    batch = processor(input_ids=TEXTS)
+    stop = (greedy[0][3], greedy[1][9])
+    expected = generate_ids(model, batch, max_new_tokens=NEW, stop=stop, **how)
+    compiled = _prefill._cache_size(), _decode._cache_size()
+    pieces = stream_ids(model, batch, every=every, max_new_tokens=NEW, stop=stop, **how)
+    rows, count = join(pieces)
+    assert rows == expected
+    assert count == -(-NEW // every)
+    assert (_prefill._cache_size(), _decode._cache_size()) == compiled
+
+
+def test_a_stream_ends_with_its_last_row(llm, greedy):
+    _, model, processor = llm
+    batch = processor(input_ids=TEXTS)
+    stop = tuple(row[2] for row in greedy)
+    rows, count = join(stream_ids(model, batch, every=1, max_new_tokens=NEW, stop=stop))
+    assert rows == cut(greedy, stop)
+    assert count == 1 + max(map(len, rows))
+    pieces = stream_ids(model, batch, every=1, max_new_tokens=NEW)
+    next(pieces)
+    pieces.close()
+
+
+def test_room_changes_nothing(llm, greedy):
+    _, model, processor = llm
+    batch = processor(input_ids=TEXTS)
+    assert join(stream_ids(model, batch, max_new_tokens=NEW, room=128))[0] == greedy
+    for wrong in ({"room": NEW - 1}, {"every": 0}):
+        with pytest.raises(InputError, match=f"{next(iter(wrong))}: found"):
+            stream_ids(model, batch, max_new_tokens=NEW, **wrong)
+
+
+def test_each_row_in_its_own_way(llm, greedy):
+    """What a row gets, it gets alone too, with the same seed."""
+    _, model, processor = llm
+    how = {
+        "max_new_tokens": [5, 32, 1, 20],
+        "temperature": [0.0, 1.0, 2.0, 0.0],
+        "top_p": [0.5, 0.9, 1.0, 1.0],
+        "seed": [7, 8, 8, 2**40],
+    }
+    together = generate_ids(model, processor(input_ids=TEXTS), **how)
+    assert [len(row) for row in together] == how["max_new_tokens"]
+    assert together[0] == greedy[0][:5]
+    assert together[1] != greedy[1]
+    for i, row in enumerate(TEXTS):
+        own = {key: values[i] for key, values in how.items()}
+        assert generate_ids(model, processor(input_ids=[row]), **own) == [together[i]]
+    with pytest.raises(InputError, match="seed: found 3 values, expected one, or one for each of"):
+        generate_ids(model, processor(input_ids=TEXTS), seed=[1, 2, 3])
+    with pytest.raises(InputError, match="found 7 tokens in the longest row and 506 new ones"):
+        generate_ids(model, processor(input_ids=TEXTS), max_new_tokens=[506, 1, 1, 1])
+
+
+def test_streamed_text_is_the_generated(llm, greedy):
+    _, model, processor = llm
+    processor = dataclasses.replace(processor, stop_ids=(2, greedy[2][10]))
+    batch = processor(input_ids=TEXTS)
+    for how in ({}, {"temperature": 1.0, "seed": 5}):
+        expected = generate(model, processor, batch, max_new_tokens=NEW, **how)
+        pieces = list(stream(model, processor, batch, every=3, max_new_tokens=NEW, **how))
+        assert ["".join(row) for row in zip(*pieces, strict=True)] == expected
+        assert sum(1 for piece in pieces if any(piece)) > 5
+    with pytest.raises(InputError, match="max_new_tokens"):
+        stream(model, processor, batch, max_new_tokens=0)

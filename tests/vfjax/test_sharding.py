@@ -22,7 +22,7 @@ from tests.checkpoints import (
     upstream_llava_folder,
 )
 from vfjax import Batch, InputError, Model, Processor, forward, generate_ids
-from vfjax.generate import _decode, _prefill
+from vfjax.generate import _decode, _first, _how, _prefill
 from vfjax.layers import linear
 from vfjax.sharding import make_mesh, mesh_of, param_sharding, place
 
@@ -141,11 +141,11 @@ def test_the_cache_is_divided_over_rows_and_key_heads(single, sharded, mesh) -> 
         return {s.data.shape for x in (*cache.k, *cache.v) for s in x.addressable_shards}
 
     assert shapes(cache) == {(2, size, 1, 8)}
-    stop, one, limit = jnp.zeros(0, jnp.int32), jnp.float32(1), jnp.int32(8)
-    args = (model, cache, logits, stop, limit, jax.random.key(0), one, one)
-    program = _decode.lower(*args, steps=64, greedy=True, top_k=None).compile()
+    how = _how(model, batch, (), 8, 0.0, None, None, 0)
+    args = (model, cache, _first(logits, how, steps=64), how, jnp.int32(8))
+    program = _decode.lower(*args).compile()
     assert f"[2,{size},4,8]" not in program.as_text()  # no device ever holds all heads
-    _, _, cache = _decode(*args, steps=64, greedy=True, top_k=None)
+    _, cache = _decode(*args)
     assert shapes(cache) == {(2, size, 1, 8)}
 
 

@@ -1,0 +1,29 @@
+"""A model -> an OpenAI-compatible server at http://host:port/v1."""
+
+from ml_collections import ConfigDict, config_dict
+
+
+def get_config() -> ConfigDict:
+    return ConfigDict(
+        {
+            "task": "serve",
+            "model": config_dict.placeholder(str),  # any supported folder, fused or not
+            "name": config_dict.placeholder(str),  # that requests give; default: the folder's
+            "host": "127.0.0.1",
+            "port": 8000,  # 0: any free one
+            "template": config_dict.placeholder(str),  # default: the checkpoint's
+            "max_new_tokens": 1024,  # of an answer; requests that ask for more get so many
+            "batch": 16,  # rows that run together
+            "window": 0.005,  # seconds that a request waits for others
+            "every": 8,  # tokens from one piece of a streamed answer to the next
+            "queue": 128,  # requests in the house; others get status 429
+            "timeout": 600.0,  # seconds for a request; also what a shutdown waits
+            "max_body": 20 << 20,  # bytes of a request
+            "max_pixels": 32_000_000,  # of a request's pictures, 3 bytes each while it waits
+            "max_images": 16,  # of a request
+            "allow_hosts": (),  # "host" or "host:port" that pictures may be fetched from
+            "dtype": config_dict.placeholder(str),  # default: as stored
+            "mesh": config_dict.placeholder(tuple),  # (data, model) devices; default: one device
+            "towers": (),  # "name in config.json=folder" for towers that are elsewhere
+        }
+    )

@@ -1,0 +1,1 @@
+"""An OpenAI-compatible server: `app` speaks HTTP, `asked` reads requests, `batcher` runs them."""

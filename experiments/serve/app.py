@@ -1,0 +1,273 @@
+"""HTTP: OpenAI's chat completions over a `Batcher`."""
+
+import asyncio
+import contextlib
+import dataclasses
+import functools
+import json
+import secrets
+import time
+from collections.abc import AsyncIterator
+from typing import Any
+
+import anyio
+from starlette.applications import Starlette
+from starlette.exceptions import HTTPException
+from starlette.requests import ClientDisconnect, Request
+from starlette.responses import Response, StreamingResponse
+from starlette.routing import Route
+
+from experiments.serve.asked import Asked, Limits, Refused, read
+from experiments.serve.batcher import Batcher, Event, Job, Piece
+from experiments.serve.openapi import DESCRIPTION
+from vfjax import InputError
+
+RETRY = {"Retry-After": "1"}
+READERS = 4
+"""Requests whose pictures are decoded at a time."""
+
+
+@dataclasses.dataclass
+class Service:
+    """A model behind HTTP.
+
+    Attributes:
+        batcher: that runs the requests.
+        limits: of each.
+        queue: requests in the house at a time, whether read, waiting or running.
+        timeout: seconds for a request, and for its body.
+    """
+
+    batcher: Batcher
+    limits: Limits
+    queue: int = 128
+    timeout: float = 600.0
+
+    def __post_init__(self) -> None:
+        self.reading = 0
+        self.started = int(time.time())
+        self.readers = anyio.CapacityLimiter(READERS)
+
+    def app(self) -> Starlette:
+        """The ASGI application."""
+        routes = [
+            Route("/v1/chat/completions", self.chat, methods=["POST"]),
+            Route("/v1/models", self.models),
+            Route("/v1/models/{name:path}", self.models),
+            Route("/health", self.health),
+            Route("/openapi.json", self.openapi),
+        ]
+        handlers: dict[Any, Any] = {
+            Refused: _refuse,
+            HTTPException: _no_route,
+            Exception: _broken,
+            ClientDisconnect: _gone,
+        }
+        return Starlette(routes=routes, exception_handlers=handlers)
+
+    async def health(self, request: Request) -> Response:
+        return _json({"status": "ok", "requests": self.reading + self.batcher.pending})
+
+    async def openapi(self, request: Request) -> Response:
+        return _json(DESCRIPTION)
+
+    async def models(self, request: Request) -> Response:
+        own = self.limits.model
+        card = {"id": own, "object": "model", "created": self.started, "owned_by": "vfjax"}
+        name = request.path_params.get("name")
+        if name is None:
+            return _json({"object": "list", "data": [card]})
+        if name != own:
+            message = f"model: found {name!r}, expected {own!r}; ask for that one"
+            raise Refused(404, message, code="model_not_found")
+        return _json(card)
+
+    async def chat(self, request: Request) -> Response:
+        deadline = asyncio.get_running_loop().time() + self.timeout
+        if self.reading + self.batcher.pending >= self.queue:
+            await self._body(request, keep=False)  # a client that still writes reads no answer
+            raise Refused(
+                429,
+                f"server: found {self.queue} requests in the house, expected fewer; try again",
+                code="rate_limit_exceeded",
+                headers=RETRY,
+            )
+        self.reading += 1
+        try:
+            body = await self._body(request, keep=True)
+            work = functools.partial(read, body, self.limits, self.batcher.processor)
+            asked = await anyio.to_thread.run_sync(work, limiter=self.readers)
+            answer = _Answer(asked, self.batcher, self.limits.model, deadline)
+        finally:
+            self.reading -= 1
+        return await answer.respond(request)
+
+    async def _body(self, request: Request, *, keep: bool) -> bytes:
+        """The body; what is too large, or not to be kept, is read and dropped."""
+        parts, size = [], 0
+        try:
+            async with asyncio.timeout(min(self.timeout, 60.0)):
+                async for part in request.stream():
+                    size += len(part)
+                    if keep and size <= self.limits.body:
+                        parts.append(part)
+                    elif size > self.limits.body:
+                        parts.clear()
+                        if size > 4 * self.limits.body:
+                            break
+        except TimeoutError:
+            message = f"body: found {size} bytes in a minute, expected all; send it faster"
+            raise Refused(408, message) from None
+        if keep and size > self.limits.body:
+            message = (
+                f"body: found more than {self.limits.body} bytes, expected fewer; "
+                "scale the pictures down"
+            )
+            raise Refused(413, message)
+        return b"".join(parts)
+
+
+class _Answer:
+    """A job whose pieces arrive in the event loop."""
+
+    def __init__(self, asked: Asked, batcher: Batcher, model: str, deadline: float):
+        self.asked, self.model, self.deadline = asked, model, deadline
+        self.id = f"chatcmpl-{secrets.token_hex(12)}"
+        self.created = int(time.time())
+        self.events: asyncio.Queue[Event] = asyncio.Queue()
+        loop = asyncio.get_running_loop()
+
+        def deliver(event: Event) -> None:
+            with contextlib.suppress(RuntimeError):  # the loop is closed: nobody waits
+                loop.call_soon_threadsafe(self.events.put_nowait, event)
+
+        self.job = Job(asked.ids, asked.pictures, deliver, **asked.sampling)
+        batcher.submit(self.job)
+
+    async def respond(self, request: Request) -> Response:
+        gone = asyncio.create_task(_disconnected(request))
+        try:
+            first = await self._next(gone)
+            if self.asked.stream:
+                events = self._stream(first)
+                return StreamingResponse(events, media_type="text/event-stream")
+            text, piece = first.text, first
+            while not piece.finish:
+                piece = await self._next(gone)
+                text += piece.text
+        except BaseException:
+            self.job.cancelled = True
+            raise
+        finally:
+            gone.cancel()
+        message = {"role": "assistant", "content": text, "refusal": None}
+        choice = {"message": message, "finish_reason": piece.finish}
+        return _json(self._object("chat.completion", choice) | {"usage": _usage(piece)})
+
+    async def _next(self, gone: asyncio.Task[None] | None = None) -> Piece:
+        """The next piece; raises what ended the job, or Refused where that takes too long."""
+        event = asyncio.create_task(self.events.get())
+        tasks = {event} if gone is None else {event, gone}
+        left = self.deadline - asyncio.get_running_loop().time()
+        try:
+            done, _ = await asyncio.wait(
+                tasks, timeout=max(left, 0), return_when=asyncio.FIRST_COMPLETED
+            )
+        finally:
+            event.cancel()
+        if event not in done:
+            if gone in done:
+                raise ClientDisconnect
+            message = "server: found no answer in time, expected one; try again"
+            raise Refused(504, message, code="timeout")
+        found = event.result()
+        if isinstance(found, InputError):
+            raise Refused(400, str(found), param="messages")
+        if isinstance(found, Exception):
+            raise Refused(500, "server: found an error of its own, expected none; see its log")
+        return found
+
+    async def _stream(self, piece: Piece) -> AsyncIterator[str]:
+        try:
+            start = {"role": "assistant", "content": ""}
+            yield self._event({"delta": start, "finish_reason": None})
+            while True:
+                if piece.text:
+                    delta = {"content": piece.text}
+                    yield self._event({"delta": delta, "finish_reason": None})
+                if piece.finish:
+                    break
+                piece = await self._next()
+            yield self._event({"delta": {}, "finish_reason": piece.finish})
+            if self.asked.usage:
+                usage = self._object("chat.completion.chunk") | {"usage": _usage(piece)}
+                yield _data(usage)
+        except Refused as error:
+            yield _data(_error(error))
+        finally:
+            self.job.cancelled = True  # ended, or nobody listens
+        yield "data: [DONE]\n\n"
+
+    def _event(self, choice: dict[str, Any]) -> str:
+        usage = {"usage": None} if self.asked.usage else {}
+        return _data(self._object("chat.completion.chunk", choice) | usage)
+
+    def _object(self, kind: str, *choices: dict[str, Any]) -> dict[str, Any]:
+        return {
+            "id": self.id,
+            "object": kind,
+            "created": self.created,
+            "model": self.model,
+            "choices": [{"index": 0, "logprobs": None, **choice} for choice in choices],
+        }
+
+
+def _usage(piece: Piece) -> dict[str, int]:
+    total = piece.prompt + piece.written
+    return {
+        "prompt_tokens": piece.prompt,
+        "completion_tokens": piece.written,
+        "total_tokens": total,
+    }
+
+
+async def _disconnected(request: Request) -> None:
+    """Returns when the client is gone."""
+    while (await request.receive())["type"] != "http.disconnect":
+        pass
+
+
+def _json(found: Any, status: int = 200, headers: Any = None) -> Response:
+    return Response(json.dumps(found), status, headers, media_type="application/json")
+
+
+def _data(found: Any) -> str:
+    return f"data: {json.dumps(found)}\n\n"
+
+
+def _error(error: Refused) -> dict[str, Any]:
+    kind = "invalid_request_error" if error.status < 500 else "server_error"
+    if error.status == 429:
+        kind = "rate_limit_error"
+    return {
+        "error": {"message": str(error), "type": kind, "param": error.param, "code": error.code}
+    }
+
+
+async def _refuse(request: Request, error: Refused) -> Response:
+    return _json(_error(error), error.status, error.headers)
+
+
+async def _no_route(request: Request, error: HTTPException) -> Response:
+    message = f"{request.url.path}: found {error.detail}, expected a path of /openapi.json; ask it"
+    headers = error.headers
+    return await _refuse(request, Refused(error.status_code, message, headers=headers))
+
+
+async def _gone(request: Request, error: ClientDisconnect) -> Response:
+    return Response(status_code=499)  # nobody reads it
+
+
+async def _broken(request: Request, error: Exception) -> Response:
+    message = "server: found an error of its own, expected none; see its log"
+    return await _refuse(request, Refused(500, message))

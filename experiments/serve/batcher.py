@@ -1,0 +1,223 @@
+"""Runs requests together: one thread, one batch at a time, sizes from short lists."""
+
+import dataclasses
+import logging
+import queue
+import threading
+import time
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from vfjax import InputError, Model, Processor, stream_ids
+from vfjax.stream import Text
+
+LOG = logging.getLogger(__name__)
+LENGTHS = tuple(64 << k for k in range(14))
+"""Sequence lengths of batches: fewer than a processor's, as each is a program to compile."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Piece:
+    """What a request gets at a time.
+
+    Attributes:
+        text: that is new.
+        prompt: tokens of the prompt, visual ones included.
+        written: tokens written so far.
+        finish: why it ended, "stop" or "length"; None if it goes on.
+    """
+
+    text: str
+    prompt: int
+    written: int
+    finish: str | None = None
+
+
+Event = Piece | Exception
+
+
+@dataclasses.dataclass(eq=False)
+class Job:
+    """A request on its way through the batcher.
+
+    Attributes:
+        ids: of the prompt, -200 at each picture.
+        pictures: in that order.
+        deliver: called by the batcher's thread with every piece; the last event is a piece with
+            `finish`, or an exception. A cancelled job may end without.
+        max_new_tokens: None for as many as the batcher gives.
+        temperature: 0 for the likeliest tokens.
+        top_p: within (0, 1].
+        seed: of the sampling.
+        stop: strings that end the answer.
+        cancelled: set by whoever does not want the rest.
+        ended: set by the batcher.
+    """
+
+    ids: list[int]
+    pictures: list[Any]
+    deliver: Callable[[Event], object]
+    max_new_tokens: int | None = None
+    temperature: float = 0.0
+    top_p: float = 1.0
+    seed: int = 0
+    stop: tuple[str, ...] = ()
+    cancelled: bool = False
+    ended: bool = False
+
+
+class Batcher:
+    """Takes jobs from any thread and runs them in batches, first come, first served."""
+
+    def __init__(
+        self,
+        model: Model,
+        processor: Processor,
+        *,
+        batch: int = 16,
+        window: float = 0.005,
+        every: int = 8,
+        max_new_tokens: int = 1024,
+    ):
+        """Starts the thread.
+
+        Args:
+            model: that answers.
+            processor: its own.
+            batch: rows at most.
+            window: seconds that the first job of a batch waits for others.
+            every: tokens from one piece of text to the next.
+            max_new_tokens: that any job gets at most.
+        """
+        self.model, self.batch, self.window, self.every = model, batch, window, every
+        self.processor = dataclasses.replace(processor, lengths=LENGTHS)
+        self.max_new_tokens = max_new_tokens
+        self.pending = 0  # jobs that have not ended
+        self._lock = threading.Lock()
+        self._queue: queue.SimpleQueue[Job | None] = queue.SimpleQueue()
+        self._thread = threading.Thread(target=self._work, name="batcher", daemon=True)
+        self._thread.start()
+
+    def submit(self, job: Job) -> None:
+        """Puts a job at the end of the queue."""
+        with self._lock:
+            self.pending += 1
+        self._queue.put(job)
+
+    def close(self) -> None:
+        """Ends the thread after all that was submitted."""
+        self._queue.put(None)
+        self._thread.join()
+
+    def _work(self) -> None:
+        going = True
+        while going:
+            jobs, going = self._collect()
+            wanted = [job for job in jobs if not job.cancelled]
+            try:
+                if wanted:
+                    self._run(wanted)
+            except Exception as error:  # the next batch is another's
+                LOG.exception("a batch of %d failed", len(wanted))
+                for job in wanted:
+                    self._deliver(job, error)
+            for job in jobs:
+                self._end(job)
+
+    def _deliver(self, job: Job, event: Event) -> None:
+        if job.ended:
+            return
+        if isinstance(event, Exception) or event.finish:
+            self._end(job)  # first: whoever gets the answer may come back at once
+        job.deliver(event)
+
+    def _end(self, job: Job) -> None:
+        with self._lock:
+            self.pending -= not job.ended
+            job.ended = True
+
+    def _collect(self) -> tuple[list[Job], bool]:
+        """The next batch, and whether more may come."""
+        jobs: list[Job] = []
+        until = None
+        while len(jobs) < self.batch:
+            try:
+                wait = None if until is None else max(0.0, until - time.monotonic())
+                job = self._queue.get(timeout=wait)
+            except queue.Empty:
+                break
+            if job is None:
+                return jobs, False
+            jobs.append(job)
+            until = until or time.monotonic() + self.window
+        return jobs, True
+
+    def _run(self, jobs: list[Job]) -> None:
+        """One batch; where the pictures or prompts of one are at fault, the others run alone."""
+        spare = min(_bucket(len(jobs), 1), self.batch) - len(jobs)  # rows that fill the shape up
+        try:
+            batch = self.processor(
+                [job.pictures for job in jobs] + [[]] * spare,
+                input_ids=[job.ids for job in jobs] + [[0]] * spare,
+            )
+            prompt = batch.mask.sum(axis=1).tolist()
+            for job, length in zip(jobs, prompt, strict=False):
+                self._fits(job, length)
+        except InputError as error:
+            if len(jobs) == 1:
+                self._deliver(jobs[0], error)
+            else:
+                for job in jobs:
+                    self._run([job])
+            return
+        limit = [self._limit(job, n) for job, n in zip(jobs, prompt, strict=False)] + [1] * spare
+        pieces = stream_ids(
+            self.model,
+            batch,
+            every=self.every,
+            max_new_tokens=limit,
+            room=_bucket(max(limit), 64),
+            stop=self.processor.stop_ids,
+            temperature=[job.temperature for job in jobs] + [0.0] * spare,
+            top_p=[job.top_p for job in jobs] + [1.0] * spare,
+            seed=[job.seed for job in jobs] + [0] * spare,
+        )
+        live = {i: Text(self.processor, job.stop) for i, job in enumerate(jobs)}
+        for new, ended in pieces:
+            for i, text in list(live.items()):
+                piece = _piece(text, new[i], ended[i], prompt[i], limit[i])
+                self._deliver(jobs[i], piece)
+                if jobs[i].ended or jobs[i].cancelled:
+                    del live[i]
+            if not live:
+                return
+
+    def _fits(self, job: Job, length: int) -> None:
+        if length >= self.model.context:
+            raise InputError(
+                "messages",
+                found=f"{length} tokens, visual ones included",
+                expected=f"fewer than {self.model.context}, the LLM's context",
+                fix="shorten the conversation or send fewer pictures",
+            )
+
+    def _limit(self, job: Job, length: int) -> int:
+        """New tokens that a job gets; as many as fit, whatever it asks for."""
+        asked = job.max_new_tokens or self.max_new_tokens
+        return min(asked, self.max_new_tokens, self.model.context - length)
+
+
+def _piece(text: Text, new: Sequence[int], ended: bool, prompt: int, limit: int) -> Piece:
+    more = text.add(new, ended)
+    written = len(text.ids)
+    finish = None
+    if text.stopped or ended:
+        finish = "stop" if text.stopped or written < limit else "length"
+    return Piece(more, prompt, written, finish)
+
+
+def _bucket(n: int, first: int) -> int:
+    """The first of `first`, 4 x `first`, 16 x ... that is at least n."""
+    while first < n:
+        first *= 4
+    return first

@@ -1,0 +1,410 @@
+"""The server: OpenAI's form, answers equal to `generate`'s, what is wrong refused in one line."""
+
+import asyncio
+import base64
+import contextlib
+import dataclasses
+import io
+import json
+import random
+import signal
+import socket
+import struct
+import subprocess
+import sys
+import threading
+import time
+import zlib
+from pathlib import Path
+
+import httpx2
+import numpy as np
+import pytest
+from PIL import Image
+from starlette.testclient import TestClient
+
+import converters
+import vfjax
+from experiments.serve.app import Service
+from experiments.serve.asked import Limits, Refused, fetch
+from experiments.serve.batcher import LENGTHS, Batcher, Job
+
+ROOT = Path(__file__).resolve().parents[2]
+MODEL = ROOT / "experiments" / "family" / "models" / "clip"
+URL = "/v1/chat/completions"
+QUESTIONS = ["how many digits ?", "where is the 3 ?", "which digit is red ?"]
+
+
+def picture(seed: int = 0, side: int = 48) -> Image.Image:
+    pixels = np.random.default_rng(seed).integers(0, 256, (side, side, 3), dtype=np.uint8)
+    return Image.fromarray(pixels)
+
+
+def data(image: Image.Image, kind: str = "PNG") -> str:
+    out = io.BytesIO()
+    image.save(out, kind)
+    return f"data:image/{kind.lower()};base64," + base64.b64encode(out.getvalue()).decode()
+
+
+def part(address: str) -> dict:
+    return {"type": "image_url", "image_url": {"url": address, "detail": "high"}}
+
+
+def ask(text: str, *images: str, **more) -> dict:
+    content = [{"type": "text", "text": text}, *map(part, images)]
+    messages = [{"role": "user", "content": content}]
+    return {"model": "clip", "messages": messages, "temperature": 0, "max_tokens": 8} | more
+
+
+@pytest.fixture(scope="module")
+def loaded() -> tuple:
+    """With the batcher's lengths, so that both run the same programs."""
+    model, processor = converters.load(MODEL, dtype="float32")
+    return model, dataclasses.replace(processor, lengths=LENGTHS)
+
+
+@pytest.fixture(scope="module")
+def service(loaded):
+    batcher = Batcher(*loaded, batch=4, every=2, max_new_tokens=64)
+    limits = Limits("clip", body=1 << 20, pixels=200_000, pictures=3)
+    yield Service(batcher, limits, queue=8)
+    batcher.close()
+
+
+@pytest.fixture(scope="module")
+def client(service):
+    with TestClient(service.app(), raise_server_exceptions=False) as client:
+        yield client
+
+
+def direct(loaded: tuple, text: str, *images: Image.Image, **how) -> str:
+    model, processor = loaded
+    prompt = processor.chat(text, images=len(images))
+    return vfjax.generate(model, processor, processor(list(images), [prompt]), **how)[0]
+
+
+def test_an_answer(client, loaded):
+    found = client.post(URL, json=ask(QUESTIONS[0], data(picture()))).json()
+    expected = direct(loaded, QUESTIONS[0], picture(), max_new_tokens=8)
+    assert expected
+    (choice,) = found["choices"]
+    message = {"role": "assistant", "content": expected, "refusal": None}
+    assert choice == {"index": 0, "message": message, "finish_reason": "stop", "logprobs": None}
+    usage = found["usage"]
+    batch = loaded[1]([picture()], [loaded[1].chat(QUESTIONS[0])])
+    assert usage["prompt_tokens"] == batch.mask.sum()
+    assert usage["total_tokens"] == usage["prompt_tokens"] + usage["completion_tokens"]
+    assert found["object"] == "chat.completion"
+    assert found["model"] == "clip"
+
+
+def events(answer: httpx2.Response) -> list[dict]:
+    assert answer.headers["content-type"].startswith("text/event-stream")
+    lines = [line for line in answer.text.split("\n\n") if line]
+    assert lines[-1] == "data: [DONE]"
+    return [json.loads(line.removeprefix("data: ")) for line in lines[:-1]]
+
+
+def test_a_streamed_answer(client, loaded):
+    how = {"temperature": 1.5, "seed": 4, "max_new_tokens": 24}
+    body = ask(QUESTIONS[1], temperature=1.5, seed=4, max_tokens=24, stream=True)
+    body["stream_options"] = {"include_usage": True}
+    found = events(client.post(URL, json=body))
+    deltas = [event["choices"][0]["delta"] for event in found[:-1]]
+    assert deltas[0] == {"role": "assistant", "content": ""}
+    assert "".join(d.get("content", "") for d in deltas) == direct(loaded, QUESTIONS[1], **how)
+    assert len({event["id"] for event in found}) == 1
+    assert found[-2]["choices"][0]["finish_reason"] in ("stop", "length")
+    assert found[-1]["choices"] == []
+    assert found[-1]["usage"]["completion_tokens"] > 0
+    plain = client.post(URL, json={**body, "stream": False, "stream_options": None}).json()
+    assert plain["choices"][0]["message"]["content"] == direct(loaded, QUESTIONS[1], **how)
+    assert plain["usage"] == found[-1]["usage"]
+
+
+def test_stop_length_and_the_context(client, loaded):
+    whole = direct(loaded, "red", max_new_tokens=64, temperature=3.0, seed=1)
+    first, second = whole.split()[:2]
+    body = ask("red", temperature=3, seed=1, max_tokens=2)
+    short = client.post(URL, json=body).json()
+    assert short["choices"][0]["finish_reason"] == "length"
+    assert short["usage"]["completion_tokens"] == 2
+    body |= {"max_tokens": 32768}  # VLMEvalKit's
+    full = client.post(URL, json=body).json()
+    assert full["choices"][0]["message"]["content"] == whole
+    cut = client.post(URL, json=body | {"stop": ["nowhere", f" {second}"]}).json()
+    assert cut["choices"][0]["message"]["content"] == whole.split(f" {second}")[0].strip() == first
+    assert cut["choices"][0]["finish_reason"] == "stop"
+    long = client.post(URL, json=ask("red " * 508, max_completion_tokens=60)).json()
+    assert long["usage"]["total_tokens"] <= 512
+    assert long["usage"]["completion_tokens"] < 10
+
+
+def test_a_conversation(client, loaded):
+    """Roles by the template; `<image>` in a text is text; pictures between texts stay there."""
+    model, processor = loaded
+    messages = [
+        {"role": "system", "content": "one word"},
+        {"role": "user", "content": [part(data(picture(1))), {"type": "text", "text": "red ?"}]},
+        {"role": "assistant", "content": "3"},
+        {
+            "role": "user",
+            "content": [
+                {"type": "text", "text": "here"},
+                part(data(picture(2))),
+                {"type": "text", "text": "blue <image> ?"},
+            ],
+        },
+    ]
+    body = {"model": "clip", "messages": messages, "temperature": 0, "max_tokens": 8}
+    found = client.post(URL, json=body)
+    assert found.status_code == 200, found.text
+    prompt = (
+        "[INST] one word\n\n<image>\nred ? [/INST] 3 </s>[INST] here\n<image>\nblue @ ? [/INST]"
+    )
+    ids = vfjax.prompts.tokenize(processor.tokenizer, prompt)
+    at = processor.tokenizer.convert_tokens_to_ids("@")
+    assert at == processor.tokenizer.convert_tokens_to_ids("<image>")  # both unknown
+    batch = processor([picture(1), picture(2)], input_ids=[ids])
+    (expected,) = vfjax.generate(model, processor, batch, max_new_tokens=8)
+    assert found.json()["choices"][0]["message"]["content"] == expected
+    extra = len(processor.tokenizer("<image>").input_ids) - len(processor.tokenizer("@").input_ids)
+    assert found.json()["usage"]["prompt_tokens"] == batch.mask.sum() + extra
+
+
+def bomb(side: int = 10_000) -> str:
+    """A PNG of side * side black pixels, in about 12 kB."""
+
+    def chunk(kind: bytes, body: bytes) -> bytes:
+        check = zlib.crc32(kind + body)
+        return struct.pack(">I", len(body)) + kind + body + struct.pack(">I", check)
+
+    head = struct.pack(">IIBBBBB", side, side, 1, 0, 0, 0, 0)
+    rows = zlib.compress(bytes(side * (side // 8 + 1)))
+    png = b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", head) + chunk(b"IDAT", rows) + chunk(b"IEND", b"")
+    return "data:image/png;base64," + base64.b64encode(png).decode()
+
+
+GIF = "data:image/gif;base64," + base64.b64encode(b"GIF89a" + bytes(20)).decode()
+WRONG = {
+    "not JSON": (b"{", "body: found no JSON"),
+    "nested": (b"[" * 100_000, "body: found no JSON"),
+    "NaN": (b'{"temperature": NaN}', "NaN is no JSON"),
+    "a list": (b"[]", "body: found a JSON list"),
+    "bytes": (b"\xff\xfe\x00", "body: found no JSON"),
+    "no model": (ask("a", model=None), "model: found nothing"),
+    "no messages": (ask("a", messages=[]), "messages: found none"),
+    "role": (ask("a", messages=[{"role": "tool", "content": "a"}]), "messages[0]: found a message"),
+    "no question": (ask("a", messages=[{"role": "system", "content": "a"}]), "no question"),
+    "content": (ask("a", messages=[{"role": "user", "content": 3}]), "messages[0].content[0]"),
+    "surrogate": (ask("\ud800"), "surrogate"),
+    "two": (ask("a", n=2), "n: found 2, expected 1"),
+    "key": (ask("a", best=1), "best: found a key that this server does not know"),
+    "temperature": (ask("a", temperature=-1), "temperature: found -1"),
+    "infinite": (ask("a", temperature=10**400), "temperature: found 1000"),
+    "top_p": (ask("a", top_p="1"), "top_p: found a str"),
+    "max_tokens": (ask("a", max_tokens=0), "max_tokens: found 0"),
+    "true": (ask("a", max_tokens=True), "max_tokens: found a bool"),
+    "stop": (ask("a", stop=[""]), "stop: found something else"),
+    "usage": (ask("a", stream_options={"include_usage": True}), "stream_options: found it without"),
+    "long": (ask("red " * 600), "expected at most 512, the LLM's context"),
+    "file": (ask("a", "file:///etc/passwd"), "an address of another kind"),
+    "path": (ask("a", "/etc/passwd"), "an address of another kind"),
+    "host": (ask("a", "http://127.0.0.1:1/a.png"), "an address at '127.0.0.1:1'"),
+    "base64": (ask("a", "data:image/png;base64,a@"), "broken base64"),
+    "no base64": (ask("a", "data:image/png,abc"), "a data address without base64"),
+    "no picture": (ask("a", "data:image/png;base64,AAAA"), "found no picture"),
+    "broken": (ask("a", data(picture())[:-400]), "messages[0].content[1]: found an unreadable"),
+    "gif": (ask("a", GIF), "messages[0].content[1]: found"),
+    "bomb": (ask("a", bomb()), "found 10000x10000 pixels, expected 200000 in a request"),
+    "pixels": (ask("a", *[data(Image.new("RGB", (300, 300)))] * 3), "300x300 pixels"),
+    "pictures": (ask("a", *[data(picture())] * 4), "another picture, expected at most 3"),
+}
+
+
+@pytest.mark.filterwarnings("ignore::PIL.Image.DecompressionBombWarning")
+@pytest.mark.parametrize("name", WRONG)
+def test_what_is_wrong_is_said_in_one_line(client, name: str):
+    body, words = WRONG[name]
+    content = body if isinstance(body, bytes) else json.dumps(body).encode()
+    found = client.post(URL, content=content)
+    assert found.status_code == 400, found.text
+    error = found.json()["error"]
+    assert words in error["message"]
+    assert "\n" not in error["message"]
+    assert error["type"] == "invalid_request_error"
+
+
+def test_other_addresses(client):
+    assert client.get("/health").json() == {"status": "ok", "requests": 0}
+    (card,) = client.get("/v1/models").json()["data"]
+    assert card["id"] == "clip"
+    assert client.get("/v1/models/clip").json() == card
+    for answer, status in (
+        (client.get("/v1/models/other"), 404),
+        (client.post(URL, json=ask("a", model="other")), 404),
+        (client.get("/nowhere"), 404),
+        (client.get(URL), 405),
+        (client.post(URL, content=b" " * (1 << 21)), 413),
+    ):
+        assert answer.status_code == status
+        assert answer.json()["error"]["type"] == "invalid_request_error"
+    paths = client.get("/openapi.json").json()["paths"]
+    assert set(paths) == {URL, "/v1/models", "/v1/models/{name}", "/health"}
+
+
+def test_a_full_house_is_refused(service, client):
+    service.reading += service.queue
+    try:
+        found = client.post(URL, json=ask("a"))
+    finally:
+        service.reading -= service.queue
+    assert found.status_code == 429
+    assert int(found.headers["retry-after"]) > 0
+    assert found.json()["error"]["type"] == "rate_limit_error"
+    assert client.post(URL, json=ask(QUESTIONS[0])).status_code == 200
+
+
+def test_an_answer_that_takes_too_long(service, client, monkeypatch):
+    monkeypatch.setattr(service, "timeout", 0.5)
+    monkeypatch.setattr(service.batcher, "_run", lambda jobs: time.sleep(1.5))
+    found = client.post(URL, json=ask(QUESTIONS[0]))
+    assert found.status_code == 504
+    assert found.json()["error"]["type"] == "server_error"
+
+
+def test_a_fault_of_ours_leaves_the_others_alone(service, client, monkeypatch):
+    def fail(jobs: list[Job]) -> None:
+        raise MemoryError
+
+    with monkeypatch.context() as patch:
+        patch.setattr(service.batcher, "_run", fail)
+        assert client.post(URL, json=ask(QUESTIONS[0])).status_code == 500
+    assert client.post(URL, json=ask(QUESTIONS[0])).status_code == 200
+    assert service.batcher.pending == 0
+
+
+def test_a_bad_row_leaves_its_batch_alone(service, loaded):
+    """Jobs of one batch: one too long, one cancelled, two as if alone."""
+    model, processor = loaded
+    found: dict[int, list] = {}
+    lone = [vfjax.prompts.tokenize(processor.tokenizer, processor.chat(q)) for q in QUESTIONS]
+    jobs = []
+    for i, ids in enumerate([lone[0], [5] * 600, lone[1], lone[2]]):
+        found[i] = []
+        pictures = [] if i == 1 else [picture(i)]
+        jobs.append(Job(ids, pictures, found[i].append, max_new_tokens=8, cancelled=i == 3))
+    for job in jobs:
+        service.batcher.submit(job)
+    wait_for(lambda: service.batcher.pending == 0)
+    assert isinstance(found[1][-1], vfjax.InputError)
+    assert found[3] == []
+    for i, question in ((0, QUESTIONS[0]), (2, QUESTIONS[1])):
+        text = "".join(piece.text for piece in found[i])
+        assert text == direct(loaded, question, picture(i), max_new_tokens=8)
+
+
+def test_fetching_is_for_named_hosts(tmp_path: Path):
+    files = {"/a.png": b"picture", "/large": bytes(5000)}
+
+    def answer(listener: socket.socket) -> None:
+        with contextlib.suppress(OSError):
+            while True:
+                connection, _ = listener.accept()
+                with connection:
+                    path = connection.recv(4096).split()[1].decode()
+                    body = files.get(path)
+                    if body is None:
+                        head = (
+                            b"HTTP/1.1 302 Found\r\nLocation: /a.png\r\nContent-Length: 0\r\n\r\n"
+                        )
+                    else:
+                        head = b"HTTP/1.1 200 OK\r\nContent-Length: %d\r\n\r\n" % len(body)
+                    connection.sendall(head + (body or b""))
+
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        threading.Thread(target=answer, args=(listener,), daemon=True).start()
+        host = f"127.0.0.1:{listener.getsockname()[1]}"
+        limits = Limits("clip", body=1000, hosts=(host,))
+        assert fetch(f"http://{host}/a.png", "here", limits) == b"picture"
+        for address, words in {
+            f"http://{host}/large": "more than 1000 bytes",
+            f"http://{host}/moved": "status 302",
+            f"http://{host}.other/a.png": "an address at",
+            f"http://{host}@other/a.png": "an address at",
+            "http://127.0.0.1/a.png": "an address at",
+            "http://[/a.png": "an address at",
+        }.items():
+            with pytest.raises(Refused, match=words):
+                fetch(address, "here", limits)
+
+
+def wait_for(true, seconds: float = 60.0) -> None:
+    until = time.monotonic() + seconds
+    while not true():
+        assert time.monotonic() < until
+        time.sleep(0.05)
+
+
+SIZES = ["queue=48", "timeout=120", "batch=4", "every=2", "max_new_tokens=64"]
+
+
+def test_a_process_under_load():
+    """64 clients as VLMEvalKit sends; some leave; SIGTERM finishes what runs and ends with 0."""
+    config = [f"--config.model={MODEL}", "--config.port=0", "--config.dtype=float32"]
+    command = [sys.executable, "experiments/run.py", "--config=experiments/configs/serve.py"]
+    process = subprocess.Popen(
+        [*command, *config, *(f"--config.{key}" for key in SIZES)],
+        cwd=ROOT,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    try:
+        base = process.stdout.readline().split()[-1].removesuffix("/v1")
+        codes, texts = asyncio.run(load(base, process))
+        out, err = process.communicate(timeout=60)
+    finally:
+        process.kill()
+    assert process.returncode == 0
+    assert err == ""
+    assert set(codes) <= {200, 429}, codes
+    assert codes.count(200) >= 64
+    assert all(len(set(found)) == 1 for found in texts.values())  # whatever the batch
+
+
+async def load(base: str, process: subprocess.Popen) -> tuple[list[int], dict[int, list[str]]]:
+    rng = random.Random(0)
+    codes: list[int] = []
+    texts: dict[int, list[str]] = {}
+    limits = httpx2.Limits(max_connections=100)
+    async with httpx2.AsyncClient(base_url=base, timeout=120, limits=limits) as client:
+
+        async def one(kind: int) -> None:
+            body = ask(QUESTIONS[kind], data(picture(kind), "JPEG"), max_tokens=32768)
+            while True:
+                answer = await client.post(URL, json=body)
+                codes.append(answer.status_code)
+                if answer.status_code != 429:
+                    break
+                await asyncio.sleep(0.2 + rng.random())
+            content = answer.json()["choices"][0]["message"]["content"]
+            texts.setdefault(kind, []).append(content)
+
+        async def leave() -> None:
+            with contextlib.suppress(httpx2.TimeoutException):
+                body = ask("red", temperature=3, max_tokens=400, stream=True)
+                await client.post(URL, json=body, timeout=0.3)
+
+        await asyncio.gather(*(one(i % 3) for i in range(64)), *(leave() for _ in range(4)))
+        before = len(codes)
+        last = [asyncio.create_task(one(i % 3)) for i in range(16)]
+        taken = 0
+        while taken < 16:  # until all are in the house, or through
+            taken = (await client.get("/health")).json()["requests"] + len(codes) - before
+        process.send_signal(signal.SIGTERM)
+        await asyncio.gather(*last)
+        with pytest.raises(httpx2.ConnectError):
+            async with httpx2.AsyncClient(base_url=base) as late:
+                await late.get("/health")
+    return codes, texts

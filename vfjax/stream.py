@@ -1,0 +1,137 @@
+"""Text as it is written: `generate` in pieces, none of which changes afterwards."""
+
+import dataclasses
+import re
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+from vfjax.generate import Batches, Generator, stream_ids
+from vfjax.modes import MemberProcessors
+from vfjax.processor import Processor
+from vfjax.prompts import get_template
+
+
+def stream(
+    model: Generator,
+    processor: Processor | MemberProcessors,
+    batch: Batches,
+    *,
+    every: int = 8,
+    max_new_tokens: int | Sequence[int] = 64,
+    temperature: float | Sequence[float] = 0.0,
+    top_k: int | None = None,
+    top_p: float | Sequence[float] | None = None,
+    seed: int | Sequence[int] = 0,
+) -> Iterator[list[str]]:
+    """What is new of each row's text, as it is written; joined, the texts of `generate`.
+
+    What may yet change waits: the first bytes of a character, the first letters of a stop, spaces
+    at the end.
+
+    Args:
+        model: as in `generate`.
+        processor: as there.
+        batch: as there.
+        every: tokens from one time to the next.
+        max_new_tokens: as there.
+        temperature: as there.
+        top_k: as there.
+        top_p: as there.
+        seed: as there.
+
+    Raises:
+        InputError: as there, at the call; or `every` is below 1.
+    """
+    pieces = stream_ids(
+        model,
+        batch,
+        every=every,
+        max_new_tokens=max_new_tokens,
+        stop=processor.stop_ids,
+        temperature=temperature,
+        top_k=top_k,
+        top_p=top_p,
+        seed=seed,
+    )
+
+    def texts() -> Iterator[list[str]]:
+        rows: list[Text] = []
+        for ids, ended in pieces:
+            rows = rows or [Text(processor) for _ in ids]
+            yield [row.add(new, last) for row, new, last in zip(rows, ids, ended, strict=True)]
+
+    return texts()
+
+
+@dataclasses.dataclass
+class Text:
+    """A row's text while its ids arrive.
+
+    Attributes:
+        processor: whose tokenizer, and whose template's stop strings, it takes.
+        stop: more strings that end it.
+        ids: that have arrived.
+        text: of them, as far as it is certain.
+        stopped: a stop string has ended it.
+    """
+
+    processor: Processor | MemberProcessors
+    stop: Sequence[str] = ()
+    ids: list[int] = dataclasses.field(default_factory=list)
+    text: str = ""
+    stopped: bool = False
+
+    def add(self, ids: Sequence[int], last: bool) -> str:
+        """Takes new ids; what has become certain of the text.
+
+        Args:
+            ids: new ones.
+            last: no more will come.
+
+        Raises:
+            InputError: there is no tokenizer.
+        """
+        if self.stopped:
+            return ""
+        self.ids += ids
+        processor = self.processor
+        if isinstance(processor, MemberProcessors):
+            processor = processor.processors[0]
+        tokenizer = processor.require_tokenizer()
+        text = tokenizer.decode(
+            self.ids if last else _settled(tokenizer, self.ids), skip_special_tokens=True
+        )
+        if not last:
+            text = text.rstrip("\N{REPLACEMENT CHARACTER}")  # a character's first bytes
+            if tokenizer.clean_up_tokenization_spaces:  # the last word may lose its space
+                text = text[: max(text.rfind(" "), len(self.text))]
+        stops = (*get_template(processor.template).stop, *self.stop)
+        found = [text.index(stop) for stop in stops if stop in text]
+        self.stopped = bool(found)
+        if found:
+            text = text[: min(found)]
+        elif not last:
+            text = text[: len(text) - max((_begun(stop, text) for stop in stops), default=0)]
+        text = text.strip()
+        if len(text) <= len(self.text):
+            return ""
+        new, self.text = text[len(self.text) :], text
+        return new
+
+
+_BYTE = re.compile(r"<0x[0-9A-F]{2}>")
+
+
+def _settled(tokenizer: Any, ids: Sequence[int]) -> Sequence[int]:
+    """Without the byte tokens at the end: if their run turns out wrong, all of it does."""
+    special, n = set(tokenizer.all_special_ids), len(ids)
+    while n and (
+        ids[n - 1] in special or _BYTE.fullmatch(tokenizer.convert_ids_to_tokens(ids[n - 1]) or "")
+    ):
+        n -= 1
+    return ids[:n]
+
+
+def _begun(stop: str, text: str) -> int:
+    """How many letters at the end of the text begin the stop."""
+    return next((n for n in range(len(stop) - 1, 0, -1) if text.endswith(stop[:n])), 0)

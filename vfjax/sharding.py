@@ -1,7 +1,9 @@
 """Meshes, and where parameters and batches lie on them.
 
-Parameters name logical axes; `RULES` maps those to mesh axes. Meshes are `Auto`: the compiler
-propagates shardings and inserts the collectives.
+Parameters name logical axes; `RULES` maps those to mesh axes. A strategy is a mesh's shape: `data`
+devices hold copies and share the rows of a batch, `fsdp` devices share the rows and each parameter,
+which is gathered where it is used, `model` devices share each product (tensor parallelism). Meshes
+are `Auto`: the compiler propagates shardings and inserts the collectives.
 """
 
 import math
@@ -19,39 +21,53 @@ from vfjax.errors import InputError
 T = TypeVar("T")
 
 RULES: Mapping[str, str | None] = {
-    "embed": None,
+    "embed": "fsdp",
     "heads": "model",
     "mlp": "model",
     "vocab": "model",
 }
-"""Logical axis of a parameter -> mesh axis; None keeps it whole."""
+"""Logical axis of a parameter -> mesh axis; None, or one that the mesh lacks, keeps it whole."""
+
+AXES = ("data", "fsdp", "model")
 
 
-def make_mesh(data: int = 1, model: int = 1) -> Mesh:
-    """A mesh of data x model devices, of all processes.
+def make_mesh(data: int = 1, model: int = 1, fsdp: int = 1) -> Mesh:
+    """A mesh of data x fsdp x model devices, of all processes.
 
     Raises:
         InputError: the product is not the number of devices.
     """
-    if data * model != jax.device_count():
+    if data * fsdp * model != jax.device_count():
         raise InputError(
             "mesh",
-            found=f"data={data} x model={model}",
+            found=f"data={data} x model={model} x fsdp={fsdp}",
             expected=f"{jax.device_count()} devices",
             fix="choose axes whose product is the number of devices",
         )
-    axes, processes = (AxisType.Auto,) * 2, jax.process_count()
-    if processes > 1 and data % processes == 0:
-        # A process's devices are a block of the data axis, so that it reads its own rows alone; on
+    types, processes = (AxisType.Auto,) * len(AXES), jax.process_count()
+    if processes > 1 and data * fsdp % processes == 0:
+        # A process's devices are a block of the rows' axes, so that it reads its own rows alone; on
         # a pod the devices' own order follows the torus.
-        devices = mesh_utils.create_hybrid_device_mesh(
-            (data // processes, model),
-            (processes, 1),
-            process_is_granule=True,
-            allow_split_physical_axes=True,
-        )
-        return Mesh(devices, ("data", "model"), axis_types=axes)
-    return jax.make_mesh((data, model), ("data", "model"), axis_types=axes)
+        across = math.gcd(data, processes)
+        if fsdp % (processes // across) == 0:
+            devices = mesh_utils.create_hybrid_device_mesh(
+                (data // across, fsdp // (processes // across), model),
+                (across, processes // across, 1),
+                process_is_granule=True,
+                allow_split_physical_axes=True,
+            )
+            return Mesh(devices, AXES, axis_types=types)
+    return jax.make_mesh((data, fsdp, model), AXES, axis_types=types)
+
+
+def row_axes(mesh: Mesh) -> tuple[str, ...]:
+    """The mesh axes that share a batch's rows: all but `model`."""
+    return tuple(axis for axis in mesh.axis_names if axis != "model")
+
+
+def row_shards(mesh: Mesh) -> int:
+    """How many devices, or groups of them, share a batch's rows."""
+    return math.prod(mesh.shape[axis] for axis in row_axes(mesh))
 
 
 def param_sharding(
@@ -68,6 +84,7 @@ def param_sharding(
     spec = []
     for size, axis in zip(variable.shape, variable.axes, strict=True):
         over = rules[axis] if axis is not None else None
+        over = over if over in mesh.shape else None
         if over is not None and size % mesh.shape[over]:
             raise InputError(
                 name,
@@ -90,7 +107,7 @@ def mesh_of(tree: object) -> Mesh | None:
 
 
 def place(tree: T, mesh: Mesh | None) -> T:
-    """Puts a tree of host arrays on the mesh, first axis over `data` where it divides.
+    """Puts a tree of host arrays on the mesh, first axis over `row_axes` where they divide it.
 
     Every process passes the same whole arrays. Without a mesh they go to the default device.
     """
@@ -98,7 +115,7 @@ def place(tree: T, mesh: Mesh | None) -> T:
         return jax.device_put(tree)
 
     def put(x: np.ndarray | jax.Array) -> jax.Array:
-        over = "data" if x.ndim and x.shape[0] % mesh.shape["data"] == 0 else None
+        over = row_axes(mesh) if x.ndim and x.shape[0] % row_shards(mesh) == 0 else None
         sharding = NamedSharding(mesh, PartitionSpec(over) if x.ndim else PartitionSpec())
         host = np.asarray(x)
         return jax.make_array_from_callback(x.shape, sharding, lambda index: host[index])

@@ -23,7 +23,9 @@ def get_config(benchmark: str = "mmvp") -> ConfigDict:
             "max_new_tokens": config_dict.placeholder(int),  # default: the benchmark's
             "template": config_dict.placeholder(str),  # default: the checkpoint's
             "dtype": config_dict.placeholder(str),  # default: as stored
-            "mesh": config_dict.placeholder(tuple),  # (data, model) devices; default: one a process
+            "mesh": config_dict.placeholder(
+                tuple
+            ),  # (data, model[, fsdp]) devices; default: one a process
             "towers": (),  # "name in config.json=folder" for towers that are elsewhere
             "chunks": 1,  # jobs that share the questions, as in LLaVA's scripts
             "chunk": 0,  # which of them this is

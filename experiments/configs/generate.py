@@ -20,7 +20,9 @@ def get_config() -> ConfigDict:
             "top_p": config_dict.placeholder(float),
             "seed": 0,
             "dtype": config_dict.placeholder(str),  # default: as stored
-            "mesh": config_dict.placeholder(tuple),  # (data, model) devices; default: one device
+            "mesh": config_dict.placeholder(
+                tuple
+            ),  # (data, model[, fsdp]) devices; default: one device
             "towers": (),  # "name in config.json=folder" for towers that are elsewhere
         }
     )

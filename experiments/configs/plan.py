@@ -19,7 +19,10 @@ def get_config(job: str = "generate") -> ConfigDict:
             # Branches, one or more, and an LLM of experiments.tasks.shapes: "mgm+slime@llama-3-8b".
             "model": "mgm+slime@llama-3-8b",
             "topology": "v5e:4x4",  # v4, v5e, v5p, v6e or tpu7x, and a shape; or h100:8 and so on
-            "model_axis": 8,  # devices that share each matrix; the others share the batch
+            # Devices that share each product, and that share each parameter besides the batch; the
+            # others share the batch alone.
+            "model_axis": 8,
+            "fsdp": 1,
             "batch": 16,  # rows, one picture each
             "text": 128,  # tokens of text a row
             "new_tokens": 64,  # slots of the cache beyond the prompt

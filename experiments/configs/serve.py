@@ -23,7 +23,9 @@ def get_config() -> ConfigDict:
             "max_images": 16,  # of a request
             "allow_hosts": (),  # "host" or "host:port" that pictures may be fetched from
             "dtype": config_dict.placeholder(str),  # default: as stored
-            "mesh": config_dict.placeholder(tuple),  # (data, model) devices; default: one device
+            "mesh": config_dict.placeholder(
+                tuple
+            ),  # (data, model[, fsdp]) devices; default: one device
             "towers": (),  # "name in config.json=folder" for towers that are elsewhere
         }
     )

@@ -78,7 +78,7 @@ def get_config(recipe: str = "llava") -> ConfigDict:
             "aspect": "pad",  # pictures are padded to a square, or cropped ("crop")
             "stages": RECIPES[recipe](),  # in this order; each makes WORKDIR/NAME/model
             "dtype": "bfloat16",  # of the computation; what is stored keeps its own
-            "mesh": (1, 1),  # (data, model)
+            "mesh": (1, 1),  # (data, model[, fsdp]) devices, see vfjax.sharding
             "remat": True,
             "seed": 0,
             "skip_broken": False,  # leave broken rows and pictures out, counted and named

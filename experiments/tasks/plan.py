@@ -23,7 +23,7 @@ from experiments.tasks.shapes import model_config
 from vfjax import Batch, InputError, Model, Processor
 from vfjax.files import replacing
 from vfjax.model import ModelConfig
-from vfjax.sharding import param_sharding
+from vfjax.sharding import AXES, param_sharding, row_axes, row_shards
 from vfjax.train import Group, LoRAConfig, Optim, State, add_lora, make_step, split
 from vfjax.train.optim import name_of, named
 
@@ -69,7 +69,7 @@ def run(config: ConfigDict, workdir: Path) -> None:
         raise InputError(
             "config.job", found=repr(config.job), expected=" or ".join(JOBS), fix="choose one"
         )
-    mesh, chip = make_mesh(config.topology, config.model_axis)
+    mesh, chip = make_mesh(config.topology, config.model_axis, config.fsdp)
     start, whole = time.perf_counter(), model_config(config.model)
     depths = config.depths or (whole.llm.layers,)
     found = compiled(config, whole, mesh, config.batch, depths)
@@ -110,14 +110,13 @@ def compiled(
 
 
 def largest(batch: int, found: Any, twice: Any, whole: ModelConfig, chip: Chip, mesh: Mesh) -> int:
-    """Rows that fit, on the line through two batches, a multiple of the data axis."""
+    """Rows that fit, on the line through two batches, a multiple of those that share them."""
     fit = []
     for name in next(iter(found.values())):
         one, two = (at_depth(each, name, whole.llm.layers)["bytes"] for each in (found, twice))
         each = max((two - one) / batch, 1.0)
         fit.append(batch + (chip.memory * GIB - one) / each)
-    axis = mesh.shape["data"]
-    return max(int(min(fit)) // axis * axis, 0)
+    return max(int(min(fit)) // row_shards(mesh) * row_shards(mesh), 0)
 
 
 def report(record: Mapping[str, Any], mesh: Mapping[str, int], chip: Chip, need: float) -> None:
@@ -144,8 +143,8 @@ def remedy(record: Mapping[str, Any], mesh: Mapping[str, int], chip: Chip) -> st
     )
 
 
-def make_mesh(topology: str, model: int) -> tuple[Mesh, Chip]:
-    """A (data, model) mesh of a topology's devices, and one of them.
+def make_mesh(topology: str, model: int, fsdp: int) -> tuple[Mesh, Chip]:
+    """A (data, fsdp, model) mesh of a topology's devices, and one of them.
 
     TPUs are compiled for by their own compiler. GPUs ("h100:8") stand on as many CPU devices: the
     parameters and collectives are those of any machine, XLA:CPU's temporaries a guess.
@@ -171,16 +170,16 @@ def make_mesh(topology: str, model: int) -> tuple[Mesh, Chip]:
             "their compiler",
             fix="correct it; pip install 'vfjax[tpu]' brings the compiler",
         ) from error
-    if len(devices) % model:
+    if len(devices) % (model * fsdp):
         raise InputError(
-            "config.model_axis",
-            found=f"{model} for {len(devices)} devices",
+            "config.model_axis, config.fsdp",
+            found=f"{model} x {fsdp} for {len(devices)} devices",
             expected="a divisor of their number",
-            fix="choose another",
+            fix="choose others",
         )
-    shape_of = (len(devices) // model, model)
-    axes = (AxisType.Auto,) * 2
-    return jax.make_mesh(shape_of, ("data", "model"), axis_types=axes, devices=devices), chip
+    sizes = (len(devices) // (model * fsdp), fsdp, model)
+    types = (AxisType.Auto,) * len(AXES)
+    return jax.make_mesh(sizes, AXES, axis_types=types, devices=devices), chip
 
 
 def model_of(config: ConfigDict, made: ModelConfig, mesh: Mesh, *, lora: bool = False) -> Model:
@@ -201,7 +200,7 @@ def model_of(config: ConfigDict, made: ModelConfig, mesh: Mesh, *, lora: bool = 
 def batch_of(
     config: ConfigDict, made: ModelConfig, mesh: Mesh, batch: int, *, labels: bool
 ) -> Batch:
-    """Inputs of the job as shapes: rows of one picture and of text, over the data axis."""
+    """Inputs of the job as shapes: rows of one picture and of text, over the mesh's row axes."""
     processor = Processor(made, lengths=tuple(range(128, 65536, 128)))
     ids = [[1, -200, *range(3, 3 + config.text)]]
     picture = np.zeros((800, 1000, 3), np.uint8)
@@ -209,7 +208,7 @@ def batch_of(
 
     def grown(x: np.ndarray) -> Shape:
         shape = (batch * x.shape[0], *x.shape[1:])
-        over = "data" if shape[0] % mesh.shape["data"] == 0 else None
+        over = row_axes(mesh) if shape[0] % row_shards(mesh) == 0 else None
         spec, lead = ((None, over), (1,)) if labels else ((over,), ())
         return Shape((*lead, *shape), x.dtype, sharding=NamedSharding(mesh, PartitionSpec(*spec)))
 

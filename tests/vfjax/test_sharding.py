@@ -2,6 +2,7 @@
 
 import collections
 import dataclasses
+import re
 from pathlib import Path
 
 import jax
@@ -94,6 +95,45 @@ def test_tokens_equal_those_of_one_device(single, sharded) -> None:
     tokens = [generate_ids(m, batch, max_new_tokens=8) for m in (model, sharded["fused"])]
     assert tokens[0] == tokens[1]
     assert [len(row) for row in tokens[0]] == [8] * 4
+
+
+@pytest.mark.parametrize("axes", [(1, 8), (2, 2, 2), (1, 1, 8)], ids=str)
+def test_other_strategies_write_the_same_tokens(folders, single, axes) -> None:
+    """More devices than key heads, three rows on two, shared parameters (fsdp)."""
+    model, processor = single["fused"]
+    batch = make_batch(processor, 3)
+    other, _ = converters.load(folders["fused"], mesh=make_mesh(*axes))
+    kernel = other.llm.blocks[0].mlp.up.kernel.get_value()
+    divided = (axes[2] if len(axes) > 2 else 1, axes[1])
+    own = tuple(n // d for n, d in zip(kernel.shape, divided, strict=True))
+    assert kernel.addressable_shards[0].data.shape == own
+    expected = generate_ids(model, batch, max_new_tokens=8)
+    assert generate_ids(other, batch, max_new_tokens=8) == expected
+
+
+def shapes(kind: str, text: str) -> set[tuple[int, ...]]:
+    """Shapes of the results of an operation in a compiled program."""
+    found = re.findall(rf"= \w+\[([\d,]+)\]\S* {kind}\(", text)
+    return {tuple(map(int, shape.split(","))) for shape in found}
+
+
+@pytest.mark.parametrize("devices", [1, 8])
+def test_decoding_gathers_no_parameter_and_copies_no_cache(folders, single, devices) -> None:
+    """By the compiled program's own text: parameters with tensor parallelism, the cache without."""
+    mesh = make_mesh(1, 8) if devices == 8 else None
+    model, _ = converters.load(folders["fused"], mesh=mesh)
+    batch = place(make_batch(single["fused"][1], 4), mesh)
+    logits, cache = _prefill(model, batch, size=batch.tokens.shape[1] + 64)
+    how = _how(model, batch, (), 8, 0.0, None, None, 0)
+    args = (model, cache, _first(logits, how, steps=64), how, jnp.int32(8))
+    text = _decode.lower(*args).compile().as_text()
+    assert "dynamic-update-slice" in text  # the cache is written, and the shapes below are its own
+    if mesh is None:
+        assert cache.k[0].shape not in shapes("copy", text)
+        return
+    assert shapes("all-reduce", text)
+    matrices = {p.shape for p in flatten(nnx.split(model)[1]).values() if len(p.shape) > 1}
+    assert not matrices & shapes("all-gather", text)
 
 
 def test_every_parameter_is_divided_as_its_axes_say(sharded, mesh) -> None:
@@ -197,7 +237,7 @@ def test_a_mesh_needs_every_device() -> None:
 
 def test_param_sharding_follows_the_rules_given(mesh) -> None:
     kernel = linear(8, 12, ("embed", "mlp"), rngs=nnx.Rngs(0)).kernel
-    assert param_sharding("kernel", kernel, mesh).spec == PartitionSpec(None, "model")
+    assert param_sharding("kernel", kernel, mesh).spec == PartitionSpec("fsdp", "model")
     rules = {"embed": "data", "mlp": None}
     assert param_sharding("kernel", kernel, mesh, rules).spec == PartitionSpec("data", None)
 

@@ -18,7 +18,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from vfjax.errors import InputError
 from vfjax.model import Batch, Model
-from vfjax.sharding import mesh_of
+from vfjax.sharding import mesh_of, row_axes, row_shards
 from vfjax.train.checkpoint import Checkpoints
 from vfjax.train.flops import step_flops
 from vfjax.train.optim import Group, Optim
@@ -134,24 +134,24 @@ def fit(
 
 
 def put(batches: Batch, mesh: Mesh | None) -> Batch:
-    """This process's share on the mesh, with an axis of parts, the second axis over `data`.
+    """This process's share on the mesh, with an axis of parts, the second over the `row_axes`.
 
     Raises:
-        InputError: several processes, and an axis that the mesh's `data` does not divide, or a mesh
-            on which a process's rows are not a block.
+        InputError: several processes, and an axis that the mesh's `row_axes` do not divide, or a
+            mesh on which a process's rows are not a block.
     """
     if batches.tokens.ndim == 2:
         batches = jax.tree.map(lambda x: x[None], batches)
     if mesh is None:
         return jax.device_put(batches)
-    processes, over = jax.process_count(), mesh.shape["data"]
-    owners = [{device.process_index for device in row} for row in mesh.devices]
+    processes, over = jax.process_count(), row_shards(mesh)
+    owners = [{device.process_index for device in row} for row in mesh.devices.reshape(over, -1)]
     if processes > 1 and owners != [{i * processes // over} for i in range(over)]:
         raise InputError(
             "mesh",
-            found=f"rows of its data axis on processes {[sorted(own) for own in owners]}",
+            found=f"rows of a batch on processes {[sorted(own) for own in owners]}",
             expected=f"a block of them on each of the {processes} processes, in order",
-            fix="make it by vfjax.sharding.make_mesh, data a multiple of the processes",
+            fix="make it by vfjax.sharding.make_mesh, data x fsdp a multiple of the processes",
         )
 
     def one(x: np.ndarray) -> jax.Array:
@@ -160,11 +160,11 @@ def put(batches: Batch, mesh: Mesh | None) -> Batch:
         if processes > 1 and not divides:
             raise InputError(
                 "batch",
-                found=f"{shape[1]} rows or pictures on a data axis of {over} devices",
+                found=f"{shape[1]} rows or pictures for {over} groups of devices",
                 expected="a multiple of it",
                 fix="choose another batch or mesh",
             )
-        spec = PartitionSpec(None, "data") if divides else PartitionSpec()
+        spec = PartitionSpec(None, row_axes(mesh)) if divides else PartitionSpec()
         sharding = NamedSharding(mesh, spec)
         return jax.make_array_from_process_local_data(sharding, np.asarray(x), shape)
 

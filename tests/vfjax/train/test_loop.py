@@ -17,6 +17,7 @@ import converters
 from tests.checkpoints import make_llama, upstream_llava_folder
 from tests.vfjax.train.test_step import GROUPS, batch_of
 from vfjax import Batch, InputError
+from vfjax.sharding import AXES
 from vfjax.train import Optim, Options, Stopped, fit
 from vfjax.train import record as records
 
@@ -32,10 +33,10 @@ def folder(tmp_path_factory):
     return path
 
 
-def mesh_of(data: int, model: int):
-    devices = jax.devices()[: data * model]
-    axes = (AxisType.Auto,) * 2
-    return jax.make_mesh((data, model), ("data", "model"), axis_types=axes, devices=devices)
+def mesh_of(data: int, fsdp: int, model: int):
+    devices = jax.devices()[: data * fsdp * model]
+    types = (AxisType.Auto,) * 3
+    return jax.make_mesh((data, fsdp, model), AXES, axis_types=types, devices=devices)
 
 
 class Data:
@@ -104,8 +105,8 @@ def test_sigterm_saves(folder, whole, tmp_path) -> None:
 
 def test_eight_devices_then_four(folder, whole, tmp_path) -> None:
     with pytest.raises(Killed):
-        run(folder, tmp_path, mesh_of(4, 2), at=4, happens=kill)
-    model = run(folder, tmp_path, mesh_of(2, 2))
+        run(folder, tmp_path, mesh_of(2, 2, 2), at=4, happens=kill)
+    model = run(folder, tmp_path, mesh_of(2, 1, 2))
     found, expected = (np.array([x for _, x in losses(d)]) for d in (tmp_path, whole[0]))
     np.testing.assert_allclose(found, expected, rtol=1e-5)
     for a, b in zip(*(jax.tree.leaves(nnx.state(m)) for m in (model, whole[1])), strict=True):

@@ -7,6 +7,7 @@ has DINOv2's architecture (arXiv 2304.07193) but is NOT trained by self-distilla
 supervised, each patch predicts the digit of its cell, with colours scrambled.
 """
 
+import functools
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -259,12 +260,16 @@ def features(
 ) -> np.ndarray:
     """Patches' hidden states float32[n, 36, 96] at a tap of pictures uint8[n, 48, 48, 3]."""
 
-    @nnx.jit
-    def run(tower: Any, pictures: Array | np.ndarray) -> Array:
-        return tower(pixels(pictures, images), [tap])[0][:, -GRID * GRID :]
-
-    parts = [run(tower, pictures[i : i + 250]) for i in range(0, len(pictures), 250)]
+    parts = [
+        _patches(tower, pixels(pictures[i : i + 250], images), tap)
+        for i in range(0, len(pictures), 250)
+    ]
     return np.concatenate([np.asarray(part) for part in parts])
+
+
+@functools.partial(jax.jit, static_argnames="tap")
+def _patches(tower: Any, shown: Array, tap: int) -> Array:
+    return tower(shown, [tap])[0][:, -GRID * GRID :]
 
 
 def probe(train: np.ndarray, target: np.ndarray, test: np.ndarray, right: np.ndarray) -> float:

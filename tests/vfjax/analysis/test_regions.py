@@ -1,0 +1,96 @@
+"""Tokens' places: what a token sees bright is where its box is."""
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from vfjax import analysis as look
+from vfjax.encoders import CLIPConfig
+from vfjax.images import ImageSpec
+from vfjax.model import BranchConfig
+from vfjax.views import Anyres, Sliced, TwoScales, Whole
+
+STATS = {"mean": (0.0,) * 3, "std": (1.0,) * 3, "resample": 2}
+
+
+def spec(size: int, resize: str, aspect: str, edge: int | None = None) -> ImageSpec:
+    return ImageSpec(size, edge or size, resize, aspect, **STATS)
+
+
+PINS = ((96, 48), (48, 96), (96, 96))
+TILE = spec(48, "shortest", "crop")
+VIEWS = {
+    "pad": (Whole(spec(48, "shortest", "pad"), 36), 36),
+    "pad, then crop": (Whole(spec(48, "shortest", "pad", 56), 36), 36),
+    "crop": (Whole(spec(48, "shortest", "crop", 54), 36), 36),
+    "squash": (Whole(spec(48, "squash", "crop"), 36), 36),
+    "anyres": (Anyres(TILE, PINS, 6, "spatial_unpad"), 36),
+    "anyres, flat": (Anyres(TILE, PINS, 6, "flat"), 36),
+    "mini-gemini": (TwoScales(spec(96, "shortest", "pad"), 48, 2, True, 36), 36),
+    "slime": (Sliced(TILE, 36, 6), 36),
+}
+SIZES = [(90, 60), (50, 120), (72, 72)]
+
+
+def brightness(views, picture: Image.Image, side: int = 6) -> np.ndarray:
+    """Mean brightness of each token's own patch, in the order in which tokens are read."""
+    ready = views([picture])
+    pixels = ready.inputs["pixels"].mean(axis=-1)
+    step = pixels.shape[1] // side
+    cells = pixels.reshape(len(pixels), side, step, side, step).mean(axis=(2, 4)).reshape(-1)
+    if isinstance(views, Sliced):
+        tiles = cells[36:][ready.inputs["raster"][0]]
+        cells = np.concatenate([cells[:36], [0], tiles])
+    cells = np.append(cells, 0)
+    return cells[np.minimum(ready.indices[0], len(cells) - 1)]
+
+
+@pytest.mark.parametrize("size", SIZES)
+@pytest.mark.parametrize("name", VIEWS)
+def test_bright_tokens_lie_on_the_bright_spot(name: str, size: tuple[int, int]) -> None:
+    views, _ = VIEWS[name]
+    branch = BranchConfig("x", None, None, views)
+    rng = np.random.default_rng(0)
+    patch, off = max(size) / 6, []  # of the coarsest view
+    for _ in range(12):
+        share = rng.uniform(0.3, 0.7, 2)
+        pixels = np.zeros((size[1], size[0], 3), np.uint8)
+        x, y = (int(a * b) for a, b in zip(share, size, strict=True))
+        pixels[y - 3 : y + 3, x - 3 : x + 3] = 255
+        picture = Image.fromarray(pixels)
+        boxes, seen = look.regions(branch, picture), brightness(views, picture)
+        assert len(boxes) == len(seen)
+        heat = look.paint(seen, boxes, size)
+        rows, cols = np.indices(heat.shape)
+        middle = (heat * cols).sum() / heat.sum() + 0.5, (heat * rows).sum() / heat.sum() + 0.5
+        off.append(np.array(middle) - (x, y))
+    assert np.abs(off).max() < patch / 2 + 1  # a spot may lie at its patch's edge
+    assert np.abs(np.mean(off, axis=0)).max() < patch / 5
+
+
+def test_padding_is_undone() -> None:
+    branch = BranchConfig("x", None, None, VIEWS["pad"][0])
+    boxes = look.regions(branch, Image.new("RGB", (60, 30)))  # padded above and below
+    heat = look.paint(np.full(36, 1 / 36), boxes, (60, 30))
+    np.testing.assert_allclose(heat, 1 / 3600, rtol=1e-9)  # half of it lay on the picture
+    one = np.zeros(36)
+    one[2 * 6 + 1] = 1  # its row and column of patches: 20 to 30 of 60 down, 10 to 20 across
+    heat = look.paint(one, boxes, (60, 30))
+    assert heat[5:15, 10:20].sum() == pytest.approx(1) and heat.sum() == pytest.approx(1)
+
+
+@pytest.mark.parametrize(("tokens", "first", "placed"), [(37, 1, 36), (44, 0, 36), (35, 0, 0)])
+def test_tokens_without_a_place_are_left_out(tokens: int, first: int, placed: int) -> None:
+    encoder = CLIPConfig(image_size=48, patch=8) if tokens > 36 else None
+    branch = BranchConfig("x", encoder, None, Whole(spec(48, "shortest", "pad"), tokens))
+    known = ~np.isnan(look.regions(branch, Image.new("RGB", (48, 48)))).any(axis=1)
+    assert known.tolist() == [first <= i < first + placed for i in range(tokens)]
+
+
+def test_pointing() -> None:
+    heat = np.full((6, 6), 0.01)
+    heat[0:2, 4:6] = 0.1
+    hit, share = look.inside(heat, (2 / 3, 0, 1, 1 / 3))
+    assert hit and share == pytest.approx(0.4 / (0.4 + 0.32))
+    hit, share = look.inside(heat, (0, 0, 1 / 3, 1 / 3))
+    assert not hit and share == pytest.approx(0.04 / 0.72)

@@ -259,7 +259,6 @@ def features(
     tower: nnx.Module, pictures: np.ndarray, images: dict[str, Any], tap: int = -2
 ) -> np.ndarray:
     """Patches' hidden states float32[n, 36, 96] at a tap of pictures uint8[n, 48, 48, 3]."""
-
     parts = [
         _patches(tower, pixels(pictures[i : i + 250], images), tap)
         for i in range(0, len(pictures), 250)

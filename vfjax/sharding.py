@@ -45,18 +45,17 @@ def make_mesh(data: int = 1, model: int = 1, fsdp: int = 1) -> Mesh:
             fix="choose axes whose product is the number of devices",
         )
     types, processes = (AxisType.Auto,) * len(AXES), jax.process_count()
-    if processes > 1 and data * fsdp % processes == 0:
+    across = math.gcd(data, processes)
+    if processes > 1 and across in (data, processes) and fsdp % (processes // across) == 0:
         # A process's devices are a block of the rows' axes, so that it reads its own rows alone; on
         # a pod the devices' own order follows the torus.
-        across = math.gcd(data, processes)
-        if fsdp % (processes // across) == 0:
-            devices = mesh_utils.create_hybrid_device_mesh(
-                (data // across, fsdp // (processes // across), model),
-                (across, processes // across, 1),
-                process_is_granule=True,
-                allow_split_physical_axes=True,
-            )
-            return Mesh(devices, AXES, axis_types=types)
+        devices = mesh_utils.create_hybrid_device_mesh(
+            (data // across, fsdp // (processes // across), model),
+            (across, processes // across, 1),
+            process_is_granule=True,
+            allow_split_physical_axes=True,
+        )
+        return Mesh(devices, AXES, axis_types=types)
     return jax.make_mesh((data, fsdp, model), AXES, axis_types=types)
 
 

@@ -145,7 +145,7 @@ def config_of(options: Mapping[str, Any], vocab: int) -> dict[str, Any]:
         vocab: tokens of the LLM.
 
     Raises:
-        InputError: a separator that the LLM lacks.
+        InputError: a separator that the LLM lacks, or queries that are no grid.
     """
     separator = options.get("separator", SliMEConfig.separator)
     if not 0 <= separator < vocab:
@@ -154,6 +154,14 @@ def config_of(options: Mapping[str, Any], vocab: int) -> dict[str, Any]:
             found=str(separator),
             expected=f"the id of a token, below {vocab}",
             fix="choose the one that stands between global and local tokens",
+        )
+    queries = options.get("queries", SliMEConfig.queries)
+    if math.isqrt(queries) ** 2 != queries:
+        raise InputError(
+            "connector 'slime': queries",
+            found=str(queries),
+            expected="a square number",
+            fix="choose another",
         )
     own = {OPTIONS[key]: value for key, value in options.items() if key in OPTIONS}
     return {"mm_projector_type": "gated", "mm_resampler_type": "cosine", **own}

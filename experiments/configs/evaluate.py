@@ -18,7 +18,7 @@ def get_config(benchmark: str = "mmvp") -> ConfigDict:
             "model": config_dict.placeholder(str),  # default: the shipped clip and dino, fused
             "constant": config_dict.placeholder(str),  # answers this to everything
             "against": config_dict.placeholder(str),  # predictions.jsonl of another model
-            "limit": config_dict.placeholder(int),  # of the questions, the first so many
+            "limit": config_dict.placeholder(int),  # first questions, pairs kept whole
             "batch": 8,  # questions asked together
             "max_new_tokens": config_dict.placeholder(int),  # default: the benchmark's
             "template": config_dict.placeholder(str),  # default: the checkpoint's

@@ -24,7 +24,7 @@ def get_config(benchmark: str = "") -> ConfigDict:
             "data": config_dict.placeholder(str),  # its files as published
             "images": config_dict.placeholder(str),  # folder of the pictures
             "options": options,  # of the benchmark
-            "limit": config_dict.placeholder(int),  # of the questions, the first so many
+            "limit": config_dict.placeholder(int),  # first questions, pairs kept whole
             "held_out": 0.5,  # share of the benchmark's pictures that the search never sees
             "scenes": 100,  # of each of the family's splits
             "batch": 8,  # questions asked together

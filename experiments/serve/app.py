@@ -98,6 +98,7 @@ class Service:
             work = functools.partial(read, body, self.limits, self.batcher.processor)
             asked = await anyio.to_thread.run_sync(work, limiter=self.readers)
             answer = _Answer(asked, self.batcher, self.limits.model, deadline)
+            del body, work, asked  # what the job needs, it holds
         finally:
             self.reading -= 1
         return await answer.respond(request)

@@ -17,8 +17,11 @@ from vfjax import InputError, Processor
 from vfjax.images import open_image
 from vfjax.messages import Message, tokenize
 
-FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF")
+FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP")
 """Formats of pictures that are decoded; Pillow knows others, some of which run programs."""
+
+STRIP = 50
+"""Long side by short side at most: a crop resizes the whole of a strip to its short side."""
 
 IGNORED = {
     *("user", "metadata", "store", "service_tier", "parallel_tool_calls"),
@@ -135,6 +138,9 @@ def read(body: bytes, limits: Limits, processor: Processor) -> Asked:
         ids, pictures = tokenize(processor, messages)
     except InputError as error:
         raise Refused(400, str(error), param="messages") from None
+    context = processor.config.llm.context
+    if len(ids) >= context:
+        _bad("messages", f"{len(ids)} tokens", f"fewer than {context}, the LLM's context")
     return Asked(ids, pictures, stream, usage, sampling)
 
 
@@ -248,11 +254,16 @@ class _Budget:
         else:
             _bad(where, "an address of another kind", "data: with base64, or http(s):")
         try:
-            width, height = Image.open(io.BytesIO(data), formats=FORMATS).size
+            image = Image.open(io.BytesIO(data), formats=FORMATS)
+            width, height = image.size
             self.pixels -= width * height
             if self.pixels < 0:
                 _bad(where, f"{width}x{height} pixels", f"{self.limits.pixels} in a request")
-            return open_image(data, name=where)
+            if max(width, height) > STRIP * min(width, height):
+                _bad(where, f"a strip of {width}x{height} pixels", f"at most {STRIP} times as long")
+            if getattr(image, "is_animated", False) and image.format != "MPO":
+                _bad(where, f"an animated {image.format}", "one picture")
+            return open_image(image, name=where)
         except InputError as error:
             raise Refused(400, str(error), param="messages") from None
         except Refused:

@@ -114,15 +114,19 @@ class Batcher:
         while going:
             jobs, going = self._collect()
             wanted = [job for job in jobs if not job.cancelled]
-            try:
-                if wanted:
-                    self._run(wanted)
-            except Exception as error:  # the next batch is another's
-                LOG.exception("a batch of %d failed", len(wanted))
-                for job in wanted:
-                    self._deliver(job, error)
+            if wanted:
+                self._try(wanted)
             for job in jobs:
                 self._end(job)
+
+    def _try(self, jobs: list[Job]) -> None:
+        """One batch; an error of ours is its own jobs' alone."""
+        try:
+            self._run(jobs)
+        except Exception as error:
+            LOG.exception("a batch of %d failed", len(jobs))
+            for job in jobs:
+                self._deliver(job, error)
 
     def _deliver(self, job: Job, event: Event) -> None:
         if job.ended:
@@ -153,7 +157,7 @@ class Batcher:
         return jobs, True
 
     def _run(self, jobs: list[Job]) -> None:
-        """One batch; where the pictures or prompts of one are at fault, the others run alone."""
+        """One batch; where the pictures or prompts of one are at fault, it is halved."""
         spare = min(_bucket(len(jobs), 1), self.batch) - len(jobs)  # rows that fill the shape up
         try:
             batch = self.processor(
@@ -166,9 +170,10 @@ class Batcher:
         except InputError as error:
             if len(jobs) == 1:
                 self._deliver(jobs[0], error)
-            else:
-                for job in jobs:
-                    self._run([job])
+                return
+            half = len(jobs) // 2
+            self._try(jobs[:half])
+            self._try(jobs[half:])
             return
         limit = [self._limit(job, n) for job, n in zip(jobs, prompt, strict=False)] + [1] * spare
         pieces = stream_ids(

@@ -16,7 +16,7 @@ from converters.export import to_bytes
 from experiments.family import scenes
 from experiments.family.members import Quiz, load, means, score
 from experiments.family.study import WAYS, fuse
-from experiments.tasks.demo import FAMILY
+from experiments.tasks.common import FAMILY
 from vfjax.files import replacing
 
 WEIGHTS = (0.0, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.85, 1.0)

@@ -13,8 +13,8 @@ from ml_collections import ConfigDict
 import converters
 from converters.export import to_bytes
 from experiments.family import encoders, scenes
-from experiments.tasks.common import named
-from experiments.tasks.evaluate import FAMILY, MEMBERS, shipped
+from experiments.tasks.common import FAMILY, named
+from experiments.tasks.evaluate import MEMBERS, shipped
 from vfjax import Batch, InputError, Model, Processor
 from vfjax import analysis as look
 from vfjax.analysis import draw
@@ -115,7 +115,7 @@ def pictures(config: ConfigDict) -> list[Asked]:
 
 def questions(config: ConfigDict, workdir: Path) -> list[Asked]:
     """Two questions about each new scene whose answer lies in one cell."""
-    folder = workdir / "scenes"
+    folder = workdir / f"scenes-{config.pictures}-{config.seed}"
     if not folder.is_dir():
         scenes.write(folder, "test", config.pictures, config.seed, turns=1)
     rows = json.loads((folder / "scenes.json").read_text())

@@ -2,11 +2,15 @@
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 from tqdm import tqdm
 
 from vfjax import InputError
+
+FAMILY = Path(__file__).resolve().parents[1] / "family" / "models"
+"""The shipped family: base and members."""
 
 
 def named(key: str, items: Sequence[str]) -> dict[str, str]:

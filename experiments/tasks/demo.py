@@ -16,9 +16,8 @@ from converters.export import to_bytes
 from experiments.family import scenes
 from experiments.family.members import Quiz, means
 from experiments.family.study import FUSED, WAYS, paired, study, table
+from experiments.tasks.common import FAMILY
 from vfjax import InputError
-
-FAMILY = Path(__file__).resolve().parents[1] / "family" / "models"
 
 
 def run(config: ConfigDict, workdir: Path) -> None:

@@ -15,7 +15,7 @@ from tqdm import tqdm
 import converters
 from converters.audit import audit
 from converters.export import to_bytes
-from experiments.tasks.common import bar, named, required
+from experiments.tasks.common import FAMILY, bar, named, required
 from vfjax import InputError
 from vfjax.eval import (
     Benchmark,
@@ -37,7 +37,6 @@ from vfjax.files import replacing
 from vfjax.sharding import make_mesh
 
 MODES = ("all", "predict", "score")
-FAMILY = Path(__file__).resolve().parents[1] / "family" / "models"
 MEMBERS = ("clip", "dino")
 """Of the shipped family, fused where no model is named."""
 
@@ -47,7 +46,7 @@ def run(config: ConfigDict, workdir: Path) -> None:
     required(config, "data")
     _check(config)
     data = Data(Path(config.data), Path(config.images) if config.images else None)
-    questions = read(benchmark, data, config.options)[: config.limit]
+    questions = read(benchmark, data, config.options, config.limit)
     header: log.Header = {"benchmark": config.benchmark, "questions": digest(questions)}
     if config.mode != "score":
         workdir.mkdir(parents=True, exist_ok=True)
@@ -111,6 +110,8 @@ def answer(
         "model": model_id(folder),
         "weights": hashlib.sha256("".join(sums.values()).encode()).hexdigest(),
         "dtype": config.dtype,
+        "batch": config.batch,  # in bfloat16 another batch or mesh may turn a token
+        "mesh": list(config.mesh) if config.mesh else None,
         "template": processor.template,
         "max_new_tokens": length,
         "video": [config.frames, config.pool],
@@ -151,7 +152,7 @@ def together(what: str) -> None:
 
 def shipped(workdir: Path) -> Path:
     """The shipped family's fused model, in WORKDIR."""
-    folder = workdir / "fused"
+    folder = workdir / "shipped-fused"  # "fused" may be another task's
     if jax.process_index() == 0 and not folder.is_dir():
         members = {name: FAMILY / name for name in MEMBERS}
         weights = (1 / len(MEMBERS),) * len(MEMBERS)
@@ -182,12 +183,12 @@ def collect(
 ) -> tuple[log.Header, dict[str, str]]:
     """What the answers depend on, and the answers by id, joined to one file."""
     if "model" not in header:  # only scored: whatever model has answered
-        found = log.parts(workdir)
-        if not found:
+        headers = [own for path in log.parts(workdir) if (own := log.read(path)[0])]
+        if not headers:
             raise InputError(
                 workdir, found="no predictions", expected=log.NAME, fix="pass --config.mode=all"
             )
-        header = {**log.read(found[0])[0], **header}
+        header = {**headers[0], **header}
     texts = log.read_parts(workdir, header)
     answered(questions, texts, workdir)
     file = log.join(workdir, header, {q.id: texts[q.id] for q in questions})

@@ -16,6 +16,7 @@ from converters.export import to_bytes
 from experiments.family import encoders, language, scenes
 from experiments.family.members import Quiz, Recipe, load, make, means, score
 from experiments.family.study import Scores, fuse, paired, study, table, with_llm
+from vfjax.files import replacing
 from vfjax.train import Stopped
 
 MEMBERS: dict[str, dict[str, Any]] = {
@@ -130,8 +131,14 @@ def make_member(
         model, _ = make(Recipe(**recipe), workdir / "base", workdir / "train", out / "stages")
         converters.export(model, out / "model")
         found: dict[str, Any] = score(*load(out / "model"), test)
-        np.savez(out / "scores.npz", **found)
+        save(out / "scores.npz", found)
     return dict(np.load(out / "scores.npz"))
+
+
+def save(file: Path, arrays: Mapping[str, np.ndarray]) -> None:
+    """Writes arrays whole or not at all: that the file is there means that its work is done."""
+    with replacing(file) as part, part.open("wb") as out:
+        np.savez(out, **dict(arrays))  # type: ignore[arg-type]
 
 
 def member_folder(workdir: Path, name: str, seed: int, **other: Any) -> Path:
@@ -183,7 +190,7 @@ def fuse_members(
         flat: dict[str, Any] = {
             f"{who}|{kind}": x for who, each in scores.items() for kind, x in each.items()
         }
-        np.savez(out / "scores.npz", **flat)
+        save(out / "scores.npz", flat)
     scores = {}
     for key, value in np.load(out / "scores.npz").items():
         who, _, kind = key.partition("|")
@@ -207,7 +214,8 @@ def sweep_point(
         fused, processor, found = fuse(workdir / "base", members, test, out / "model")
         theta, _ = load(workdir / "base")
         control = score(with_llm(fused, theta.llm), processor, test)
-        np.savez(out / "scores.npz", fused=means(found)["mean"], base=means(control)["mean"])
+        both = {"fused": found, "base": control}
+        save(out / "scores.npz", {who: np.array(means(x)["mean"]) for who, x in both.items()})
     record = {key: float(value) for key, value in np.load(out / "scores.npz").items()}
     best = max(means(scores)["mean"] for scores in alone)
     return {"steps": steps, "rate": rate, "best member": best, **record}

@@ -294,8 +294,15 @@ def at_depth(
 ) -> dict[str, float]:
     """Figures of a program at full depth, on the line through the two deepest compiled ones."""
     *_, (few, less), (many, more) = sorted((d, p[name]) for d, p in found.items()) * 2
-    if many == layers or few == many:
+    if many == layers:
         return dict(more)
+    if few == many:
+        raise InputError(
+            "config.depths",
+            found=f"{many} alone, of {layers} layers",
+            expected=f"two depths, or {layers}",
+            fix="add another",
+        )
     return {
         key: more[key] + (layers - many) * (more[key] - less[key]) / (many - few) for key in more
     }

@@ -18,8 +18,8 @@ import converters
 from converters.audit import audit
 from converters.export import to_bytes
 from experiments.family import scenes
-from experiments.tasks.common import named, required
-from experiments.tasks.evaluate import FAMILY, MEMBERS
+from experiments.tasks.common import FAMILY, named, required
+from experiments.tasks.evaluate import MEMBERS
 from vfjax import InputError
 from vfjax.analysis import agreement, apart, draw
 from vfjax.eval import (
@@ -99,7 +99,7 @@ def _check(config: ConfigDict) -> None:
 def questions(config: ConfigDict, benchmark: Benchmark) -> tuple[list[Question], list[Question]]:
     """A benchmark's questions in two parts that share no cluster: to search on, to score on."""
     data = Data(Path(config.data), Path(config.images) if config.images else None)
-    found = read(benchmark, data, {**benchmark.options, **config.options})[: config.limit]
+    found = read(benchmark, data, {**benchmark.options, **config.options}, config.limit)
     check_pictures(found)
     out = apart([q.cluster for q in found], config.held_out, config.seed)
     tuned, held = ([q for q, away in zip(found, out, strict=True) if away == x] for x in (0, 1))

@@ -10,7 +10,7 @@ from PIL import Image
 
 from experiments.configs.analyze import get_config
 from experiments.tasks import analyze
-from experiments.tasks.evaluate import FAMILY
+from experiments.tasks.common import FAMILY
 from vfjax import InputError
 
 

@@ -15,7 +15,7 @@ import pytest
 import converters
 from experiments.configs.evaluate import get_config
 from experiments.tasks import evaluate
-from experiments.tasks.evaluate import FAMILY
+from experiments.tasks.common import FAMILY
 from vfjax import InputError, generate, open_video
 from vfjax.eval import Data, Question, get_benchmark, log, predict, read
 from vfjax.eval.predict import plan, prompt_ids

@@ -12,7 +12,7 @@ import converters
 from experiments.family import language, scenes
 from experiments.family.members import Quiz, next_logits
 from experiments.family.study import arranged, paired, with_llm
-from experiments.tasks.demo import FAMILY
+from experiments.tasks.common import FAMILY
 
 MEMBERS = sorted(path.name for path in FAMILY.iterdir() if path.name != "base")
 

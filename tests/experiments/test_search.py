@@ -8,7 +8,7 @@ import pytest
 import converters
 from experiments.configs.search import get_config
 from experiments.tasks import search
-from experiments.tasks.evaluate import FAMILY
+from experiments.tasks.common import FAMILY
 from vfjax import InputError
 from vfjax.eval import Question
 

@@ -7,6 +7,7 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
+from vfjax.eval.extras import needs
 from vfjax.files import replacing
 
 Heats = Mapping[str, np.ndarray]
@@ -19,9 +20,8 @@ def _save(figure: Any, file: Path) -> None:
 
 
 def _figure(width: float, height: float) -> Any:
-    from matplotlib.figure import Figure
-
-    return Figure(figsize=(width, height), layout="constrained")
+    figure = needs("matplotlib.figure", "analysis", "matplotlib", "figures")
+    return figure.Figure(figsize=(width, height), layout="constrained")
 
 
 def overlays(file: Path, rows: Sequence[tuple[Image.Image, str, Heats, Any]]) -> None:

@@ -10,6 +10,7 @@ import numpy as np
 
 from vfjax.analysis.attention import spliced
 from vfjax.errors import InputError
+from vfjax.eval.extras import needs
 from vfjax.model import Batch, Model
 
 Array = jax.Array
@@ -135,8 +136,7 @@ def tsne(x: Matrix, *, seed: int = 0) -> Matrix:
         x: float[n, d], n above 3.
         seed: of the embedding.
     """
-    from sklearn.manifold import TSNE
-
+    manifold = needs("sklearn.manifold", "analysis", "scikit-learn", "tsne")
     points, _ = pca(x, min(50, *x.shape))
     perplexity = min(30.0, (len(x) - 1) / 3)
-    return TSNE(init="pca", perplexity=perplexity, random_state=seed).fit_transform(points)
+    return manifold.TSNE(init="pca", perplexity=perplexity, random_state=seed).fit_transform(points)

@@ -8,7 +8,7 @@ from collections.abc import Mapping
 
 from vfjax.errors import InputError
 from vfjax.eval import boxes, captions, choice, judged, llava, log, videoqa, vqa, yesno
-from vfjax.eval.data import Benchmark, Data, Options, Question, check, check_pictures, digest
+from vfjax.eval.data import Benchmark, Data, Options, Question, check, check_pictures, digest, first
 from vfjax.eval.judge import Judge
 from vfjax.eval.predict import predict
 from vfjax.eval.stats import Metric, intervals, paired
@@ -58,12 +58,14 @@ def get_benchmark(name: str) -> Benchmark:
     return BENCHMARKS[name]
 
 
-def read(benchmark: Benchmark, data: Data, options: Options) -> list[Question]:
-    """A benchmark's questions, with ids of their own.
+def read(
+    benchmark: Benchmark, data: Data, options: Options, limit: int | None = None
+) -> list[Question]:
+    """A benchmark's questions, with ids of their own; with a limit the first of them, see `first`.
 
     Raises:
         InputError: a missing file, column or id, no question, or one id twice.
     """
     questions = benchmark.read(data, options)
     check(questions, data.path)
-    return questions
+    return first(questions, limit)

@@ -59,7 +59,8 @@ def score_captions(
 ) -> dict[str, Metric]:
     """CIDEr (x 100), BLEU, ROUGE-L by pycocoevalcap, after its tokenizer; needs Java.
 
-    BLEU is of the whole set and has no interval; the others are means over the pictures.
+    BLEU and METEOR are of the whole set and have no interval; the others are means over the
+    pictures.
     METEOR, which is slow, if `meteor` is set. SPICE is not computed: pycocoevalcap would download
     what it needs.
     """
@@ -82,6 +83,8 @@ def score_captions(
                 whole, each = scorer().compute_score(right, said)
                 if name == "BLEU":
                     out |= {f"BLEU-{n}": Metric(100 * b) for n, b in enumerate(whole, 1)}
+                elif name == "METEOR":
+                    out[name] = Metric(100 * whole)
                 else:
                     out[name] = ratio(each, value=100 * whole)
     except FileNotFoundError as error:

@@ -1,5 +1,6 @@
 """What a benchmark is made of: questions, read from local files as they are published."""
 
+import collections
 import csv
 import dataclasses
 import hashlib
@@ -235,6 +236,25 @@ def check_pictures(questions: Iterable[Question]) -> None:
                     fix="pass the folder of the pictures as --config.images",
                 )
             known.add(path)
+
+
+def first(questions: Sequence[Question], limit: int | None) -> list[Question]:
+    """The first questions, at least `limit`, with all others of their clusters; None: all.
+
+    A pair, or the rotations of a question, are scored together: half of one would be another score.
+    """
+    if limit is None:
+        return list(questions)
+    wanted: set[str] = set()
+    sizes = collections.Counter(q.cluster for q in questions)
+    count = 0
+    for q in questions:
+        if count >= limit:
+            break
+        if q.cluster not in wanted:
+            wanted.add(q.cluster)
+            count += sizes[q.cluster]
+    return [q for q in questions if q.cluster in wanted]
 
 
 def digest(questions: Iterable[Question]) -> str:

@@ -1,4 +1,4 @@
-"""Libraries that only scoring needs."""
+"""Libraries that only scoring and analysis need."""
 
 import importlib
 from typing import Any
@@ -6,8 +6,8 @@ from typing import Any
 from vfjax.errors import InputError
 
 
-def needs(module: str, extra: str, package: str) -> Any:
-    """Imports a module of an extra.
+def needs(module: str, extra: str, package: str, where: str = "config.benchmark") -> Any:
+    """Imports a module of an extra; `where` names what asks for it.
 
     Raises:
         InputError: it is not installed.
@@ -16,8 +16,8 @@ def needs(module: str, extra: str, package: str) -> Any:
         return importlib.import_module(module)
     except ImportError as error:
         raise InputError(
-            "config.benchmark",
+            where,
             found=f"no {package} ({error})",
-            expected="it, to score by",
-            fix=f"pip install 'vfjax[{extra}]', or pass --config.mode=predict and score elsewhere",
+            expected="it",
+            fix=f"pip install 'vfjax[{extra}]'",
         ) from None

@@ -4,8 +4,6 @@ import re
 from collections.abc import Sequence
 from pathlib import Path
 
-import numpy as np
-
 from vfjax.errors import InputError
 from vfjax.eval.data import Benchmark, Data, Options, Question, fields, read_json
 from vfjax.eval.judge import Messages
@@ -32,9 +30,8 @@ _USER = (
     "ANY OTHER OUTPUT TEXT OR EXPLANATION. Only provide the Python dictionary string. For example, "
     "your response should look like this: {{'pred': 'yes', 'score': 4.8}}."
 )
-_REPLY = re.compile(
-    r"['\"]pred['\"]\s*:\s*['\"](yes|no)['\"].*?['\"]score['\"]\s*:\s*([\d.]+)", re.I | re.S
-)
+_PRED = re.compile(r"['\"]pred['\"]\s*:\s*['\"](yes|no)['\"]", re.I)
+_SCORE = re.compile(r"['\"]score['\"]\s*:\s*['\"]?(\d+(?:\.\d+)?)")
 
 
 def read_videos(data: Data, options: Options) -> list[Question]:
@@ -98,14 +95,20 @@ def score_videos(
         for q, text in pairs
     }
     replies = options["judge"](asked)
-    read = [_REPLY.search(replies[q.id]) for q in questions]
-    yes = [float(r is not None and r[1].lower() == "yes") for r in read]
-    score = np.array([0.0 if r is None else float(r[2].rstrip(".")) for r in read])
+    read = [_judgement(replies[q.id]) for q in questions]
     return out | {
-        "accuracy": ratio(yes),
-        "score": ratio(score, scale=1.0),
+        "accuracy": ratio([r is not None and r[0] for r in read]),
+        "score": ratio([r[1] if r else 0.0 for r in read], scale=1.0),
         "judgements read": ratio([r is not None for r in read]),
     }
+
+
+def _judgement(reply: str) -> tuple[bool, float] | None:
+    """Yes or no, and the score, in any order; None if one is absent or above 5."""
+    pred, score = _PRED.search(reply), _SCORE.search(reply)
+    if pred is None or score is None or float(score[1]) > 5:
+        return None
+    return pred[1].lower() == "yes", float(score[1])
 
 
 BENCHMARKS = {

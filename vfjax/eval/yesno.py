@@ -18,13 +18,10 @@ SPLITS = ("random", "popular", "adversarial")
 
 
 def read_pope(data: Data, options: Options) -> list[Question]:
-    """POPE's `coco_pope_{split}.json`, or LLaVA's `llava_pope_test.jsonl` beside them.
-
-    Pictures are COCO's val2014.
-    """
+    """POPE's `coco_pope_{split}.json`; pictures are COCO's val2014."""
     del options
     out = []
-    for file in data.files("*_pope_*.json*", "*.json*"):
+    for file in data.files("*_pope_[rpa]*.json*"):
         for number, row in enumerate(read_lines(file), 1):
             where = f"{file} row {number}"
             id, image, text, label = fields(row, where, "question_id", "image", "text", "label")

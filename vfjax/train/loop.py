@@ -151,7 +151,8 @@ def put(batches: Batch, mesh: Mesh | None) -> Batch:
             "mesh",
             found=f"rows of a batch on processes {[sorted(own) for own in owners]}",
             expected=f"a block of them on each of the {processes} processes, in order",
-            fix="make it by vfjax.sharding.make_mesh, data x fsdp a multiple of the processes",
+            fix="make it by vfjax.sharding.make_mesh, with data a multiple of the processes, or a "
+            "divisor whose product with fsdp is one",
         )
 
     def one(x: np.ndarray) -> jax.Array:

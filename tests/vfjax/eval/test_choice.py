@@ -12,6 +12,7 @@ from PIL import Image
 from vfjax import InputError
 from vfjax.eval import Data, Question, get_benchmark, read
 from vfjax.eval.choice import choose, scienceqa_letter, score_mmvp
+from vfjax.eval.data import first
 
 OPTIONS = {"A": "Open", "B": "Closed", "C": "Half open"}
 
@@ -213,3 +214,14 @@ def test_what_is_wrong_with_the_files(tmp_path: Path) -> None:
 def test_options_are_a_questions_own() -> None:
     question = Question("1", "?", answers=("A",), cluster="1", extra={"options": {"A": "x"}})
     assert score_mmvp([question], ["B"], {})["accuracy"].value == 0
+
+
+def test_a_limit_keeps_pairs_and_rotations_whole() -> None:
+    rotations = [
+        Question(id=f"{i + turn * 1_000_000}", prompt="?", cluster=str(i))
+        for turn in range(2)
+        for i in range(4)
+    ]
+    found = first(rotations, 3)
+    assert [q.id for q in found] == ["0", "1", "1000000", "1000001"]
+    assert first(rotations, None) == first(rotations, 8) == rotations

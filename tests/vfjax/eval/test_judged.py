@@ -115,6 +115,9 @@ def test_videos(tmp_path: Path) -> None:
     replies = {"0": "{'pred': 'yes', 'score': 4}", "1": '```{"pred": "no", "score": 1.5}```'}
     found = scores("activitynet", questions, ["a man", "woman"], lambda asked: replies)
     assert found["accuracy"] == 50 and found["score"] == 2.75 and found["judgements read"] == 100
+    replies = {"0": "{'score': '5', 'pred': 'Yes'}", "1": "{'pred': 'yes', 'score': 45}"}
+    found = scores("activitynet", questions, ["a man", "woman"], lambda asked: replies)
+    assert found["accuracy"] == 50 and found["score"] == 2.5 and found["judgements read"] == 50
     (tmp_path / "test_a.json").write_text(json.dumps(answers[:1]))
     with pytest.raises(InputError, match="no answer to 1"):
         read(get_benchmark("activitynet"), Data(tmp_path), {})

@@ -56,7 +56,8 @@ def make_mesh(data: int = 1, model: int = 1, fsdp: int = 1) -> Mesh:
             allow_split_physical_axes=True,
         )
         return Mesh(devices, AXES, axis_types=types)
-    return jax.make_mesh((data, fsdp, model), AXES, axis_types=types)
+    grid = mesh_utils.create_device_mesh((data, fsdp, model), allow_split_physical_axes=True)
+    return Mesh(grid, AXES, axis_types=types)
 
 
 def row_axes(mesh: Mesh) -> tuple[str, ...]:

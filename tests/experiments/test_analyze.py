@@ -1,7 +1,6 @@
 """The analysis of the shipped family, and of any pictures."""
 
 import json
-import shutil
 from pathlib import Path
 
 import numpy as np
@@ -112,10 +111,7 @@ def test_what_a_question_is_about() -> None:
         ({"model": str(FAMILY / "base"), "pictures": 1}, "a plain LLM"),
     ],
 )
-def test_bad_input_is_one_line(
-    workdir: Path, record: dict, tmp_path: Path, monkeypatch, settings: dict, message: str
-) -> None:
+def test_bad_input_is_one_line(tmp_path: Path, monkeypatch, settings: dict, message: str) -> None:
     monkeypatch.chdir(tmp_path)
-    shutil.copytree(workdir / "scenes", tmp_path / "scenes")
     with pytest.raises(InputError, match=message):
         run(tmp_path, **settings)

@@ -137,7 +137,7 @@ def test_a_killed_command_goes_on_and_prints_scores(
     assert set(results["metrics"]) == {"accuracy", "pair accuracy"}
     assert set(results["metrics"]["accuracy"]) == {"value", "low", "high"}
     with pytest.raises(InputError, match="predictions of max_new_tokens 8, expected 9"):
-        run("mmvp", tmp_path, data=mmvp, model=FAMILY / "clip", max_new_tokens=9)
+        run("mmvp", tmp_path, data=mmvp, model=FAMILY / "clip", batch=2, max_new_tokens=9)
 
 
 def test_processes_share_the_questions(mmvp: Path, alone, tmp_path: Path) -> None:

@@ -207,7 +207,7 @@ WRONG = {
     "true": (ask("a", max_tokens=True), "max_tokens: found a bool"),
     "stop": (ask("a", stop=[""]), "stop: found something else"),
     "usage": (ask("a", stream_options={"include_usage": True}), "stream_options: found it without"),
-    "long": (ask("red " * 600), "expected at most 512, the LLM's context"),
+    "long": (ask("red " * 600), "expected fewer than 512, the LLM's context"),
     "file": (ask("a", "file:///etc/passwd"), "an address of another kind"),
     "path": (ask("a", "/etc/passwd"), "an address of another kind"),
     "host": (ask("a", "http://127.0.0.1:1/a.png"), "an address at '127.0.0.1:1'"),

@@ -87,7 +87,8 @@ def _run(config: ConfigDict, workdir: Path) -> None:
     sweep = [
         sweep_point(config, workdir, steps, rate, tests["test"]) for steps, rate in config.sweep
     ]
-    write_report(workdir, alone, pairs, sweep)
+    told = language.score(load(workdir / "base")[0], count=config.scenes.test)
+    write_report(workdir, told, alone, pairs, sweep)
     if config.ship:
         ship(workdir, Path(config.ship), config.members, config.seeds[0])
 
@@ -239,13 +240,22 @@ def draw_sweep(file: Path, sweep: list[dict[str, float]]) -> None:
 
 def write_report(
     workdir: Path,
+    told: Mapping[str, Mapping[str, float]],
     alone: Mapping[str, list],
     pairs: Mapping[str, list[Scores]],
     sweep: list[dict[str, float]],
 ) -> None:
-    """results.json and REPORT.md: means and deviations over the seeds, paired tests."""
+    """results.json and REPORT.md: means and deviations over the seeds, paired tests.
+
+    `told` is what the base scores where a projector sees everything: the ceiling.
+    """
     record: dict[str, Any] = {"members": {n: _over_seeds(runs) for n, runs in alone.items()}}
-    lines = ["# The family, measured", "", "Members alone, over seeds:", "", "```"]
+    ceiling = {
+        form: {kind: 100 * share for kind, share in each.items()} for form, each in told.items()
+    }
+    lines = ["# The family, measured", "", "The base, told the scenes in words:", "", "```"]
+    record["base, told in words"] = ceiling
+    lines += [table(ceiling), "```", "", "Members alone, over seeds:", "", "```"]
     lines += [_rows(record["members"]), "```", ""]
     for pair, runs in pairs.items():
         rows = {who: _over_seeds([run[who] for run in runs]) for who in runs[0]}
@@ -273,8 +283,12 @@ def write_report(
         lines += ["```", ""]
         draw_sweep(workdir / "sweep.png", sweep)
         record["sweep"] = sweep
-    (workdir / "results.json").write_bytes(to_bytes(record))
-    (workdir / "REPORT.md").write_text("\n".join(lines))
+    for name, text in {
+        "results.json": to_bytes(record),
+        "REPORT.md": "\n".join(lines).encode(),
+    }.items():
+        with replacing(workdir / name) as part:
+            part.write_bytes(text)
     print("\n".join(lines))
 
 

@@ -6,6 +6,7 @@ import atexit
 import os
 import shutil
 import tempfile
+from collections.abc import Iterator
 from pathlib import Path
 
 import hypothesis
@@ -28,8 +29,19 @@ os.environ.setdefault(
     "JAX_DISABLE_MOST_OPTIMIZATIONS", "1"
 )  # LLVM took a third of the suite's time
 
+import jax  # noqa: E402 - reads the environment
+
 hypothesis.settings.register_profile("vfjax", deadline=None, derandomize=True)
 hypothesis.settings.load_profile("vfjax")
+
+
+@pytest.fixture(scope="module")
+def optimised() -> Iterator[None]:
+    """Programs as users run them, where bits are compared, not those that compile fast."""
+    jax.config.update("jax_disable_most_optimizations", False)
+    jax.clear_caches()
+    yield
+    jax.config.update("jax_disable_most_optimizations", True)
 
 
 @pytest.fixture(scope="session")

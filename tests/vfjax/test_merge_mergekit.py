@@ -19,6 +19,7 @@ from vfjax.merge.mergekit import from_mergekit
 BF16 = np.dtype(ml_dtypes.bfloat16)
 LAYERS = 3
 DOWN, NORM = "model.layers.1.mlp.down_proj.weight", "model.norm.weight"
+pytestmark = pytest.mark.usefixtures("optimised")
 RECORD = np.load(Path(__file__).resolve().parents[1] / "data" / "mergekit.npz")
 CASES = json.loads(str(RECORD["cases"]))
 

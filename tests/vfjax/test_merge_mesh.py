@@ -8,15 +8,7 @@ from vfjax import InputError
 from vfjax.merge import METHODS, merge, merge_arrays
 from vfjax.merge import tensors as lazy
 
-
-@pytest.fixture(scope="module", autouse=True)
-def optimised():
-    """Bits are compared of the programs that users run, not of those that compile fast."""
-    jax.config.update("jax_disable_most_optimizations", False)
-    jax.clear_caches()
-    yield
-    jax.config.update("jax_disable_most_optimizations", True)
-
+pytestmark = pytest.mark.usefixtures("optimised")
 
 VARIANTS = [
     ("ties", {"trim": "model", "vote": "plain"}),

@@ -287,7 +287,7 @@ def test_state_is_sharded_as_its_parameters(folder) -> None:
     moments = [x for x in jax.tree.leaves(state.opt) if x.ndim]
     assert sorted(x.size for x in moments) == sorted(itertools.chain(sizes, sizes))
     specs = {x.sharding.spec for x in moments if x.shape == (32, 48)}  # gate and up
-    assert specs == {PartitionSpec(None, "model")}
+    assert specs == {PartitionSpec("fsdp", "model")}
 
     alone, _ = converters.load(path, dtype="float32")
     graph, params, frozen = split(alone, GROUPS["full"])

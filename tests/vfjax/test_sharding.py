@@ -231,9 +231,7 @@ def test_an_axis_that_does_not_divide_names_the_parameter(tmp_path) -> None:
 
 
 def test_a_mesh_needs_every_device() -> None:
-    with pytest.raises(
-        InputError, match=r"^mesh: found data=2 x model=3 x fsdp=1, expected 8"
-    ):
+    with pytest.raises(InputError, match=r"^mesh: found data=2 x model=3 x fsdp=1, expected 8"):
         make_mesh(2, 3)
 
 

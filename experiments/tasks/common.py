@@ -7,7 +7,9 @@ from typing import Any
 
 from tqdm import tqdm
 
-from vfjax import InputError
+import converters
+from vfjax import InputError, Model, Processor
+from vfjax.sharding import make_mesh
 
 FAMILY = Path(__file__).resolve().parents[1] / "family" / "models"
 """The shipped family: base and members."""
@@ -48,3 +50,15 @@ def bar(what: str) -> Iterator[Any]:
     """A progress bar of bytes, where stderr is a terminal; yields the callable that advances it."""
     with tqdm(desc=what, unit="B", unit_scale=True, disable=None) as progress:
         yield progress.update
+
+
+def load(config: Any, folder: str | Path) -> tuple[Model, Processor]:
+    """A model by the config's `mesh`, `dtype` and `towers`, with a progress bar."""
+    with bar("load") as progress:
+        return converters.load(
+            folder,
+            mesh=make_mesh(*config.mesh) if config.mesh else None,
+            dtype=config.dtype,
+            towers=named("towers", config.towers),
+            progress=progress,
+        )

@@ -15,7 +15,7 @@ from tqdm import tqdm
 import converters
 from converters.audit import audit
 from converters.export import to_bytes
-from experiments.tasks.common import FAMILY, bar, named, required
+from experiments.tasks.common import FAMILY, load, named, required
 from vfjax import InputError
 from vfjax.eval import (
     Benchmark,
@@ -34,7 +34,6 @@ from vfjax.eval import (
 )
 from vfjax.eval.llava import write_answers
 from vfjax.files import replacing
-from vfjax.sharding import make_mesh
 
 MODES = ("all", "predict", "score")
 MEMBERS = ("clip", "dino")
@@ -92,17 +91,9 @@ def answer(
         return header
     check_pictures(questions)
     folder = Path(config.model) if config.model else shipped(workdir)
-    towers = named("towers", config.towers)
-    source = converters.open_source(folder, towers=towers)
+    source = converters.open_source(folder, towers=named("towers", config.towers))
     sums = audit(source.weight_files())
-    with bar("load") as loading:
-        model, processor = converters.load(
-            folder,
-            mesh=make_mesh(*config.mesh) if config.mesh else None,
-            dtype=config.dtype,
-            towers=towers,
-            progress=loading,
-        )
+    model, processor = load(config, folder)
     processor.template = config.template or processor.template
     length = config.max_new_tokens or benchmark.max_new_tokens
     header = {

@@ -4,23 +4,14 @@ from pathlib import Path
 
 from ml_collections import ConfigDict
 
-import converters
 import vfjax
-from experiments.tasks.common import bar, named, required
-from vfjax.sharding import make_mesh
+from experiments.tasks.common import load, required
 
 
 def run(config: ConfigDict, workdir: Path) -> None:
     del workdir  # the answer is printed
     required(config, "model", "prompt")
-    with bar("load") as progress:
-        model, processor = converters.load(
-            config.model,
-            mesh=make_mesh(*config.mesh) if config.mesh else None,
-            dtype=config.dtype,
-            towers=named("towers", config.towers),
-            progress=progress,
-        )
+    model, processor = load(config, config.model)
     if config.template:
         processor.template = config.template
     images = [config.image] if config.image else []

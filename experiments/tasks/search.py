@@ -68,11 +68,10 @@ def run(config: ConfigDict, workdir: Path) -> None:
         )
     search = Search(config, workdir, members, base, benchmark, tuned, held)
     best = search.along_lines()
-    record = search.record | {"held out": search.held_out(best)}
-    with replacing(workdir / "results.json") as part:
-        part.write_bytes(to_bytes(record))
+    search.record["held out"] = search.held_out(best)
+    search.save()
     search.draw()
-    print(table(record))
+    print(table(search.record))
     print(f"{workdir / 'search.png'}, {workdir / 'results.json'}")
 
 

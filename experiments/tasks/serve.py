@@ -8,14 +8,12 @@ import jax
 import uvicorn
 from ml_collections import ConfigDict
 
-import converters
 from experiments.serve.app import Service
 from experiments.serve.asked import Limits
 from experiments.serve.batcher import Batcher
-from experiments.tasks.common import bar, named, required
+from experiments.tasks.common import load, required
 from vfjax import InputError
 from vfjax.prompts import get_template
-from vfjax.sharding import make_mesh
 
 
 def run(config: ConfigDict, workdir: Path) -> None:
@@ -23,14 +21,7 @@ def run(config: ConfigDict, workdir: Path) -> None:
     required(config, "model")
     _check(config)
     with _listen(config.host, config.port) as listener:
-        with bar("load") as progress:
-            model, processor = converters.load(
-                config.model,
-                mesh=make_mesh(*config.mesh) if config.mesh else None,
-                dtype=config.dtype,
-                towers=named("towers", config.towers),
-                progress=progress,
-            )
+        model, processor = load(config, config.model)
         processor.require_tokenizer()
         if config.template:
             processor.template = get_template(config.template).name

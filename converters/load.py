@@ -1,5 +1,6 @@
 """Checkpoint folder -> sharded model: streams one tensor at a time onto the devices."""
 
+import dataclasses
 import functools
 import itertools
 import json
@@ -26,6 +27,7 @@ from vfjax import InputError, Model, Processor
 from vfjax.layers import ACTIVATIONS
 from vfjax.merge import LazyTensor
 from vfjax.model import BranchConfig, ModelConfig
+from vfjax.prune import Prune
 from vfjax.sharding import param_sharding
 
 Params = dict[str, nnx.Variable]
@@ -57,6 +59,7 @@ def load(
     base: str | Path | None = None,
     positions: str | None = None,
     mask: str | None = None,
+    prune: Prune | None = None,
     progress: Callable[[int], object] = lambda nbytes: None,
 ) -> tuple[Model, Processor]:
     """Any supported checkpoint folder as a model on the devices, and its processor.
@@ -72,6 +75,7 @@ def load(
             one that its configs name.
         positions: "running" or "parallel", see `ModelConfig`; None: as the folder says.
         mask: "causal" or "block", see there; None: as the folder says.
+        prune: which visual tokens the LLM reads; None: all.
         progress: called with the bytes of each tensor as it arrives.
 
     Raises:
@@ -81,7 +85,7 @@ def load(
     dtype = float_dtype(dtype)
     source = open_source(path, towers=towers, tower_source=tower_source, base=base)
     arrange(source, positions, mask)
-    return read_model(source, mesh, dtype, progress)
+    return read_model(source, mesh, dtype, progress, prune=prune)
 
 
 def read_model(
@@ -89,9 +93,11 @@ def read_model(
     mesh: Mesh | None,
     dtype: np.dtype | None,
     progress: Callable[[int], object] = lambda nbytes: None,
+    *,
+    prune: Prune | None = None,
 ) -> tuple[Model, Processor]:
     """An opened source as a model and its processor; arguments and errors as `load`."""
-    config = model_config(source)
+    config = dataclasses.replace(model_config(source), prune=prune)
     graph, params = abstract(config.build)
     tensors = {
         name: (source.parts[part], rule)

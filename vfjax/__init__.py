@@ -5,6 +5,7 @@ from vfjax.generate import generate, generate_ids, stream_ids
 from vfjax.model import Batch, Model, forward
 from vfjax.modes import CacheFusion, LogitsFusion, MemberProcessors
 from vfjax.processor import Processor
+from vfjax.prune import Prune
 from vfjax.stream import stream
 from vfjax.video import Video, open_video
 
@@ -18,6 +19,7 @@ __all__ = [
     "MemberProcessors",
     "Model",
     "Processor",
+    "Prune",
     "Video",
     "forward",
     "generate",

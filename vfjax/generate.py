@@ -254,7 +254,7 @@ def _pieces(
     batches = batch if isinstance(batch, tuple) else (batch,)
     most = int(np.max(how.limit))
     steps = _round_up(most, 64) if room is None else room
-    slots = max(each.tokens.shape[1] for each in batches)
+    slots = max(each.read for each in batches)
     logits, cache = _prefill(model, place(batch, mesh_of(model)), size=slots + steps)
     state = _first(logits, how, steps=steps)
     until = 0

@@ -17,6 +17,7 @@ from flax import nnx
 from vfjax import places
 from vfjax.errors import InputError
 from vfjax.llm import Cache
+from vfjax.prune import Groups, Prune, pruned
 
 Array = jax.Array
 AnyArray = jax.Array | np.ndarray
@@ -38,6 +39,7 @@ class Batch:
             with videos, "pool" int32[m, p]: m more visual tokens, each the largest values of p
             others; empty when no row has a picture.
         labels: int32[b, t] ids to learn, -100 where there is none; None outside training.
+        groups: what pruning needs to know; None where no visual token goes.
     """
 
     tokens: AnyArray
@@ -45,6 +47,12 @@ class Batch:
     mask: AnyArray
     images: dict[str, dict[str, AnyArray]]
     labels: AnyArray | None = None
+    groups: Groups | None = None
+
+    @property
+    def read(self) -> int:
+        """Tokens of a row that the LLM reads, at most: t, or what pruning leaves of it."""
+        return self.tokens.shape[1] if self.groups is None else self.groups.length
 
 
 @dataclasses.dataclass(frozen=True)
@@ -113,9 +121,10 @@ class ModelConfig:
         positions: "running", one branch after another; or "parallel", each where the picture
             stands, the text after the longest.
         mask: "causal", or "block": a branch's tokens don't see another's; see `vfjax.places`.
+        prune: which visual tokens the LLM reads; None: all.
 
     Raises:
-        InputError: unknown `positions` or `mask`.
+        InputError: unknown `positions` or `mask`, or `prune` is for another number of branches.
     """
 
     branches: tuple[BranchConfig, ...]
@@ -123,8 +132,11 @@ class ModelConfig:
     source: str = ""
     positions: str = "running"
     mask: str = "causal"
+    prune: Prune | None = None
 
     def __post_init__(self) -> None:
+        if self.prune is not None:
+            self.prune.shares(len(self.branches))
         choices = {"positions": places.POSITIONS, "mask": places.MASKS}
         for key, allowed in choices.items():
             if getattr(self, key) not in allowed:
@@ -188,21 +200,29 @@ class Model(nnx.Module):
 
         Returns:
             [b, t, d] hidden states, undefined where nothing is read; bool[b, t], where something
-            is; and the cache, which must have been new, with it all.
+            is; and the cache, which must have been new, with it all. Where tokens are pruned, t is
+            `batch.read`, and rows are filled from the left.
         """
         text = self.llm.embed(jnp.asarray(batch.tokens))
         x, mask, segments = splice(text, batch, self.memories(batch.images))
-        positions = see = None
-        count = len(self.config.branches)
+        positions, count = None, len(self.config.branches)
         if count > 1 and self.config.positions == "parallel":
             positions = places.parallel(segments, mask, count)
-        if count > 1 and self.config.mask == "block":
-            see = places.block(segments)
-        hidden, cache = self.llm(x, mask, cache, positions, see)
+        if self.config.prune is not None and batch.groups is not None:
+            x, mask, segments, positions = pruned(
+                *(self.config.prune, batch.groups, self.llm, self._see),
+                *(x, mask, segments, positions),
+            )
+        hidden, cache = self.llm(x, mask, cache, positions, self._see(segments))
         return hidden, mask, cache
 
+    def _see(self, segments: Array) -> Array | None:
+        """Who may see whom, for `Llama`."""
+        block = len(self.config.branches) > 1 and self.config.mask == "block"
+        return places.block(segments) if block else None
+
     def __call__(self, batch: Batch) -> Array:
-        """Logits float32[b, t, vocab]; undefined at padding."""
+        """Logits float32[b, t, vocab], t as in `read`; undefined at padding."""
         return self.llm.logits(self.read(batch)[0])
 
     def prefill(self, batch: Batch, size: int) -> tuple[Array, Cache]:

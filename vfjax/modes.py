@@ -39,9 +39,17 @@ class CacheFusion(nnx.Module):
             owners: for each branch the number of its LLM; None: there are as many of both.
 
         Raises:
-            InputError: LLMs of another shape than the merged one, or a branch without one.
+            InputError: LLMs of another shape than the merged one, a branch without one, or visual
+                tokens that are pruned.
         """
         self.merged, self.llms = merged, nnx.List(llms)
+        if merged.config.prune is not None:
+            raise InputError(
+                "prune",
+                found=merged.config.prune,
+                expected="none where each branch is read by its own LLM",
+                fix="prune the merged model, or the members of a LogitsFusion",
+            )
         names = [branch.name for branch in merged.config.branches]
         self.owners = tuple(range(len(llms)) if owners is None else owners)
         if len(self.owners) != len(names) or not set(self.owners) <= set(range(len(llms))):

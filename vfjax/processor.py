@@ -12,6 +12,7 @@ from vfjax import prompts as text
 from vfjax.errors import InputError
 from vfjax.images import open_image
 from vfjax.model import AnyArray, Batch, ModelConfig
+from vfjax.prune import Groups, marks
 from vfjax.video import Video
 from vfjax.views import Prepared, bucket
 
@@ -111,11 +112,13 @@ class Processor:
         rows = self._rows(prompts, input_ids)
         pictures = self._pictures(images, rows)
         words = [ids[:truncate] for ids in _words(rows)]
-        images_in, seen = self._prepare(pictures, words, shard)
-        spliced, first = [], 0
+        images_in, parts = self._prepare(pictures, words, shard)
+        seen = [np.concatenate(numbers) for numbers in parts]
+        spliced, owned, first = [], [], 0
         for row in rows:
             last = first + int((row == text.IMAGE_ID).sum())
             spliced.append(tuple(a[:truncate] for a in _splice(row, seen[first:last])))
+            owned.append(parts[first:last])
             first = last
         longest = max(len(s[0]) for s in spliced)
         t = self._length(longest) if shard is None else shard.length
@@ -135,7 +138,32 @@ class Processor:
             mask=mask,
             images=images_in,
             labels=None if labels is None else learn,
+            groups=self._groups(owned, visual, mask) if images_in else None,
         )
+
+    def _groups(
+        self, parts: Sequence[Sequence[Sequence[np.ndarray]]], visual: np.ndarray, mask: np.ndarray
+    ) -> Groups | None:
+        """What `Prune` needs to know; None where all visual tokens stay.
+
+        Args:
+            parts: of each row each picture's visual tokens by branch.
+            visual: of the batch.
+            mask: of the batch.
+        """
+        prune = self.config.prune
+        shares = () if prune is None else prune.shares(len(self.config.branches))
+        if all(share == 1 for share in shares):
+            return None
+        of, most = np.full(visual.shape, -1, np.int32), np.zeros(visual.shape, np.int32)
+        stay = (mask & (visual < 0)).sum(axis=1)
+        for i, pictures in enumerate(parts):
+            places = np.flatnonzero(visual[i] >= 0)
+            marked = marks(pictures, shares)[:, : len(places)]
+            of[i, places], most[i, places] = marked
+            sizes = np.bincount(marked[0])
+            stay[i] += sum(min(k, sizes[g]) for g, k in dict(marked.T.tolist()).items())
+        return Groups(of, most, self._length(int(stay.max())))
 
     def shard(
         self,
@@ -254,8 +282,8 @@ class Processor:
 
     def _prepare(
         self, pictures: Sequence[Picture], words: Sequence[np.ndarray], shard: Shard | None
-    ) -> tuple[dict[str, dict[str, AnyArray]], list[np.ndarray]]:
-        """Each branch's inputs, and each picture's visual tokens as numbers in the batch.
+    ) -> tuple[dict[str, dict[str, AnyArray]], list[list[np.ndarray]]]:
+        """Each branch's inputs, and each picture's visual tokens by branch, numbers in the batch.
 
         Args:
             pictures: of all rows.
@@ -287,7 +315,7 @@ class Processor:
             for i, indices in zip(owner, seen, strict=True):
                 numbers[i].append(base + indices)
             base += ready.size + (0 if pool is None else len(pool))
-        return inputs, [np.concatenate(parts) for parts in numbers]
+        return inputs, numbers
 
     def _texts(self, words: Sequence[np.ndarray], shard: Shard | None) -> dict[str, AnyArray]:
         """For each picture the ids of its prompt, int32[n, l], and where they are."""

@@ -8,7 +8,8 @@ def get_config() -> ConfigDict:
         {
             "task": "ablate",
             "members": ("clip", "dino"),  # of experiments/family/models
-            "subsets": True,  # fuse every one, two, three ... of all shipped members too
+            "more": (),  # "name=folder" of members beside the shipped ones, of the same base
+            "subsets": True,  # fuse every one, two, three ... of all these too
             "split": "validation",  # never the pictures that a score is reported on
             "scenes": 200,
             "seed": 1,

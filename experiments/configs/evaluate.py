@@ -26,6 +26,8 @@ def get_config(benchmark: str = "mmvp") -> ConfigDict:
             "mesh": config_dict.placeholder(
                 tuple
             ),  # (data, model[, fsdp]) devices; default: one a process
+            # Share of the visual tokens that the LLM reads, (one,) or one a branch; (): all.
+            "prune": {"keep": (), "by": "attention", "depth": 2},
             "towers": (),  # "name in config.json=folder" for towers that are elsewhere
             "chunks": 1,  # jobs that share the questions, as in LLaVA's scripts
             "chunk": 0,  # which of them this is

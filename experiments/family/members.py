@@ -18,7 +18,7 @@ from PIL import Image
 import converters
 from experiments.configs.train import CONNECTOR, LLM
 from experiments.family import encoders, language, scenes
-from vfjax import Model, Processor
+from vfjax import Model, Processor, Prune
 from vfjax.data import Batches, Conversations
 from vfjax.train import Group, Optim, Options, fit
 
@@ -185,12 +185,12 @@ class Quiz:
         return cls([folder / "images" / row["image"] for row in rows], questions)
 
 
-def load(folder: Path) -> tuple[Model, Processor]:
+def load(folder: Path, prune: Prune | None = None) -> tuple[Model, Processor]:
     """A member or a fusion, in float32, without the description of its checkpoint.
 
     That is part of what JAX compiles for: without it, models of one shape share a program.
     """
-    model, processor = converters.load(folder, dtype="float32")
+    model, processor = converters.load(folder, dtype="float32", prune=prune)
     model.config = dataclasses.replace(model.config, source="")
     return model, processor
 
@@ -198,7 +198,7 @@ def load(folder: Path) -> tuple[Model, Processor]:
 @jax.jit
 def next_logits(model: Any, batch: Any) -> Array:
     """float32[b, vocab] after each row's last token."""
-    size = max(each.tokens.shape[1] for each in (batch if isinstance(batch, tuple) else (batch,)))
+    size = max(each.read for each in (batch if isinstance(batch, tuple) else (batch,)))
     return model.prefill(batch, size)[0]
 
 

@@ -10,7 +10,7 @@ import numpy as np
 
 import converters
 from experiments.family.members import Quiz, load, score
-from vfjax import CacheFusion, LogitsFusion, MemberProcessors, Model, Processor
+from vfjax import CacheFusion, LogitsFusion, MemberProcessors, Model, Processor, Prune
 
 Scores = dict[str, dict[str, np.ndarray]]
 """Who answers -> kind of question -> bool[n], right or wrong."""
@@ -26,7 +26,13 @@ WAYS = {
 
 
 def fuse(
-    base: Path, members: Mapping[str, Path], test: Quiz, folder: Path, **recipe: Any
+    base: Path,
+    members: Mapping[str, Path],
+    test: Quiz,
+    folder: Path,
+    *,
+    prune: Prune | None = None,
+    **recipe: Any,
 ) -> tuple[Model, Processor, dict[str, np.ndarray]]:
     """A fusion, written and read again, and its scores.
 
@@ -35,11 +41,12 @@ def fuse(
         members: name -> folder, in the order of their tokens.
         test: the questions.
         folder: to write.
+        prune: of its visual tokens.
         recipe: of `converters.fuse`; by default task arithmetic with equal weights.
     """
     params = {"weights": (1 / len(members),) * len(members)}
     converters.fuse(members, folder, base=base, **({"params": params} | recipe))
-    model, processor = load(folder)
+    model, processor = load(folder, prune)
     return model, processor, score(model, processor, test)
 
 

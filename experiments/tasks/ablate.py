@@ -3,7 +3,7 @@
 import itertools
 import json
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,8 +16,9 @@ from converters.export import to_bytes
 from experiments.family import scenes
 from experiments.family.members import Quiz, load, means, score
 from experiments.family.study import WAYS, fuse
-from experiments.tasks.common import FAMILY
+from experiments.tasks.common import FAMILY, named
 from vfjax.files import replacing
+from vfjax.prune import RULES, Prune
 
 WEIGHTS = (0.0, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.85, 1.0)
 METHODS: dict[str, dict[str, Any]] = {
@@ -38,8 +39,8 @@ SCOPES = {"all": (), "blocks alone": (("embed_tokens|lm_head|model.norm", {"take
 
 OTHER = "other-origin"
 
-Variant = tuple[str, str, tuple[str, ...], dict[str, Any]]
-"""Panel, label, members in order, recipe of `converters.fuse`."""
+Variant = tuple[str, str, tuple[str, ...], dict[str, Any], Prune | None]
+"""Panel, label, members in order, recipe of `converters.fuse`, pruning."""
 
 
 def run(config: ConfigDict, workdir: Path) -> None:
@@ -49,17 +50,20 @@ def run(config: ConfigDict, workdir: Path) -> None:
     file = workdir / "results.json"
     done = json.loads(file.read_text()) if file.is_file() else {}
     alone: dict[str, float] = {}
-    folders = {p.name: p for p in FAMILY.iterdir()}
+    folders = {p.name: p for p in FAMILY.iterdir() if p.name != "base"}
+    folders |= {name: Path(path) for name, path in named("more", config.more).items()}
+    subsets = sorted(folders) if config.subsets else []
     folders[OTHER] = workdir / OTHER
     if not folders[OTHER].is_dir():
         turned_over(FAMILY / config.members[-1], folders[OTHER], config.seed)
-    for panel, label, names, recipe in variants(config):
+    for panel, label, names, recipe, prune in variants(config, subsets):
         key = f"{panel}: {label}"
         if key in done:
             continue
         shutil.rmtree(workdir / "fused", ignore_errors=True)
         members = {name: folders[name] for name in names}
-        *_, found = fuse(FAMILY / "base", members, test, workdir / "fused", **recipe)
+        out = workdir / "fused"
+        *_, found = fuse(FAMILY / "base", members, test, out, prune=prune, **recipe)
         for name in set(names) - set(alone):
             alone[name] = means(score(*load(folders[name]), test))["mean"]
         best = max(alone[name] for name in names)
@@ -71,27 +75,45 @@ def run(config: ConfigDict, workdir: Path) -> None:
     print(f"{workdir / 'ablate.png'}, {file}")
 
 
-def variants(config: ConfigDict) -> Iterator[Variant]:
-    """All that is tried, panel after panel; the recipes differ from the mean in one thing."""
+def variants(config: ConfigDict, subsets: Sequence[str]) -> Iterator[Variant]:
+    """All that is tried, panel after panel; the recipes differ from the mean in one thing.
+
+    Args:
+        config: the task's.
+        subsets: members of which one, two, three ... are fused.
+    """
     names = tuple(config.members)
     for weight in WEIGHTS:
-        yield "weight of each", f"{weight:g}", names, _weights(weight, names)
+        yield "weight of each", f"{weight:g}", names, _weights(weight, names), None
     for method, params in METHODS.items():
         params = {k: (v,) * len(names) if k == "weights" else v for k, v in params.items()}
-        yield "method", method, names, {"method": method, "params": params}
+        yield "method", method, names, {"method": method, "params": params}, None
     for order in itertools.permutations(names):
-        yield "order", " ".join(order), order, {}
+        yield "order", " ".join(order), order, {}, None
     for label, (positions, mask) in WAYS.items():
-        yield "arrangement", label, names, {"positions": positions, "mask": mask}
+        yield "arrangement", label, names, {"positions": positions, "mask": mask}, None
     for label, rules in SCOPES.items():
-        yield "scope", label, names, {"rules": rules}
-    yield "origin", "one base", names, {}
-    yield "origin", "of another base, forced", (*names[:-1], OTHER), {"family": False}
-    if config.subsets:
-        shipped = sorted(p.name for p in FAMILY.iterdir() if p.name != "base")
-        for count in range(2, len(shipped) + 1):
-            for some in itertools.combinations(shipped, count):
-                yield "members", " ".join(some), some, {}
+        yield "scope", label, names, {"rules": rules}, None
+    yield "origin", "one base", names, {}, None
+    yield "origin", "of another base, forced", (*names[:-1], OTHER), {"family": False}, None
+    for by in RULES:
+        for keep in pruned(len(names)):
+            label = " ".join(f"{share:g}" for share in keep)
+            yield f"visual tokens kept, by {by}", label, names, {}, Prune(keep, by)
+    for count in range(1, len(subsets) + 1):
+        for some in itertools.combinations(subsets, count):
+            yield "members", " ".join(some), some, {}, None
+
+
+def pruned(count: int) -> list[tuple[float, ...]]:
+    """Shares of each branch's tokens: of all, then of one and all of the others'."""
+    all_of = [(share,) * count for share in (1.0, 0.75, 0.5, 0.25)]
+    one_of = [
+        tuple(share if i == k else 1.0 for i in range(count))
+        for k in range(count)
+        for share in (0.75, 0.5, 0.25)
+    ]
+    return all_of + one_of
 
 
 def turned_over(member: Path, out: Path, seed: int) -> None:

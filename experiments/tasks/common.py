@@ -8,7 +8,7 @@ from typing import Any
 from tqdm import tqdm
 
 import converters
-from vfjax import InputError, Model, Processor
+from vfjax import InputError, Model, Processor, Prune
 from vfjax.sharding import make_mesh
 
 FAMILY = Path(__file__).resolve().parents[1] / "family" / "models"
@@ -53,12 +53,14 @@ def bar(what: str) -> Iterator[Any]:
 
 
 def load(config: Any, folder: str | Path) -> tuple[Model, Processor]:
-    """A model by the config's `mesh`, `dtype` and `towers`, with a progress bar."""
+    """A model by the config's `mesh`, `dtype`, `towers` and `prune`, with a progress bar."""
+    prune = config.get("prune")
     with bar("load") as progress:
         return converters.load(
             folder,
             mesh=make_mesh(*config.mesh) if config.mesh else None,
             dtype=config.dtype,
             towers=named("towers", config.towers),
+            prune=Prune(tuple(prune.keep), prune.by, prune.depth) if prune and prune.keep else None,
             progress=progress,
         )

@@ -1,6 +1,7 @@
 """Asks a model a benchmark's questions, scores its answers, says how sure the scores are."""
 
 import hashlib
+import json
 import os
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -106,6 +107,7 @@ def answer(
         "template": processor.template,
         "max_new_tokens": length,
         "video": [config.frames, config.pool],
+        "prune": json.loads(config.prune.to_json()) if config.prune.keep else None,
     }
     with progress(questions, config) as advance:
         predict(

@@ -218,7 +218,7 @@ def batch_of(
 def plan_generate(config: ConfigDict, made: ModelConfig, mesh: Mesh, rows: int) -> dict[str, Any]:
     """Prefill, and one step of decoding."""
     model, batch = model_of(config, made, mesh), batch_of(config, made, mesh, rows, labels=False)
-    size = batch.tokens.shape[1] + config.new_tokens
+    size = batch.read + config.new_tokens
     prefill = jax.jit(lambda model, batch: model.prefill(batch, size)).lower(model, batch).compile()
     _, cache = jax.eval_shape(lambda model, batch: model.prefill(batch, size), model, batch)
     _, at = prefill.output_shardings

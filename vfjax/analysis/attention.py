@@ -4,14 +4,15 @@ The convention of LLaVA's visualisers (zjysteven/VLM-Visualizer): weights of eve
 over heads, without the sink. Attention says where a layer reads from, not why a model answers.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from vfjax.llm.llama import Attention, Step, _rotate_part
+from vfjax.llm.llama import Attention, Step
+from vfjax.llm.watch import watched, weights
 from vfjax.model import AnyArray, Batch, Model, splice
 
 Array = jax.Array
@@ -21,37 +22,6 @@ def spliced(model: Model, batch: Batch) -> tuple[Array, Array, Array]:
     """What the LLM reads: embeddings, mask and segments of `vfjax.model.splice`."""
     text = model.llm.embed(jnp.asarray(batch.tokens))
     return splice(text, batch, model.memories(batch.images))
-
-
-class _Watched:
-    """Stands in a block for its attention: computes the same, and shows the weights."""
-
-    def __init__(self, inner: Attention, show: Callable[[Array], object]):
-        self.inner, self.show = inner, show
-
-    def __call__(self, x: Array, layer: int, step: Step) -> tuple[Array, tuple[Array, Array]]:
-        out, (k, v) = self.inner(x, layer, step)
-        self.show(weights(self.inner, x, k, step))
-        return out, (k, v)
-
-
-def weights(attn: Attention, x: Array, k: Array, step: Step) -> Array:
-    """Attention weights float32[b, n, t, s], the softmax that `vfjax.layers.attention` leaves out.
-
-    Args:
-        attn: a block's attention.
-        x: [b, t, d] its input.
-        k: [b, s, g, h] its keys, rotated.
-        step: of the call.
-    """
-    c = attn.config
-    q = attn.project(x)[0].reshape(*x.shape[:2], -1, c.head_dim)
-    if c.qk_norm:
-        q = attn.q_norm(q)
-    q = _rotate_part(q, step.cos, step.sin).astype(jnp.float32)
-    keys = jnp.repeat(k.astype(jnp.float32), q.shape[2] // k.shape[2], axis=2)
-    scores = jnp.einsum("btnh,bsnh->bnts", q, keys) * c.head_dim**-0.5
-    return jax.nn.softmax(jnp.where(step.see[:, None], scores, -jnp.inf), axis=-1)
 
 
 def readers(batch: Batch) -> dict[str, np.ndarray]:
@@ -90,17 +60,16 @@ def attention(
     first = (jnp.cumsum(batch.mask, axis=1) == 1) & batch.mask
     rows: dict[str, list[Array]] = {name: [] for name in readers}
 
-    def show(found: Array) -> None:
-        kept = jnp.where(first[:, None], 0, found.mean(axis=1))
+    def show(attn: Attention, x: Array, k: Array, step: Step) -> None:
+        kept = jnp.where(first[:, None], 0, weights(attn, x, k, step).mean(axis=1))
         kept = kept / jnp.maximum(kept.sum(axis=-1, keepdims=True), 1e-30)
         for name, mine in readers.items():
             total = jnp.where(mine[..., None], kept, 0).sum(axis=1)
             rows[name].append(total / mine.sum(axis=1)[:, None])
 
-    watched: Any = jax.tree.map(lambda x: x, model)  # another model of the same arrays
-    for block in watched.llm.blocks:
-        block.attn = _Watched(block.attn, show)
-    watched.read(batch)
+    other: Any = jax.tree.map(lambda x: x, model)  # another model of the same arrays
+    other.llm = watched(model.llm, show)
+    other.read(batch)
     return {name: jnp.stack(found, axis=1) for name, found in rows.items()}, spliced(model, batch)[
         2
     ]

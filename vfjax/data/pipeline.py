@@ -120,6 +120,7 @@ class Batches:
             ("steps", self.steps, self.steps >= 1, "at least 1"),
             ("length", self.length, 1 <= self.length <= context, f"1 to {context}, the context"),
             ("window", self.window, self.window >= 1, "at least 1 batch"),
+            ("prune", "a rule", self.processor.config.prune is None, "none: training reads all"),
             (
                 "process_index",
                 self.process_index,

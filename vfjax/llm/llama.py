@@ -130,13 +130,17 @@ class Attention(nnx.Module):
         """Queries [b, t, n * h], keys and values [b, t, g * h] of x [b, t, d]."""
         return self.q(x), self.k(x), self.v(x)
 
+    def heads(self, x: Array, step: Step) -> tuple[Array, Array, Array]:
+        """Queries [b, t, n, h], rotated, keys [b, t, g, h], rotated, and values of x [b, t, d]."""
+        q, k, v = (y.reshape(*x.shape[:2], -1, self.config.head_dim) for y in self.project(x))
+        if self.config.qk_norm:
+            q, k = self.q_norm(q), self.k_norm(k)
+        return _rotate_part(q, step.cos, step.sin), _rotate_part(k, step.cos, step.sin), v
+
     def __call__(self, x: Array, layer: int, step: Step) -> tuple[Array, tuple[Array, Array]]:
         """[b, t, d] -> [b, t, d], and the keys and values of all that was read."""
         b, t, _ = x.shape
-        q, k, v = (y.reshape(b, t, -1, self.config.head_dim) for y in self.project(x))
-        if self.config.qk_norm:
-            q, k = self.q_norm(q), self.k_norm(k)
-        q, k = (_rotate_part(y, step.cos, step.sin) for y in (q, k))
+        q, k, v = self.heads(x, step)
         if step.cache is not None:
             k, v = step.cache.write(layer, k, v)
         return self.out(attention(q, k, v, step.see).reshape(b, t, -1)), (k, v)

@@ -42,10 +42,17 @@ def export(
         progress: called with the number of bytes after each write.
 
     Raises:
-        InputError: `out` exists, the model was not loaded, the folder it came from is gone, or the
-            disk fills up; nothing is left then.
+        InputError: `out` exists, the model was not loaded or has int8 weights, the folder it came
+            from is gone, or the disk fills up; nothing is left then.
     """
     record = source_of(model)
+    if any(x.dtype == np.int8 for x in jax.tree.leaves(nnx.state(model))):
+        raise InputError(
+            "model",
+            found="int8 weights",
+            expected="those of its checkpoint",
+            fix="export the model as it was loaded without int8",
+        )
     origin = Path(record["path"])
     if not origin.is_dir():
         raise InputError(

@@ -6,7 +6,7 @@ import itertools
 import json
 import warnings
 from collections import deque
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -24,6 +24,8 @@ from converters.tables import find
 from converters.tables.visionfuse import arrange
 from converters.towers import KINDS, read_tower
 from vfjax import InputError, Model, Processor
+from vfjax.int8 import int8 as to_int8
+from vfjax.int8 import quantize
 from vfjax.layers import ACTIVATIONS
 from vfjax.merge import LazyTensor
 from vfjax.model import BranchConfig, ModelConfig
@@ -60,6 +62,7 @@ def load(
     positions: str | None = None,
     mask: str | None = None,
     prune: Prune | None = None,
+    int8: bool = False,
     progress: Callable[[int], object] = lambda nbytes: None,
 ) -> tuple[Model, Processor]:
     """Any supported checkpoint folder as a model on the devices, and its processor.
@@ -76,6 +79,7 @@ def load(
         positions: "running" or "parallel", see `ModelConfig`; None: as the folder says.
         mask: "causal" or "block", see there; None: as the folder says.
         prune: which visual tokens the LLM reads; None: all.
+        int8: the LLM's products have int8 weights (`vfjax.int8`); for generation.
         progress: called with the bytes of each tensor as it arrives.
 
     Raises:
@@ -85,7 +89,7 @@ def load(
     dtype = float_dtype(dtype)
     source = open_source(path, towers=towers, tower_source=tower_source, base=base)
     arrange(source, positions, mask)
-    return read_model(source, mesh, dtype, progress, prune=prune)
+    return read_model(source, mesh, dtype, progress, prune=prune, int8=int8)
 
 
 def read_model(
@@ -95,6 +99,7 @@ def read_model(
     progress: Callable[[int], object] = lambda nbytes: None,
     *,
     prune: Prune | None = None,
+    int8: bool = False,
 ) -> tuple[Model, Processor]:
     """An opened source as a model and its processor; arguments and errors as `load`."""
     config = dataclasses.replace(model_config(source), prune=prune)
@@ -104,7 +109,11 @@ def read_model(
         for part, rules in check(source, params).items()
         for name, rule in rules.items()
     }
-    fill(params, tensors, mesh, dtype, progress)
+    narrow: set[str] = set()
+    if int8:
+        graph, wanted = abstract(lambda rngs: to_int8(config.build(rngs=rngs)))
+        narrow = {name for name, p in wanted.items() if p.dtype == np.int8}
+    fill(params, tensors, mesh, dtype, progress, narrow)
     return join(graph, params), processor(source, config)
 
 
@@ -279,11 +288,12 @@ def fill(
     mesh: Mesh | None,
     dtype: np.dtype | None,
     progress: Callable[[int], object] = lambda nbytes: None,
+    narrow: Collection[str] = (),
 ) -> None:
     """Puts each parameter on the devices, by its component's tensors and its rule.
 
-    Threads read and transpose ahead of the casts; the host holds as many tensors as there are
-    threads, and the one that is cast.
+    Those that `narrow` names become int8, and a scale beside them. Threads read and transpose ahead
+    of the casts; the host holds as many tensors as there are threads, and the one that is cast.
     """
 
     def put(name: str) -> jax.Array:
@@ -302,8 +312,13 @@ def fill(
             name, future = pending.popleft()
             value = future.result()
             pending.extend((name, pool.submit(put, name)) for name in itertools.islice(names, 1))
-            params[name] = params[name].replace(value if dtype is None else value.astype(dtype))
-            progress(value.size * params[name].dtype.itemsize)
+            value = value if dtype is None else value.astype(dtype)
+            if name in narrow:
+                value, scale = quantize(value)
+                axes = params[name].axes[1:]
+                params[name.removesuffix("kernel") + "scale"] = nnx.Param(scale, axes=axes)
+            params[name] = params[name].replace(value)
+            progress(value.nbytes)
 
 
 def processor(source: Source, config: ModelConfig) -> Processor:

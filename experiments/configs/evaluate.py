@@ -26,6 +26,7 @@ def get_config(benchmark: str = "mmvp") -> ConfigDict:
             "mesh": config_dict.placeholder(
                 tuple
             ),  # (data, model[, fsdp]) devices; default: one a process
+            "int8": False,  # weights of the LLM's products
             # Share of the visual tokens that the LLM reads, (one,) or one a branch; (): all.
             "prune": {"keep": (), "by": "attention", "depth": 2},
             "towers": (),  # "name in config.json=folder" for towers that are elsewhere

@@ -9,20 +9,21 @@ def get_config() -> ConfigDict:
             "task": "family",
             "seed": 0,  # of scenes, base and encoders
             "seeds": (0, 1, 2),  # of members: connector, order of the data
-            # Of tasks.family.MEMBERS; "mgm" too, whose ConvNeXt takes hours without an accelerator.
-            "members": (
-                *("clip", "dino", "sti", "sci", "dci", "comm", "slime"),
-                *("fine", "clip-long", "dino-long"),
+            "members": (  # of tasks.family.MEMBERS
+                *("clip", "dino", "sti", "sci", "dci", "comm", "mgm", "slime"),
+                *("distilled", "fine", "clip-long", "dino-long"),
             ),
             "pairs": (  # that are fused
                 "clip+dino",
-                *("clip+dci", "clip+slime"),  # with one CLIP tower
-                "clip+dino+dci",
+                *("clip+dci", "clip+mgm", "clip+slime"),  # with one CLIP tower
+                *("clip+dino+dci", "clip+dino+mgm+slime"),
             ),
             # Steps and rate of the last stage of the first pair, beside the others' below.
             "sweep": ((50, 2e-4), (200, 2e-4), (800, 2e-4), (200, 1e-3), (800, 1e-3)),
             "scenes": {"encoders": 30_000, "train": 6_000, "validation": 200, "test": 500},
-            "encoders": {"clip": 250, "dino": 500, "fine": 250, "convnext": 250},  # steps
+            "encoders": {  # steps
+                **{"clip": 250, "dino": 500, "distilled": 600, "fine": 250, "convnext": 250},
+            },
             "align": 1_500,  # steps of each stage of a member, see experiments.family.members
             "first": 100,
             "tune": 200,

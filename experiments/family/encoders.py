@@ -157,8 +157,12 @@ def train_clip(
     seed: int = 0,
     report: Report = print,
 ) -> nnx.Module:
-    """A tower (CLIP, FINE, CONVNEXT) trained by InfoNCE on scenes and captions without places."""
+    """A tower (CLIP, FINE, CONVNEXT) trained by InfoNCE on scenes and captions without places.
+
+    CONVNEXT at half the side that it is used at, as Mini-Gemini's was.
+    """
     width = config["golden_dims"][-1] if config is CONVNEXT else WIDTH
+    side = SIZE if config is CONVNEXT else config["image_size"]
     pair = nnx.List([new(config, seed), Captions(64, width, rngs=nnx.Rngs(seed + 1))])
     graph, params = nnx.split(pair)
 
@@ -166,7 +170,7 @@ def train_clip(
         pictures, digits, colours = data
         both: Any = nnx.merge(graph, params)
         tower, captions = both
-        x = pixels(pictures, CLIP_IMAGES, config["image_size"])
+        x = pixels(pictures, CLIP_IMAGES, side)
         if config is CONVNEXT:
             whole = tower(x, [-1])[0].mean(axis=(1, 2))
         else:

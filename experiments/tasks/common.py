@@ -53,7 +53,7 @@ def bar(what: str) -> Iterator[Any]:
 
 
 def load(config: Any, folder: str | Path) -> tuple[Model, Processor]:
-    """A model by the config's `mesh`, `dtype`, `towers` and `prune`, with a progress bar."""
+    """A model by the config's `mesh`, `dtype`, `towers`, `int8` and `prune`; with a bar."""
     prune = config.get("prune")
     with bar("load") as progress:
         return converters.load(
@@ -61,6 +61,7 @@ def load(config: Any, folder: str | Path) -> tuple[Model, Processor]:
             mesh=make_mesh(*config.mesh) if config.mesh else None,
             dtype=config.dtype,
             towers=named("towers", config.towers),
+            int8=bool(config.get("int8")),
             prune=Prune(tuple(prune.keep), prune.by, prune.depth) if prune and prune.keep else None,
             progress=progress,
         )

@@ -14,6 +14,7 @@ from ml_collections import ConfigDict
 import converters
 from converters.export import to_bytes
 from experiments.family import encoders, language, scenes
+from experiments.family.distil import train_distilled
 from experiments.family.members import Quiz, Recipe, load, make, means, score
 from experiments.family.study import Scores, fuse, paired, study, table, with_llm
 from vfjax.files import replacing
@@ -37,6 +38,7 @@ MEMBERS: dict[str, dict[str, Any]] = {
         "see": (True, False),
         "connector": {"kind": "slime", "queries": 9, "separator": language.IDS[language.EMPTY]},
     },
+    "distilled": {"encoder": "distilled", "see": (False, True)},
     "fine": {"encoder": "fine", "see": (True, False)},
     "clip-long": {"encoder": "clip", "see": (True, False), "times": 2},
     "dino-long": {"encoder": "dino", "see": (False, True), "times": 2},
@@ -50,6 +52,7 @@ ENCODERS: dict[str, tuple[Any, ...]] = {
     "fine": (encoders.train_clip, encoders.FINE, encoders.FINE_IMAGES),
     "convnext": (encoders.train_clip, encoders.CONVNEXT, {}),
     "dino": (encoders.train_dino, encoders.DINO, encoders.DINO_IMAGES),
+    "distilled": (train_distilled, encoders.DINO, encoders.DINO_IMAGES),
 }
 """Name -> how it is trained, its config, and how its pictures are prepared."""
 
@@ -88,7 +91,8 @@ def _run(config: ConfigDict, workdir: Path) -> None:
         sweep_point(config, workdir, steps, rate, tests["test"]) for steps, rate in config.sweep
     ]
     told = language.score(load(workdir / "base")[0], count=config.scenes.test)
-    write_report(workdir, told, alone, pairs, sweep)
+    known = probe_encoders(config, workdir)
+    write_report(workdir, told, known, alone, pairs, sweep)
     if config.ship:
         ship(workdir, Path(config.ship), config.members, config.seeds[0])
 
@@ -105,6 +109,19 @@ def make_encoders(config: ConfigDict, workdir: Path) -> None:
         own = {"config": tower} if train is encoders.train_clip else {}
         made = train(data, steps=config.encoders[name], seed=config.seed, **own)
         encoders.save(made, tower, images, workdir / "encoders" / name)
+
+
+def probe_encoders(config: ConfigDict, workdir: Path) -> dict[str, dict[str, float]]:
+    """What linear probes read from the patches of each tower of 36, in per cent right."""
+    known, new = (scenes.sample(split, 1000, config.seed) for split in ("train", "test"))
+    out = {}
+    for name in sorted(path.name for path in (workdir / "encoders").iterdir()):
+        _, tower, images = ENCODERS[name]
+        if tower in (encoders.CLIP, encoders.DINO):
+            loaded = converters.load_encoder(workdir / "encoders" / name)
+            found = encoders.probes(loaded, images, known, new)
+            out[name] = {key: 100 * value for key, value in found.items()}
+    return out
 
 
 def make_member(
@@ -241,13 +258,15 @@ def draw_sweep(file: Path, sweep: list[dict[str, float]]) -> None:
 def write_report(
     workdir: Path,
     told: Mapping[str, Mapping[str, float]],
+    known: Mapping[str, Mapping[str, float]],
     alone: Mapping[str, list],
     pairs: Mapping[str, list[Scores]],
     sweep: list[dict[str, float]],
 ) -> None:
     """results.json and REPORT.md: means and deviations over the seeds, paired tests.
 
-    `told` is what the base scores where a projector sees everything: the ceiling.
+    `told` is what the base scores where a projector sees everything: the ceiling; `known` what the
+    encoders' patches hold.
     """
     record: dict[str, Any] = {"members": {n: _over_seeds(runs) for n, runs in alone.items()}}
     ceiling = {
@@ -255,7 +274,11 @@ def write_report(
     }
     lines = ["# The family, measured", "", "The base, told the scenes in words:", "", "```"]
     record["base, told in words"] = ceiling
-    lines += [table(ceiling), "```", "", "Members alone, over seeds:", "", "```"]
+    lines += [table(ceiling), "```", ""]
+    if known:
+        record["encoders, probed"] = known
+        lines += ["Linear probes of the encoders' patches:", "", "```", table(known), "```", ""]
+    lines += ["Members alone, over seeds:", "", "```"]
     lines += [_rows(record["members"]), "```", ""]
     for pair, runs in pairs.items():
         rows = {who: _over_seeds([run[who] for run in runs]) for who in runs[0]}

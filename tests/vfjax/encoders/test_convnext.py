@@ -3,6 +3,7 @@
 import json
 from collections import OrderedDict
 
+import jax
 import numpy as np
 import pytest
 import torch
@@ -23,7 +24,7 @@ from tests.vfjax.encoders.common import (
     spec,
 )
 from vfjax import InputError
-from vfjax.encoders import ConvNeXtConfig
+from vfjax.encoders import ConvNeXtConfig, convnext
 
 DEPTHS, WIDTHS = (1, 2, 3, 1), (8, 12, 16, 24)
 KIND = "open_clip_convnext"
@@ -124,11 +125,11 @@ def test_taps_in_any_order(pair):
 
 
 def test_nothing_is_computed_past_the_last_stage(pair):
-    """A block has a convolution and two products, a stage but the first one convolution."""
+    """A block has two products beside its sums, a stage but the first one convolution."""
     _, ours = pair
     x = pixels(1, 64, 64)
     for k in TAPS:
-        assert products(ours, x, k) == 1 + k + 3 * sum(DEPTHS[: k + 1])
+        assert products(ours, x, k) == 1 + k + 2 * sum(DEPTHS[: k + 1])
 
 
 @pytest.mark.parametrize("taps", [(), (4,), (0, -5)], ids=str)
@@ -188,3 +189,19 @@ def test_unknown_size():
     table = find({"model_type": KIND}, "test")
     with pytest.raises(InputError, match="timm_model_name: found 'convnext_huge', expected .*tiny"):
         table.config({"timm_model_name": "convnext_huge"})
+
+
+@pytest.mark.parametrize(
+    ("shape", "side"), [((2, 9, 12, 8), 7), ((1, 3, 2, 4), 7), ((2, 5, 5, 3), 3)]
+)
+def test_depthwise_is_the_convolution_of_xla(shape: tuple[int, ...], side: int):
+    """Values and gradients, also of maps smaller than the kernel."""
+    x, kernel, seen = (
+        jax.random.normal(jax.random.key(i), size)
+        for i, size in enumerate([shape, (side, side, 1, shape[-1]), shape])
+    )
+    found, expected = (
+        jax.vjp(jax.jit(f), x, kernel) for f in (convnext.depthwise, convnext._convolved)
+    )
+    for a, b in zip((found[0], *found[1](seen)), (expected[0], *expected[1](seen)), strict=True):
+        np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-4)

@@ -2,7 +2,7 @@
 
 from vfjax.errors import InputError
 from vfjax.generate import generate, generate_ids, stream_ids
-from vfjax.model import Batch, Model, forward
+from vfjax.model import Batch, Model, encode, forward
 from vfjax.modes import CacheFusion, LogitsFusion, MemberProcessors
 from vfjax.processor import Processor
 from vfjax.prune import Prune
@@ -21,6 +21,7 @@ __all__ = [
     "Processor",
     "Prune",
     "Video",
+    "encode",
     "forward",
     "generate",
     "generate_ids",

@@ -35,9 +35,9 @@ class Batch:
         visual: int32[b, t] which of the batch's visual tokens stands here, -1 for text. They are
             counted branch by branch.
         mask: bool[b, t], False at padding.
-        images: branch name -> what its views prepared, such as {"pixels": float32[n, h, w, 3]};
-            with videos, "pool" int32[m, p]: m more visual tokens, each the largest values of p
-            others; empty when no row has a picture.
+        images: branch name -> what its views prepared, such as {"pixels": float32[n, h, w, 3]}, or
+            {"tokens", "keep"} of `encode`; with videos, "pool" int32[m, p]: m more visual tokens,
+            each the largest values of p others; empty when no row has a picture.
         labels: int32[b, t] ids to learn, -100 where there is none; None outside training.
         groups: what pruning needs to know; None where no visual token goes.
     """
@@ -171,6 +171,8 @@ class Model(nnx.Module):
         embed: Callable[[Array], Array],
     ) -> Memory:
         """A branch's visual tokens of all pictures; see `Branch.stages`."""
+        if "tokens" in images[name]:  # of `encode`
+            return jnp.asarray(images[name]["tokens"]), jnp.asarray(images[name]["keep"])
         stages = self.branches[name].stages(images[name], embed)
         tokens = stages["tokens"].astype(self.llm.embedding.dtype)
         keep = stages.get("keep", jnp.ones(len(tokens), bool))
@@ -283,3 +285,36 @@ def at_last(hidden: Array, mask: Array) -> Array:
 def forward(model: Model, batch: Batch) -> Array:
     """`model(batch)`, compiled: logits float32[b, t, vocab]."""
     return model(batch)
+
+
+def encode(model: Model, batch: Batch) -> Batch:
+    """The batch with its pictures encoded, so that other prompts about them need not do it again.
+
+    A batch of the same pictures, in the same order, takes them over by
+    `dataclasses.replace(other, images=encode(model, batch).images)`.
+
+    Args:
+        model: any; of a `CacheFusion` its `merged`.
+        batch: of the model's processor.
+
+    Raises:
+        InputError: a branch's tokens depend on the prompt (SliME's router).
+    """
+    for branch in model.config.branches:
+        if branch.views.reads_text:
+            raise InputError(
+                f"branch {branch.name}",
+                found="visual tokens that the prompt chooses",
+                expected="branches that see the pictures alone",
+                fix="pass the whole batch for each prompt",
+            )
+    return dataclasses.replace(batch, images=_encoded(model, batch.images))
+
+
+@jax.jit
+def _encoded(
+    model: Model, images: Mapping[str, Mapping[str, AnyArray]]
+) -> dict[str, dict[str, Array]]:
+    names = [branch.name for branch in model.config.branches] if images else []
+    memories = zip(names, model.memories(images), strict=True)
+    return {name: {"tokens": tokens, "keep": keep} for name, (tokens, keep) in memories}

@@ -18,7 +18,7 @@ from PIL import Image
 import converters
 from experiments.configs.train import CONNECTOR, LLM
 from experiments.family import encoders, language, scenes
-from vfjax import Model, Processor, Prune
+from vfjax import CacheFusion, LogitsFusion, Model, Processor, Prune, encode
 from vfjax.data import Batches, Conversations
 from vfjax.train import Group, Optim, Options, fit
 
@@ -214,13 +214,28 @@ def score(model: Any, processor: Any, test: Quiz, *, rows: int = 250) -> dict[st
     out: dict[str, list[np.ndarray]] = {kind: [] for kind in test.questions}
     for i in range(0, len(test.pictures), rows):
         pictures: list[Any] = list(test.pictures[i : i + rows])
+        seen: Any = None
         for kind, asked in test.questions.items():
             part = asked[i : i + rows]
             batch = processor(pictures, [processor.chat(question) for question, _ in part])
+            batch, seen = once(model, batch, seen)
             found = np.asarray(next_logits(model, batch)).argmax(axis=-1)
             right = np.array([language.IDS[answer] for _, answer in part])
             out[kind].append(found == right)
     return {kind: np.concatenate(parts) for kind, parts in out.items()}
+
+
+def once(model: Any, batch: Any, seen: Any) -> tuple[Any, Any]:
+    """A batch with its pictures encoded, or with those `seen` of an earlier one; and these."""
+    if isinstance(model, LogitsFusion):
+        parts = zip(model.members, batch, seen or [None] * len(batch), strict=True)
+        batches, images = zip(*(once(*part) for part in parts), strict=True)
+        return batches, images
+    model = model.merged if isinstance(model, CacheFusion) else model
+    if any(branch.views.reads_text for branch in model.config.branches):
+        return batch, None
+    seen = encode(model, batch).images if seen is None else seen
+    return dataclasses.replace(batch, images=seen), seen
 
 
 def means(scored: Mapping[str, np.ndarray]) -> dict[str, float]:

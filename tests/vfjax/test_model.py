@@ -1,5 +1,6 @@
 """Whole models against transformers' LLaVA, and against several of its towers put together."""
 
+import dataclasses
 import functools
 from collections.abc import Sequence
 from pathlib import Path
@@ -14,7 +15,7 @@ from flax import nnx
 import converters
 from tests import checkpoints
 from tests.checkpoints import IMAGE_TOKEN, make_connector, make_llama, make_tower
-from vfjax import Batch, Model, forward
+from vfjax import Batch, Model, encode, forward
 
 LIMIT = 2e-5
 """Largest difference of logits, as a share of the largest."""
@@ -267,3 +268,15 @@ def test_bfloat16(upstream):
     assert found.dtype == jnp.float32
     error = np.abs(np.asarray(found)[batch.mask] - expected).max() / np.abs(expected).max()
     assert 1e-4 < error < 0.1
+
+
+def test_pictures_are_encoded_once(fused):
+    """Other prompts about the same pictures, without the encoders."""
+    _, _, model, processor = fused
+    first = encode(model, processor(pictures(3), input_ids=ROWS))
+    other = processor(pictures(3), input_ids=[[1, PICTURE, 9], [1, PICTURE, 8, PICTURE], [1, 7]])
+    taken = dataclasses.replace(other, images=first.images)
+    assert all(set(images) == {"tokens", "keep"} for images in first.images.values())
+    np.testing.assert_array_equal(forward(model, taken), forward(model, other))
+    text = processor(None, input_ids=[[1, 7]])
+    assert encode(model, text).images == {}

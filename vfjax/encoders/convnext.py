@@ -114,7 +114,9 @@ class Block(nnx.Module):
         self.gamma = param((width,), (None,), rngs=rngs)
 
     def __call__(self, x: Array) -> Array:
-        y = depthwise(x.astype(self.conv.kernel.dtype), self.conv.kernel[...]) + self.conv.bias[...]
+        kernel, bias = self.conv.kernel[...], self.conv.bias
+        assert bias is not None
+        y = depthwise(x.astype(kernel.dtype), kernel) + bias[...]
         return x + self.gamma[...] * self.mlp(self.norm(y))
 
 

@@ -48,7 +48,7 @@ FINE: dict[str, Any] = {**CLIP, "image_size": 72}  # 81 tokens of the same pictu
 CONVNEXT: dict[str, Any] = {
     "model_type": "open_clip_convnext",
     "timm_model_name": "convnext_tiny",
-    "image_size": 2 * SIZE,
+    "image_size": SIZE,
     "golden_depths": [1, 1, 2, 1],
     "golden_dims": [32, 64, 96, 128],
 }
@@ -157,12 +157,8 @@ def train_clip(
     seed: int = 0,
     report: Report = print,
 ) -> nnx.Module:
-    """A tower (CLIP, FINE, CONVNEXT) trained by InfoNCE on scenes and captions without places.
-
-    CONVNEXT at half the side that it is used at, as Mini-Gemini's was.
-    """
+    """A tower (CLIP, FINE, CONVNEXT) trained by InfoNCE on scenes and captions without places."""
     width = config["golden_dims"][-1] if config is CONVNEXT else WIDTH
-    side = SIZE if config is CONVNEXT else config["image_size"]
     pair = nnx.List([new(config, seed), Captions(64, width, rngs=nnx.Rngs(seed + 1))])
     graph, params = nnx.split(pair)
 
@@ -170,7 +166,7 @@ def train_clip(
         pictures, digits, colours = data
         both: Any = nnx.merge(graph, params)
         tower, captions = both
-        x = pixels(pictures, CLIP_IMAGES, side)
+        x = pixels(pictures, CLIP_IMAGES, config["image_size"])
         if config is CONVNEXT:
             whole = tower(x, [-1])[0].mean(axis=(1, 2))
         else:

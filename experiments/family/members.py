@@ -116,7 +116,7 @@ def align(model: Model, data: Path, recipe: Recipe, *, report: Report = print) -
         tokens = tokens.reshape(len(words), -1, table.shape[1])[:, : words.shape[1]]
         return scale * ((tokens - table[words]) ** 2).mean()
 
-    def step(carry: Any, picks: Array) -> tuple[Any, Array]:
+    def step(seen: Any, words: Array, carry: Any, picks: Array) -> tuple[Any, Array]:
         params, state = carry
         shown, inputs = jax.tree.map(lambda x: x[picks], seen)
         some = jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:]), shown), inputs
@@ -125,8 +125,11 @@ def align(model: Model, data: Path, recipe: Recipe, *, report: Report = print) -
         return (optax.apply_updates(params, updates), state), value
 
     picks = np.random.default_rng(recipe.seed).integers(0, len(words), (recipe.align, 64))
-    run = jax.jit(functools.partial(jax.lax.scan, step))
-    (params, _), losses = run((params, tx.init(params)), picks)
+    @jax.jit
+    def run(carry: Any, picks: np.ndarray, seen: Any, words: Array) -> tuple[Any, Array]:
+        return jax.lax.scan(functools.partial(step, seen, words), carry, picks)
+
+    (params, _), losses = run((params, tx.init(params)), picks, seen, words)
     nnx.update(branch.connector, params)
     report(f"align: {float(losses[-50:].mean()):.3f} of the words' variance is left")
 

@@ -11,6 +11,8 @@ import numpy as np
 import converters
 from experiments.family.members import Quiz, load, score
 from vfjax import CacheFusion, LogitsFusion, MemberProcessors, Model, Processor, Prune
+from vfjax.eval import stats
+from vfjax.eval.stats import ratio
 
 Scores = dict[str, dict[str, np.ndarray]]
 """Who answers -> kind of question -> bool[n], right or wrong."""
@@ -111,23 +113,21 @@ def _copy(model: Model) -> Model:
 def paired(a: Mapping[str, np.ndarray], b: Mapping[str, np.ndarray], seed: int = 0) -> dict:
     """Difference of the means (per cent), its 95 % interval, and p, by paired bootstrap.
 
-    Pictures are drawn again, all kinds of a picture together; p is the share of draws, counted on
-    both sides, in which the difference has the other sign (Efron and Tibshirani, chapter 16).
+    Pictures are drawn again, all kinds of a picture together; see `vfjax.eval.paired`.
 
     Args:
-        a: kind of question -> bool[n].
+        a: kind of question -> bool[n], or shares of right answers.
         b: the same questions.
         seed: of the draws, 10,000.
     """
-    each = np.mean([a[kind].astype(float) - b[kind] for kind in a], axis=0)
-    rng = np.random.default_rng(seed)
-    draws = np.array([each[rng.integers(0, len(each), len(each))].mean() for _ in range(10_000)])
-    low, high = np.percentile(100 * draws, [2.5, 97.5])
-    share = min((draws <= 0).mean(), (draws >= 0).mean())
+    one, other = (ratio(np.mean([scores[kind] for kind in a], axis=0)) for scores in (a, b))
+    pictures = [f"{i:06}" for i in range(len(next(iter(a.values()))))]
+    both = stats.paired({"mean": one}, {"mean": other}, pictures, draws=10_000, seed=seed)
+    found = both["mean"]
     return {
-        "difference": 100 * float(each.mean()),
-        "interval": [float(low), float(high)],
-        "p": float(max(2 * share, 1e-4)),
+        "difference": found["difference"],
+        "interval": [found["low"], found["high"]],
+        "p": found["p"],
     }
 
 

@@ -1,13 +1,9 @@
-"""Checkpoint folder -> sharded model: streams one tensor at a time onto the devices."""
+"""Checkpoint folder -> sharded model: streams a few tensors at a time onto the devices."""
 
 import dataclasses
-import functools
-import itertools
 import json
 import warnings
-from collections import deque
-from collections.abc import Callable, Collection, Mapping
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +12,7 @@ import numpy as np
 from flax import nnx
 from jax.sharding import Mesh
 
+from converters.fill import fill
 from converters.layouts import TOKENIZERS, Source, has_tokenizer, open_source, reading
 from converters.preprocessor import from_preprocessor
 from converters.reader import first_line, read_json
@@ -25,18 +22,14 @@ from converters.tables.visionfuse import arrange
 from converters.towers import KINDS, read_tower
 from vfjax import InputError, Model, Processor
 from vfjax.int8 import int8 as to_int8
-from vfjax.int8 import quantize
 from vfjax.layers import ACTIVATIONS
 from vfjax.merge import LazyTensor
 from vfjax.model import BranchConfig, ModelConfig
 from vfjax.prune import Prune
-from vfjax.sharding import param_sharding
+from vfjax.sharding import Overrides
 
 Params = dict[str, nnx.Variable]
 """Parameter path, joined by "/" -> the parameter."""
-
-READERS = 2
-"""Threads that read weights: while one reads, the other transposes."""
 
 TOKENIZER_FILES = (
     *TOKENIZERS,
@@ -63,6 +56,7 @@ def load(
     mask: str | None = None,
     prune: Prune | None = None,
     int8: bool = False,
+    shard: Overrides = (),
     progress: Callable[[int], object] = lambda nbytes: None,
 ) -> tuple[Model, Processor]:
     """Any supported checkpoint folder as a model on the devices, and its processor.
@@ -80,6 +74,7 @@ def load(
         mask: "causal" or "block", see there; None: as the folder says.
         prune: which visual tokens the LLM reads; None: all.
         int8: the LLM's products have int8 weights (`vfjax.int8`); for generation.
+        shard: parameters that lie elsewhere on the mesh than by its rules (`Overrides`).
         progress: called with the bytes of each tensor as it arrives.
 
     Raises:
@@ -89,7 +84,7 @@ def load(
     dtype = float_dtype(dtype)
     source = open_source(path, towers=towers, tower_source=tower_source, base=base)
     arrange(source, positions, mask)
-    return read_model(source, mesh, dtype, progress, prune=prune, int8=int8)
+    return read_model(source, mesh, dtype, progress, prune=prune, int8=int8, shard=shard)
 
 
 def read_model(
@@ -100,6 +95,7 @@ def read_model(
     *,
     prune: Prune | None = None,
     int8: bool = False,
+    shard: Overrides = (),
 ) -> tuple[Model, Processor]:
     """An opened source as a model and its processor; arguments and errors as `load`."""
     config = dataclasses.replace(model_config(source), prune=prune)
@@ -113,7 +109,7 @@ def read_model(
     if int8:
         graph, wanted = abstract(lambda rngs: to_int8(config.build(rngs=rngs)))
         narrow = {name for name, p in wanted.items() if p.dtype == np.int8}
-    fill(params, tensors, mesh, dtype, progress, narrow)
+    fill(params, tensors, mesh, dtype, progress, narrow, shard)
     return join(graph, params), processor(source, config)
 
 
@@ -280,45 +276,6 @@ def check(source: Source, params: Params) -> dict[str, dict[str, Rule]]:
         rules = source.table(part).check(shapes, source.parts.get(part, {}), where)
         out[part] = {names[path]: rule for path, rule in rules.items()}
     return out
-
-
-def fill(
-    params: Params,
-    tensors: Mapping[str, tuple[Mapping[str, LazyTensor], Rule]],
-    mesh: Mesh | None,
-    dtype: np.dtype | None,
-    progress: Callable[[int], object] = lambda nbytes: None,
-    narrow: Collection[str] = (),
-) -> None:
-    """Puts each parameter on the devices, by its component's tensors and its rule.
-
-    Those that `narrow` names become int8, and a scale beside them. Threads read and transpose ahead
-    of the casts; the host holds as many tensors as there are threads, and the one that is cast.
-    """
-
-    def put(name: str) -> jax.Array:
-        parts, rule = tensors[name]
-        shape = params[name].shape
-        if mesh is None:
-            return jax.device_put(rule.read(parts, shape), may_alias=False)
-        read = functools.cache(lambda: rule.read(parts, shape))  # asked for once a shard
-        sharding = param_sharding(name, params[name], mesh)
-        return jax.make_array_from_callback(shape, sharding, lambda index: read()[index])
-
-    names = iter(tensors)
-    with ThreadPoolExecutor(READERS) as pool:
-        pending = deque((name, pool.submit(put, name)) for name in itertools.islice(names, READERS))
-        while pending:
-            name, future = pending.popleft()
-            value = future.result()
-            pending.extend((name, pool.submit(put, name)) for name in itertools.islice(names, 1))
-            value = value if dtype is None else value.astype(dtype)
-            if name in narrow:
-                value, scale = quantize(value)
-                axes = params[name].axes[1:]
-                params[name.removesuffix("kernel") + "scale"] = nnx.Param(scale, axes=axes)
-            params[name] = params[name].replace(value)
-            progress(value.nbytes)
 
 
 def processor(source: Source, config: ModelConfig) -> Processor:

@@ -1,8 +1,7 @@
 """Lazy tensors of checkpoint files: safetensors (single, sharded) and PyTorch `.bin`.
 
 safetensors files are checked by the safetensors library when opened, then read at the offsets of
-their header. A small slice, as a merge takes them, is read: a shard that shrinks under us then ends
-in an error, not in a bus error. A large one, as a model is loaded by, is mapped, to save a copy.
+their header. They are not mapped: a shard that shrinks under us ends in an error, not a bus error.
 """
 
 import dataclasses
@@ -40,9 +39,6 @@ DTYPES: dict[str, np.dtype] = {
 }
 """safetensors dtype names."""
 
-MAPPED = 8 << 20
-"""Slices of more bytes than this are mapped."""
-
 STEMS = ("model", "pytorch_model")
 """Names of a checkpoint's weights files, without their ending."""
 
@@ -57,7 +53,7 @@ class FileTensor:
     offset: int
 
     def __getitem__(self, index: slice | EllipsisType) -> np.ndarray:
-        """Rows of the first axis, read-only; the file is read where they are.
+        """Rows of the first axis as a new array; the file is read where they are.
 
         Raises:
             InputError: the file is shorter than its header said.
@@ -72,12 +68,6 @@ class FileTensor:
         if not size:
             return np.empty(shape, self.dtype)
         count = size * self.dtype.itemsize
-        try:
-            if count > MAPPED:
-                raw = np.asarray(np.memmap(self.path, np.uint8, "r", offset, count))
-                return raw.view(self.dtype).reshape(shape)
-        except ValueError:
-            raise self._short(offset + count) from None
         flat = aligned(size, self.dtype)
         file = os.open(self.path, os.O_RDONLY)
         try:
@@ -85,19 +75,16 @@ class FileTensor:
             while done < count:
                 read = os.preadv(file, [flat.view(np.uint8).data[done:]], offset + done)
                 if not read:
-                    raise self._short(offset + count)
+                    raise InputError(
+                        self.path,
+                        found=f"{self.path.stat().st_size} bytes",
+                        expected=f"{offset + count}",
+                        fix="the file was cut short; copy it again",
+                    )
                 done += read
         finally:
             os.close(file)
         return flat.reshape(shape)
-
-    def _short(self, expected: int) -> InputError:
-        return InputError(
-            self.path,
-            found=f"{self.path.stat().st_size} bytes",
-            expected=f"{expected}",
-            fix="the file was cut short; copy it again",
-        )
 
 
 @dataclasses.dataclass(frozen=True)

@@ -54,17 +54,6 @@ class Rule:
         rows = range(shape[0])
         return tuple(replace(self, source=self.source.format(i), row=i) for i in rows)
 
-    def read(self, tensors: Mapping[str, LazyTensor], shape: tuple[int, ...]) -> np.ndarray:
-        """A parameter of `shape` out of the checkpoint's tensors, as a view of what is read."""
-        arrays = [one.to_param(tensors[one.source][...]) for one in self.each(shape)]
-        return np.stack(arrays) if self.stack else arrays[0]
-
-    def to_param(self, array: np.ndarray) -> np.ndarray:
-        """Checkpoint layout -> parameter layout, as a view."""
-        if self.part[1] > 1:
-            array = np.split(array, self.part[1])[self.part[0]]
-        return array.transpose(self.perm) if self.perm else array
-
     def to_source(self, array: np.ndarray) -> np.ndarray:
         """Parameter layout (of its row) -> checkpoint layout (of its part), as a view."""
         return array.transpose(np.argsort(self.perm)) if self.perm else array

@@ -5,7 +5,9 @@
 
 import importlib
 import os
+import subprocess
 import sys
+import time
 from collections.abc import Sequence
 from pathlib import Path
 from types import ModuleType
@@ -23,6 +25,9 @@ from vfjax import InputError
 
 CONFIG = config_flags.DEFINE_config_file("config", None, "What to run.", lock_config=True)
 WORKDIR = flags.DEFINE_string("workdir", "outputs", "Where results are written.")
+
+HEARTBEAT = 30
+"""Seconds without a sign of life after which one of several processes counts as lost."""
 
 
 def parse(argv: Sequence[str]) -> list[str]:
@@ -61,14 +66,22 @@ def join_processes() -> None:
     """The same command runs on every host: connects them, and lets the first one print.
 
     JAX itself reads JAX_COORDINATOR_ADDRESS, but neither the number of processes nor this one's.
-    Gloo greets on file descriptor 1, so that becomes stderr, and only Python prints on stdout.
+    Python keeps stdout and stderr; what native code writes there goes through `relay.py`, as Gloo
+    greets on file descriptor 1 and XLA aborts a process when another is lost.
     """
-    sys.stdout = os.fdopen(os.dup(1), "w", buffering=1)
-    os.dup2(2, 1)
+    sys.stdout, sys.stderr = (os.fdopen(os.dup(file), "w", buffering=1) for file in (1, 2))
+    relay = [sys.executable, str(Path(__file__).with_name("relay.py"))]
+    pipe = subprocess.Popen(relay, stdin=subprocess.PIPE).stdin
+    assert pipe is not None
+    for file in (1, 2):
+        os.dup2(pipe.fileno(), file)
+    pipe.close()
     names = ("JAX_NUM_PROCESSES", "JAX_PROCESS_ID")
     try:
         count, index = (int(os.environ[name]) if name in os.environ else None for name in names)
-        jax.distributed.initialize(num_processes=count, process_id=index)
+        jax.distributed.initialize(
+            num_processes=count, process_id=index, heartbeat_timeout_seconds=HEARTBEAT
+        )
     except ValueError as error:
         fail(f"VFJAX_DISTRIBUTED: found no cluster ({error}), expected one; see BUILD.md")
     if jax.process_index():
@@ -87,6 +100,10 @@ def main(argv: Sequence[str]) -> None:
         task.run(config, Path(WORKDIR.value))
     except InputError as error:
         fail(str(error))
+    except jax.errors.JaxRuntimeError:
+        if jax.process_count() > 1:
+            time.sleep(1.5 * HEARTBEAT)  # for XLA to say that a process is lost, if that is why
+        raise
 
 
 if __name__ == "__main__":

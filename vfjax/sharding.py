@@ -7,7 +7,8 @@ are `Auto`: the compiler propagates shardings and inserts the collectives.
 """
 
 import math
-from collections.abc import Mapping
+import re
+from collections.abc import Mapping, Sequence
 from typing import TypeVar
 
 import jax
@@ -29,6 +30,10 @@ RULES: Mapping[str, str | None] = {
 """Logical axis of a parameter -> mesh axis; None, or one that the mesh lacks, keeps it whole."""
 
 AXES = ("data", "fsdp", "model")
+
+Overrides = Sequence[tuple[str, Mapping[str, str | None]]]
+"""(Regular expression found in a parameter's name, rules in place of `RULES`), the first that fits:
+(("^branches/", {}),) keeps all encoders and connectors whole on every device."""
 
 
 def make_mesh(data: int = 1, model: int = 1, fsdp: int = 1) -> Mesh:
@@ -74,16 +79,32 @@ def param_sharding(
     name: str,
     variable: nnx.Variable,
     mesh: Mesh,
-    rules: Mapping[str, str | None] = RULES,
+    overrides: Overrides = (),
 ) -> NamedSharding:
     """Where a parameter lies, by its `axes` metadata.
 
+    Args:
+        name: of the parameter, such as "branches/clip/encoder/blocks/0/attn/q/kernel".
+        variable: its shape and axes.
+        mesh: where.
+        overrides: see `Overrides`.
+
     Raises:
-        InputError: an axis does not divide, named with the parameter.
+        InputError: an axis does not divide, named with the parameter, or an override names a mesh
+            axis that no mesh has.
     """
+    pattern, rules = next(((p, each) for p, each in overrides if re.search(p, name)), ("", RULES))
+    for over in rules.values():
+        if over not in (None, *AXES):
+            raise InputError(
+                f"shard {pattern!r}",
+                found=f"mesh axis {over!r}",
+                expected=", ".join(AXES),
+                fix="correct it; {} keeps parameters whole",
+            )
     spec = []
     for size, axis in zip(variable.shape, variable.axes, strict=True):
-        over = rules[axis] if axis is not None else None
+        over = rules.get(axis) if axis is not None else None
         over = over if over in mesh.shape else None
         if over is not None and size % mesh.shape[over]:
             raise InputError(

@@ -13,6 +13,7 @@ import itertools
 import os
 import sys
 import tempfile
+from collections.abc import Callable
 from pathlib import Path
 
 import jax
@@ -71,19 +72,20 @@ def bench_cost(folder: Path, quick: bool) -> list[Row]:
         kinds[f"{by}, {share} kept"] = with_prune(model, processor, Prune(share, by))
     narrow, its = kinds[WHOLE]
     kinds["int8 weights"] = int8(jax.tree.map(lambda x: x, narrow)), its
-    runs, held = {}, {}
+    runs: dict[str, Callable[[], object]] = {}
+    held = {}
     for label, (each, its) in kinds.items():
         batch = its([picture], input_ids=ids)
         for n in (1, 1 + STEPS):
-            runs[label, n] = functools.partial(generate_ids, each, batch, max_new_tokens=n)
+            runs[f"{label} {n}"] = functools.partial(generate_ids, each, batch, max_new_tokens=n)
         cache = jax.eval_shape(lambda m=each, b=batch: m.prefill(b, b.read + STEPS)[1])
         held[label] = nbytes((cache.k, cache.v)) / 2**20, nbytes(nnx.state(each.llm)) / 2**20
     seconds = interleaved(runs, sizes.repeats)
-    first = {label: seconds[label, 1].rest for label in kinds}
+    first = {label: seconds[f"{label} 1"].rest for label in kinds}
     after = {
         label: [
             1e3 * (b - a) / STEPS
-            for a, b in zip(first[label], seconds[label, 1 + STEPS].rest, strict=True)
+            for a, b in zip(first[label], seconds[f"{label} {1 + STEPS}"].rest, strict=True)
         ]
         for label in kinds
     }

@@ -29,6 +29,7 @@ def get_config(benchmark: str = "mmvp") -> ConfigDict:
             "int8": False,  # weights of the LLM's products
             # Share of the visual tokens that the LLM reads, (one,) or one a branch; (): all.
             "prune": {"keep": (), "by": "attention", "depth": 2},
+            "shard": (),  # (("^branches/", {}),) keeps those parameters whole on every device
             "towers": (),  # "name in config.json=folder" for towers that are elsewhere
             "chunks": 1,  # jobs that share the questions, as in LLaVA's scripts
             "chunk": 0,  # which of them this is

@@ -26,6 +26,7 @@ def get_config() -> ConfigDict:
             "int8": False,  # weights of the LLM's products
             # Share of the visual tokens that the LLM reads, (one,) or one a branch; (): all.
             "prune": {"keep": (), "by": "attention", "depth": 2},
+            "shard": (),  # (("^branches/", {}),) keeps those parameters whole on every device
             "towers": (),  # "name in config.json=folder" for towers that are elsewhere
         }
     )

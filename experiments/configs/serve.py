@@ -20,12 +20,17 @@ def get_config() -> ConfigDict:
             "timeout": 600.0,  # seconds for a request; also what a shutdown waits
             "max_body": 20 << 20,  # bytes of a request
             "max_pixels": 32_000_000,  # of a request's pictures, 3 bytes each while it waits
+            "max_queue_pixels": 512_000_000,  # of all requests in the house
             "max_images": 16,  # of a request
             "allow_hosts": (),  # "host" or "host:port" that pictures may be fetched from
             "dtype": config_dict.placeholder(str),  # default: as stored
             "mesh": config_dict.placeholder(
                 tuple
             ),  # (data, model[, fsdp]) devices; default: one device
+            "int8": False,  # weights of the LLM's products
+            # Share of the visual tokens that the LLM reads, (one,) or one a branch; (): all.
+            "prune": {"keep": (), "by": "attention", "depth": 2},
+            "shard": (),  # (("^branches/", {}),) keeps those parameters whole on every device
             "towers": (),  # "name in config.json=folder" for towers that are elsewhere
         }
     )

@@ -125,6 +125,7 @@ def align(model: Model, data: Path, recipe: Recipe, *, report: Report = print) -
         return (optax.apply_updates(params, updates), state), value
 
     picks = np.random.default_rng(recipe.seed).integers(0, len(words), (recipe.align, 64))
+
     @jax.jit
     def run(carry: Any, picks: np.ndarray, seen: Any, words: Array) -> tuple[Any, Array]:
         return jax.lax.scan(functools.partial(step, seen, words), carry, picks)

@@ -8,7 +8,7 @@ import json
 import secrets
 import time
 from collections.abc import AsyncIterator
-from typing import Any
+from typing import Any, NoReturn
 
 import anyio
 from starlette.applications import Starlette
@@ -19,7 +19,7 @@ from starlette.routing import Route
 
 from experiments.serve.asked import Asked, Limits, Refused, read
 from experiments.serve.batcher import Batcher, Event, Job, Piece
-from experiments.serve.openapi import DESCRIPTION
+from experiments.serve.openapi import describe
 from vfjax import InputError
 
 RETRY = {"Retry-After": "1"}
@@ -35,12 +35,16 @@ class Service:
         batcher: that runs the requests.
         limits: of each.
         queue: requests in the house at a time, whether read, waiting or running.
-        timeout: seconds for a request, and for its body.
+        pixels: of their pictures, once read; a lone request may have more.
+        patience: seconds for a body.
+        timeout: seconds for a request.
     """
 
     batcher: Batcher
     limits: Limits
     queue: int = 128
+    pixels: int = 512_000_000
+    patience: float = 60.0
     timeout: float = 600.0
 
     def __post_init__(self) -> None:
@@ -69,7 +73,7 @@ class Service:
         return _json({"status": "ok", "requests": self.reading + self.batcher.pending})
 
     async def openapi(self, request: Request) -> Response:
-        return _json(DESCRIPTION)
+        return _json(describe(self.limits.model))
 
     async def models(self, request: Request) -> Response:
         own = self.limits.model
@@ -86,17 +90,15 @@ class Service:
         deadline = asyncio.get_running_loop().time() + self.timeout
         if self.reading + self.batcher.pending >= self.queue:
             await self._body(request, keep=False)  # a client that still writes reads no answer
-            raise Refused(
-                429,
-                f"server: found {self.queue} requests in the house, expected fewer; try again",
-                code="rate_limit_exceeded",
-                headers=RETRY,
-            )
+            _full(f"{self.queue} requests")
         self.reading += 1
         try:
             body = await self._body(request, keep=True)
             work = functools.partial(read, body, self.limits, self.batcher.processor)
             asked = await anyio.to_thread.run_sync(work, limiter=self.readers)
+            pixels = sum(picture.width * picture.height for picture in asked.pictures)
+            if self.batcher.pixels and self.batcher.pixels + pixels > self.pixels:
+                _full(f"pictures of {self.batcher.pixels} pixels")
             answer = _Answer(asked, self.batcher, self.limits.model, deadline)
             del body, work, asked  # what the job needs, it holds
         finally:
@@ -107,18 +109,16 @@ class Service:
         """The body; what is too large, or not to be kept, is read and dropped."""
         parts, size = [], 0
         try:
-            async with asyncio.timeout(min(self.timeout, 60.0)):
+            async with asyncio.timeout(min(self.timeout, self.patience)):
                 async for part in request.stream():
                     size += len(part)
                     if keep and size <= self.limits.body:
                         parts.append(part)
-                    elif size > self.limits.body:
+                    else:
                         parts.clear()
-                        if size > 4 * self.limits.body:
-                            break
         except TimeoutError:
-            message = f"body: found {size} bytes in a minute, expected all; send it faster"
-            raise Refused(408, message) from None
+            message = f"body: found {size} bytes in the time there is, expected all; send it faster"
+            raise Refused(408, message, headers={"Connection": "close"}) from None
         if keep and size > self.limits.body:
             message = (
                 f"body: found more than {self.limits.body} bytes, expected fewer; "
@@ -230,6 +230,11 @@ def _usage(piece: Piece) -> dict[str, int]:
         "completion_tokens": piece.written,
         "total_tokens": total,
     }
+
+
+def _full(found: str) -> NoReturn:
+    message = f"server: found {found} in the house, expected fewer; try again"
+    raise Refused(429, message, code="rate_limit_exceeded", headers=RETRY)
 
 
 async def _disconnected(request: Request) -> None:

@@ -3,7 +3,6 @@
 import base64
 import binascii
 import dataclasses
-import io
 import json
 import secrets
 from collections.abc import Mapping
@@ -13,15 +12,9 @@ from urllib.parse import urlsplit
 import httpx2
 from PIL import Image
 
+from experiments.serve.pictures import read_picture
 from vfjax import InputError, Processor
-from vfjax.images import open_image
 from vfjax.messages import Message, tokenize
-
-FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP")
-"""Formats of pictures that are decoded; Pillow knows others, some of which run programs."""
-
-STRIP = 50
-"""Long side by short side at most: a crop resizes the whole of a strip to its short side."""
 
 IGNORED = {
     *("user", "metadata", "store", "service_tier", "parallel_tool_calls"),
@@ -254,22 +247,11 @@ class _Budget:
         else:
             _bad(where, "an address of another kind", "data: with base64, or http(s):")
         try:
-            image = Image.open(io.BytesIO(data), formats=FORMATS)
-            width, height = image.size
-            self.pixels -= width * height
-            if self.pixels < 0:
-                _bad(where, f"{width}x{height} pixels", f"{self.limits.pixels} in a request")
-            if max(width, height) > STRIP * min(width, height):
-                _bad(where, f"a strip of {width}x{height} pixels", f"at most {STRIP} times as long")
-            if getattr(image, "is_animated", False) and image.format != "MPO":
-                _bad(where, f"an animated {image.format}", "one picture")
-            return open_image(image, name=where)
+            image = read_picture(data, where, self.pixels)
         except InputError as error:
             raise Refused(400, str(error), param="messages") from None
-        except Refused:
-            raise
-        except Exception as error:  # Pillow's decoders raise all kinds
-            _bad(where, f"no picture ({type(error).__name__})", f"one of {', '.join(FORMATS)}")
+        self.pixels -= image.width * image.height
+        return image
 
 
 def _data(address: str, where: str) -> bytes:

@@ -42,7 +42,7 @@ class Job:
 
     Attributes:
         ids: of the prompt, -200 at each picture.
-        pictures: in that order.
+        pictures: in that order; taken out of the list when the job runs.
         deliver: called by the batcher's thread with every piece; the last event is a piece with
             `finish`, or an exception. A cancelled job may end without.
         max_new_tokens: None for as many as the batcher gives.
@@ -52,6 +52,7 @@ class Job:
         stop: strings that end the answer.
         cancelled: set by whoever does not want the rest.
         ended: set by the batcher.
+        pixels: of the pictures.
     """
 
     ids: list[int]
@@ -64,6 +65,10 @@ class Job:
     stop: tuple[str, ...] = ()
     cancelled: bool = False
     ended: bool = False
+    pixels: int = dataclasses.field(init=False)
+
+    def __post_init__(self) -> None:
+        self.pixels = sum(picture.width * picture.height for picture in self.pictures)
 
 
 class Batcher:
@@ -93,6 +98,7 @@ class Batcher:
         self.processor = dataclasses.replace(processor, lengths=LENGTHS)
         self.max_new_tokens = max_new_tokens
         self.pending = 0  # jobs that have not ended
+        self.pixels = 0  # of their pictures
         self._lock = threading.Lock()
         self._queue: queue.SimpleQueue[Job | None] = queue.SimpleQueue()
         self._thread = threading.Thread(target=self._work, name="batcher", daemon=True)
@@ -102,6 +108,7 @@ class Batcher:
         """Puts a job at the end of the queue."""
         with self._lock:
             self.pending += 1
+            self.pixels += job.pixels
         self._queue.put(job)
 
     def close(self) -> None:
@@ -110,14 +117,18 @@ class Batcher:
         self._thread.join()
 
     def _work(self) -> None:
-        going = True
-        while going:
-            jobs, going = self._collect()
-            wanted = [job for job in jobs if not job.cancelled]
-            if wanted:
-                self._try(wanted)
-            for job in jobs:
-                self._end(job)
+        while self._turn():
+            pass
+
+    def _turn(self) -> bool:
+        """Runs the next batch, and keeps nothing of it; whether more may come."""
+        jobs, going = self._collect()
+        wanted = [job for job in jobs if not job.cancelled]
+        if wanted:
+            self._try(wanted)
+        for job in jobs:
+            self._end(job)
+        return going
 
     def _try(self, jobs: list[Job]) -> None:
         """One batch; an error of ours is its own jobs' alone."""
@@ -137,7 +148,9 @@ class Batcher:
 
     def _end(self, job: Job) -> None:
         with self._lock:
-            self.pending -= not job.ended
+            if not job.ended:
+                self.pending -= 1
+                self.pixels -= job.pixels
             job.ended = True
 
     def _collect(self) -> tuple[list[Job], bool]:
@@ -175,6 +188,8 @@ class Batcher:
             self._try(jobs[:half])
             self._try(jobs[half:])
             return
+        for job in jobs:
+            job.pictures.clear()  # the batch has them
         limit = [self._limit(job, n) for job, n in zip(jobs, prompt, strict=False)] + [1] * spare
         pieces = stream_ids(
             self.model,

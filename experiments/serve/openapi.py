@@ -1,6 +1,8 @@
-"""The OpenAPI description of what the server takes."""
+"""The OpenAPI description of what the server takes, as far as a schema can say it."""
 
 from typing import Any
+
+from experiments.serve.asked import IGNORED, ONLY
 
 
 def _object(required: tuple[str, ...] = (), **properties: Any) -> dict[str, Any]:
@@ -15,33 +17,24 @@ def _answer(description: str, schema: dict[str, Any]) -> dict[str, Any]:
     return {"description": description, "content": {"application/json": {"schema": schema}}}
 
 
-STRING, INTEGER, NUMBER = {"type": "string"}, {"type": "integer"}, {"type": "number"}
-ANY_NUMBER = {"type": ["number", "null"]}
-COUNT = {"type": ["integer", "null"], "minimum": 1}
+def _or_null(schema: dict[str, Any]) -> dict[str, Any]:
+    return {"anyOf": [schema, {"type": "null"}]}
+
+
+STRING, INTEGER, FLAG = {"type": "string"}, {"type": "integer"}, {"type": "boolean"}
+COUNT = _or_null({"type": "integer", "minimum": 1, "maximum": 1 << 31})
+STOP = {"type": "string", "minLength": 1, "maxLength": 255}
 TEXT = _object(("type", "text"), type={"const": "text"}, text=STRING)
+ADDRESS = {"type": "string", "description": "data:image/...;base64,..."}
 PICTURE = _object(
     ("type", "image_url"),
     type={"const": "image_url"},
-    image_url=_object(("url",), url={"type": "string", "description": "data:image/...;base64,..."}),
+    image_url={"anyOf": [_object(("url",), url=ADDRESS), ADDRESS]},
 )
 MESSAGE = _object(
     ("role", "content"),
     role={"enum": ["system", "developer", "user", "assistant"]},
-    content={"oneOf": [STRING, _array({"oneOf": [TEXT, PICTURE]})]},
-)
-CHAT = _object(
-    ("model", "messages"),
-    model=STRING,
-    messages=_array(MESSAGE, minItems=1),
-    stream={"type": ["boolean", "null"]},
-    stream_options={"type": ["object", "null"]},
-    max_tokens=COUNT,
-    max_completion_tokens=COUNT,
-    temperature=ANY_NUMBER | {"minimum": 0, "maximum": 100},
-    top_p=ANY_NUMBER | {"minimum": 0, "maximum": 1},
-    n={"enum": [1, None]},
-    stop={"oneOf": [STRING, _array(STRING), {"type": "null"}]},
-    seed={"type": ["integer", "null"]},
+    content={"anyOf": [STRING, _array({"anyOf": [TEXT, PICTURE]}, minItems=1)]},
 )
 USAGE = _object(
     ("prompt_tokens", "completion_tokens", "total_tokens"),
@@ -58,7 +51,7 @@ CHOICE = _object(
 COMPLETION = _object(
     ("id", "object", "created", "model", "choices", "usage"),
     id=STRING,
-    object=STRING,
+    object={"const": "chat.completion"},
     created=INTEGER,
     model=STRING,
     choices=_array(CHOICE),
@@ -67,7 +60,13 @@ COMPLETION = _object(
 MODEL = _object(("id", "object"), id=STRING, object=STRING, created=INTEGER, owned_by=STRING)
 ERROR = _object(
     ("error",),
-    error=_object(("message", "type"), message=STRING, type=STRING),
+    error=_object(
+        ("message", "type"),
+        message=STRING,
+        type=STRING,
+        param=_or_null(STRING),
+        code=_or_null(STRING),
+    ),
 )
 FAULTS = {
     "400": "a fault of the request",
@@ -78,46 +77,69 @@ FAULTS = {
     "500": "a fault of the server",
     "504": "no answer in time",
 }
-COMPLETED = _answer("the answer; with `stream` as server-sent events", COMPLETION)
-COMPLETED["content"]["text/event-stream"] = {"schema": STRING}
-NAME = {"name": "name", "in": "path", "required": True, "schema": STRING}
 
-DESCRIPTION: dict[str, Any] = {
-    "openapi": "3.1.0",
-    "info": {"title": "vfjax", "version": "1"},
-    "paths": {
-        "/v1/chat/completions": {
-            "post": {
-                "requestBody": {
-                    "required": True,
-                    "content": {"application/json": {"schema": CHAT}},
-                },
-                "responses": {
-                    "200": COMPLETED,
-                    **{status: _answer(text, ERROR) for status, text in FAULTS.items()},
-                },
-            }
-        },
-        "/v1/models": {
-            "get": {
-                "responses": {"200": _answer("the model", _object(("data",), data=_array(MODEL)))}
-            }
-        },
-        "/v1/models/{name}": {
-            "get": {
-                "parameters": [NAME],
-                "responses": {
-                    "200": _answer("the model", MODEL),
-                    "404": _answer("another", ERROR),
-                },
-            }
-        },
-        "/health": {
-            "get": {
-                "responses": {
-                    "200": _answer("it runs", _object(("status",), status=STRING, requests=INTEGER))
+
+def describe(model: str) -> dict[str, Any]:
+    """The description of a server of that model.
+
+    What it leaves to words: roles come in the order of a conversation, the prompt fits the context,
+    pictures can be decoded and `stream_options` needs `stream`.
+    """
+    name = {"name": "name", "in": "path", "required": True, "schema": STRING}
+    models = _object(("object", "data"), object={"const": "list"}, data=_array(MODEL))
+    health = _object(("status", "requests"), status=STRING, requests=INTEGER)
+    completed = _answer("the answer; with `stream` as server-sent events", COMPLETION)
+    completed["content"]["text/event-stream"] = {"schema": STRING}
+    return {
+        "openapi": "3.1.0",
+        "info": {"title": "vfjax", "version": "1"},
+        "paths": {
+            "/v1/chat/completions": {
+                "post": {
+                    "requestBody": {
+                        "required": True,
+                        "content": {"application/json": {"schema": _chat(model)}},
+                    },
+                    "responses": {
+                        "200": completed,
+                        **{status: _answer(text, ERROR) for status, text in FAULTS.items()},
+                    },
                 }
-            }
+            },
+            "/v1/models": _get(_answer("the model", models)),
+            "/v1/models/{name}": _get(
+                _answer("the model", MODEL), {"404": _answer("another", ERROR)}, parameters=[name]
+            ),
+            "/health": _get(_answer("it runs", health)),
+            "/openapi.json": _get(_answer("this", {"type": "object"})),
         },
-    },
-}
+    }
+
+
+def _get(answer: dict[str, Any], others: Any = None, **more: Any) -> dict[str, Any]:
+    return {"get": {**more, "responses": {"200": answer, **(others or {})}}}
+
+
+def _chat(model: str) -> dict[str, Any]:
+    """A request; a key that is null counts as absent."""
+    properties = {
+        "model": {"enum": [model]},
+        "messages": _array(MESSAGE, minItems=1),
+        "stream": _or_null(FLAG),
+        "stream_options": _or_null(_object(include_usage=FLAG)),
+        "max_tokens": COUNT,
+        "max_completion_tokens": COUNT,
+        "temperature": _or_null({"type": "number", "minimum": 0, "maximum": 100}),
+        "top_p": _or_null({"type": "number", "minimum": 0, "maximum": 1}),
+        "stop": {"anyOf": [STOP, _array(STOP, maxItems=16), {"type": "null"}]},
+        "seed": _or_null({"type": "integer", "minimum": -(1 << 63), "maximum": (1 << 63) - 1}),
+        **{key: {"enum": [*values, None]} for key, values in ONLY.items()},
+        **{key: {} for key in sorted(IGNORED)},
+    }
+    required = ["model", "messages"]
+    return {
+        "type": "object",
+        "properties": properties,
+        "required": required,
+        "additionalProperties": False,
+    }

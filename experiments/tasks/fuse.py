@@ -3,6 +3,8 @@
 from pathlib import Path
 from typing import Any
 
+import jax
+from jax.experimental import multihost_utils
 from ml_collections import ConfigDict
 
 import converters
@@ -33,8 +35,13 @@ def run(config: ConfigDict, workdir: Path) -> None:
     if config.dry_run:
         show(out, converters.dry_run(members, out, **options))
         return
+    if jax.process_index():  # the first of several processes fuses, the others wait
+        multihost_utils.sync_global_devices("fused")
+        return
     with bar("fuse") as progress:
         source = converters.fuse(members, out, progress=progress, resume=config.resume, **options)
+    if jax.process_count() > 1:
+        multihost_utils.sync_global_devices("fused")
     weights = params.get("weights")
     terms = ", ".join(members if weights is None else map(_term, weights, members))
     what = f"recipe {config.recipe}" if config.recipe else f"{config.method} of {terms}"

@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from converters.__main__ import main
+from converters.reader import FileTensor
 from tests.adapters import llava_lora_folder
 from tests.checkpoints import (
     fused_folder,
@@ -33,7 +34,7 @@ def inspect(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str])
 
     def run(path: Path) -> list[str]:
         monkeypatch.setattr("sys.argv", ["converters", "inspect", str(path)])
-        monkeypatch.setattr(np, "memmap", read)
+        monkeypatch.setattr(FileTensor, "__getitem__", read)
         assert main() == 0
         return capsys.readouterr().out.splitlines()
 

@@ -1,6 +1,5 @@
 """Loading: tensor by tensor, any dtype, and the files around the weights."""
 
-import weakref
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +10,6 @@ import pytest
 from flax import nnx
 
 import converters
-from converters import reader
 from converters.load import load_tokenizer
 from converters.reader import read_json
 from tests.checkpoints import (
@@ -23,32 +21,10 @@ from tests.checkpoints import (
 )
 from vfjax import InputError, Processor
 from vfjax.encoders import CLIP
-from vfjax.sharding import make_mesh
 
 
 def edit_json(file: Path, **changes: Any) -> None:
     write_json(file, {**(read_json(file) if file.is_file() else {}), **changes})
-
-
-@pytest.mark.parametrize("mesh", [False, True])
-def test_the_host_holds_a_tensor_or_two(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, mesh: bool
-):
-    """Besides the parameters: of another dtype, as JAX on CPU may keep an array where it is."""
-    llama_folder(tmp_path)
-    read, live, most = np.memmap, [], []
-
-    def spy(*args: Any, **kwargs: Any) -> np.ndarray:
-        array = read(*args, **kwargs)
-        live.append(weakref.ref(array))
-        most.append(sum(ref() is not None for ref in live))
-        return array
-
-    monkeypatch.setattr(reader, "MAPPED", 0)  # as if all tensors were large
-    monkeypatch.setattr(np, "memmap", spy)
-    converters.load(tmp_path, dtype="bfloat16", mesh=make_mesh(4, 2) if mesh else None)
-    assert len(most) == 21
-    assert max(most) <= 3
 
 
 def test_progress_counts_the_bytes_of_the_parameters(tmp_path: Path):

@@ -216,7 +216,7 @@ WRONG = {
     "no picture": (ask("a", "data:image/png;base64,AAAA"), "found no picture"),
     "broken": (ask("a", data(picture())[:-400]), "messages[0].content[1]: found an unreadable"),
     "gif": (ask("a", GIF), "messages[0].content[1]: found"),
-    "bomb": (ask("a", bomb()), "found 10000x10000 pixels, expected 200000 in a request"),
+    "bomb": (ask("a", bomb()), "found 10000x10000 pixels, expected at most 200000"),
     "pixels": (ask("a", *[data(Image.new("RGB", (300, 300)))] * 3), "300x300 pixels"),
     "pictures": (ask("a", *[data(picture())] * 4), "another picture, expected at most 3"),
 }
@@ -249,8 +249,33 @@ def test_other_addresses(client):
     ):
         assert answer.status_code == status
         assert answer.json()["error"]["type"] == "invalid_request_error"
-    paths = client.get("/openapi.json").json()["paths"]
-    assert set(paths) == {URL, "/v1/models", "/v1/models/{name}", "/health"}
+
+
+def test_the_description_names_every_route(service, client):
+    found = client.get("/openapi.json").json()
+    routes = {route.path.replace(":path", ""): route.methods for route in service.app().routes}
+    named = {path: {method.upper() for method in by} for path, by in found["paths"].items()}
+    assert named == {path: methods - {"HEAD"} for path, methods in routes.items()}
+
+
+def test_the_description_is_true(client):
+    """It is valid, takes what is answered and nothing else, and knows the answers."""
+    jsonschema = pytest.importorskip("jsonschema")
+    chat = client.get("/openapi.json").json()["paths"][URL]["post"]
+    takes = chat["requestBody"]["content"]["application/json"]["schema"]
+    gives = {
+        status: answer["content"]["application/json"]["schema"]
+        for status, answer in chat["responses"].items()
+    }
+    for schema in (takes, *gives.values()):
+        jsonschema.Draft202012Validator.check_schema(schema)
+    bodies = [ask("a", data(picture()), stop=["b"], seed=1, n=1), ask("a", n=2), ask("a", best=1)]
+    bodies += [ask("a", messages=[]), ask("a", stop=""), ask("a", model=None)]
+    for body in bodies:
+        answer = client.post(URL, json=body)
+        jsonschema.validate(answer.json(), gives[str(answer.status_code)])
+        valid = jsonschema.Draft202012Validator(takes).is_valid(body)
+        assert valid == (answer.status_code == 200), body
 
 
 def test_a_full_house_is_refused(service, client):
@@ -263,6 +288,19 @@ def test_a_full_house_is_refused(service, client):
     assert int(found.headers["retry-after"]) > 0
     assert found.json()["error"]["type"] == "rate_limit_error"
     assert client.post(URL, json=ask(QUESTIONS[0])).status_code == 200
+
+
+def test_many_pixels_in_the_house_are_refused(service, client, monkeypatch):
+    with monkeypatch.context() as patch:
+        patch.setattr(service, "pixels", 10_000)
+        patch.setattr(service.batcher, "pixels", 9_000)
+        found = client.post(URL, json=ask("a", data(picture())))
+        assert client.post(URL, json=ask(QUESTIONS[0])).status_code == 200
+    assert found.status_code == 429
+    assert int(found.headers["retry-after"]) > 0
+    assert "pictures of 9000 pixels in the house" in found.json()["error"]["message"]
+    assert client.post(URL, json=ask("a", data(picture()))).status_code == 200
+    assert service.batcher.pixels == 0
 
 
 def test_an_answer_that_takes_too_long(service, client, monkeypatch):

@@ -217,8 +217,9 @@ def test_refused_for_a_model(fused, tmp_path):
         CacheFusion(model, [model.llm, model.llm])
     turns = [{"from": "human", "value": "a"}, {"from": "gpt", "value": "b"}]
     (tmp_path / "rows.json").write_text(json.dumps([{"conversations": turns}]))
+    data = Conversations(tmp_path / "rows.json", tmp_path)
     with pytest.raises(InputError, match="prune"):
-        Batches([(Conversations(tmp_path / "rows.json", tmp_path), 1.0)], processor, batch=1, seed=0)
+        Batches([(data, 1.0)], processor, batch=1, seed=0)
 
 
 def test_a_shallow_llm_is_ranked_by_its_last_layer(fused):

@@ -238,8 +238,12 @@ def test_a_mesh_needs_every_device() -> None:
 def test_param_sharding_follows_the_rules_given(mesh) -> None:
     kernel = linear(8, 12, ("embed", "mlp"), rngs=nnx.Rngs(0)).kernel
     assert param_sharding("kernel", kernel, mesh).spec == PartitionSpec("fsdp", "model")
-    rules = {"embed": "data", "mlp": None}
-    assert param_sharding("kernel", kernel, mesh, rules).spec == PartitionSpec("data", None)
+    other = (("^llm/", {"embed": "data", "mlp": None}), ("kernel$", {}))
+    for name, spec in {"llm/kernel": ("data", None), "kernel": (None, None)}.items():
+        assert param_sharding(name, kernel, mesh, other).spec == PartitionSpec(*spec)
+    assert param_sharding("bias", kernel, mesh, other).spec == PartitionSpec("fsdp", "model")
+    with pytest.raises(InputError, match=r"^shard 'k': found mesh axis 'tensor', expected data, "):
+        param_sharding("kernel", kernel, mesh, (("k", {"mlp": "tensor"}),))
 
 
 def test_mesh_of_a_tree(single, sharded, mesh) -> None:

@@ -262,9 +262,9 @@ def test_training_in_two_processes_equals_one(tmp_path) -> None:
         with started([command] * 2, two_hosts()) as processes:
             wait_for_state(two / "tune" / "states")
             processes[lost].kill()
-            _, said = processes[1 - lost].communicate(timeout=60)
+            _, said = processes[1 - lost].communicate(timeout=TIMEOUT)
         assert processes[1 - lost].returncode
-        assert re.fullmatch(rf"process {lost}: found no sign of life, expected .*\n", said), said
+        assert re.search(rf"^process {lost}: found no sign of life, expected ", said, re.M), said
         assert not (two / "tune" / "model").exists()
     printed = run_together([command] * 2, two_hosts())
     assert "trained" in printed[0] and not printed[1]

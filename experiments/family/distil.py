@@ -43,7 +43,7 @@ def train_distilled(
         scenes: whose pictures are seen, their labels not.
         steps: a multiple of `every`.
         batch: pictures of a step.
-        rate: AdamW's peak, after 30 steps, with a cosine to zero.
+        rate: AdamW's peak, after 30 steps or half of all, with a cosine to zero.
         momentum: share of the teacher that stays from step to step.
         seed: of weights and data.
         every: steps of a compiled scan, and between reports.
@@ -51,7 +51,7 @@ def train_distilled(
     """
     head = nnx.Linear(encoders.WIDTH, PROTOTYPES, rngs=nnx.Rngs(seed + 1))
     graph, student = nnx.split(nnx.List([encoders.new(encoders.DINO, seed), head]))
-    schedule = optax.warmup_cosine_decay_schedule(0, rate, 30, steps)
+    schedule = optax.warmup_cosine_decay_schedule(0, rate, min(30, steps // 2), steps)
     tx = optax.chain(optax.clip_by_global_norm(1.0), optax.adamw(schedule, weight_decay=0.04))
     places = encoders.GRID**2 + 1
 

@@ -116,8 +116,9 @@ def pruned(
     """
     if positions is None:
         positions = jnp.maximum(jnp.cumsum(mask, axis=1) - 1, 0)
-    visual = mask & (jnp.asarray(groups.of) >= 0)
-    alike = visual[:, :, None] & visual[:, None] & _same(groups.of)
+    of = jnp.asarray(groups.of)
+    visual = mask & (of >= 0)
+    alike = visual[:, :, None] & visual[:, None] & (of[:, :, None] == of[:, None])
     if prune.by == "attention":
         score = looked_at(llm, x, mask, positions, see(segments), prune.depth)
         kept = visual & (rank(score, alike) < groups.most)
@@ -127,17 +128,12 @@ def pruned(
         score = -jnp.where(before, likeness, -jnp.inf).max(axis=-1)
         kept = visual & (rank(score, alike) < groups.most)
         x = merged(x, likeness, visual, kept)
-    stay = kept | (mask & (jnp.asarray(groups.of) < 0))
+    stay = kept | (mask & ~visual)
     order = jnp.argsort(~stay, axis=1, stable=True)[:, : groups.length]
     mask, segments, positions = (
         jnp.take_along_axis(a, order, axis=1) for a in (stay, segments, positions)
     )
     return jnp.take_along_axis(x, order[..., None], axis=1), mask, segments, positions
-
-
-def _same(of: AnyArray) -> Array:
-    of = jnp.asarray(of)
-    return of[:, :, None] == of[:, None]
 
 
 def _cosine(x: Array) -> Array:

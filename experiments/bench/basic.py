@@ -27,7 +27,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 import converters
 from converters.load import abstract, flatten, join
-from experiments.bench.common import Row, arguments, cores, interleaved, report, row
+from experiments.bench.common import Row, arguments, cores, forget, interleaved, report, row
 from vfjax import Batch, InputError, Model, Processor, forward, generate_ids
 
 Notes = dict[str, Any]
@@ -209,14 +209,12 @@ def check(pair: Pair) -> float:
 
 def bench_load(folder: Path, repeats: int) -> list[Row]:
     """Folder to arrays in memory, with the weights in the system's page cache and without."""
-
-    def forget() -> None:
-        with (folder / "model.safetensors").open("rb") as file:
-            os.fsync(file.fileno())
-            os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
-
     rows = []
-    for name, prepare in (("file cached", lambda: None), ("from disk", forget)):
+    caches: dict[str, Callable[[], object]] = {
+        "file cached": lambda: None,
+        "from disk": lambda: forget(folder),
+    }
+    for name, prepare in caches.items():
         runs = {"ours": lambda: load_ours(folder), "peer": lambda: load_peer(folder)}
         seconds = interleaved(runs, repeats, prepare=prepare)
         rows.append(

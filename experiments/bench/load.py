@@ -25,7 +25,7 @@ import jax
 from flax import nnx
 
 import converters
-from experiments.bench.common import Row, report, row
+from experiments.bench.common import Row, forget, report, row
 from experiments.bench.llamas import LLAMA3, QUICK, Shape, llama, write_model
 from experiments.bench.merge import read
 from vfjax import InputError, generate_ids
@@ -81,14 +81,6 @@ def room(folder: Path, need: int) -> None:
                 expected=f"{need:,}",
                 fix="pass --layers with fewer of them",
             )
-
-
-def forget(folder: Path) -> None:
-    """Leaves nothing of the weights in the page cache."""
-    for path in folder.glob("*.safetensors"):
-        with path.open("rb") as file:
-            os.fsync(file.fileno())
-            os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
 
 
 def bench_load(folder: Path, shape: Shape, repeats: int, notes: dict[str, Any]) -> list[Row]:

@@ -236,6 +236,12 @@ def _exist(digits: list[int], colours: list[int], rng: random.Random) -> tuple[s
     return f"is there {word} ?", answer
 
 
+def ensure(folder: Path, split: str, count: int, seed: int, *, turns: int = 1) -> None:
+    """`write`, unless the folder is there."""
+    if not folder.is_dir():
+        write(folder, split, count, seed, turns=turns)
+
+
 def write(folder: str | Path, split: str, count: int, seed: int, *, turns: int = 6) -> Scenes:
     """Writes scenes as pictures and conversations that `vfjax.data.Conversations` reads.
 

@@ -44,8 +44,7 @@ Variant = tuple[str, str, tuple[str, ...], dict[str, Any], Prune | None]
 
 
 def run(config: ConfigDict, workdir: Path) -> None:
-    if not (workdir / "scenes").is_dir():
-        scenes.write(workdir / "scenes", config.split, config.scenes, config.seed, turns=1)
+    scenes.ensure(workdir / "scenes", config.split, config.scenes, config.seed)
     test = Quiz.read(workdir / "scenes")
     file = workdir / "results.json"
     done = json.loads(file.read_text()) if file.is_file() else {}

@@ -116,8 +116,7 @@ def pictures(config: ConfigDict) -> list[Asked]:
 def questions(config: ConfigDict, workdir: Path) -> list[Asked]:
     """Two questions about each new scene whose answer lies in one cell."""
     folder = workdir / f"scenes-{config.pictures}-{config.seed}"
-    if not folder.is_dir():
-        scenes.write(folder, "test", config.pictures, config.seed, turns=1)
+    scenes.ensure(folder, "test", config.pictures, config.seed)
     rows = json.loads((folder / "scenes.json").read_text())
     out = []
     for row in rows[: config.pictures]:

@@ -13,7 +13,7 @@ from ml_collections import ConfigDict
 from PIL import Image
 
 from experiments.serve.pictures import read_picture
-from experiments.tasks.common import FAMILY, load, named
+from experiments.tasks.common import FAMILY, load, named, positive
 from experiments.tasks.evaluate import MEMBERS, shipped
 from vfjax import Batch, InputError, Model, Processor, stream
 from vfjax import analysis as look
@@ -112,7 +112,7 @@ def run(config: ConfigDict, workdir: Path) -> None:
     needs("matplotlib", "plot", "matplotlib", where="config.task")
     from experiments.serve.server import address, listen, serve  # its uvicorn is gradio's
 
-    _check(config)
+    positive(config, "max_new_tokens", "every", "max_body", "max_pixels", "queue")
     folders = named("members", (*config.members, *([config.model] if config.model else [])))
     with listen(config.host, config.port) as listener:
         examples = []
@@ -140,14 +140,6 @@ def _gradio() -> Any:
         ) from None
 
 
-def _check(config: ConfigDict) -> None:
-    for key in ("max_new_tokens", "every", "max_body", "max_pixels", "queue"):
-        if not config[key] > 0:
-            raise InputError(
-                f"config.{key}", found=config[key], expected="more than 0", fix="raise it"
-            )
-
-
 def speaker(config: ConfigDict, name: str, folder: str) -> Speaker:
     """Loads a model.
 
@@ -168,8 +160,7 @@ def scenes(workdir: Path, count: int = 4) -> list[list[str]]:
     from experiments.family import scenes as family
 
     folder = workdir / f"scenes-{count}"
-    if not folder.is_dir():
-        family.write(folder, "test", count, seed=0, turns=1)
+    family.ensure(folder, "test", count, seed=0)
     rows = json.loads((folder / "scenes.json").read_text())
     kinds = ("colour", "ocr", "locdig", "count")
     return [

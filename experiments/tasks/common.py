@@ -45,6 +45,15 @@ def required(config: Any, *keys: str) -> None:
             )
 
 
+def positive(config: Any, *keys: str) -> None:
+    """Raises InputError for the first key whose value is not above 0."""
+    for key in keys:
+        if not config[key] > 0:
+            raise InputError(
+                f"config.{key}", found=config[key], expected="more than 0", fix="raise it"
+            )
+
+
 @contextmanager
 def bar(what: str) -> Iterator[Any]:
     """A progress bar of bytes, where stderr is a terminal; yields the callable that advances it."""

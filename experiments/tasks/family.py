@@ -71,9 +71,8 @@ def run(config: ConfigDict, workdir: Path) -> None:
 
 def _run(config: ConfigDict, workdir: Path) -> None:
     for split in ("train", "validation", "test"):
-        if not (workdir / split).is_dir():
-            turns = 6 if split == "train" else 1
-            scenes.write(workdir / split, split, config.scenes[split], config.seed, turns=turns)
+        turns = 6 if split == "train" else 1
+        scenes.ensure(workdir / split, split, config.scenes[split], config.seed, turns=turns)
     if not (workdir / "base").is_dir():
         language.build(workdir / "base", seed=config.seed)
     make_encoders(config, workdir)

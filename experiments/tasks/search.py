@@ -115,8 +115,7 @@ def questions(config: ConfigDict, benchmark: Benchmark) -> tuple[list[Question],
 def family_questions(config: ConfigDict, workdir: Path, split: str, seed: int) -> list[Question]:
     """Scenes of a split of the family's, a question of every kind about each."""
     folder = workdir / f"{split}-{config.scenes}-{seed}"
-    if not folder.is_dir():
-        scenes.write(folder, split, config.scenes, seed, turns=1)
+    scenes.ensure(folder, split, config.scenes, seed)
     return [
         Question(
             f"{row['image']} {kind}",

@@ -9,7 +9,7 @@ from experiments.serve.app import Service
 from experiments.serve.asked import Limits
 from experiments.serve.batcher import Batcher
 from experiments.serve.server import address, listen, serve
-from experiments.tasks.common import load, required
+from experiments.tasks.common import load, positive, required
 from vfjax import InputError
 from vfjax.prompts import get_template
 
@@ -51,12 +51,8 @@ def run(config: ConfigDict, workdir: Path) -> None:
 
 
 def _check(config: ConfigDict) -> None:
-    keys = ("max_new_tokens", "batch", "every", "queue", "timeout", "max_body", "max_pixels")
-    for key in (*keys, "max_queue_pixels"):
-        if not config[key] > 0:
-            raise InputError(
-                f"config.{key}", found=config[key], expected="more than 0", fix="raise it"
-            )
+    positive(config, "max_new_tokens", "batch", "every", "queue", "timeout")
+    positive(config, "max_body", "max_pixels", "max_queue_pixels")
     if jax.process_count() > 1:
         raise InputError(
             "VFJAX_DISTRIBUTED",

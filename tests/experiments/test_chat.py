@@ -1,9 +1,7 @@
 """The chat page: answers equal to `generate`'s, attention drawn, what is wrong in one line."""
 
-import struct
 import sys
 import threading
-import zlib
 from pathlib import Path
 
 import numpy as np
@@ -14,6 +12,7 @@ import vfjax
 from experiments.configs.chat import get_config
 from experiments.tasks import chat
 from experiments.tasks.common import FAMILY
+from tests.experiments.pictures import black_png
 from vfjax import InputError
 
 QUESTION = "what digit is red ?"
@@ -58,30 +57,23 @@ def test_maps_lie_where_the_attention_is(scene) -> None:
     assert chat._overlay(picture, np.ones(1), boxes[2:]) is None
 
 
-def png(side: int) -> bytes:
-    """A picture of side * side black pixels in a few kB."""
-
-    def chunk(kind: bytes, body: bytes) -> bytes:
-        check = zlib.crc32(kind + body)
-        return struct.pack(">I", len(body)) + kind + body + struct.pack(">I", check)
-
-    head = struct.pack(">IIBBBBB", side, side, 1, 0, 0, 0, 0)
-    rows = zlib.compress(bytes(side * (side // 8 + 1)))
-    return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", head) + chunk(b"IDAT", rows) + chunk(b"IEND", b"")
-
-
+SMALL = black_png(40)
 WRONG = {
     "no picture": (None, QUESTION, "picture: found nothing"),
     "a file that is gone": (b"", QUESTION, "picture: found no picture"),
     "text": (b"hello", QUESTION, "picture: found no picture"),
-    "half a picture": (png(2000)[:300], QUESTION, "picture: found"),
-    "a bomb": (png(10_000), QUESTION, "found 10000x10000 pixels, expected at most 32000000"),
+    "half a picture": (black_png(2000)[:300], QUESTION, "picture: found"),
+    "a bomb": (black_png(10_000), QUESTION, "found 10000x10000 pixels, expected at most 32000000"),
     "a program": (b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n", QUESTION, "no picture"),
-    "no question": (png(40), " \n", "question: found nothing"),
-    "none at all": (png(40), None, "question: found nothing"),
-    "half a letter": (png(40), "\ud800", "half of a surrogate pair"),
-    "a long question": (png(40), "red " * 600, "expected fewer than 512, the context of clip"),
-    "a book": (png(40), "red " * 30_000, "found 119999 letters, expected at most 100000"),
+    "no question": (SMALL, " \n", "question: found nothing"),
+    "none at all": (SMALL, None, "question: found nothing"),
+    "half a letter": (SMALL, "\ud800", "half of a surrogate pair"),
+    "a long question": (
+        SMALL,
+        "red " * 600,
+        "expected fewer than 512, the context of clip",
+    ),
+    "a book": (SMALL, "red " * 30_000, "found 119999 letters, expected at most 100000"),
 }
 
 

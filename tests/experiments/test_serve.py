@@ -9,12 +9,10 @@ import json
 import random
 import signal
 import socket
-import struct
 import subprocess
 import sys
 import threading
 import time
-import zlib
 from pathlib import Path
 
 import httpx2
@@ -28,6 +26,7 @@ import vfjax
 from experiments.serve.app import Service
 from experiments.serve.asked import Limits, Refused, fetch
 from experiments.serve.batcher import LENGTHS, Batcher, Job
+from tests.experiments.pictures import black_png
 
 ROOT = Path(__file__).resolve().parents[2]
 MODEL = ROOT / "experiments" / "family" / "models" / "clip"
@@ -172,19 +171,7 @@ def test_a_conversation(client, loaded):
     assert found.json()["usage"]["prompt_tokens"] == batch.mask.sum() + extra
 
 
-def bomb(side: int = 10_000) -> str:
-    """A PNG of side * side black pixels, in about 12 kB."""
-
-    def chunk(kind: bytes, body: bytes) -> bytes:
-        check = zlib.crc32(kind + body)
-        return struct.pack(">I", len(body)) + kind + body + struct.pack(">I", check)
-
-    head = struct.pack(">IIBBBBB", side, side, 1, 0, 0, 0, 0)
-    rows = zlib.compress(bytes(side * (side // 8 + 1)))
-    png = b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", head) + chunk(b"IDAT", rows) + chunk(b"IEND", b"")
-    return "data:image/png;base64," + base64.b64encode(png).decode()
-
-
+BOMB = "data:image/png;base64," + base64.b64encode(black_png(10_000)).decode()
 GIF = "data:image/gif;base64," + base64.b64encode(b"GIF89a" + bytes(20)).decode()
 WRONG = {
     "not JSON": (b"{", "body: found no JSON"),
@@ -216,7 +203,7 @@ WRONG = {
     "no picture": (ask("a", "data:image/png;base64,AAAA"), "found no picture"),
     "broken": (ask("a", data(picture())[:-400]), "messages[0].content[1]: found an unreadable"),
     "gif": (ask("a", GIF), "messages[0].content[1]: found"),
-    "bomb": (ask("a", bomb()), "found 10000x10000 pixels, expected at most 200000"),
+    "bomb": (ask("a", BOMB), "found 10000x10000 pixels, expected at most 200000"),
     "pixels": (ask("a", *[data(Image.new("RGB", (300, 300)))] * 3), "300x300 pixels"),
     "pictures": (ask("a", *[data(picture())] * 4), "another picture, expected at most 3"),
 }

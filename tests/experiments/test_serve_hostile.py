@@ -5,9 +5,7 @@ import base64
 import contextlib
 import dataclasses
 import json
-import struct
 import threading
-import zlib
 from collections.abc import Awaitable, Callable, Iterator
 from pathlib import Path
 
@@ -20,6 +18,7 @@ from experiments.serve.app import Service
 from experiments.serve.asked import Limits
 from experiments.serve.batcher import LENGTHS, Batcher
 from experiments.serve.server import listen, server
+from tests.experiments.pictures import black_png
 
 MODEL = Path(__file__).resolve().parents[2] / "experiments" / "family" / "models" / "clip"
 URL = "/v1/chat/completions"
@@ -28,16 +27,7 @@ QUESTION = "how many digits ?"
 
 
 def png(side: int) -> str:
-    """A picture of side * side black pixels; of 100 megapixels in 17 kB."""
-
-    def chunk(kind: bytes, body: bytes) -> bytes:
-        check = zlib.crc32(kind + body)
-        return struct.pack(">I", len(body)) + kind + body + struct.pack(">I", check)
-
-    head = struct.pack(">IIBBBBB", side, side, 1, 0, 0, 0, 0)
-    rows = zlib.compress(bytes(side * (side // 8 + 1)))
-    body = b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", head) + chunk(b"IDAT", rows) + chunk(b"IEND", b"")
-    return "data:image/png;base64," + base64.b64encode(body).decode()
+    return "data:image/png;base64," + base64.b64encode(black_png(side)).decode()
 
 
 def ask(text: str, *images: str, **more) -> dict:

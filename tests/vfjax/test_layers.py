@@ -9,6 +9,7 @@ from flax import nnx
 from transformers.activations import ACT2FN
 from transformers.models.llama.modeling_llama import LlamaRMSNorm, apply_rotary_pos_emb
 
+from vfjax import layers
 from vfjax.layers import ACTIVATIONS, RMSNorm, attention, layer_norm, linear, param, rotate
 
 BFLOAT16_ULP = 2.0**-8
@@ -79,6 +80,28 @@ def test_attention(groups: int, masked: bool):
         enable_gqa=True,
     ).transpose(1, 2)
     found = attention(*map(jnp.asarray, (q, k, v)), jnp.asarray(mask) if masked else None)
+    np.testing.assert_allclose(found, expected, rtol=0, atol=2e-6)
+
+
+@pytest.mark.parametrize(
+    ("causal", "mask"),
+    [
+        (False, None),
+        (False, "one for all queries"),
+        (False, "each its own"),
+        (True, "each its own"),
+    ],
+)
+def test_attention_in_blocks_is_the_same(monkeypatch, causal: bool, mask: str | None):
+    q, k, v = (jnp.asarray(normal(i, 2, 150, n, 8)) for i, n in enumerate((4, 2, 2)))
+    see = np.random.default_rng(3).random((2, 150, 150)) < 0.7
+    see = np.tril(see | np.eye(150, dtype=bool)) if causal else see
+    given = {None: None, "one for all queries": see[:, :1], "each its own": see}[mask]
+    expected = attention(q, k, v, given)
+    monkeypatch.setattr(layers, "BLOCK", 1)
+    text = jax.jit(attention, static_argnames="causal").lower(q, k, v, given, causal=causal)
+    assert text.as_text().count("stablehlo.dot_general") == 2 * 3
+    found = attention(q, k, v, given, causal=causal)
     np.testing.assert_allclose(found, expected, rtol=0, atol=2e-6)
 
 

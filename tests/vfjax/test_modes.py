@@ -258,7 +258,7 @@ def test_order_of_members_does_not_matter_when_parallel_and_blind(family, tokens
 
 def last(model, batch) -> np.ndarray:
     """Logits of each row's next token."""
-    return np.asarray(_prefill(model, batch, size=LENGTH + 64)[0])
+    return np.asarray(_prefill(*jax.tree.flatten(model), batch, size=LENGTH + 64)[0])
 
 
 def same_llms(model: Model) -> CacheFusion:

@@ -123,9 +123,9 @@ def test_decoding_gathers_no_parameter_and_copies_no_cache(folders, single, devi
     mesh = make_mesh(1, 8) if devices == 8 else None
     model, _ = converters.load(folders["fused"], mesh=mesh)
     batch = place(make_batch(single["fused"][1], 4), mesh)
-    logits, cache = _prefill(model, batch, size=batch.tokens.shape[1] + 64)
+    logits, cache = _prefill(*jax.tree.flatten(model), batch, size=batch.tokens.shape[1] + 64)
     how = _how(model, batch, (), 8, 0.0, None, None, 0)
-    args = (model, cache, _first(logits, how, steps=64), how, jnp.int32(8))
+    args = (*jax.tree.flatten(model), cache, _first(logits, how, steps=64), how, jnp.int32(8))
     text = _decode.lower(*args).compile().as_text()
     assert "dynamic-update-slice" in text  # the cache is written, and the shapes below are its own
     if mesh is None:
@@ -175,14 +175,14 @@ def test_the_cache_is_divided_over_rows_and_key_heads(single, sharded, mesh) -> 
     model = sharded["fused"]
     batch = place(make_batch(single["fused"][1], 4), mesh)
     size = batch.tokens.shape[1] + 64
-    logits, cache = _prefill(model, batch, size=size)
+    logits, cache = _prefill(*jax.tree.flatten(model), batch, size=size)
 
     def shapes(cache: object) -> set[tuple[int, ...]]:
         return {s.data.shape for x in (*cache.k, *cache.v) for s in x.addressable_shards}
 
     assert shapes(cache) == {(2, size, 1, 8)}
     how = _how(model, batch, (), 8, 0.0, None, None, 0)
-    args = (model, cache, _first(logits, how, steps=64), how, jnp.int32(8))
+    args = (*jax.tree.flatten(model), cache, _first(logits, how, steps=64), how, jnp.int32(8))
     program = _decode.lower(*args).compile()
     assert f"[2,{size},4,8]" not in program.as_text()  # no device ever holds all heads
     _, cache = _decode(*args)

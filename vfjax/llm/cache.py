@@ -23,6 +23,8 @@ class Cache:
         mask: bool[b, s], True at slots that hold a real token.
         index: int32[], the next free slot.
         length: int32[b], the next token's position: real tokens so far, unless positions are given.
+        new: that nothing was read into it, known to the compiler: what is read first attends to
+            itself alone, in place of all slots.
     """
 
     k: tuple[Array, ...]
@@ -30,6 +32,7 @@ class Cache:
     mask: Array
     index: Array
     length: Array
+    new: bool = dataclasses.field(metadata={"static": True})
 
     @classmethod
     def empty(cls, b: int, size: int, layers: int, heads: int, dim: int, dtype: jnp.dtype) -> Self:
@@ -37,7 +40,7 @@ class Cache:
         k, v = (
             tuple(jnp.zeros((b, size, heads, dim), dtype) for _ in range(layers)) for _ in range(2)
         )
-        return cls(k, v, jnp.zeros((b, size), bool), jnp.int32(0), jnp.zeros(b, jnp.int32))
+        return cls(k, v, jnp.zeros((b, size), bool), jnp.int32(0), jnp.zeros(b, jnp.int32), True)
 
     def extend(self, mask: Array, positions: Array | None = None) -> tuple[Self, Array, Array]:
         """Makes room for t more tokens a row.
@@ -49,7 +52,8 @@ class Cache:
 
         Returns:
             The cache with the new slots counted in (keys and values not yet written), the
-            positions int32[b, t] of the new tokens, and what each may look at, bool[b, t, s].
+            positions int32[b, t] of the new tokens, and what each may look at, bool[b, t, s]; of a
+            new cache bool[b, t, t], the first slots.
         """
         t, s = mask.shape[1], self.mask.shape[1]
         if positions is None:
@@ -58,11 +62,12 @@ class Cache:
         else:
             length = jnp.maximum(self.length, jnp.where(mask, positions + 1, 0).max(axis=1))
         seen = jax.lax.dynamic_update_slice(self.mask, mask, (0, self.index))
-        causal = jnp.arange(s)[None] <= self.index + jnp.arange(t)[:, None]
+        first = t if self.new else s
+        causal = jnp.arange(first)[None] <= self.index + jnp.arange(t)[:, None]
         cache = dataclasses.replace(
-            self, mask=seen, index=self.index + t, length=length.astype(jnp.int32)
+            self, mask=seen, index=self.index + t, length=length.astype(jnp.int32), new=False
         )
-        return cache, positions.astype(jnp.int32), seen[:, None] & causal[None]
+        return cache, positions.astype(jnp.int32), seen[:, None, :first] & causal[None]
 
     def write(self, layer: int, k: Array, v: Array) -> tuple[Array, Array]:
         """The layer's whole keys and values with [b, t, g, h] new ones in the slots last made."""

@@ -104,7 +104,10 @@ def frequencies(config: LlamaConfig) -> np.ndarray:
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Step:
-    """What a call tells all blocks: `LlamaConfig.rope`, who sees whom bool[b, t, s], the cache."""
+    """What a call tells all blocks: `LlamaConfig.rope`, who sees whom bool[b, t, s], the cache.
+
+    Where s = t, nobody sees what comes later.
+    """
 
     cos: Array
     sin: Array
@@ -143,7 +146,9 @@ class Attention(nnx.Module):
         q, k, v = self.heads(x, step)
         if step.cache is not None:
             k, v = step.cache.write(layer, k, v)
-        return self.out(attention(q, k, v, step.see).reshape(b, t, -1)), (k, v)
+        seen = step.see.shape[-1]
+        y = attention(q, k[:, :seen], v[:, :seen], step.see, causal=1 < t == seen)
+        return self.out(y.reshape(b, t, -1)), (k, v)
 
 
 def _rotate_part(x: Array, cos: Array, sin: Array) -> Array:
@@ -243,8 +248,7 @@ class Llama(nnx.Module):
         else:
             cache, positions, before = cache.extend(mask, positions)
         if see is not None:
-            free = before.shape[2] - see.shape[2]  # slots of a cache after what is read now
-            before &= jnp.pad(see, ((0, 0), (0, 0), (0, free)))
+            before &= see
         if self.config.gemma:
             x = x * jnp.asarray(self.config.width**0.5, x.dtype)
         step = Step(*self.config.rope(positions), before, cache)

@@ -297,7 +297,7 @@ def bench_llava(pair: Pair, notes: Notes) -> list[Row]:
 
 def bench_fused(pair: Pair, notes: Notes) -> list[Row]:
     """Two branches, a question; the peer is put together from transformers' parts."""
-    fused = two_branches(pair.model)
+    fused = copies(pair.model, 2)
     processor = dataclasses.replace(pair.processor, config=fused.config)
     batch = dataclasses.replace(pair, processor=processor).batch()
     llm = transformers.LlamaForCausalLM(pair.peer.config.text_config)
@@ -324,10 +324,10 @@ def peer_generate(model: Any, inputs: dict[str, torch.Tensor], n: int) -> None:
     model.generate(**inputs, max_new_tokens=n, min_new_tokens=n, do_sample=False, pad_token_id=0)
 
 
-def two_branches(model: Model) -> Model:
-    """A fused model whose two members have the same weights."""
+def copies(model: Model, n: int) -> Model:
+    """A fused model of n branches, all with the weights of a model's only one."""
     (branch,) = model.config.branches
-    branches = tuple(dataclasses.replace(branch, name=f"{branch.name}{i}") for i in (1, 2))
+    branches = tuple(dataclasses.replace(branch, name=f"{branch.name}{i + 1}") for i in range(n))
     config = dataclasses.replace(model.config, branches=branches)
     graph, params = abstract(config.build)
     found = flatten(nnx.state(model))

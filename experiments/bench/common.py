@@ -87,8 +87,15 @@ def report(
     for r in rows:
         figures = f"{r['ours']:>8.3f} {r['peer']:>8.3f} {r['unit']:<9} {r['ratio']:>6.2f}"
         print(f"{r['name']:<44} {figures}  {r['peer_name']}")
+    save({"rows": list(rows)}, notes, packages, out)
+
+
+def save(
+    found: Mapping[str, Any], notes: Mapping[str, Any], packages: Sequence[str], out: Path
+) -> None:
+    """Writes what was found, notes, versions and machine to `out`."""
     record = {
-        "rows": list(rows),
+        **found,
         "notes": dict(notes),
         "versions": {name: importlib.metadata.version(name) for name in packages},
         "machine": machine(),

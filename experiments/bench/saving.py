@@ -22,7 +22,7 @@ from flax import nnx
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
-from experiments.bench.basic import FULL, QUICK, STEPS, Notes, load_ours, two_branches, write_folder
+from experiments.bench.basic import FULL, QUICK, STEPS, Notes, copies, load_ours, write_folder
 from experiments.bench.common import Row, arguments, cores, interleaved, report, row
 from experiments.family import scenes
 from experiments.family.members import Quiz, next_logits
@@ -62,7 +62,7 @@ def bench_cost(folder: Path, quick: bool) -> list[Row]:
     sizes = QUICK if quick else FULL
     write_folder(folder, sizes)
     one, processor = load_ours(folder)
-    model = two_branches(one)
+    model = copies(one, 2)
     rng = np.random.default_rng(0)
     side = sizes.vision["image_size"]
     picture = rng.integers(0, 256, (side, side, 3), np.uint8)

@@ -56,6 +56,7 @@ def load(
     mask: str | None = None,
     prune: Prune | None = None,
     int8: bool = False,
+    int8_cache: bool = False,
     shard: Overrides = (),
     progress: Callable[[int], object] = lambda nbytes: None,
 ) -> tuple[Model, Processor]:
@@ -74,6 +75,7 @@ def load(
         mask: "causal" or "block", see there; None: as the folder says.
         prune: which visual tokens the LLM reads; None: all.
         int8: the LLM's products have int8 weights (`vfjax.int8`); for generation.
+        int8_cache: so do the keys and values of what was read (`vfjax.llm.cache.Int8Rows`).
         shard: parameters that lie elsewhere on the mesh than by its rules (`Overrides`).
         progress: called with the bytes of each tensor as it arrives.
 
@@ -84,7 +86,9 @@ def load(
     dtype = float_dtype(dtype)
     source = open_source(path, towers=towers, tower_source=tower_source, base=base)
     arrange(source, positions, mask)
-    return read_model(source, mesh, dtype, progress, prune=prune, int8=int8, shard=shard)
+    model, its = read_model(source, mesh, dtype, progress, prune=prune, int8=int8, shard=shard)
+    model.llm.int8_cache = int8_cache
+    return model, its
 
 
 def read_model(

@@ -5,8 +5,9 @@ LLMs, so their memory grows with the number of members.
 """
 
 import dataclasses
+import functools
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -15,10 +16,12 @@ from flax import nnx
 from vfjax import places
 from vfjax.errors import InputError
 from vfjax.llm import Cache, Llama
+from vfjax.llm.cache import Rows, wide
 from vfjax.model import Batch, Model, at_last, splice
 from vfjax.processor import Picture, Processor
 
 Array = jax.Array
+T = TypeVar("T")
 
 
 class CacheFusion(nnx.Module):
@@ -89,12 +92,11 @@ class CacheFusion(nnx.Module):
         text, pictured = segments == 0, jnp.cumsum(segments, axis=1) > 0
         before = text & ~pictured & pictured[:, -1:]  # the text before the first picture
 
-        joined = merged.llm.new_cache(len(tokens), size)
+        joined = empty = merged.llm.new_cache(len(tokens), size)
         hidden = jnp.zeros_like(x)
         for k, llm in enumerate(llms):
             theirs, _, _ = splice(llm.embed(tokens), batch, memories)
             own = segments == k + 1
-            empty = llm.new_cache(len(tokens), size)
             state, cache = llm(theirs, mask & (text | own), empty, positions)
             mine = mask & (own | before if k == 0 else own)
             hidden = jnp.where(mine[..., None], state, hidden)
@@ -126,12 +128,19 @@ class _Filled(Cache):
         cache, positions, see = super().extend(mask | room, positions)
         return cache, positions, see
 
-    def write(self, layer: int, k: Array, v: Array) -> tuple[Array, Array]:
+    def write(
+        self, layer: int, k: Array, v: Array, seen: int
+    ) -> tuple[tuple[Rows, Rows], tuple[Array, Array]]:
+        new, _ = super().write(layer, k, v, seen)
         held = self.held[..., None, None]
-        new = super().write(layer, k, v)
-        old = self.k[layer], self.v[layer]
-        keys, values = (jnp.where(held, a, b) for a, b in zip(old, new, strict=True))
-        return keys, values
+        kept = _choose(held, (self.k[layer], self.v[layer]), new)
+        keys, values = (wide(x, k.dtype)[:, :seen] for x in kept)
+        return kept, (keys, values)
+
+
+def _choose(take: Array, a: T, b: T) -> T:
+    """Keys and values of one cache where `take`, of another elsewhere."""
+    return jax.tree.map(functools.partial(jnp.where, take), a, b)
 
 
 def _fields(cache: Cache) -> dict[str, Any]:
@@ -141,12 +150,7 @@ def _fields(cache: Cache) -> dict[str, Any]:
 def _join(joined: Cache, cache: Cache, mine: Array) -> Cache:
     """A cache with another's slots where bool[b, t] `mine`."""
     mine = jnp.pad(mine, ((0, 0), (0, joined.mask.shape[1] - mine.shape[1])))
-    take = mine[..., None, None]
-
-    def choose(new: Sequence[Array], old: Sequence[Array]) -> tuple[Array, ...]:
-        return tuple(jnp.where(take, a, b) for a, b in zip(new, old, strict=True))
-
-    k, v = choose(cache.k, joined.k), choose(cache.v, joined.v)
+    k, v = _choose(mine[..., None, None], (cache.k, cache.v), (joined.k, joined.v))
     return dataclasses.replace(joined, k=k, v=v, mask=joined.mask | mine)
 
 

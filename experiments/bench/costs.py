@@ -124,7 +124,7 @@ def measured(one: Model, processor: Processor, sizes: Any, point: Point) -> dict
 def held(model: Model, batch: Batch) -> int:
     """Bytes that reading a batch takes: parameters, cache and temporaries."""
     prefill = jax.jit(lambda model, batch: model.prefill(batch, batch.read + STEPS))
-    memory = prefill.lower(model, batch).compile().memory_analysis()
+    memory: Any = prefill.lower(model, batch).compile().memory_analysis()
     return nbytes(nnx.state(model)) + memory.output_size_in_bytes + memory.temp_size_in_bytes
 
 

@@ -28,6 +28,7 @@ def get_config() -> ConfigDict:
                 tuple
             ),  # (data, model[, fsdp]) devices; default: one device
             "int8": False,  # weights of the LLM's products
+            "int8_cache": False,  # keys and values of what was read
             # Share of the visual tokens that the LLM reads, (one,) or one a branch; (): all.
             "prune": {"keep": (), "by": "attention", "depth": 2},
             "shard": (),  # (("^branches/", {}),) keeps those parameters whole on every device

@@ -62,7 +62,7 @@ def bar(what: str) -> Iterator[Any]:
 
 
 def load(config: Any, folder: str | Path) -> tuple[Model, Processor]:
-    """A model by the config's `mesh`, `dtype`, `towers`, `int8`, `shard` and `prune`."""
+    """A model by the config's `mesh`, `dtype`, `towers`, `int8`s, `shard` and `prune`."""
     prune = config.get("prune")
     with bar("load") as progress:
         return converters.load(
@@ -71,6 +71,7 @@ def load(config: Any, folder: str | Path) -> tuple[Model, Processor]:
             dtype=config.dtype,
             towers=named("towers", config.towers),
             int8=bool(config.get("int8")),
+            int8_cache=bool(config.get("int8_cache")),
             shard=config.get("shard", ()),
             prune=Prune(tuple(prune.keep), prune.by, prune.depth) if prune and prune.keep else None,
             progress=progress,

@@ -107,7 +107,7 @@ def answer(
         "template": processor.template,
         "max_new_tokens": length,
         "video": [config.frames, config.pool],
-        "int8": config.int8,
+        "int8": [config.int8, config.int8_cache],
         "prune": json.loads(config.prune.to_json()) if config.prune.keep else None,
     }
     with progress(questions, config) as advance:

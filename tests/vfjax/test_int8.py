@@ -13,7 +13,8 @@ import converters
 from tests import checkpoints
 from vfjax import InputError, forward, generate_ids
 from vfjax.int8 import Int8Linear, int8, quantize
-from vfjax.sharding import make_mesh
+from vfjax.llm.cache import Int8Rows
+from vfjax.sharding import make_mesh, nbytes
 
 ROWS = [[1, 40, -200, 50, 60], [1, 42, 43]]
 
@@ -61,6 +62,39 @@ def test_while_it_is_read_or_after(folder):
     assert all(jax.tree.leaves(same))
     tokens = generate_ids(model, batch, max_new_tokens=4)
     assert generate_ids(sharded, batch, max_new_tokens=4) == tokens
+
+
+@given(
+    arrays.arrays(
+        np.float32, (1, 3, 2, 8), elements=st.floats(-100, 100, width=32, allow_subnormal=False)
+    )
+)
+@settings(max_examples=50, deadline=None)
+def test_error_of_a_key_is_half_a_step(keys: np.ndarray):
+    rows = Int8Rows.of(jnp.asarray(keys))
+    assert rows.rows.dtype == jnp.int8 and rows.scale.shape == (1, 3, 2, 1)
+    error = np.abs(np.asarray(rows.wide(jnp.float32)) - keys)
+    assert (error <= 0.5001 * np.asarray(rows.scale)).all()
+
+
+def test_cache(folder):
+    """What is read first is exact; what is read after it is near; on eight devices the same."""
+    plain, processor = converters.load(folder)
+    model, _ = converters.load(folder, int8_cache=True)
+    batch = processor(picture(), input_ids=ROWS)
+    logits, cache = model.prefill(batch, batch.read + 8)
+    expected, exact = plain.prefill(batch, batch.read + 8)
+    np.testing.assert_array_equal(logits, expected)
+    assert nbytes(cache.k) < 0.4 * nbytes(exact.k)  # of float32, with heads of 8
+    token = jnp.array([40, 41])
+    for _ in range(3):
+        found, cache = model.next(token, cache)
+        expected, exact = plain.next(token, exact)
+        off = np.abs(np.asarray(found - expected)).max()
+        assert 0 < off < 0.02 * np.abs(np.asarray(expected)).max()
+    tokens = generate_ids(model, batch, max_new_tokens=6)
+    sharded, _ = converters.load(folder, int8_cache=True, mesh=make_mesh(2, 4))
+    assert generate_ids(sharded, batch, max_new_tokens=6) == tokens
 
 
 def test_is_not_written(folder, tmp_path):

@@ -83,25 +83,15 @@ def test_attention(groups: int, masked: bool):
     np.testing.assert_allclose(found, expected, rtol=0, atol=2e-6)
 
 
-@pytest.mark.parametrize(
-    ("causal", "mask"),
-    [
-        (False, None),
-        (False, "one for all queries"),
-        (False, "each its own"),
-        (True, "each its own"),
-    ],
-)
-def test_attention_in_blocks_is_the_same(monkeypatch, causal: bool, mask: str | None):
+def test_causal_attention_in_blocks_is_the_same(monkeypatch):
     q, k, v = (jnp.asarray(normal(i, 2, 150, n, 8)) for i, n in enumerate((4, 2, 2)))
     see = np.random.default_rng(3).random((2, 150, 150)) < 0.7
-    see = np.tril(see | np.eye(150, dtype=bool)) if causal else see
-    given = {None: None, "one for all queries": see[:, :1], "each its own": see}[mask]
-    expected = attention(q, k, v, given)
+    see = np.tril(see | np.eye(150, dtype=bool))
+    expected = attention(q, k, v, see)
     monkeypatch.setattr(layers, "BLOCK", 1)
-    text = jax.jit(attention, static_argnames="causal").lower(q, k, v, given, causal=causal)
-    assert text.as_text().count("stablehlo.dot_general") == 2 * 3
-    found = attention(q, k, v, given, causal=causal)
+    text = jax.jit(attention, static_argnames="causal").lower(q, k, v, see, causal=True).as_text()
+    assert text.count("stablehlo.dot_general") == 2 * 3
+    found = attention(q, k, v, see, causal=True)
     np.testing.assert_allclose(found, expected, rtol=0, atol=2e-6)
 
 

@@ -1,12 +1,43 @@
 """The key-value cache of a decoder, passed in and out of every call."""
 
 import dataclasses
-from typing import Self
+from typing import Any, Self
 
 import jax
 import jax.numpy as jnp
 
 Array = jax.Array
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Int8Rows:
+    """Keys or values as int8, a scale for each token and head; a little over half of bfloat16.
+
+    The largest of a head's features becomes 127 (as KVQuant's per-token values, arXiv 2401.18079).
+
+    Attributes:
+        rows: int8[b, s, g, h].
+        scale: float32[b, s, g, 1].
+    """
+
+    rows: Array
+    scale: Array
+
+    @classmethod
+    def of(cls, x: Array) -> Self:
+        """Float[b, s, g, h], quantised."""
+        wide = x.astype(jnp.float32)
+        scale = jnp.abs(wide).max(axis=-1, keepdims=True) / 127
+        scale = jnp.where(scale > 0, scale, 1)
+        return cls(jnp.round(wide / scale).astype(jnp.int8), scale)
+
+    def wide(self, dtype: Any) -> Array:
+        """[b, s, g, h] in a dtype."""
+        return (self.rows * self.scale).astype(dtype)
+
+
+Rows = Array | Int8Rows
 
 
 @jax.tree_util.register_dataclass
@@ -18,8 +49,8 @@ class Cache:
     and right padding, and mixtures, decode alike.
 
     Attributes:
-        k: one [b, s, g, h] array of keys a layer.
-        v: one [b, s, g, h] array of values a layer.
+        k: one [b, s, g, h] of keys a layer.
+        v: one [b, s, g, h] of values a layer.
         mask: bool[b, s], True at slots that hold a real token.
         index: int32[], the next free slot.
         length: int32[b], the next token's position: real tokens so far, unless positions are given.
@@ -27,19 +58,34 @@ class Cache:
             itself alone, in place of all slots.
     """
 
-    k: tuple[Array, ...]
-    v: tuple[Array, ...]
+    k: tuple[Rows, ...]
+    v: tuple[Rows, ...]
     mask: Array
     index: Array
     length: Array
     new: bool = dataclasses.field(metadata={"static": True})
 
     @classmethod
-    def empty(cls, b: int, size: int, layers: int, heads: int, dim: int, dtype: jnp.dtype) -> Self:
-        """A cache of `size` slots for `b` rows, with `heads` key heads of `dim` in each layer."""
-        k, v = (
-            tuple(jnp.zeros((b, size, heads, dim), dtype) for _ in range(layers)) for _ in range(2)
-        )
+    def empty(
+        cls, b: int, size: int, layers: int, heads: int, dim: int, dtype: Any, *, int8: bool = False
+    ) -> Self:
+        """A cache of `size` slots for `b` rows, with `heads` key heads of `dim` in each layer.
+
+        Args:
+            b: rows.
+            size: slots.
+            layers: of the decoder.
+            heads: of keys.
+            dim: of a head.
+            dtype: of keys and values.
+            int8: keeps them as `Int8Rows`.
+        """
+
+        def none() -> Rows:
+            zeros = jnp.zeros((b, size, heads, dim), dtype)
+            return Int8Rows.of(zeros) if int8 else zeros
+
+        k, v = (tuple(none() for _ in range(layers)) for _ in range(2))
         return cls(k, v, jnp.zeros((b, size), bool), jnp.int32(0), jnp.zeros(b, jnp.int32), True)
 
     def extend(self, mask: Array, positions: Array | None = None) -> tuple[Self, Array, Array]:
@@ -69,10 +115,41 @@ class Cache:
         )
         return cache, positions.astype(jnp.int32), seen[:, None, :first] & causal[None]
 
-    def write(self, layer: int, k: Array, v: Array) -> tuple[Array, Array]:
-        """The layer's whole keys and values with [b, t, g, h] new ones in the slots last made."""
-        at = (0, self.index - k.shape[1], 0, 0)
-        return (
-            jax.lax.dynamic_update_slice(self.k[layer], k.astype(self.k[layer].dtype), at),
-            jax.lax.dynamic_update_slice(self.v[layer], v.astype(self.v[layer].dtype), at),
+    def write(
+        self, layer: int, k: Array, v: Array, seen: int
+    ) -> tuple[tuple[Rows, Rows], tuple[Array, Array]]:
+        """Puts new keys and values into the slots last made.
+
+        Args:
+            layer: whose.
+            k: [b, t, g, h] new keys.
+            v: [b, t, g, h] new values.
+            seen: slots that the new tokens may look at, from the first; t of a cache that was new.
+
+        Returns:
+            The layer's whole keys and values, to be kept; and those of the slots seen, in k's
+            dtype: of a cache that was new the very k and v.
+        """
+        at = self.index - k.shape[1]
+        kept = _put(self.k[layer], k, at), _put(self.v[layer], v, at)
+        if seen == k.shape[1]:
+            return kept, (k, v)
+        return kept, (wide(kept[0], k.dtype), wide(kept[1], v.dtype))
+
+
+def wide(rows: Rows, dtype: Any) -> Array:
+    """Keys or values [b, s, g, h] in a dtype."""
+    return rows.wide(dtype) if isinstance(rows, Int8Rows) else rows.astype(dtype)
+
+
+def _put(old: Rows, new: Array, at: Array) -> Rows:
+    if isinstance(old, Int8Rows):
+        narrow = Int8Rows.of(new)
+        return Int8Rows(
+            _put_array(old.rows, narrow.rows, at), _put_array(old.scale, narrow.scale, at)
         )
+    return _put_array(old, new, at)
+
+
+def _put_array(old: Array, new: Array, at: Array) -> Array:
+    return jax.lax.dynamic_update_slice(old, new.astype(old.dtype), (0, at, 0, 0))

@@ -13,7 +13,7 @@ import numpy as np
 from flax import nnx
 
 from vfjax.layers import ACTIVATIONS, RMSNorm, attention, linear, param, rotate
-from vfjax.llm.cache import Cache
+from vfjax.llm.cache import Cache, Rows
 
 Array = jax.Array
 
@@ -140,15 +140,16 @@ class Attention(nnx.Module):
             q, k = self.q_norm(q), self.k_norm(k)
         return _rotate_part(q, step.cos, step.sin), _rotate_part(k, step.cos, step.sin), v
 
-    def __call__(self, x: Array, layer: int, step: Step) -> tuple[Array, tuple[Array, Array]]:
+    def __call__(self, x: Array, layer: int, step: Step) -> tuple[Array, tuple[Rows, Rows]]:
         """[b, t, d] -> [b, t, d], and the keys and values of all that was read."""
         b, t, _ = x.shape
         q, k, v = self.heads(x, step)
-        if step.cache is not None:
-            k, v = step.cache.write(layer, k, v)
+        kept: tuple[Rows, Rows] = (k, v)
         seen = step.see.shape[-1]
-        y = attention(q, k[:, :seen], v[:, :seen], step.see, causal=1 < t == seen)
-        return self.out(y.reshape(b, t, -1)), (k, v)
+        if step.cache is not None:
+            kept, (k, v) = step.cache.write(layer, k, v, seen)
+        y = attention(q, k, v, step.see, causal=1 < t == seen)
+        return self.out(y.reshape(b, t, -1)), kept
 
 
 def _rotate_part(x: Array, cos: Array, sin: Array) -> Array:
@@ -189,7 +190,7 @@ class Block(nnx.Module):
         self.norm2 = config.norm(rngs=rngs)
         self.mlp = mlp(config, rngs=rngs)
 
-    def __call__(self, x: Array, layer: int, step: Step) -> tuple[Array, tuple[Array, Array]]:
+    def __call__(self, x: Array, layer: int, step: Step) -> tuple[Array, tuple[Rows, Rows]]:
         """[b, t, d] -> [b, t, d], and `Attention`'s keys and values."""
         y, kv = self.attn(self.norm1(x), layer, step)
         x = x + y
@@ -200,11 +201,13 @@ class Llama(nnx.Module):
     """Token embeddings -> hidden states -> logits, with an explicit cache.
 
     `remat` computes each block again in the backward pass; for training, without a cache.
+    `int8_cache` keeps keys and values as `vfjax.llm.cache.Int8Rows`.
     """
 
     def __init__(self, config: LlamaConfig, *, rngs: nnx.Rngs):
         c = self.config = config
         self.remat = False
+        self.int8_cache = False
         self.embedding = param((c.vocab, c.width), ("vocab", "embed"), rngs=rngs)
         self.blocks = nnx.List(c.block(rngs=rngs) for _ in range(c.layers))
         self.norm = c.norm(rngs=rngs)
@@ -216,9 +219,9 @@ class Llama(nnx.Module):
         return self.embedding[...][ids]
 
     def new_cache(self, b: int, size: int) -> Cache:
-        """An empty cache of `size` slots for `b` rows, in the embedding's dtype."""
-        c = self.config
-        return Cache.empty(b, size, c.layers, c.kv_heads, c.head_dim, self.embedding.dtype)
+        """An empty cache of `size` slots for `b` rows, in the embedding's dtype or int8."""
+        c, dtype = self.config, self.embedding.dtype
+        return Cache.empty(b, size, c.layers, c.kv_heads, c.head_dim, dtype, int8=self.int8_cache)
 
     def __call__(
         self,

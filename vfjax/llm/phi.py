@@ -7,6 +7,7 @@ from flax import nnx
 
 from vfjax.encoders.vit import MLP
 from vfjax.layers import layer_norm
+from vfjax.llm.cache import Rows
 from vfjax.llm.llama import Attention, LlamaConfig, Step
 
 Array = jax.Array
@@ -35,7 +36,7 @@ class PhiBlock(nnx.Module):
         self.attn = Attention(config, rngs=rngs)
         self.mlp = MLP(config.width, config.mlp, config.act, rngs=rngs)
 
-    def __call__(self, x: Array, layer: int, step: Step) -> tuple[Array, tuple[Array, Array]]:
+    def __call__(self, x: Array, layer: int, step: Step) -> tuple[Array, tuple[Rows, Rows]]:
         """[b, t, d] -> [b, t, d], and `Attention`'s keys and values."""
         normed = self.norm(x)
         y, kv = self.attn(normed, layer, step)

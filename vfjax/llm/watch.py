@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from vfjax.llm.cache import Rows, wide
 from vfjax.llm.llama import Attention, Llama, Step
 
 Array = jax.Array
@@ -20,10 +21,10 @@ class _Watched:
     def __init__(self, inner: Attention, show: Show):
         self.inner, self.show = inner, show
 
-    def __call__(self, x: Array, layer: int, step: Step) -> tuple[Array, tuple[Array, Array]]:
-        out, (k, v) = self.inner(x, layer, step)
-        self.show(self.inner, x, k, step)
-        return out, (k, v)
+    def __call__(self, x: Array, layer: int, step: Step) -> tuple[Array, tuple[Rows, Rows]]:
+        out, kept = self.inner(x, layer, step)
+        self.show(self.inner, x, wide(kept[0], x.dtype), step)
+        return out, kept
 
 
 def watched(llm: Llama, show: Show, depth: int | None = None) -> Llama:

@@ -29,6 +29,10 @@ RULES: Mapping[str, str | None] = {
 }
 """Logical axis of a parameter -> mesh axis; None, or one that the mesh lacks, keeps it whole."""
 
+ODD_VOCAB: Mapping[str, str | None] = {"embed": "model"}
+"""For a vocabulary that the mesh does not divide, as where tokens were added: tables are divided by
+features, which holds as little on each device as padding the vocabulary would."""
+
 AXES = ("data", "fsdp", "model")
 
 Overrides = Sequence[tuple[str, Mapping[str, str | None]]]
@@ -107,6 +111,8 @@ def param_sharding(
         over = rules.get(axis) if axis is not None else None
         over = over if over in mesh.shape else None
         if over is not None and size % mesh.shape[over]:
+            if axis == "vocab":
+                return param_sharding(name, variable, mesh, [("", ODD_VOCAB)])
             raise InputError(
                 name,
                 found=f"axis {axis!r} of size {size}",

@@ -34,7 +34,7 @@ from experiments.tasks.shapes import model_config
 from vfjax import Batch, InputError, Model, Processor, generate_ids
 from vfjax.sharding import nbytes
 
-BRANCHES = ("llava", "mgm", "dense-clip", "slime")
+BRANCHES = ("llava", "dense-clip", "mgm", "slime")
 LLM = "llama-3-8b"
 TOPOLOGY = "v5e:4x4"
 PACKAGES = ("jax", "jaxlib", "flax", "vfjax")
@@ -136,10 +136,11 @@ def planned(mesh: Any, chip: plan.Chip, point: Point) -> dict[str, float]:
     whole = model_config(config.model)
     rows = max(point.rows, mesh.shape["data"])
     found = plan.compiled(config, whole, mesh, rows, (1, 2))
-    programs = {name: plan.at_depth(found, name, whole.llm.layers) for name in ("prefill", "token")}
-    first, after = (max(chip.seconds(program).values()) for program in programs.values())
-    most = max(program["bytes"] for program in programs.values())
-    return costs(dataclasses.replace(point, rows=rows), first, after, most)
+    names = ("encode", "prefill", "token")
+    programs = [plan.at_depth(found, name, whole.llm.layers) for name in names]
+    encode, prefill, token = (max(chip.seconds(program).values()) for program in programs)
+    most = max(program["bytes"] for program in programs)
+    return costs(dataclasses.replace(point, rows=rows), encode + prefill, token, most)
 
 
 def costs(point: Point, first: float, after: float, most: float) -> dict[str, float]:

@@ -100,13 +100,25 @@ def compiled(
     config: ConfigDict, whole: ModelConfig, mesh: Mesh, batch: int, depths: Sequence[int]
 ) -> dict[int, dict[str, dict[str, float]]]:
     """Depth of the LLM -> name of a program -> what it needs."""
-    out = {}
+    out: dict[int, Any] = {}
+    known: Programs = {}
     for depth in depths:
         llm = dataclasses.replace(whole.llm, layers=depth)
         made = dataclasses.replace(whole, llm=llm)
-        programs = JOBS[config.job](config, made, mesh, batch)
-        out[depth] = {name: measured(program) for name, program in programs.items()}
+        model = model_of(config, made, mesh, lora=config.job == "train" and config.trains == "lora")
+        if config.job == "generate":  # once: no depth of the LLM changes it
+            known = known or plan_encode(config, model, mesh, batch)
+        programs = known | JOBS[config.job](config, model, mesh, batch)
+        held = resident(model)
+        out[depth] = {name: measured(*program, held) for name, program in programs.items()}
     return out
+
+
+def resident(tree: Any) -> int:
+    """Bytes of a tree on a device."""
+    return sum(
+        math.prod(x.sharding.shard_shape(x.shape)) * x.dtype.itemsize for x in jax.tree.leaves(tree)
+    )
 
 
 def largest(batch: int, found: Any, twice: Any, whole: ModelConfig, chip: Chip, mesh: Mesh) -> int:
@@ -197,10 +209,9 @@ def model_of(config: ConfigDict, made: ModelConfig, mesh: Mesh, *, lora: bool = 
     return join(graph, params)
 
 
-def batch_of(
-    config: ConfigDict, made: ModelConfig, mesh: Mesh, batch: int, *, labels: bool
-) -> Batch:
+def batch_of(config: ConfigDict, made: ModelConfig, mesh: Mesh, batch: int) -> Batch:
     """Inputs of the job as shapes: rows of one picture and of text, over the mesh's row axes."""
+    labels = config.job == "train"
     processor = Processor(made, lengths=tuple(range(128, 65536, 128)))
     ids = [[1, -200, *range(3, 3 + config.text)]]
     picture = np.zeros((800, 1000, 3), np.uint8)
@@ -208,16 +219,44 @@ def batch_of(
 
     def grown(x: np.ndarray) -> Shape:
         shape = (batch * x.shape[0], *x.shape[1:])
-        over = row_axes(mesh) if shape[0] % row_shards(mesh) == 0 else None
+        over = rows_of(mesh, shape[0])
         spec, lead = ((None, over), (1,)) if labels else ((over,), ())
         return Shape((*lead, *shape), x.dtype, sharding=NamedSharding(mesh, PartitionSpec(*spec)))
 
     return jax.tree.map(grown, row)
 
 
-def plan_generate(config: ConfigDict, made: ModelConfig, mesh: Mesh, rows: int) -> dict[str, Any]:
-    """Prefill, and one step of decoding."""
-    model, batch = model_of(config, made, mesh), batch_of(config, made, mesh, rows, labels=False)
+def rows_of(mesh: Mesh, n: int) -> Any:
+    """The axes that n rows lie on: `row_axes` where they divide them."""
+    return row_axes(mesh) if n % row_shards(mesh) == 0 else None
+
+
+Programs = dict[str, tuple[Any, Any]]
+"""Name -> a compiled program, and what it is given besides the model."""
+
+
+def plan_encode(config: ConfigDict, model: Model, mesh: Mesh, rows: int) -> Programs:
+    """Pictures to visual tokens."""
+    batch = batch_of(config, model.config, mesh, rows)
+    program = jax.jit(Model.memories).lower(model, batch.images).compile()
+    return {"encode": (program, batch)}
+
+
+def plan_generate(config: ConfigDict, model: Model, mesh: Mesh, rows: int) -> Programs:
+    """Prefill of encoded pictures, and one step of decoding."""
+    batch = batch_of(config, model.config, mesh, rows)
+    names = [branch.name for branch in model.config.branches]
+    memories = jax.eval_shape(Model.memories, model, batch.images)
+
+    def laid(x: Shape) -> Shape:
+        over = PartitionSpec(rows_of(mesh, x.shape[0]))
+        return Shape(x.shape, x.dtype, sharding=NamedSharding(mesh, over))
+
+    images: Any = {
+        name: {"tokens": laid(tokens), "keep": laid(keep)}
+        for name, (tokens, keep) in zip(names, memories, strict=True)
+    }
+    batch = dataclasses.replace(batch, images=images)
     size = batch.read + config.new_tokens
     prefill = jax.jit(lambda model, batch: model.prefill(batch, size)).lower(model, batch).compile()
     _, cache = jax.eval_shape(lambda model, batch: model.prefill(batch, size), model, batch)
@@ -225,12 +264,12 @@ def plan_generate(config: ConfigDict, made: ModelConfig, mesh: Mesh, rows: int) 
     cache = jax.tree.map(lambda x, s: Shape(x.shape, x.dtype, sharding=s), cache, at)
     tokens = Shape((rows,), jnp.int32, sharding=NamedSharding(mesh, PartitionSpec()))
     decode = jax.jit(lambda model, tokens, cache: model.next(tokens, cache), donate_argnums=2)
-    return {"prefill": prefill, "token": decode.lower(model, tokens, cache).compile()}
+    token = decode.lower(model, tokens, cache).compile()
+    return {"prefill": (prefill, batch), "token": (token, (tokens, cache))}
 
 
-def plan_train(config: ConfigDict, made: ModelConfig, mesh: Mesh, rows: int) -> dict[str, Any]:
+def plan_train(config: ConfigDict, model: Model, mesh: Mesh, rows: int) -> Programs:
     """One step."""
-    model = model_of(config, made, mesh, lora=config.trains == "lora")
     model.llm.remat = config.remat
     groups = [Group(pattern, rate) for pattern, rate in config.train[config.trains]]
     graph, params, frozen = split(model, groups)
@@ -246,8 +285,8 @@ def plan_train(config: ConfigDict, made: ModelConfig, mesh: Mesh, rows: int) -> 
     count: Any = Shape((), jnp.int32, sharding=everywhere)
     state = State(count, params, opt)
     step: Any = make_step(graph, tx, state, dtype=config.dtype, mesh=mesh)
-    batch = batch_of(config, made, mesh, rows, labels=True)
-    return {"step": step.lower(state, frozen, batch).compile()}
+    batch = batch_of(config, model.config, mesh, rows)
+    return {"step": (step.lower(state, frozen, batch).compile(), (opt, batch))}
 
 
 JOBS = {"generate": plan_generate, "train": plan_train}
@@ -256,19 +295,25 @@ COLLECTIVES = ("all-gather", "all-reduce", "reduce-scatter", "all-to-all", "coll
 ITEM = {"pred": 1, "s8": 1, "u8": 1, "bf16": 2, "f16": 2, "f32": 4, "s32": 4, "u32": 4}
 
 
-def measured(program: Any) -> dict[str, float]:
-    """Bytes a device, operations and memory traffic a device, collectives by kind."""
-    memory = program.memory_analysis()
+def measured(program: Any, given: Any, held: int) -> dict[str, float]:
+    """Bytes a device, operations and memory traffic a device, collectives by kind.
+
+    Args:
+        program: compiled.
+        given: shapes of what it is given besides the model.
+        held: bytes a device of the model, all of which stays there, also what the program ignores.
+    """
+    memory, arguments = program.memory_analysis(), held + resident(given)
     try:
         text = program.as_text()
     except jax.errors.JaxRuntimeError as error:  # this jaxlib cannot read that compiler's text
         print(f"collectives are not counted: {str(error).splitlines()[0][:120]}")
         text = ""
-    used = memory.argument_size_in_bytes + memory.output_size_in_bytes
+    made = memory.output_size_in_bytes - memory.alias_size_in_bytes
     cost = program.cost_analysis()
     out = {
-        "bytes": used + memory.temp_size_in_bytes - memory.alias_size_in_bytes,
-        "arguments": memory.argument_size_in_bytes,
+        "bytes": arguments + made + memory.temp_size_in_bytes,
+        "arguments": arguments,
         "flops": cost.get("flops", 0.0),
         "traffic": cost.get("bytes accessed", 0.0),
         "compiler seconds": cost.get("optimal_seconds", 0.0),

@@ -79,6 +79,23 @@ def row_shards(mesh: Mesh) -> int:
     return math.prod(mesh.shape[axis] for axis in row_axes(mesh))
 
 
+def by_token(mesh: Mesh) -> NamedSharding:
+    """Activations [b, t, d] with rows over `row_axes` and tokens over `model`.
+
+    Sequence parallelism (arXiv 2205.05198): between an LLM's blocks a device of a product's group
+    keeps its share of the tokens, which counts where rows are long and the backward pass needs
+    them.
+    """
+    return NamedSharding(mesh, PartitionSpec(row_axes(mesh), "model"))
+
+
+def divides(sharding: NamedSharding, shape: Sequence[int]) -> bool:
+    """Whether a shape can lie so: every axis a multiple of its devices."""
+    axes = [(x,) if isinstance(x, str) else x or () for x in sharding.spec]
+    parts = [math.prod(sharding.mesh.shape[axis] for axis in each) for each in axes]
+    return all(n % part == 0 for n, part in zip(shape, parts, strict=False))
+
+
 def param_sharding(
     name: str,
     variable: nnx.Variable,

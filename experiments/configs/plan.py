@@ -30,6 +30,7 @@ def get_config(job: str = "generate") -> ConfigDict:
             "train": TRAINS,
             "rank": 128,  # of LoRA
             "remat": True,
+            "sequence": False,  # activations between blocks divided by tokens over the model axis
             # Depths of the LLM that are compiled: figures at full depth lie on the line through
             # the two, as all layers are alike. () compiles it all, which takes minutes.
             "depths": (2, 4),

@@ -80,6 +80,7 @@ def get_config(recipe: str = "llava") -> ConfigDict:
             "dtype": "bfloat16",  # of the computation; what is stored keeps its own
             "mesh": (1, 1),  # (data, model[, fsdp]) devices, see vfjax.sharding
             "remat": True,
+            "sequence": False,  # activations between blocks divided by tokens over the model axis
             "seed": 0,
             "skip_broken": False,  # leave broken rows and pictures out, counted and named
             "save_every": 500,

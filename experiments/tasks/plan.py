@@ -23,7 +23,7 @@ from experiments.tasks.shapes import model_config
 from vfjax import Batch, InputError, Model, Processor
 from vfjax.files import replacing
 from vfjax.model import ModelConfig
-from vfjax.sharding import AXES, param_sharding, row_axes, row_shards
+from vfjax.sharding import AXES, by_token, param_sharding, row_axes, row_shards
 from vfjax.train import Group, LoRAConfig, Optim, State, add_lora, make_step, split
 from vfjax.train.optim import name_of, named
 
@@ -271,6 +271,7 @@ def plan_generate(config: ConfigDict, model: Model, mesh: Mesh, rows: int) -> Pr
 def plan_train(config: ConfigDict, model: Model, mesh: Mesh, rows: int) -> Programs:
     """One step."""
     model.llm.remat = config.remat
+    model.llm.stream = by_token(mesh) if config.sequence else None
     groups = [Group(pattern, rate) for pattern, rate in config.train[config.trains]]
     graph, params, frozen = split(model, groups)
     tx = Optim(1000).build(groups)

@@ -132,6 +132,7 @@ def train(
         options=Options(
             dtype=config.dtype,
             remat=config.remat,
+            sequence=config.sequence,
             save_every=config.save_every,
             keep=config.keep,
             log_every=config.log_every,

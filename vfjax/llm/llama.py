@@ -11,9 +11,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
+from jax.sharding import NamedSharding
 
 from vfjax.layers import ACTIVATIONS, RMSNorm, attention, linear, param, rotate
 from vfjax.llm.cache import Cache, Rows
+from vfjax.sharding import divides
 
 Array = jax.Array
 
@@ -201,13 +203,15 @@ class Llama(nnx.Module):
     """Token embeddings -> hidden states -> logits, with an explicit cache.
 
     `remat` computes each block again in the backward pass; for training, without a cache.
-    `int8_cache` keeps keys and values as `vfjax.llm.cache.Int8Rows`.
+    `int8_cache` keeps keys and values as `vfjax.llm.cache.Int8Rows`. `stream` is how [b, t, d] lies
+    between blocks (`vfjax.sharding.by_token`), where it divides them; None: as the compiler likes.
     """
 
     def __init__(self, config: LlamaConfig, *, rngs: nnx.Rngs):
         c = self.config = config
         self.remat = False
         self.int8_cache = False
+        self.stream: NamedSharding | None = None
         self.embedding = param((c.vocab, c.width), ("vocab", "embed"), rngs=rngs)
         self.blocks = nnx.List(c.block(rngs=rngs) for _ in range(c.layers))
         self.norm = c.norm(rngs=rngs)
@@ -257,6 +261,8 @@ class Llama(nnx.Module):
         step = Step(*self.config.rope(positions), before, cache)
         kept = []
         for i, block in enumerate(self.blocks):
+            if self.stream is not None and divides(self.stream, x.shape):
+                x = jax.lax.with_sharding_constraint(x, self.stream)
             if self.remat:
                 x = jax.checkpoint(lambda x, block, step, i=i: block(x, i, step)[0])(x, block, step)
                 continue

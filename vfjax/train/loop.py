@@ -18,7 +18,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from vfjax.errors import InputError
 from vfjax.model import Batch, Model
-from vfjax.sharding import mesh_of, row_axes, row_shards
+from vfjax.sharding import by_token, mesh_of, row_axes, row_shards
 from vfjax.train.checkpoint import Checkpoints
 from vfjax.train.flops import step_flops
 from vfjax.train.optim import Group, Optim
@@ -37,6 +37,8 @@ class Options:
     Attributes:
         dtype: of the computation; masters are float32, and what is frozen keeps its stored dtype.
         remat: computes each LLM block again in the backward pass instead of keeping it.
+        sequence: keeps what is between the blocks divided by tokens over the mesh's model axis
+            (`vfjax.sharding.by_token`); for long rows.
         save_every: steps between two states.
         keep: states that are kept.
         log_every: steps between two looks at the metrics.
@@ -45,6 +47,7 @@ class Options:
 
     dtype: Any = jnp.bfloat16
     remat: bool = True
+    sequence: bool = False
     save_every: int = 500
     keep: int = 2
     log_every: int = 10
@@ -89,6 +92,7 @@ def fit(
     mesh = mesh_of(nnx.state(model))
     dtypes = jax.tree.map(lambda x: x.dtype, nnx.state(model))
     model.llm.remat = options.remat
+    model.llm.stream = by_token(mesh) if options.sequence and mesh is not None else None
     graph, params, frozen = split(model, groups)
     tx = optim.build(groups)
     state = init(params, tx, mesh)
@@ -128,7 +132,7 @@ def fit(
                 fix="repeat the data, or train fewer steps",
             )
     trained = nnx.merge(graph, state.params, frozen)
-    trained.llm.remat = False
+    trained.llm.remat, trained.llm.stream = False, None
     nnx.update(trained, jax.tree.map(lambda x, to: x.astype(to), nnx.state(trained), dtypes))
     return trained
 

@@ -16,7 +16,7 @@ from jax.sharding import PartitionSpec
 import converters
 from tests.checkpoints import make_llama, upstream_llava_folder
 from vfjax import Batch, InputError
-from vfjax.sharding import make_mesh, place
+from vfjax.sharding import by_token, divides, make_mesh, place
 from vfjax.train import (
     Group,
     LoRAConfig,
@@ -296,6 +296,28 @@ def test_state_is_sharded_as_its_parameters(folder) -> None:
     for i in range(2):
         single, expected = plain(single, frozen, stacked(batch_of(processor, i)))
     assert abs(float(metrics["loss"]) / float(expected["loss"]) - 1) < 1e-5
+
+
+def test_activations_by_token(folder) -> None:
+    """Sequence parallelism: the same loss, and what lies between blocks is divided by tokens."""
+    path, _ = folder
+    mesh, found = make_mesh(2, 4), {}
+    for stream in (None, by_token(mesh)):
+        model, processor = converters.load(path, mesh=mesh, dtype="float32")
+        model.llm.remat, model.llm.stream = True, stream
+        graph, params, frozen = split(model, GROUPS["full"])
+        tx = Optim(STEPS).build(GROUPS["full"])
+        state = init(params, tx, mesh)
+        batches = place(stacked(batch_of(processor, 0)), mesh)
+        b, t = batches.tokens.shape[1:]
+        program = make_step(graph, tx, state, mesh=mesh).lower(state, frozen, batches).compile()
+        share = f"f32[{b // 2},{t // 4},{model.config.llm.width}]"
+        _, metrics = program(state, frozen, batches)
+        found[stream] = float(metrics["loss"]), share in program.as_text()
+    (plain, before), (loss, after) = found.values()
+    assert abs(loss / plain - 1) < 1e-5
+    assert after and not before
+    assert not divides(by_token(mesh), (2, 6, 32)) and divides(by_token(mesh), (2, 8, 32))
 
 
 def test_no_backward_through_what_is_frozen(tmp_path) -> None:

@@ -132,15 +132,18 @@ class _Filled(Cache):
         self, layer: int, k: Array, v: Array, seen: int
     ) -> tuple[tuple[Rows, Rows], tuple[Array, Array]]:
         new, _ = super().write(layer, k, v, seen)
-        held = self.held[..., None, None]
-        kept = _choose(held, (self.k[layer], self.v[layer]), new)
-        keys, values = (wide(x, k.dtype)[:, :seen] for x in kept)
-        return kept, (keys, values)
+        kept = _choose(self.held, (self.k[layer], self.v[layer]), new)
+        return kept, (wide(kept[0], k.dtype)[..., :seen], wide(kept[1], v.dtype)[:, :, :seen])
 
 
-def _choose(take: Array, a: T, b: T) -> T:
-    """Keys and values of one cache where `take`, of another elsewhere."""
-    return jax.tree.map(functools.partial(jnp.where, take), a, b)
+def _choose(take: Array, a: tuple[T, T], b: tuple[T, T]) -> tuple[T, T]:
+    """Keys and values of one cache in the slots bool[b, s] `take`, of another elsewhere."""
+    slots = take[:, None, None, :], take[:, None, :, None]
+    keys, values = (
+        jax.tree.map(functools.partial(jnp.where, mine), one, other)
+        for mine, one, other in zip(slots, a, b, strict=True)
+    )
+    return keys, values
 
 
 def _fields(cache: Cache) -> dict[str, Any]:
@@ -150,7 +153,7 @@ def _fields(cache: Cache) -> dict[str, Any]:
 def _join(joined: Cache, cache: Cache, mine: Array) -> Cache:
     """A cache with another's slots where bool[b, t] `mine`."""
     mine = jnp.pad(mine, ((0, 0), (0, joined.mask.shape[1] - mine.shape[1])))
-    k, v = _choose(mine[..., None, None], (cache.k, cache.v), (joined.k, joined.v))
+    k, v = _choose(mine, (cache.k, cache.v), (joined.k, joined.v))
     return dataclasses.replace(joined, k=k, v=v, mask=joined.mask | mine)
 
 

@@ -165,6 +165,7 @@ def make_mesh(topology: str, model: int, fsdp: int) -> tuple[Mesh, Chip]:
         InputError: no such topology, no TPU compiler, or an axis that does not divide it.
     """
     os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")  # there is no TPU here to ask
+    os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")  # nor to share between two plans
     kind, _, shape = topology.partition(":")
     try:
         chip = CHIPS[kind]

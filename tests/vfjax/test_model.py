@@ -200,7 +200,7 @@ def test_prefill_ends_where_each_row_ends(fused, padding: str):
     for i in range(len(ROWS)):
         assert_close(last[i], every[i][batch.mask[i]][-1], i)
     np.testing.assert_array_equal(cache.length, batch.mask.sum(axis=1))
-    assert cache.k[0].shape[1] == 200
+    assert cache.k[0].shape[3] == 200
 
 
 @functools.partial(jax.jit, static_argnums=2)

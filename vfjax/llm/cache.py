@@ -17,27 +17,29 @@ class Int8Rows:
     The largest of a head's features becomes 127 (as KVQuant's per-token values, arXiv 2401.18079).
 
     Attributes:
-        rows: int8[b, s, g, h].
-        scale: float32[b, s, g, 1].
+        rows: int8[b, g, h, s] of keys, int8[b, g, s, h] of values.
+        scale: float32, 1 in place of h.
     """
 
     rows: Array
     scale: Array
 
     @classmethod
-    def of(cls, x: Array) -> Self:
-        """Float[b, s, g, h], quantised."""
+    def of(cls, x: Array, axis: int) -> Self:
+        """Keys or values whose features are along an axis, quantised."""
         wide = x.astype(jnp.float32)
-        scale = jnp.abs(wide).max(axis=-1, keepdims=True) / 127
+        scale = jnp.abs(wide).max(axis=axis, keepdims=True) / 127
         scale = jnp.where(scale > 0, scale, 1)
         return cls(jnp.round(wide / scale).astype(jnp.int8), scale)
 
     def wide(self, dtype: Any) -> Array:
-        """[b, s, g, h] in a dtype."""
+        """Keys or values in a dtype."""
         return (self.rows * self.scale).astype(dtype)
 
 
 Rows = Array | Int8Rows
+KEY_FEATURES, VALUE_FEATURES = 2, 3
+"""Axes."""
 
 
 @jax.tree_util.register_dataclass
@@ -46,11 +48,12 @@ class Cache:
     """Keys and values of the tokens read so far.
 
     All rows write to the same slots; rows of unequal length differ in `mask` and `length`, so left
-    and right padding, and mixtures, decode alike.
+    and right padding, and mixtures, decode alike. Keys and values lie as the products read them: no
+    step turns them, and a TPU keeps its own layout from call to call.
 
     Attributes:
-        k: one [b, s, g, h] of keys a layer.
-        v: one [b, s, g, h] of values a layer.
+        k: one [b, g, h, s] of keys a layer.
+        v: one [b, g, s, h] of values a layer.
         mask: bool[b, s], True at slots that hold a real token.
         index: int32[], the next free slot.
         length: int32[b], the next token's position: real tokens so far, unless positions are given.
@@ -81,11 +84,12 @@ class Cache:
             int8: keeps them as `Int8Rows`.
         """
 
-        def none() -> Rows:
-            zeros = jnp.zeros((b, size, heads, dim), dtype)
-            return Int8Rows.of(zeros) if int8 else zeros
+        def none(shape: tuple[int, int], axis: int) -> Rows:
+            zeros = jnp.zeros((b, heads, *shape), dtype)
+            return Int8Rows.of(zeros, axis) if int8 else zeros
 
-        k, v = (tuple(none() for _ in range(layers)) for _ in range(2))
+        k = tuple(none((dim, size), KEY_FEATURES) for _ in range(layers))
+        v = tuple(none((size, dim), VALUE_FEATURES) for _ in range(layers))
         return cls(k, v, jnp.zeros((b, size), bool), jnp.int32(0), jnp.zeros(b, jnp.int32), True)
 
     def extend(self, mask: Array, positions: Array | None = None) -> tuple[Self, Array, Array]:
@@ -122,34 +126,35 @@ class Cache:
 
         Args:
             layer: whose.
-            k: [b, t, g, h] new keys.
-            v: [b, t, g, h] new values.
+            k: [b, g, h, t] new keys.
+            v: [b, g, t, h] new values.
             seen: slots that the new tokens may look at, from the first; t of a cache that was new.
 
         Returns:
             The layer's whole keys and values, to be kept; and those of the slots seen, in k's
             dtype: of a cache that was new the very k and v.
         """
-        at = self.index - k.shape[1]
-        kept = _put(self.k[layer], k, at), _put(self.v[layer], v, at)
-        if seen == k.shape[1]:
+        at = self.index - v.shape[2]
+        kept = (
+            _put(self.k[layer], k, (0, 0, 0, at), KEY_FEATURES),
+            _put(self.v[layer], v, (0, 0, at, 0), VALUE_FEATURES),
+        )
+        if seen == v.shape[2]:
             return kept, (k, v)
         return kept, (wide(kept[0], k.dtype), wide(kept[1], v.dtype))
 
 
 def wide(rows: Rows, dtype: Any) -> Array:
-    """Keys or values [b, s, g, h] in a dtype."""
+    """Keys or values in a dtype."""
     return rows.wide(dtype) if isinstance(rows, Int8Rows) else rows.astype(dtype)
 
 
-def _put(old: Rows, new: Array, at: Array) -> Rows:
+def _put(old: Rows, new: Array, at: tuple[Any, ...], features: int) -> Rows:
     if isinstance(old, Int8Rows):
-        narrow = Int8Rows.of(new)
-        return Int8Rows(
-            _put_array(old.rows, narrow.rows, at), _put_array(old.scale, narrow.scale, at)
-        )
-    return _put_array(old, new, at)
+        narrow = Int8Rows.of(new, features)
+        return Int8Rows(_update(old.rows, narrow.rows, at), _update(old.scale, narrow.scale, at))
+    return _update(old, new, at)
 
 
-def _put_array(old: Array, new: Array, at: Array) -> Array:
-    return jax.lax.dynamic_update_slice(old, new.astype(old.dtype), (0, at, 0, 0))
+def _update(old: Array, new: Array, at: tuple[Any, ...]) -> Array:
+    return jax.lax.dynamic_update_slice(old, new.astype(old.dtype), at)

@@ -13,7 +13,7 @@ import numpy as np
 from flax import nnx
 from jax.sharding import NamedSharding
 
-from vfjax.layers import ACTIVATIONS, RMSNorm, attention, linear, param, rotate
+from vfjax.layers import ACTIVATIONS, RMSNorm, attend, linear, param, rotate
 from vfjax.llm.cache import Cache, Rows
 from vfjax.sharding import divides
 
@@ -143,14 +143,15 @@ class Attention(nnx.Module):
         return _rotate_part(q, step.cos, step.sin), _rotate_part(k, step.cos, step.sin), v
 
     def __call__(self, x: Array, layer: int, step: Step) -> tuple[Array, tuple[Rows, Rows]]:
-        """[b, t, d] -> [b, t, d], and the keys and values of all that was read."""
+        """[b, t, d] -> [b, t, d], and all keys [b, g, h, s] and values [b, g, s, h]."""
         b, t, _ = x.shape
         q, k, v = self.heads(x, step)
-        kept: tuple[Rows, Rows] = (k, v)
         seen = step.see.shape[-1]
+        read = k.transpose(0, 2, 3, 1), v.transpose(0, 2, 1, 3)
+        kept: tuple[Rows, Rows] = read
         if step.cache is not None:
-            kept, (k, v) = step.cache.write(layer, k, v, seen)
-        y = attention(q, k, v, step.see, causal=1 < t == seen)
+            kept, read = step.cache.write(layer, *read, seen)
+        y = attend(q, *read, step.see, causal=1 < t == seen)
         return self.out(y.reshape(b, t, -1)), kept
 
 

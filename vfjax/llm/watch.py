@@ -12,7 +12,7 @@ from vfjax.llm.llama import Attention, Llama, Step
 
 Array = jax.Array
 Show = Callable[[Attention, Array, Array, Step], object]
-"""Called with an attention, its input [b, t, d], its keys [b, s, g, h], rotated, and the step."""
+"""Called with an attention, its input [b, t, d], its keys [b, g, h, s], rotated, and the step."""
 
 
 class _Watched:
@@ -43,15 +43,15 @@ def watched(llm: Llama, show: Show, depth: int | None = None) -> Llama:
 
 
 def weights(attn: Attention, x: Array, k: Array, step: Step) -> Array:
-    """Attention weights float32[b, n, t, s], the softmax that `vfjax.layers.attention` leaves out.
+    """Attention weights float32[b, n, t, s], which `vfjax.layers.attend` keeps to itself.
 
     Args:
         attn: a block's attention.
         x: [b, t, d] its input.
-        k: [b, s, g, h] its keys, rotated.
+        k: [b, g, h, s] its keys, rotated.
         step: of the call; with cosines, sines and `see` of x's tokens.
     """
     q = attn.heads(x, step)[0].astype(jnp.float32)
-    keys = jnp.repeat(k.astype(jnp.float32), q.shape[2] // k.shape[2], axis=2)
-    scores = jnp.einsum("btnh,bsnh->bnts", q, keys) * attn.config.head_dim**-0.5
+    keys = jnp.repeat(k.astype(jnp.float32), q.shape[2] // k.shape[1], axis=1)
+    scores = jnp.einsum("btnh,bnhs->bnts", q, keys) * attn.config.head_dim**-0.5
     return jax.nn.softmax(jnp.where(step.see[:, None], scores, -jnp.inf), axis=-1)

@@ -161,8 +161,8 @@ def test_weights_give_what_the_block_computes(make) -> None:
     def both(attn, x):
         step = Step(*attn.config.rope(positions), see, None)
         out, (k, v) = attn(x, 0, step)
-        values = jnp.repeat(v, 2, axis=2)
-        mixed = jnp.einsum("bnts,bsnh->btnh", weights(attn, x, k, step), values)
+        values = jnp.repeat(v, 2, axis=1)
+        mixed = jnp.einsum("bnts,bnsh->btnh", weights(attn, x, k, step), values)
         return out, attn.out(mixed.reshape(x.shape))
 
     np.testing.assert_allclose(*both(attn, x), rtol=1e-4, atol=1e-5)

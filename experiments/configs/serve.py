@@ -16,6 +16,7 @@ def get_config() -> ConfigDict:
             "batch": 16,  # rows that run together
             "window": 0.005,  # seconds that a request waits for others
             "every": 8,  # tokens from one piece of a streamed answer to the next
+            "warm_up": False,  # compiles for a picture and a short question before it answers
             "queue": 128,  # requests in the house; others get status 429
             "timeout": 600.0,  # seconds for a request; also what a shutdown waits
             "max_body": 20 << 20,  # bytes of a request

@@ -8,6 +8,8 @@ import time
 from collections.abc import Callable, Sequence
 from typing import Any
 
+from PIL import Image
+
 from vfjax import InputError, Model, Processor, stream_ids
 from vfjax.stream import Text
 
@@ -103,6 +105,18 @@ class Batcher:
         self._queue: queue.SimpleQueue[Job | None] = queue.SimpleQueue()
         self._thread = threading.Thread(target=self._work, name="batcher", daemon=True)
         self._thread.start()
+
+    def warm_up(self) -> None:
+        """Compiles what a picture and a short question take, for every number of rows."""
+        rows = 1
+        while True:
+            jobs = [Job([-200, 1], [Image.new("RGB", (336, 336))], id) for _ in range(rows)]
+            for job in jobs:
+                job.ended = True  # after its first piece
+            self._run(jobs)
+            if rows >= self.batch:
+                return
+            rows = min(_bucket(rows + 1, 1), self.batch)
 
     def submit(self, job: Job) -> None:
         """Puts a job at the end of the queue."""

@@ -31,6 +31,8 @@ def run(config: ConfigDict, workdir: Path) -> None:
             every=config.every,
             max_new_tokens=config.max_new_tokens,
         )
+        if config.warm_up:
+            batcher.warm_up()
         limits = Limits(
             model=config.name or Path(config.model).resolve().name,
             body=config.max_body,

@@ -6,6 +6,7 @@ import contextlib
 import dataclasses
 import io
 import json
+import queue
 import random
 import signal
 import socket
@@ -27,6 +28,7 @@ from experiments.serve.app import Service
 from experiments.serve.asked import Limits, Refused, fetch
 from experiments.serve.batcher import LENGTHS, Batcher, Job
 from tests.experiments.pictures import black_png
+from vfjax.generate import _decode, _prefill
 
 ROOT = Path(__file__).resolve().parents[2]
 MODEL = ROOT / "experiments" / "family" / "models" / "clip"
@@ -80,6 +82,22 @@ def direct(loaded: tuple, text: str, *images: Image.Image, **how) -> str:
     model, processor = loaded
     prompt = processor.chat(text, images=len(images))
     return vfjax.generate(model, processor, processor(list(images), [prompt]), **how)[0]
+
+
+def test_a_warm_batcher_compiles_no_more(loaded):
+    batcher = Batcher(*loaded, batch=2, max_new_tokens=200)
+    programs = _prefill._cache_size(), _decode._cache_size()
+    batcher.warm_up()
+    warm = _prefill._cache_size(), _decode._cache_size()
+    assert warm[0] >= programs[0] + 2 and warm[1] >= programs[1] + 2  # of one row, and of two
+    events: queue.SimpleQueue = queue.SimpleQueue()
+    ids = batcher.processor([picture()], [batcher.processor.chat(QUESTIONS[0])]).tokens
+    batcher.submit(Job([-200, *ids[0][ids[0] > 0].tolist()], [picture()], events.put))
+    while not events.get(timeout=60).finish:
+        pass
+    batcher.close()
+    assert (_prefill._cache_size(), _decode._cache_size()) == warm
+    assert batcher.pending == 0 and batcher.pixels == 0
 
 
 def test_an_answer(client, loaded):

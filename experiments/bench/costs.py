@@ -21,7 +21,6 @@ from typing import Any
 
 import jax
 import numpy as np
-from flax import nnx
 from matplotlib.figure import Figure
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
@@ -32,7 +31,6 @@ from experiments.configs.plan import get_config
 from experiments.tasks import plan
 from experiments.tasks.shapes import model_config
 from vfjax import Batch, InputError, Model, Processor, generate_ids
-from vfjax.sharding import nbytes
 
 BRANCHES = ("llava", "dense-clip", "mgm", "slime")
 LLM = "llama-3-8b"
@@ -122,10 +120,11 @@ def measured(one: Model, processor: Processor, sizes: Any, point: Point) -> dict
 
 
 def held(model: Model, batch: Batch) -> int:
-    """Bytes that reading a batch takes: parameters, cache and temporaries."""
+    """Bytes that reading a batch takes: what is given, cache and temporaries."""
     prefill = jax.jit(lambda model, batch: model.prefill(batch, batch.read + STEPS))
     memory: Any = prefill.lower(model, batch).compile().memory_analysis()
-    return nbytes(nnx.state(model)) + memory.output_size_in_bytes + memory.temp_size_in_bytes
+    made = memory.output_size_in_bytes + memory.temp_size_in_bytes
+    return memory.argument_size_in_bytes + made
 
 
 def planned(mesh: Any, chip: plan.Chip, point: Point) -> dict[str, float]:
@@ -157,7 +156,7 @@ def draw(file: Path, found: dict[str, dict[str, dict[int, dict[str, float]]]]) -
     names = list(next(iter(found.values())))
     keys = ("first answers a second", "tokens a second", "GiB")
     figure = Figure(figsize=(9, 6.5), layout="constrained")
-    panels = figure.subplots(len(keys), len(names), sharex="col")
+    panels = figure.subplots(len(keys), len(names), sharex="col", squeeze=False)
     for j, name in enumerate(names):
         for i, key in enumerate(keys):
             axes = panels[i][j]

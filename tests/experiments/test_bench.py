@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from experiments.bench import basic, merge
+from experiments.bench import basic, costs, gpu, merge
 from vfjax import InputError
 
 
@@ -32,6 +32,37 @@ def test_basic_writes_a_row_for_each_measurement(tmp_path: Path, capsys, monkeyp
     assert set(record["versions"]) == set(basic.PACKAGES)
     assert record["machine"]["cores"] > 0
     assert [path.name for path in out.parent.iterdir()] == ["basic.json"]
+
+
+def test_gpu_runs_without_one(tmp_path: Path) -> None:
+    out = tmp_path / "gpu.json"
+    gpu.main(argparse.Namespace(quick=True, out=out))
+    rows = json.loads(out.read_text())["rows"]
+    assert [(row["name"].split()[-1], row["peer_name"]) for row in rows] == [
+        (what, peer)
+        for what in ("encode", "prefill", "token")
+        for peer in ("roofline", "transformers")
+    ]
+    assert all(math.isfinite(row[key]) for row in rows for key in ("ours", "peer", "ratio"))
+
+
+def test_costs_are_drawn_without_a_plan(tmp_path: Path, capsys, monkeypatch) -> None:
+    """Where there is no TPU compiler; each point is measured once."""
+    points = {"members": {1: costs.Point(), 2: costs.Point(members=2)}, "rows": {1: costs.Point()}}
+    monkeypatch.setattr(costs, "curves", lambda rows, most: points)
+
+    def no_compiler(*args: object) -> None:
+        raise InputError("config.topology", found="none", expected="its compiler", fix="install")
+
+    monkeypatch.setattr(costs.plan, "make_mesh", no_compiler)
+    out = tmp_path / "costs.json"
+    costs.main(argparse.Namespace(quick=True, out=out))
+    record = json.loads(out.read_text())
+    assert "planned" not in record and "nothing is planned" in capsys.readouterr().out
+    measured = record["measured"]
+    assert measured["rows"]["1"] == measured["members"]["1"]
+    assert measured["members"]["2"]["GiB"] > measured["members"]["1"]["GiB"]
+    assert (tmp_path / "costs.png").stat().st_size > 1000
 
 
 def test_merge_writes_rows_and_removes_its_models(tmp_path: Path, capsys, monkeypatch) -> None:

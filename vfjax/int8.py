@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from vfjax import layers
 from vfjax.model import Model
 
 Array = jax.Array
@@ -32,10 +33,8 @@ class Int8Linear(nnx.Module):
 @jax.jit
 def quantize(kernel: Array) -> tuple[Array, Array]:
     """int8[in, out] and float32[out] of float[in, out]: the largest of a column becomes 127."""
-    wide = kernel.astype(jnp.float32)
-    scale = jnp.abs(wide).max(axis=0) / 127
-    scale = jnp.where(scale > 0, scale, 1)
-    return jnp.round(wide / scale).astype(jnp.int8), scale
+    narrow, scale = layers.quantize(kernel, axis=0)
+    return narrow, scale[0]
 
 
 def int8(model: Model) -> Model:

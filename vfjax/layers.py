@@ -70,9 +70,7 @@ BLOCK = 32 * 2**20
 """Bytes of scores that causal attention has at once, about: more fall out of a CPU's caches."""
 
 
-def attention(
-    q: Array, k: Array, v: Array, mask: Array | None = None, *, causal: bool = False
-) -> Array:
+def attention(q: Array, k: Array, v: Array, mask: Array | None = None) -> Array:
     """Scaled dot-product attention with grouped keys and values; see `attend`.
 
     Args:
@@ -80,9 +78,8 @@ def attention(
         k: [b, s, g, h] keys; g divides n, query head i reads group i // (n // g).
         v: [b, s, g, h] values.
         mask: as there.
-        causal: as there.
     """
-    return attend(q, k.transpose(0, 2, 3, 1), v.transpose(0, 2, 1, 3), mask, causal=causal)
+    return attend(q, k.transpose(0, 2, 3, 1), v.transpose(0, 2, 1, 3), mask)
 
 
 def attend(
@@ -132,6 +129,14 @@ def _attend(q: Array, k: Array, v: Array, mask: Array | None) -> Array:
     out = jnp.matmul(weights, v, preferred_element_type=jnp.float32)
     out = out.astype(q.dtype).reshape(b, g, n // g, t, h)
     return out.transpose(0, 3, 1, 2, 4).reshape(b, t, n, h)
+
+
+def quantize(x: Array, axis: int) -> tuple[Array, Array]:
+    """Int8 of x, and float32 scales, 1 along the axis: the largest along it becomes 127."""
+    wide = x.astype(jnp.float32)
+    scale = jnp.abs(wide).max(axis=axis, keepdims=True) / 127
+    scale = jnp.where(scale > 0, scale, 1)
+    return jnp.round(wide / scale).astype(jnp.int8), scale
 
 
 def rotate(x: Array, cos: Array, sin: Array) -> Array:

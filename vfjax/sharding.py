@@ -79,6 +79,11 @@ def row_shards(mesh: Mesh) -> int:
     return math.prod(mesh.shape[axis] for axis in row_axes(mesh))
 
 
+def rows_over(mesh: Mesh, n: int) -> tuple[str, ...] | None:
+    """The mesh axes that n rows lie on: `row_axes` where they divide them, or none."""
+    return row_axes(mesh) if n % row_shards(mesh) == 0 else None
+
+
 def by_token(mesh: Mesh) -> NamedSharding:
     """Activations [b, t, d] with rows over `row_axes` and tokens over `model`.
 
@@ -159,7 +164,7 @@ def place(tree: T, mesh: Mesh | None) -> T:
         return jax.device_put(tree)
 
     def put(x: np.ndarray | jax.Array) -> jax.Array:
-        over = row_axes(mesh) if x.ndim and x.shape[0] % row_shards(mesh) == 0 else None
+        over = rows_over(mesh, x.shape[0]) if x.ndim else None
         sharding = NamedSharding(mesh, PartitionSpec(over) if x.ndim else PartitionSpec())
         host = np.asarray(x)
         return jax.make_array_from_callback(x.shape, sharding, lambda index: host[index])

@@ -23,7 +23,7 @@ from experiments.tasks.shapes import model_config
 from vfjax import Batch, InputError, Model, Processor
 from vfjax.files import replacing
 from vfjax.model import ModelConfig
-from vfjax.sharding import AXES, by_token, param_sharding, row_axes, row_shards
+from vfjax.sharding import AXES, by_token, param_sharding, row_shards, rows_over
 from vfjax.train import Group, LoRAConfig, Optim, State, add_lora, make_step, split
 from vfjax.train.optim import name_of, named
 
@@ -102,13 +102,14 @@ def compiled(
     """Depth of the LLM -> name of a program -> what it needs."""
     out: dict[int, Any] = {}
     known: Programs = {}
+    inputs = batch_of(config, whole, mesh, batch)
     for depth in depths:
         llm = dataclasses.replace(whole.llm, layers=depth)
         made = dataclasses.replace(whole, llm=llm)
         model = model_of(config, made, mesh, lora=config.job == "train" and config.trains == "lora")
         if config.job == "generate":  # once: no depth of the LLM changes it
-            known = known or plan_encode(config, model, mesh, batch)
-        programs = known | JOBS[config.job](config, model, mesh, batch)
+            known = known or plan_encode(model, inputs)
+        programs = known | JOBS[config.job](config, model, mesh, inputs)
         held = resident(model)
         out[depth] = {name: measured(*program, held) for name, program in programs.items()}
     return out
@@ -220,37 +221,30 @@ def batch_of(config: ConfigDict, made: ModelConfig, mesh: Mesh, batch: int) -> B
 
     def grown(x: np.ndarray) -> Shape:
         shape = (batch * x.shape[0], *x.shape[1:])
-        over = rows_of(mesh, shape[0])
+        over = rows_over(mesh, shape[0])
         spec, lead = ((None, over), (1,)) if labels else ((over,), ())
         return Shape((*lead, *shape), x.dtype, sharding=NamedSharding(mesh, PartitionSpec(*spec)))
 
     return jax.tree.map(grown, row)
 
 
-def rows_of(mesh: Mesh, n: int) -> Any:
-    """The axes that n rows lie on: `row_axes` where they divide them."""
-    return row_axes(mesh) if n % row_shards(mesh) == 0 else None
-
-
 Programs = dict[str, tuple[Any, Any]]
 """Name -> a compiled program, and what it is given besides the model."""
 
 
-def plan_encode(config: ConfigDict, model: Model, mesh: Mesh, rows: int) -> Programs:
+def plan_encode(model: Model, batch: Batch) -> Programs:
     """Pictures to visual tokens."""
-    batch = batch_of(config, model.config, mesh, rows)
     program = jax.jit(Model.memories).lower(model, batch.images).compile()
     return {"encode": (program, batch)}
 
 
-def plan_generate(config: ConfigDict, model: Model, mesh: Mesh, rows: int) -> Programs:
+def plan_generate(config: ConfigDict, model: Model, mesh: Mesh, batch: Batch) -> Programs:
     """Prefill of encoded pictures, and one step of decoding."""
-    batch = batch_of(config, model.config, mesh, rows)
     names = [branch.name for branch in model.config.branches]
     memories = jax.eval_shape(Model.memories, model, batch.images)
 
     def laid(x: Shape) -> Shape:
-        over = PartitionSpec(rows_of(mesh, x.shape[0]))
+        over = PartitionSpec(rows_over(mesh, x.shape[0]))
         return Shape(x.shape, x.dtype, sharding=NamedSharding(mesh, over))
 
     images: Any = {
@@ -263,13 +257,13 @@ def plan_generate(config: ConfigDict, model: Model, mesh: Mesh, rows: int) -> Pr
     _, cache = jax.eval_shape(lambda model, batch: model.prefill(batch, size), model, batch)
     _, at = prefill.output_shardings
     cache = jax.tree.map(lambda x, s: Shape(x.shape, x.dtype, sharding=s), cache, at)
-    tokens = Shape((rows,), jnp.int32, sharding=NamedSharding(mesh, PartitionSpec()))
+    tokens = Shape(batch.tokens.shape[:1], jnp.int32, sharding=NamedSharding(mesh, PartitionSpec()))
     decode = jax.jit(lambda model, tokens, cache: model.next(tokens, cache), donate_argnums=2)
     token = decode.lower(model, tokens, cache).compile()
     return {"prefill": (prefill, batch), "token": (token, (tokens, cache))}
 
 
-def plan_train(config: ConfigDict, model: Model, mesh: Mesh, rows: int) -> Programs:
+def plan_train(config: ConfigDict, model: Model, mesh: Mesh, batch: Batch) -> Programs:
     """One step."""
     model.llm.remat = config.remat
     model.llm.stream = by_token(mesh) if config.sequence else None
@@ -287,7 +281,6 @@ def plan_train(config: ConfigDict, model: Model, mesh: Mesh, rows: int) -> Progr
     count: Any = Shape((), jnp.int32, sharding=everywhere)
     state = State(count, params, opt)
     step: Any = make_step(graph, tx, state, dtype=config.dtype, mesh=mesh)
-    batch = batch_of(config, model.config, mesh, rows)
     return {"step": (step.lower(state, frozen, batch).compile(), (opt, batch))}
 
 

@@ -10,7 +10,7 @@ from transformers.activations import ACT2FN
 from transformers.models.llama.modeling_llama import LlamaRMSNorm, apply_rotary_pos_emb
 
 from vfjax import layers
-from vfjax.layers import ACTIVATIONS, RMSNorm, attention, layer_norm, linear, param, rotate
+from vfjax.layers import ACTIVATIONS, RMSNorm, attend, attention, layer_norm, linear, param, rotate
 
 BFLOAT16_ULP = 2.0**-8
 
@@ -89,9 +89,10 @@ def test_causal_attention_in_blocks_is_the_same(monkeypatch):
     see = np.tril(see | np.eye(150, dtype=bool))
     expected = attention(q, k, v, see)
     monkeypatch.setattr(layers, "BLOCK", 1)
-    text = jax.jit(attention, static_argnames="causal").lower(q, k, v, see, causal=True).as_text()
+    k, v = k.transpose(0, 2, 3, 1), v.transpose(0, 2, 1, 3)
+    text = jax.jit(attend, static_argnames="causal").lower(q, k, v, see, causal=True).as_text()
     assert text.count("stablehlo.dot_general") == 2 * 3
-    found = attention(q, k, v, see, causal=True)
+    found = attend(q, k, v, see, causal=True)
     np.testing.assert_allclose(found, expected, rtol=0, atol=2e-6)
 
 

@@ -6,6 +6,8 @@ from typing import Any, Self
 import jax
 import jax.numpy as jnp
 
+from vfjax.layers import quantize
+
 Array = jax.Array
 
 
@@ -27,10 +29,7 @@ class Int8Rows:
     @classmethod
     def of(cls, x: Array, axis: int) -> Self:
         """Keys or values whose features are along an axis, quantised."""
-        wide = x.astype(jnp.float32)
-        scale = jnp.abs(wide).max(axis=axis, keepdims=True) / 127
-        scale = jnp.where(scale > 0, scale, 1)
-        return cls(jnp.round(wide / scale).astype(jnp.int8), scale)
+        return cls(*quantize(x, axis))
 
     def wide(self, dtype: Any) -> Array:
         """Keys or values in a dtype."""

@@ -15,7 +15,7 @@ import jax
 import numpy as np
 from flax import nnx
 from jax.experimental import mesh_utils
-from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionSpec
 
 from vfjax.errors import InputError
 
@@ -69,17 +69,17 @@ def make_mesh(data: int = 1, model: int = 1, fsdp: int = 1) -> Mesh:
     return Mesh(grid, AXES, axis_types=types)
 
 
-def row_axes(mesh: Mesh) -> tuple[str, ...]:
+def row_axes(mesh: Mesh | AbstractMesh) -> tuple[str, ...]:
     """The mesh axes that share a batch's rows: all but `model`."""
     return tuple(axis for axis in mesh.axis_names if axis != "model")
 
 
-def row_shards(mesh: Mesh) -> int:
+def row_shards(mesh: Mesh | AbstractMesh) -> int:
     """How many devices, or groups of them, share a batch's rows."""
     return math.prod(mesh.shape[axis] for axis in row_axes(mesh))
 
 
-def rows_over(mesh: Mesh, n: int) -> tuple[str, ...] | None:
+def rows_over(mesh: Mesh | AbstractMesh, n: int) -> tuple[str, ...] | None:
     """The mesh axes that n rows lie on: `row_axes` where they divide them, or none."""
     return row_axes(mesh) if n % row_shards(mesh) == 0 else None
 

@@ -10,6 +10,7 @@ point's.
 """
 
 import argparse
+import collections
 import dataclasses
 import functools
 import os
@@ -80,7 +81,8 @@ def main(args: argparse.Namespace) -> None:
     there = curves((2,), 576) if args.quick else curves((2, 4, 8, 16, 32, 64), 5760)
     try:
         mesh, chip = plan.make_mesh(TOPOLOGY, 8, 1)
-        found["planned"] = each(there, functools.partial(planned, mesh, chip))
+        towers: dict[tuple[int, int], plan.Programs] = collections.defaultdict(dict)
+        found["planned"] = each(there, functools.partial(planned, mesh, chip, towers))
     except InputError as error:
         print(f"nothing is planned: {error}")
     notes = {"sizes": dataclasses.asdict(sizes), "threads": cores()}
@@ -127,14 +129,20 @@ def held(model: Model, batch: Batch) -> int:
     return memory.argument_size_in_bytes + made
 
 
-def planned(mesh: Any, chip: plan.Chip, point: Point) -> dict[str, float]:
-    """The least seconds by the data sheet, and bytes of a chip by its compiler."""
+def planned(
+    mesh: Any, chip: plan.Chip, towers: dict[tuple[int, int], plan.Programs], point: Point
+) -> dict[str, float]:
+    """The least seconds by the data sheet, and bytes of a chip by its compiler.
+
+    `towers` keeps the pictures' programs by members and rows: most of what is to be compiled.
+    """
     config = get_config()
     config.model = f"{'+'.join(BRANCHES[: point.members])}@{LLM}"
     config.text = point.words
     whole = model_config(config.model)
     rows = max(point.rows, mesh.shape["data"])
-    found = plan.compiled(config, whole, mesh, rows, (1, 2))
+    known = towers[point.members, rows]
+    found = plan.compiled(config, whole, mesh, rows, (1, 2), known)
     names = ("encode", "prefill", "token")
     programs = [plan.at_depth(found, name, whole.llm.layers) for name in names]
     encode, prefill, token = (max(chip.seconds(program).values()) for program in programs)

@@ -15,8 +15,9 @@ def get_config(job: str = "generate") -> ConfigDict:
     return ConfigDict(
         {
             "task": "plan",
-            "job": job,  # "generate" or "train"
-            # Branches, one or more, and an LLM of experiments.tasks.shapes: "mgm+slime@llama-3-8b".
+            "job": job,  # "generate", "evaluate" (the same, but short answers) or "train"
+            # Branches, one or more, and an LLM of experiments.tasks.shapes: "mgm+slime@llama-3-8b";
+            # or the folder of a checkpoint, of which only the sizes are read.
             "model": "mgm+slime@llama-3-8b",
             "topology": "v5e:4x4",  # v4, v5e, v5p, v6e or tpu7x, and a shape; or h100:8 and so on
             # Devices that share each product, and that share each parameter besides the batch; the
@@ -25,7 +26,7 @@ def get_config(job: str = "generate") -> ConfigDict:
             "fsdp": 1,
             "batch": 16,  # rows, one picture each
             "text": 128,  # tokens of text a row
-            "new_tokens": 64,  # slots of the cache beyond the prompt
+            "new_tokens": 10 if job == "evaluate" else 64,  # of an answer
             "trains": "full",  # a key of TRAINS
             "train": TRAINS,
             "rank": 128,  # of LoRA

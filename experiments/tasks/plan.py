@@ -1,5 +1,6 @@
 """Compiles a model for a topology from shapes alone, and says what it needs there."""
 
+import contextlib
 import dataclasses
 import math
 import os
@@ -7,7 +8,7 @@ import re
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 import jax
 import jax.numpy as jnp
@@ -22,6 +23,7 @@ from converters.load import abstract, join
 from experiments.tasks.shapes import model_config
 from vfjax import Batch, InputError, Model, Processor
 from vfjax.files import replacing
+from vfjax.flash import kernel_flops
 from vfjax.model import ModelConfig
 from vfjax.sharding import AXES, by_token, param_sharding, row_shards, rows_over
 from vfjax.train import Group, LoRAConfig, Optim, State, add_lora, make_step, split
@@ -82,6 +84,10 @@ def run(config: ConfigDict, workdir: Path) -> None:
         program |= {f"{key} seconds": value for key, value in seconds.items()}
         program["bound"] = max(seconds.values())
         program["rows a second, at most"] = config.batch / program["bound"]
+    if config.job != "train":
+        needed = {"encode": 1, "prefill": 1, "token": config.new_tokens - 1}
+        whole_time = sum(times * programs[name]["bound"] for name, times in needed.items())
+        record["answers a second, at most"] = config.batch / whole_time
     need = max(program["bytes"] for program in programs.values()) / GIB
     record |= {"programs": programs, "fits": need <= chip.memory}
     if config.largest:
@@ -97,21 +103,29 @@ def run(config: ConfigDict, workdir: Path) -> None:
 
 
 def compiled(
-    config: ConfigDict, whole: ModelConfig, mesh: Mesh, batch: int, depths: Sequence[int]
+    config: ConfigDict,
+    whole: ModelConfig,
+    mesh: Mesh,
+    batch: int,
+    depths: Sequence[int],
+    known: "Programs | None" = None,
 ) -> dict[int, dict[str, dict[str, float]]]:
-    """Depth of the LLM -> name of a program -> what it needs."""
+    """Depth of the LLM -> name of a program -> what it needs.
+
+    `known` has, or gets, the program of the pictures, which branches and batch alone tell apart.
+    """
     out: dict[int, Any] = {}
-    known: Programs = {}
+    known = {} if known is None else known
     inputs = batch_of(config, whole, mesh, batch)
     for depth in depths:
         llm = dataclasses.replace(whole.llm, layers=depth)
         made = dataclasses.replace(whole, llm=llm)
         model = model_of(config, made, mesh, lora=config.job == "train" and config.trains == "lora")
-        if config.job == "generate":  # once: no depth of the LLM changes it
-            known = known or plan_encode(model, inputs)
+        if config.job != "train" and not known:  # once: no depth of the LLM changes it
+            known |= plan_encode(model, inputs)
         programs = known | JOBS[config.job](config, model, mesh, inputs)
         held = resident(model)
-        out[depth] = {name: measured(*program, held) for name, program in programs.items()}
+        out[depth] = {name: measured(program, held) for name, program in programs.items()}
     return out
 
 
@@ -137,6 +151,9 @@ def report(record: Mapping[str, Any], mesh: Mapping[str, int], chip: Chip, need:
     print(f"{record['model']}, {record['job']} on {record['topology']}, mesh {mesh}")
     for name, program in record["programs"].items():
         print(f"  {name}: " + ", ".join(said(program, record["batch"])))
+    if "answers a second, at most" in record:
+        of = f"of {record['new_tokens']} tokens"
+        print(f"  {record['answers a second, at most']:.1f} answers {of} a second at most")
     print(f"  {'fits' if record['fits'] else 'does NOT fit'}: {need:.1f} of {chip.memory} GiB")
     if not record["fits"]:
         print(f"  {remedy(record, mesh, chip)}")
@@ -172,8 +189,11 @@ def make_mesh(topology: str, model: int, fsdp: int) -> tuple[Mesh, Chip]:
         chip = CHIPS[kind]
         devices: Sequence[jax.Device]
         if kind in GPUS:
-            jax.config.update("jax_num_cpu_devices", int(shape))
+            with contextlib.suppress(RuntimeError):  # too late: there are as many as there are
+                jax.config.update("jax_num_cpu_devices", int(shape))
             devices = jax.devices("cpu")[: int(shape)]
+            if len(devices) < int(shape):
+                raise ValueError(f"{len(devices)} CPU devices to stand for them")
         else:
             devices = topologies.get_topology_desc(platform="tpu", topology_name=topology).devices
     except (KeyError, RuntimeError, ValueError) as error:
@@ -228,14 +248,33 @@ def batch_of(config: ConfigDict, made: ModelConfig, mesh: Mesh, batch: int) -> B
     return jax.tree.map(grown, row)
 
 
-Programs = dict[str, tuple[Any, Any]]
-"""Name -> a compiled program, and what it is given besides the model."""
+@dataclasses.dataclass(frozen=True)
+class Program:
+    """A compiled program.
+
+    Attributes:
+        compiled: it.
+        given: shapes of what it is given besides the model.
+        kernels: operations a device of what the compiler does not look into.
+    """
+
+    compiled: Any
+    given: Any
+    kernels: float
+
+    @classmethod
+    def of(cls, function: Any, given: Any, *args: Any) -> Self:
+        """A jitted function, for arguments of these shapes."""
+        traced = function.trace(*args)
+        return cls(traced.lower().compile(), given, kernel_flops(traced.jaxpr))
+
+
+Programs = dict[str, Program]
 
 
 def plan_encode(model: Model, batch: Batch) -> Programs:
     """Pictures to visual tokens."""
-    program = jax.jit(Model.memories).lower(model, batch.images).compile()
-    return {"encode": (program, batch)}
+    return {"encode": Program.of(jax.jit(Model.memories), batch, model, batch.images)}
 
 
 def plan_generate(config: ConfigDict, model: Model, mesh: Mesh, batch: Batch) -> Programs:
@@ -253,14 +292,17 @@ def plan_generate(config: ConfigDict, model: Model, mesh: Mesh, batch: Batch) ->
     }
     batch = dataclasses.replace(batch, images=images)
     size = batch.read + config.new_tokens
-    prefill = jax.jit(lambda model, batch: model.prefill(batch, size)).lower(model, batch).compile()
-    _, cache = jax.eval_shape(lambda model, batch: model.prefill(batch, size), model, batch)
-    _, at = prefill.output_shardings
+    read = jax.jit(lambda model, batch: model.prefill(batch, size))
+    prefill = Program.of(read, batch, model, batch)
+    _, cache = jax.eval_shape(read, model, batch)
+    _, at = prefill.compiled.output_shardings
     cache = jax.tree.map(lambda x, s: Shape(x.shape, x.dtype, sharding=s), cache, at)
     tokens = Shape(batch.tokens.shape[:1], jnp.int32, sharding=NamedSharding(mesh, PartitionSpec()))
     decode = jax.jit(lambda model, tokens, cache: model.next(tokens, cache), donate_argnums=2)
-    token = decode.lower(model, tokens, cache).compile()
-    return {"prefill": (prefill, batch), "token": (token, (tokens, cache))}
+    return {
+        "prefill": prefill,
+        "token": Program.of(decode, (tokens, cache), model, tokens, cache),
+    }
 
 
 def plan_train(config: ConfigDict, model: Model, mesh: Mesh, batch: Batch) -> Programs:
@@ -281,35 +323,35 @@ def plan_train(config: ConfigDict, model: Model, mesh: Mesh, batch: Batch) -> Pr
     count: Any = Shape((), jnp.int32, sharding=everywhere)
     state = State(count, params, opt)
     step: Any = make_step(graph, tx, state, dtype=config.dtype, mesh=mesh)
-    return {"step": (step.lower(state, frozen, batch).compile(), (opt, batch))}
+    return {"step": Program.of(step, (opt, batch), state, frozen, batch)}
 
 
-JOBS = {"generate": plan_generate, "train": plan_train}
+JOBS = {"generate": plan_generate, "evaluate": plan_generate, "train": plan_train}
 
 COLLECTIVES = ("all-gather", "all-reduce", "reduce-scatter", "all-to-all", "collective-permute")
 ITEM = {"pred": 1, "s8": 1, "u8": 1, "bf16": 2, "f16": 2, "f32": 4, "s32": 4, "u32": 4}
 
 
-def measured(program: Any, given: Any, held: int) -> dict[str, float]:
+def measured(program: Program, held: int) -> dict[str, float]:
     """Bytes a device, operations and memory traffic a device, collectives by kind.
 
     Args:
-        program: compiled.
-        given: shapes of what it is given besides the model.
+        program: it.
         held: bytes a device of the model, all of which stays there, also what the program ignores.
     """
-    memory, arguments = program.memory_analysis(), held + resident(given)
+    compiled, arguments = program.compiled, held + resident(program.given)
+    memory = compiled.memory_analysis()
     try:
-        text = program.as_text()
+        text = compiled.as_text()
     except jax.errors.JaxRuntimeError as error:  # this jaxlib cannot read that compiler's text
         print(f"collectives are not counted: {str(error).splitlines()[0][:120]}")
         text = ""
     made = memory.output_size_in_bytes - memory.alias_size_in_bytes
-    cost = program.cost_analysis()
+    cost = compiled.cost_analysis()
     out = {
         "bytes": arguments + made + memory.temp_size_in_bytes,
         "arguments": arguments,
-        "flops": cost.get("flops", 0.0),
+        "flops": cost.get("flops", 0.0) + program.kernels,
         "traffic": cost.get("bytes accessed", 0.0),
         "compiler seconds": cost.get("optimal_seconds", 0.0),
     }

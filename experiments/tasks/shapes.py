@@ -1,7 +1,10 @@
 """Published sizes of LLMs and of members' branches, from their config.json files."""
 
 from collections.abc import Callable
+from pathlib import Path
 
+from converters.layouts import open_source
+from converters.load import model_config as config_of
 from vfjax import InputError
 from vfjax.connectors import (
     COMMConfig,
@@ -88,11 +91,13 @@ BRANCHES: dict[str, Callable[[int], BranchConfig]] = {
 
 
 def model_config(name: str) -> ModelConfig:
-    """The config of "branch+branch@llm".
+    """The config of "branch+branch@llm", or of a checkpoint's folder.
 
     Raises:
-        InputError: an unknown branch or LLM.
+        InputError: an unknown branch or LLM; a folder that `converters.load` does not read.
     """
+    if Path(name).is_dir():
+        return config_of(open_source(name))
     branches, at, llm = name.partition("@")
     names = [(llm, list(LLMS)), *((b, list(BRANCHES)) for b in branches.split("+"))]
     for part, known in names:
@@ -100,7 +105,8 @@ def model_config(name: str) -> ModelConfig:
             raise InputError(
                 "config.model",
                 found=repr(part if at else name),
-                expected=f"branch+branch@llm, of {', '.join(BRANCHES)} and {', '.join(LLMS)}",
+                expected=f"a folder, or branch+branch@llm, of {', '.join(BRANCHES)} and "
+                f"{', '.join(LLMS)}",
                 fix="correct it",
             )
     config = LLMS[llm]

@@ -106,14 +106,20 @@ def frequencies(config: LlamaConfig) -> np.ndarray:
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Step:
-    """What a call tells all blocks: `LlamaConfig.rope`, who sees whom bool[b, t, s], the cache.
+    """What a call tells all blocks.
 
-    Where s = t, nobody sees what comes later.
+    Attributes:
+        cos: of `LlamaConfig.rope`.
+        sin: of the same.
+        see: bool[b, t, s], who sees whom; where s = t, nobody sees what comes later.
+        real: bool[b, t], where that alone and padding hide a token; None: something else does too.
+        cache: of the call.
     """
 
     cos: Array
     sin: Array
     see: Array
+    real: Array | None
     cache: Cache | None
 
 
@@ -151,7 +157,7 @@ class Attention(nnx.Module):
         kept: tuple[Rows, Rows] = read
         if step.cache is not None:
             kept, read = step.cache.write(layer, *read, seen)
-        y = attend(q, *read, step.see, causal=1 < t == seen)
+        y = attend(q, *read, step.see, causal=1 < t == seen, real=step.real)
         return self.out(y.reshape(b, t, -1)), kept
 
 
@@ -249,6 +255,7 @@ class Llama(nnx.Module):
         Returns:
             [b, t, d] hidden states (undefined at padding) and the cache with x in it.
         """
+        alone = see is None and (cache is None or cache.new)
         if cache is None:
             if positions is None:
                 positions = jnp.maximum(jnp.cumsum(mask, axis=1) - 1, 0)
@@ -259,7 +266,7 @@ class Llama(nnx.Module):
             before &= see
         if self.config.gemma:
             x = x * jnp.asarray(self.config.width**0.5, x.dtype)
-        step = Step(*self.config.rope(positions), before, cache)
+        step = Step(*self.config.rope(positions), before, mask if alone else None, cache)
         kept = []
         for i, block in enumerate(self.blocks):
             if self.stream is not None and divides(self.stream, x.shape):

@@ -1,0 +1,102 @@
+"""What a model needs on machines that are not here, by shapes alone."""
+
+import json
+from pathlib import Path
+
+import jax
+import pytest
+
+from experiments.configs.plan import get_config
+from experiments.tasks import plan
+from experiments.tasks.common import FAMILY
+from experiments.tasks.shapes import model_config
+from vfjax import InputError
+from vfjax.sharding import nbytes
+
+
+def small(job: str, /, **changes):
+    """The shipped family's member on eight GPUs, which CPU devices stand for."""
+    jax.devices()  # the suite's eight, before a plan asks for as many as it wants
+    config = get_config(job)
+    config.update({"model": str(FAMILY / "clip"), "topology": "h100:8", "dtype": "float32"})
+    config.update({"model_axis": 2, "batch": 8, "text": 8, "depths": (1, 2), **changes})
+    return config
+
+
+def planned(tmp_path: Path, config) -> dict:
+    plan.run(config, tmp_path)
+    return json.loads((tmp_path / "plan.json").read_text())
+
+
+@pytest.mark.parametrize("job", ["generate", "evaluate"])
+def test_generation(tmp_path, capsys, job):
+    record = planned(tmp_path, small(job))
+    programs = record["programs"]
+    assert list(programs) == ["encode", "prefill", "token"]
+    assert record["fits"] and "fits" in capsys.readouterr().out
+    assert (tmp_path / "plan.png").stat().st_size > 1000
+    layers = model_config(str(FAMILY / "clip")).llm.layers
+    # An attention's and a feed-forward's sum each layer over the devices that share a product.
+    assert programs["prefill"]["all-reduce"] >= 2 * layers
+    slowest = programs["encode"]["bound"] + programs["prefill"]["bound"]
+    slowest += (record["new_tokens"] - 1) * programs["token"]["bound"]
+    assert record["answers a second, at most"] == pytest.approx(8 / slowest)
+
+
+def test_bytes_are_those_of_the_model():
+    """Half of each divided parameter, all of the others; depth by the line through two."""
+    config = small("generate", depths=())
+    mesh, _ = plan.make_mesh(config.topology, 1, 1)
+    whole = model_config(config.model)
+    model = plan.model_of(config, whole, mesh)
+    assert plan.resident(model) == nbytes(model)
+    mesh, _ = plan.make_mesh(config.topology, 2, 1)
+    shared = plan.resident(plan.model_of(config, whole, mesh))
+    assert nbytes(model) / 2 <= shared < 0.6 * nbytes(model)
+
+
+def test_the_line_through_two_depths_is_the_whole(tmp_path):
+    layers = model_config(str(FAMILY / "clip")).llm.layers
+    assert layers > 2
+    line = planned(tmp_path / "line", small("generate"))["programs"]["token"]
+    whole = planned(tmp_path / "whole", small("generate", depths=()))["programs"]["token"]
+    for key in ("arguments", "flops", "all-reduce"):
+        assert line[key] == pytest.approx(whole[key], rel=0.02)
+
+
+def test_training(tmp_path):
+    record = planned(tmp_path, small("train", trains="full", fsdp=2))
+    step = record["programs"]["step"]
+    model = plan.model_of(small("train"), model_config(str(FAMILY / "clip")), mesh_of_four())
+    assert step["arguments"] > 2 * plan.resident(model)  # Adam's two moments of what is trained
+    assert step["all-gather"] >= 1
+
+
+def mesh_of_four():
+    return plan.make_mesh("h100:8", 2, 2)[0]
+
+
+def test_what_does_not_fit(tmp_path, capsys, monkeypatch):
+    monkeypatch.setitem(plan.CHIPS, "h100", plan.Chip(0.0001, 1e12, 1e12, 1e12))
+    record = planned(tmp_path, small("generate", largest=True))
+    assert not record["fits"]
+    assert record["largest batch"] == 0
+    assert "does NOT fit" in (out := capsys.readouterr().out)
+    assert "--config.model_axis=" in out
+
+
+@pytest.mark.parametrize(
+    ("change", "named"),
+    [
+        ({"topology": "h100:9"}, "8 CPU devices"),
+        ({"topology": "z80:8"}, "z80"),
+        ({"model_axis": 3}, "model_axis"),
+        ({"model": "clip@gpt"}, "branch\\+branch@llm"),
+        ({"job": "sing"}, "generate or evaluate or train"),
+        ({"depths": (1,)}, "depths"),
+    ],
+)
+def test_refused(tmp_path, change, named):
+    with pytest.raises(InputError, match=named):
+        plan.run(small("generate", **change), tmp_path)
+    assert not (tmp_path / "plan.json").exists()

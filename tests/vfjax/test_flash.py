@@ -1,0 +1,141 @@
+"""The TPU's attention kernel, run step by step on CPU, against attention written out."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+from jax.sharding import AbstractDevice, AbstractMesh, AxisType, Mesh, NamedSharding, PartitionSpec
+
+import vfjax.layers
+from converters.load import flatten
+from vfjax.flash import flash, has_kernel, kernel_flops
+from vfjax.layers import attend
+from vfjax.llm import Llama, LlamaConfig
+from vfjax.sharding import AXES, make_mesh, param_sharding, place
+
+TPU = AbstractDevice(device_kind="TPU v5 lite", num_cores=1, platform="tpu")
+
+
+def random(b: int, t: int, n: int, g: int, h: int) -> tuple[jax.Array, ...]:
+    """Queries, keys, values and real tokens: padding on the right, or on the left."""
+    rng = np.random.default_rng(0)
+    shapes = (b, t, n, h), (b, g, h, t), (b, g, t, h)
+    q, k, v = (jnp.asarray(rng.normal(size=shape), jnp.float32) for shape in shapes)
+    real = np.ones((b, t), bool)
+    real[0, t - 30 :] = real[1:, :20] = False
+    return q, k, v, jnp.asarray(real)
+
+
+def written_out(q: jax.Array, k: jax.Array, v: jax.Array, real: jax.Array) -> jax.Array:
+    see = real[:, None] & jnp.tril(jnp.ones((q.shape[1],) * 2, bool))
+    return attend(q, k, v, see, causal=True)
+
+
+@pytest.mark.parametrize(("t", "heads"), [(130, (4, 4, 128)), (300, (2, 1, 80)), (700, (4, 2, 64))])
+def test_as_written_out(t, heads):
+    args = random(2, t, *heads)
+    found, expected = flash(*args, interpret=True), written_out(*args)
+    assert found.shape == expected.shape
+    assert jnp.isfinite(found).all()  # padding's keys and values are read by the next layer
+    np.testing.assert_allclose(found[args[3]], expected[args[3]], atol=3e-6)
+
+
+def test_gradients():
+    q, k, v, real = random(2, 130, 4, 2, 64)
+    seen = real[..., None, None]
+    loss = {
+        "flash": lambda q, k, v: (flash(q, k, v, real, interpret=True) * seen).sum(),
+        "written out": lambda q, k, v: (written_out(q, k, v, real) * seen).sum(),
+    }
+    found, expected = (jax.grad(each, (0, 1, 2))(q, k, v) for each in loss.values())
+    for a, b in zip(found, expected, strict=True):
+        np.testing.assert_allclose(a, b, atol=1e-5)
+
+
+@pytest.mark.parametrize(("shape", "rows"), [((2, 4), 4), ((1, 8), 3)])
+def test_llama_on_a_mesh(monkeypatch, shape, rows):
+    """Prefill and a step after it; key heads and rows that the mesh divides, and does not."""
+    size = 270
+    config = LlamaConfig(64, 64, 2, 8, 4, 16, 128, 512)
+    rng = np.random.default_rng(1)
+    llm = Llama(config, rngs=nnx.Rngs(0))
+    ids = rng.integers(0, 64, (rows, size))
+    mask = np.arange(size) < rng.integers(200, size, (rows, 1))
+    used = []
+
+    def counted(*args):
+        used.append(args)
+        return flash(*args, interpret=True)
+
+    def run(llm, ids, mask):
+        x = llm.embed(ids)
+        hidden, cache = llm(x, mask, llm.new_cache(rows, size + 1))
+        step, _ = llm(x[:, :1], jnp.ones((rows, 1), bool), cache)
+        return jnp.where(mask[..., None], hidden, 0), step
+
+    expected = run(llm, ids, mask)
+    monkeypatch.setattr(vfjax.layers, "has_kernel", lambda q: q.shape[1] > 1)
+    monkeypatch.setattr(vfjax.layers, "flash", counted)
+    mesh = make_mesh(*shape)
+    graph, state = nnx.split(llm)
+    for name, p in flatten(state).items():
+        p[...] = jax.device_put(p[...], param_sharding(name, p, mesh))
+    found = jax.jit(lambda state, *args: run(nnx.merge(graph, state), *args))(
+        state, *place((ids, mask), mesh)
+    )
+    assert len(used) == config.layers
+    for a, b in zip(found, expected, strict=True):
+        np.testing.assert_allclose(a, b, atol=2e-5)
+
+
+def shape_on(mesh: Mesh | AbstractMesh | None, *shape: int, dtype=jnp.bfloat16):
+    at = mesh and NamedSharding(mesh, PartitionSpec())
+    return jax.ShapeDtypeStruct(shape, dtype, sharding=at)
+
+
+def asked(x: jax.ShapeDtypeStruct) -> bool:
+    """`has_kernel` of a traced array."""
+    out = []
+    jax.eval_shape(lambda q: out.append(has_kernel(q)), x)
+    return out[0]
+
+
+def test_where_a_kernel_is():
+    auto = (AxisType.Auto,) * 3
+    tpus = AbstractMesh((2, 1, 4), AXES, auto, abstract_device=TPU)
+    assert asked(shape_on(tpus, 2, 1024, 8, 128))
+    assert not asked(shape_on(tpus, 2, 1024, 6, 128))  # heads that four devices cannot share
+    assert not asked(shape_on(tpus, 2, 64, 8, 128))
+    assert not asked(shape_on(tpus, 2, 1024, 8, 128, dtype=jnp.float32))
+    assert not asked(shape_on(make_mesh(2, 4), 2, 1024, 8, 128))
+    assert not asked(shape_on(None, 2, 1024, 8, 128))
+
+
+def test_lowers_for_tpu():
+    """As far as it goes without the TPU's own compiler; as many kernels as layers."""
+    mesh = AbstractMesh((2, 1, 4), AXES, (AxisType.Auto,) * 3, abstract_device=TPU)
+    config = LlamaConfig(64, 64, 2, 8, 4, 16, 128, 512)
+    graph, state = nnx.split(nnx.eval_shape(lambda: Llama(config, rngs=nnx.Rngs(0))))
+    state = jax.tree.map(lambda x: shape_on(mesh, *x.shape), state)
+
+    def run(state, x, mask):
+        llm = nnx.merge(graph, state)
+        return llm(x, mask, llm.new_cache(2, 400))[0]
+
+    args = state, shape_on(mesh, 2, 300, 64), shape_on(mesh, 2, 300, dtype=jnp.bool_)
+    text = jax.jit(run).trace(*args).lower(lowering_platforms=("tpu",)).as_text()
+    assert text.count("call @_splash(") == config.layers
+    assert "tpu_custom_call" in text
+
+
+def test_counts_operations():
+    b, t, n, g, h = 2, 256, 4, 2, 128
+    shapes = [(b, t, n, h), (b, g, h, t), (b, g, t, h)]
+    args = [*(shape_on(None, *shape) for shape in shapes), shape_on(None, b, t, dtype=jnp.bool_)]
+    pairs = b * n * t * t / 2
+    forward = jax.jit(flash).trace(*args).jaxpr
+    assert kernel_flops(forward) == 2 * pairs * 2 * h
+    back = jax.jit(jax.grad(lambda *args: flash(*args).astype(jnp.float32).sum())).trace(*args)
+    assert kernel_flops(back.jaxpr) == (2 + 3 + 4) * pairs * 2 * h
+    assert kernel_flops(jax.jit(jnp.sin).trace(1.0).jaxpr) == 0

@@ -35,6 +35,9 @@ Notes = dict[str, Any]
 STEPS = 32
 """Tokens that a decode is timed over, after the first."""
 
+MANY = 8
+"""Rows of a batch, beside one."""
+
 PACKAGES = ("jax", "jaxlib", "flax", "torch", "transformers", "vfjax")
 
 
@@ -113,13 +116,13 @@ class Pair:
     words: list[int]
     repeats: int
 
-    def batch(self) -> Batch:
-        """Our inputs: the picture, then the words."""
-        return self.processor([self.picture], input_ids=[[1, -200, *self.words]])
+    def batch(self, rows: int = 1) -> Batch:
+        """Our inputs, equal rows: the picture, then the words."""
+        return self.processor([self.picture] * rows, input_ids=[[1, -200, *self.words]] * rows)
 
-    def pixels(self) -> torch.Tensor:
+    def pixels(self, rows: int = 1) -> torch.Tensor:
         """The picture as our processor makes it, in torch's layout."""
-        pixels = next(iter(self.batch().images.values()))["pixels"]
+        pixels = next(iter(self.batch(rows).images.values()))["pixels"]
         return torch.tensor(np.asarray(pixels)).permute(0, 3, 1, 2).contiguous()
 
     def peer_inputs(self) -> dict[str, torch.Tensor]:
@@ -223,11 +226,11 @@ def bench_load(folder: Path, repeats: int) -> list[Row]:
     return rows
 
 
-def bench_vision(pair: Pair, notes: Notes) -> list[Row]:
+def bench_vision(pair: Pair, notes: Notes, rows: int = 1) -> list[Row]:
     """Pixels to visual tokens, connector included."""
-    name = f"{pair.model.config.branches[0].tokens} visual tokens"
+    name = f"{times(rows)}{pair.model.config.branches[0].tokens} visual tokens"
     encode = jax.jit(Model.visual_tokens)
-    images, pixels = jax.device_put(pair.batch().images), pair.pixels()
+    images, pixels = jax.device_put(pair.batch(rows).images), pair.pixels(rows)
     runs = {
         "ours": lambda: jax.block_until_ready(encode(pair.model, images)),
         "peer": lambda: pair.peer.get_image_features(pixels),
@@ -267,19 +270,30 @@ def bench_generate(
     ]
 
 
-def bench_text(pair: Pair, notes: Notes) -> list[Row]:
+def bench_text(pair: Pair, notes: Notes, rows: int = 1) -> list[Row]:
     """The language model alone, with as many tokens of text as `bench_llava` has in all."""
     length = pair.peer_inputs()["input_ids"].shape[1]
-    ids = np.random.default_rng(1).integers(3, pair.model.config.llm.vocab - 1, length).tolist()
-    batch = pair.processor(None, input_ids=[ids])
-    inputs = {"input_ids": torch.tensor([ids]), "attention_mask": torch.ones(1, length).long()}
+    rng = np.random.default_rng(1)
+    ids = rng.integers(3, pair.model.config.llm.vocab - 1, (rows, length)).tolist()
+    batch = pair.processor(None, input_ids=ids)
+    inputs = {"input_ids": torch.tensor(ids), "attention_mask": torch.ones(rows, length).long()}
     return bench_generate(
-        f"{length} tokens of text",
+        f"{times(rows)}{length} tokens of text",
         notes,
         pair.repeats,
         lambda n: generate_ids(pair.model, batch, max_new_tokens=n),
         functools.partial(peer_generate, pair.peer, inputs),
     )
+
+
+def bench_many(pair: Pair, notes: Notes) -> list[Row]:
+    """Both again with many rows, less often."""
+    less = dataclasses.replace(pair, repeats=2)
+    return [*bench_vision(less, notes, MANY), *bench_text(less, notes, MANY)]
+
+
+def times(rows: int) -> str:
+    return f"{rows} x " if rows > 1 else ""
 
 
 def bench_llava(pair: Pair, notes: Notes) -> list[Row]:
@@ -339,7 +353,7 @@ def copies(model: Model, n: int) -> Model:
     return join(graph, params)
 
 
-BENCHES = (bench_vision, bench_text, bench_llava, bench_fused)
+BENCHES = (bench_vision, bench_text, bench_llava, bench_fused, bench_many)
 """What is timed besides loading."""
 
 

@@ -1,4 +1,4 @@
-"""What pruned visual tokens and int8 weights save and change, beside the same model without.
+"""What pruned visual tokens, int8 weights and cache save and change, beside the same model without.
 
     python experiments/bench/saving.py [--quick] --out=FILE.json
 
@@ -72,6 +72,9 @@ def bench_cost(folder: Path, quick: bool) -> list[Row]:
         kinds[f"{by}, {share} kept"] = with_prune(model, processor, Prune(share, by))
     narrow, its = kinds[WHOLE]
     kinds["int8 weights"] = int8(jax.tree.map(lambda x: x, narrow)), its
+    cached = jax.tree.map(lambda x: x, narrow)
+    cached.llm.int8_cache = True
+    kinds["int8 cache"] = cached, its
     runs: dict[str, Callable[[], object]] = {}
     held = {}
     for label, (each, its) in kinds.items():

@@ -18,6 +18,7 @@ from flax import nnx
 from transformers import DynamicCache, LlamaForCausalLM
 
 import converters
+import vfjax.layers
 from tests import checkpoints
 from tests.checkpoints import make_connector, make_llama, make_tower, tuned
 from vfjax import (
@@ -32,6 +33,7 @@ from vfjax import (
     generate_ids,
     places,
 )
+from vfjax.flash import flash
 from vfjax.generate import _prefill
 from vfjax.sharding import make_mesh
 
@@ -108,6 +110,20 @@ def cache(family) -> tuple:
 @pytest.fixture(scope="module")
 def logits(family) -> tuple:
     return fuse(family, mode="logits")
+
+
+def test_by_an_attention_kernel(cache, monkeypatch) -> None:
+    """As on a TPU: what the merged LLM reads sees what the joined cache holds already."""
+    model, processor = cache
+    batch = processor(pictures(), input_ids=ROWS)
+
+    def read() -> np.ndarray:
+        return jax.jit(lambda model, batch: model.prefill(batch, LENGTH + NEW)[0])(model, batch)
+
+    expected = read()
+    monkeypatch.setattr(vfjax.layers, "has_kernel", lambda q: q.shape[1] > 1)
+    monkeypatch.setattr(vfjax.layers, "flash", functools.partial(flash, interpret=True))
+    np.testing.assert_allclose(read(), expected, atol=1e-5)
 
 
 @pytest.fixture(scope="module")

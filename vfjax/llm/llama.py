@@ -255,18 +255,20 @@ class Llama(nnx.Module):
         Returns:
             [b, t, d] hidden states (undefined at padding) and the cache with x in it.
         """
-        alone = see is None and (cache is None or cache.new)
+        real: Array | None = mask
         if cache is None:
             if positions is None:
                 positions = jnp.maximum(jnp.cumsum(mask, axis=1) - 1, 0)
             before = mask[:, None] & jnp.tril(jnp.ones((x.shape[1],) * 2, bool))[None]
         else:
+            new = cache.new
             cache, positions, before = cache.extend(mask, positions)
+            real = cache.mask[:, : x.shape[1]] if new else None
         if see is not None:
-            before &= see
+            before, real = before & see, None
         if self.config.gemma:
             x = x * jnp.asarray(self.config.width**0.5, x.dtype)
-        step = Step(*self.config.rope(positions), before, mask if alone else None, cache)
+        step = Step(*self.config.rope(positions), before, real, cache)
         kept = []
         for i, block in enumerate(self.blocks):
             if self.stream is not None and divides(self.stream, x.shape):

@@ -6,6 +6,7 @@ combine members are in `vfjax.modes`.
 """
 
 import dataclasses
+import functools
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -18,11 +19,15 @@ from vfjax import places
 from vfjax.errors import InputError
 from vfjax.llm import Cache
 from vfjax.prune import Groups, Prune, pruned
+from vfjax.sharding import mesh_of, place
 
 Array = jax.Array
 AnyArray = jax.Array | np.ndarray
 Memory = tuple[Array, Array]
 """A branch's visual tokens [m, d], and which of them are read, bool[m]."""
+
+PIXELS, PROMPT = ("pixels", "pixels_aux"), ("text", "text_mask")
+"""What of a branch's inputs its encoders alone read, and what is the prompt's."""
 
 
 @jax.tree_util.register_dataclass
@@ -36,8 +41,8 @@ class Batch:
             counted branch by branch.
         mask: bool[b, t], False at padding.
         images: branch name -> what its views prepared, such as {"pixels": float32[n, h, w, 3]}, or
-            {"tokens", "keep"} of `encode`; with videos, "pool" int32[m, p]: m more visual tokens,
-            each the largest values of p others; empty when no row has a picture.
+            what `encode` makes of it; with videos, "pool" int32[m, p]: m more visual tokens, each
+            the largest values of p others; empty when no row has a picture.
         labels: int32[b, t] ids to learn, -100 where there is none; None outside training.
         groups: what pruning needs to know; None where no visual token goes.
     """
@@ -45,9 +50,29 @@ class Batch:
     tokens: AnyArray
     visual: AnyArray
     mask: AnyArray
-    images: dict[str, dict[str, AnyArray]]
+    images: dict[str, dict[str, Any]]
     labels: AnyArray | None = None
     groups: Groups | None = None
+
+    def with_pictures(self, other: "Batch") -> "Batch":
+        """These prompts about the pictures of another batch, so that they are encoded once.
+
+        Args:
+            other: of the same pictures in the same order, as `encode` gives it back.
+
+        Raises:
+            InputError: one of the two has no pictures, or those of another model.
+        """
+        if set(self.images) != set(other.images):
+            raise InputError(
+                "batch",
+                found=f"pictures for {', '.join(self.images) or 'no branch'}",
+                expected=f"those of the other, for {', '.join(other.images) or 'no branch'}",
+                fix="make both by one processor, of the same pictures",
+            )
+        own = {name: {k: x[k] for k in PROMPT if k in x} for name, x in self.images.items()}
+        images = {name: {**seen, **own[name]} for name, seen in other.images.items()}
+        return dataclasses.replace(self, images=images)
 
     @property
     def read(self) -> int:
@@ -89,24 +114,30 @@ class Branch(nnx.Module):
             self.aux = config.aux.build(rngs=rngs)
         self.connector = config.connector.build(rngs=rngs)
 
+    def states(self, inputs: Mapping[str, Any]) -> dict[str, list[Array]]:
+        """Encoder -> the hidden states that the connector taps."""
+        if "states" in inputs:  # of `encode`
+            return inputs["states"]
+        taps = self.config.connector.taps
+        states = {"encoder": self.encoder(jnp.asarray(inputs["pixels"]), taps["encoder"])}
+        if self.config.aux is not None:
+            states["aux"] = self.aux(jnp.asarray(inputs["pixels_aux"]), taps["aux"])
+        return states
+
     def stages(
-        self, inputs: Mapping[str, AnyArray], embed: Callable[[Array], Array]
+        self, inputs: Mapping[str, Any], embed: Callable[[Array], Array]
     ) -> dict[str, Array]:
         """All that is computed on the way, by name; the last are the branch's memory.
 
         Args:
-            inputs: what `config.views` prepared.
+            inputs: what `config.views` prepared, or `encode` made of it.
             embed: the LLM's embedding, int32[..., t] ids -> [..., t, d].
 
         Returns:
             Among others "tokens" [m, d], the branch's memory of visual tokens, and, if the
             connector leaves some out, "keep" bool[m].
         """
-        taps = self.config.connector.taps
-        states = {"encoder": self.encoder(jnp.asarray(inputs["pixels"]), taps["encoder"])}
-        if self.config.aux is not None:
-            states["aux"] = self.aux(jnp.asarray(inputs["pixels_aux"]), taps["aux"])
-        return self.connector(states, inputs, embed)
+        return self.connector(self.states(inputs), inputs, embed)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -290,31 +321,30 @@ def forward(model: Model, batch: Batch) -> Array:
 def encode(model: Model, batch: Batch) -> Batch:
     """The batch with its pictures encoded, so that other prompts about them need not do it again.
 
-    A batch of the same pictures, in the same order, takes them over by
-    `dataclasses.replace(other, images=encode(model, batch).images)`.
+    `other.with_pictures(encode(model, batch))` takes them over. Of a branch whose visual tokens the
+    prompt chooses (SliME's router) the encoder's states are kept, of others the visual tokens.
 
     Args:
         model: any; of a `CacheFusion` its `merged`.
         batch: of the model's processor.
-
-    Raises:
-        InputError: a branch's tokens depend on the prompt (SliME's router).
     """
-    for branch in model.config.branches:
-        if branch.views.reads_text:
-            raise InputError(
-                f"branch {branch.name}",
-                found="visual tokens that the prompt chooses",
-                expected="branches that see the pictures alone",
-                fix="pass the whole batch for each prompt",
-            )
-    return dataclasses.replace(batch, images=_encoded(model, batch.images))
+    leaves, tree = jax.tree.flatten(model)
+    images = _encoded(leaves, tree, place(batch.images, mesh_of(leaves)))
+    return dataclasses.replace(batch, images=images)
 
 
-@jax.jit
+@functools.partial(jax.jit, static_argnames="tree")
 def _encoded(
-    model: Model, images: Mapping[str, Mapping[str, AnyArray]]
-) -> dict[str, dict[str, Array]]:
-    names = [branch.name for branch in model.config.branches] if images else []
-    memories = zip(names, model.memories(images), strict=True)
-    return {name: {"tokens": tokens, "keep": keep} for name, (tokens, keep) in memories}
+    leaves: list[Array], tree: Any, images: dict[str, dict[str, Any]]
+) -> dict[str, dict[str, Any]]:
+    model: Model = jax.tree.unflatten(tree, leaves)
+    out: dict[str, dict[str, Any]] = {}
+    for name, inputs in images.items():
+        branch = model.branches[name]
+        if branch.config.views.reads_text:
+            rest = {key: x for key, x in inputs.items() if key not in PIXELS}
+            out[name] = {**rest, "states": branch.states(inputs)}
+        else:
+            tokens, keep = model.memory(name, images, model.llm.embed)
+            out[name] = {"tokens": tokens, "keep": keep}
+    return out

@@ -158,12 +158,15 @@ def mesh_of(tree: object) -> Mesh | None:
 def place(tree: T, mesh: Mesh | None) -> T:
     """Puts a tree of host arrays on the mesh, first axis over `row_axes` where they divide it.
 
-    Every process passes the same whole arrays. Without a mesh they go to the default device.
+    Every process passes the same whole arrays. Arrays that lie on a mesh already stay as they are.
+    Without a mesh all go to the default device.
     """
     if mesh is None:
         return jax.device_put(tree)
 
     def put(x: np.ndarray | jax.Array) -> jax.Array:
+        if isinstance(x, jax.Array) and isinstance(x.sharding, NamedSharding):
+            return x
         over = rows_over(mesh, x.shape[0]) if x.ndim else None
         sharding = NamedSharding(mesh, PartitionSpec(over) if x.ndim else PartitionSpec())
         host = np.asarray(x)

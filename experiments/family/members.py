@@ -236,10 +236,8 @@ def once(model: Any, batch: Any, seen: Any) -> tuple[Any, Any]:
         batches, images = zip(*(once(*part) for part in parts), strict=True)
         return batches, images
     model = model.merged if isinstance(model, CacheFusion) else model
-    if any(branch.views.reads_text for branch in model.config.branches):
-        return batch, None
-    seen = encode(model, batch).images if seen is None else seen
-    return dataclasses.replace(batch, images=seen), seen
+    seen = encode(model, batch) if seen is None else seen
+    return batch.with_pictures(seen), seen
 
 
 def means(scored: Mapping[str, np.ndarray]) -> dict[str, float]:

@@ -1,6 +1,5 @@
 """Whole models against transformers' LLaVA, and against several of its towers put together."""
 
-import dataclasses
 import functools
 from collections.abc import Sequence
 from pathlib import Path
@@ -15,7 +14,7 @@ from flax import nnx
 import converters
 from tests import checkpoints
 from tests.checkpoints import IMAGE_TOKEN, make_connector, make_llama, make_tower
-from vfjax import Batch, Model, encode, forward
+from vfjax import Batch, InputError, Model, encode, forward
 
 LIMIT = 2e-5
 """Largest difference of logits, as a share of the largest."""
@@ -275,8 +274,25 @@ def test_pictures_are_encoded_once(fused):
     _, _, model, processor = fused
     first = encode(model, processor(pictures(3), input_ids=ROWS))
     other = processor(pictures(3), input_ids=[[1, PICTURE, 9], [1, PICTURE, 8, PICTURE], [1, 7]])
-    taken = dataclasses.replace(other, images=first.images)
+    taken = other.with_pictures(first)
     assert all(set(images) == {"tokens", "keep"} for images in first.images.values())
     np.testing.assert_array_equal(forward(model, taken), forward(model, other))
     text = processor(None, input_ids=[[1, 7]])
     assert encode(model, text).images == {}
+    with pytest.raises(InputError, match="pictures for no branch"):
+        text.with_pictures(first)
+
+
+def test_pictures_are_encoded_once_where_the_prompt_chooses_tokens(shared: Path, monkeypatch):
+    """SliME's router reads each prompt; its encoder sees the pictures once."""
+    model, processor = converters.load(shared / "golden" / "slime_vicuna")
+    rng = np.random.default_rng(0)
+    pictures = [rng.integers(0, 256, (70, 30 * n, 3), np.uint8) for n in (1, 4)]
+    first = encode(model, processor(pictures, input_ids=[[1, PICTURE, 9, 8], [1, PICTURE, 7]]))
+    other = processor(pictures, input_ids=[[1, 12, PICTURE, 30], [1, 17, 18, PICTURE]])
+    (images,) = first.images.values()
+    assert "states" in images and "pixels" not in images
+    expected = forward(model, other)
+    (branch,) = model.branches.values()
+    monkeypatch.setattr(type(branch.encoder), "__call__", None)
+    np.testing.assert_array_equal(forward(model, other.with_pictures(first)), expected)

@@ -242,13 +242,16 @@ def draw_sweep(file: Path, sweep: list[dict[str, float]]) -> None:
     """Scores against the length of the last stage, a line a rate."""
     figure = Figure(figsize=(8, 3.2), layout="constrained")
     rates = sorted({point["rate"] for point in sweep})
-    panels = figure.subplots(1, len(rates), sharey=True, squeeze=False)[0]
+    panels = figure.subplots(1, len(rates), sharex=True, sharey=True, squeeze=False)[0]
+    steps = sorted({int(point["steps"]) for point in sweep})
     for axes, rate in zip(panels, rates, strict=True):
         some = sorted((p for p in sweep if p["rate"] == rate), key=lambda p: p["steps"])
         names = {"fused": "fused", "best member": "best member", "base": "base LLM, all branches"}
         for key, label in names.items():
             axes.plot([p["steps"] for p in some], [p[key] for p in some], "o-", label=label)
         axes.set(title=f"rate {rate:g}", xlabel="steps of the last stage", xscale="log")
+        axes.set_xticks(steps, [str(n) for n in steps])
+        axes.minorticks_off()
     panels[0].set_ylabel("right answers (%)")
     panels[0].legend(frameon=False, fontsize=8)
     figure.savefig(file, dpi=120)

@@ -59,7 +59,7 @@ class Point:
 
 def curves(rows: Sequence[int], most: int) -> dict[str, dict[int, Point]]:
     """Name of a curve -> where -> the point."""
-    tokens = {n: Point(words=60 + n - 576) for n in (576, 1152, 2304, 3456, 4608, 5760)}
+    tokens = {n: Point(words=60 + n - 576) for n in (576, 1440, 2880, 5760)}
     return {
         "members": {k: Point(members=k) for k in (1, 2, 3, 4)},
         "visual tokens": {n: point for n, point in tokens.items() if n <= most},
@@ -72,7 +72,7 @@ def main(args: argparse.Namespace) -> None:
         FULL,
         vision=FULL.vision | {"num_hidden_layers": 12},
         text=FULL.text | {"num_hidden_layers": 4, "max_position_embeddings": 8192},
-        repeats=2,
+        repeats=1,
     )
     sizes = QUICK if args.quick else small
     here = curves((1, 2), 576) if args.quick else curves((1, 2, 4, 8), 5760)

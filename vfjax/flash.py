@@ -109,9 +109,10 @@ def kernel_flops(jaxpr: Any) -> float:
     total = 0.0
     for eqn in getattr(jaxpr, "jaxpr", jaxpr).eqns:
         if eqn.primitive.name == "pallas_call":
-            q = next(x.aval.shape for x in eqn.invars if len(x.aval.shape) == 4)
+            inputs = (x.aval for x in eqn.invars)
+            q = next(x.shape for x in inputs if jnp.issubdtype(x.dtype, jnp.floating))
             (phase,) = (each for each in PRODUCTS if f"_{each}_" in eqn.params["name"])
-            total += PRODUCTS[phase] * math.prod(q) * q[2]  # half of all pairs
+            total += PRODUCTS[phase] * math.prod(q) * q[-2]  # half of all pairs
             continue
         times = eqn.params.get("length", 1) if eqn.primitive.name == "scan" else 1
         for inner in jax.tree.leaves(tuple(eqn.params.values()), is_leaf=_is_jaxpr):

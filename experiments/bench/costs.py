@@ -80,16 +80,17 @@ def main(args: argparse.Namespace) -> None:
         write_folder(Path(name), sizes)
         model, processor = load_ours(Path(name))
         found = {"measured": each(here, functools.partial(measured, model, processor, sizes))}
+    notes = {"sizes": dataclasses.asdict(sizes), "threads": cores()}
+    notes |= {"load average": os.getloadavg()[0], "planned": f"{LLM} on {TOPOLOGY}"}
+    save(found, notes, PACKAGES, args.out)  # the plan takes as long again
     there = curves((2,), 576) if args.quick else curves((2, 4, 8, 16, 32, 64), 5760)
     try:
         mesh, chip = plan.make_mesh(TOPOLOGY, 8, 1)
         towers: dict[tuple[int, int], plan.Programs] = collections.defaultdict(dict)
         found["planned"] = each(there, functools.partial(planned, mesh, chip, towers))
+        save(found, notes, PACKAGES, args.out)
     except InputError as error:
         print(f"nothing is planned: {error}")
-    notes = {"sizes": dataclasses.asdict(sizes), "threads": cores()}
-    notes |= {"load average": os.getloadavg()[0], "planned": f"{LLM} on {TOPOLOGY}"}
-    save(found, notes, PACKAGES, args.out)
     draw(args.out.with_suffix(".png"), found)
 
 

@@ -180,7 +180,8 @@ def draw(file: Path, found: dict[str, dict[str, dict[int, dict[str, float]]]]) -
                     label=how,
                 )
             axes.set(xscale="log" if name == "rows" else "linear", yscale="log")
-            axes.set_ylabel(f"{key}, of the first" if j == 0 else "")
+            axes.tick_params(which="both", labelsize=7)
+            axes.set_ylabel(f"{key}\nof the first" if j == 0 else "", fontsize=8)
         panels[-1][j].set_xlabel(name)
     panels[0][0].legend(frameon=False, fontsize=8)
     figure.savefig(file, dpi=120)

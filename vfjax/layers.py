@@ -106,7 +106,7 @@ def attend(
         mask: bool, broadcastable to [b, t, s]; True where a query may look.
         causal: the mask, [b, t, t], lets no query look beyond its own place: many queries are read
             in up to four blocks, without the keys after each.
-        real: bool[b, t], where the mask is these, and what comes later; None: it is another.
+        real: bool[b, t], given where the mask hides padding, its False, and what comes later alone.
 
     Returns:
         [b, t, n, h] in q's dtype. Softmax in float32. A row with nothing to see is a mean of the v

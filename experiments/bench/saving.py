@@ -26,7 +26,7 @@ from experiments.bench.basic import FULL, QUICK, STEPS, Notes, copies, load_ours
 from experiments.bench.common import Row, arguments, cores, interleaved, report, row
 from experiments.family import scenes
 from experiments.family.members import Quiz, next_logits
-from experiments.family.study import fuse
+from experiments.family.study import copied, fuse
 from experiments.tasks.common import FAMILY
 from vfjax import Model, Processor, Prune, generate_ids
 from vfjax.int8 import int8
@@ -52,7 +52,7 @@ def main(args: argparse.Namespace) -> None:
 
 def with_prune(model: Model, processor: Processor, prune: Prune) -> tuple[Model, Processor]:
     """The same arrays, tokens pruned."""
-    other = jax.tree.map(lambda x: x, model)
+    other = copied(model)
     other.config = dataclasses.replace(model.config, prune=prune)
     return other, dataclasses.replace(processor, config=other.config)
 
@@ -71,8 +71,8 @@ def bench_cost(folder: Path, quick: bool) -> list[Row]:
     for by, share in itertools.product(RULES, SHARES):
         kinds[f"{by}, {share} kept"] = with_prune(model, processor, Prune(share, by))
     narrow, its = kinds[WHOLE]
-    kinds["int8 weights"] = int8(jax.tree.map(lambda x: x, narrow)), its
-    cached = jax.tree.map(lambda x: x, narrow)
+    kinds["int8 weights"] = int8(copied(narrow)), its
+    cached = copied(narrow)
     cached.llm.int8_cache = True
     kinds["int8 cache"] = cached, its
     runs: dict[str, Callable[[], object]] = {}
@@ -115,7 +115,7 @@ def answers(folder: Path, count: int) -> dict[str, dict[str, float]]:
     for by, keep in itertools.product(RULES, pairs):
         shares = ", ".join(f"{name} {s:g}" for name, s in zip(members, keep, strict=True))
         kinds[f"{by}: {shares}"] = with_prune(model, processor, Prune(keep, by))
-    kinds["int8 weights"] = int8(jax.tree.map(lambda x: x, model)), processor
+    kinds["int8 weights"] = int8(copied(model)), processor
     right = np.array([[a for _, a in asked] for asked in test.questions.values()])
     found = {label: said(*kind, test) for label, kind in kinds.items()}
     return {

@@ -93,19 +93,19 @@ def study(
 
 def arranged(model: Model, positions: str, mask: str) -> Model:
     """The same parameters, tokens at other positions."""
-    other = _copy(model)
+    other = copied(model)
     other.config = dataclasses.replace(model.config, positions=positions, mask=mask)
     return other
 
 
 def with_llm(model: Model, llm: Any) -> Model:
     """The same branches before another LLM."""
-    other = _copy(model)
+    other = copied(model)
     other.llm = llm
     return other
 
 
-def _copy(model: Model) -> Model:
+def copied(model: Model) -> Model:
     """Another model of the same arrays."""
     return jax.tree.map(lambda x: x, model)
 

@@ -67,13 +67,10 @@ def test_the_line_through_two_depths_is_the_whole(tmp_path):
 def test_training(tmp_path):
     record = planned(tmp_path, small("train", trains="full", fsdp=2))
     step = record["programs"]["step"]
-    model = plan.model_of(small("train"), model_config(str(FAMILY / "clip")), mesh_of_four())
+    mesh, _ = plan.make_mesh("h100:8", 2, 2)
+    model = plan.model_of(small("train"), model_config(str(FAMILY / "clip")), mesh)
     assert step["arguments"] > 2 * plan.resident(model)  # Adam's two moments of what is trained
     assert step["all-gather"] >= 1
-
-
-def mesh_of_four():
-    return plan.make_mesh("h100:8", 2, 2)[0]
 
 
 def test_what_does_not_fit(tmp_path, capsys, monkeypatch):

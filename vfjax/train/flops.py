@@ -7,6 +7,7 @@ from typing import Any
 import jax
 from flax import nnx
 
+from vfjax.flash import kernel_flops
 from vfjax.model import Batch, Model
 from vfjax.train.optim import named
 
@@ -58,8 +59,10 @@ def step_flops(graph: nnx.GraphDef, params: nnx.State, frozen: nnx.State, batche
 
 
 def _forward(function: Callable[..., Any], *args: Any) -> float:
-    cost = jax.jit(function).lower(*args).cost_analysis()
-    return float((cost or {}).get("flops", math.nan))
+    traced = jax.jit(function).trace(*args)
+    cost = traced.lower().cost_analysis()
+    # XLA does not look into attention's kernels, which leave out half of the square.
+    return float((cost or {}).get("flops", math.nan)) + 2 * kernel_flops(traced.jaxpr)
 
 
 def _matrices(tree: object, start: str) -> int:

@@ -1,48 +1,64 @@
 """Causal attention by an accelerator's kernel: scores stay on the chip (arXiv 2205.14135).
 
-On TPU it is JAX's splash attention; other platforms have none here. Written out, the scores of 3000
-tokens cross a TPU's memory several times, which takes longer than all products of a prefill. For
-vision towers' 577 tokens the kernel saves no traffic (libtpu's count), so they do without.
+JAX's splash attention on TPU, cuDNN's on NVIDIA GPUs. Written out, the scores of 3000 tokens cross
+a TPU's memory several times, which takes longer than all products of a prefill. For vision towers'
+577 tokens the kernel saves no traffic (libtpu's count), so they do without.
 """
 
 import functools
 import math
+from collections.abc import Callable
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax.extend.backend import get_backend
 from jax.sharding import AxisType, PartitionSpec
 
 from vfjax.sharding import rows_over
 
 Array = jax.Array
+Kernel = Callable[[Array, Array, Array, Array], Array]
+"""`flash` on one device."""
 
 LANES, BLOCK = 128, 640
 """Features and tokens come in multiples of a TPU's lanes, tokens in blocks of so many at most."""
 SHORT = 256
 """Below so many tokens the scores are small."""
+CUDNN = 8, 128
+"""cuDNN reads heads of a multiple of so many features, and so many at most."""
+AMPERE = 8.0
+"""Compute capability of the first GPUs that it has a kernel for."""
 
 
-def has_kernel(q: Array) -> bool:
-    """Whether queries [b, t, n, h] lie on devices with a kernel for them, and are many enough.
+def kernel_for(q: Array) -> Kernel | None:
+    """The kernel for queries [b, t, n, h] where they lie; None: there is none, or t is too small.
 
-    The kernel is for bfloat16: float32 is asked for where digits count, which it does not keep.
+    Kernels are for bfloat16: float32 is asked for where digits count, which they do not keep.
     """
     mesh = jax.typeof(q).sharding.mesh
     if q.shape[1] < SHORT or q.dtype != jnp.bfloat16:
+        return None
+    device = jax.devices()[0] if mesh.empty else mesh.abstract_device
+    if device is None or set(mesh.axis_types) - {AxisType.Auto}:
+        return None
+    if q.shape[2] % mesh.shape.get("model", 1):
+        return None
+    if device.platform == "tpu":
+        return splash
+    multiple, most = CUDNN
+    fits = q.shape[3] % multiple == 0 and q.shape[3] <= most
+    return cudnn if device.platform == "gpu" and fits and has_cudnn() else None
+
+
+def has_cudnn() -> bool:
+    """Whether the GPUs of this process are NVIDIA's, and Ampere or later."""
+    if "cuda" not in get_backend().platform_version:
         return False
-    if mesh.empty:
-        return jax.default_backend() == "tpu"
-    device = mesh.abstract_device
-    return (
-        device is not None
-        and device.platform == "tpu"
-        and set(mesh.axis_types) == {AxisType.Auto}
-        and q.shape[2] % mesh.shape.get("model", 1) == 0
-    )
+    return all(float(device.compute_capability) >= AMPERE for device in jax.local_devices())
 
 
-def flash(q: Array, k: Array, v: Array, real: Array, *, interpret: bool = False) -> Array:
+def flash(q: Array, k: Array, v: Array, real: Array, kernel: Kernel) -> Array:
     """Attention of tokens to those before them, on each device for its rows and heads.
 
     Args:
@@ -50,38 +66,37 @@ def flash(q: Array, k: Array, v: Array, real: Array, *, interpret: bool = False)
         k: [b, g, h, t] keys; g divides n.
         v: [b, g, t, h] values.
         real: bool[b, t], the tokens that are seen.
-        interpret: runs the kernel step by step on any platform, for tests.
+        kernel: of `kernel_for`.
 
     Returns:
         [b, t, n, h] in q's dtype; softmax in float32. Undefined, but finite, at tokens not real.
     """
-    local = functools.partial(_splash, interpret=interpret)
     mesh = jax.typeof(q).sharding.mesh
     if mesh.empty:
-        return local(q, k, v, real)
+        return kernel(q, k, v, real)
     over = mesh.shape.get("model", 1)
     if k.shape[1] % over:  # heads of keys that the devices cannot share: each query's own
         k, v = (jnp.repeat(x, q.shape[2] // x.shape[1], axis=1) for x in (k, v))
     rows, model = rows_over(mesh, len(q)), "model" if over > 1 else None
     queries, keys = PartitionSpec(rows, None, model), PartitionSpec(rows, model)
     specs = (queries, keys, keys, PartitionSpec(rows))
-    run = jax.shard_map(local, mesh=mesh, in_specs=specs, out_specs=queries, check_vma=False)
+    run = jax.shard_map(kernel, mesh=mesh, in_specs=specs, out_specs=queries, check_vma=False)
     return run(q, k, v, real)
 
 
 @functools.partial(jax.jit, static_argnames="interpret")
-def _splash(q: Array, k: Array, v: Array, real: Array, *, interpret: bool) -> Array:
-    """`flash` on one device."""
-    from jax.experimental.pallas.ops.tpu import splash_attention as splash
+def splash(q: Array, k: Array, v: Array, real: Array, *, interpret: bool = False) -> Array:
+    """`flash` on a TPU; `interpret` runs it step by step on any platform, for tests."""
+    from jax.experimental.pallas.ops.tpu import splash_attention as pallas
 
     t, n, h = q.shape[1:]
     block = LANES * -(-t // (LANES * -(-t // BLOCK)))
     size = block * -(-t // block)
     names = ("q", "kv", "kv_compute", "q_dkv", "kv_dkv", "kv_dkv_compute", "q_dq", "kv_dq")
     sizes: Any = {f"block_{name}": block for name in names}
-    kernel = splash.make_splash_mha_single_device(
-        splash.MultiHeadMask([splash.CausalMask((size, size))] * n),
-        block_sizes=splash.BlockSizes(**sizes),
+    kernel = pallas.make_splash_mha_single_device(
+        pallas.MultiHeadMask([pallas.CausalMask((size, size))] * n),
+        block_sizes=pallas.BlockSizes(**sizes),
         interpret=interpret,
     )
 
@@ -90,13 +105,42 @@ def _splash(q: Array, k: Array, v: Array, real: Array, *, interpret: bool) -> Ar
         return jnp.pad(x, ((0, 0), (0, 0), (0, size - t), (0, -h % LANES)))
 
     told = jnp.pad(real.astype(jnp.int32), ((0, 0), (0, size - t)))  # padding sees padding
-    out = jax.vmap(lambda q, k, v, told: kernel(q, k, v, splash.SegmentIds(told, told)))(
+    out = jax.vmap(lambda q, k, v, told: kernel(q, k, v, pallas.SegmentIds(told, told)))(
         grown((q * h**-0.5).swapaxes(1, 2)), grown(k.swapaxes(2, 3)), grown(v), told
     )
     return out[:, :, :t, :h].swapaxes(1, 2)
 
 
-PRODUCTS = {"fwd": 2, "dq": 3, "dkv": 4}
+@functools.partial(jax.jit, static_argnames="implementation")
+def cudnn(q: Array, k: Array, v: Array, real: Array, *, implementation: Any = "cudnn") -> Array:
+    """`flash` on an NVIDIA GPU; `implementation` is that of `jax.nn.dot_product_attention`.
+
+    It takes padding at the ends of rows only, so real tokens are moved to the front, in their
+    order, and back.
+    """
+    order = jnp.argsort(~real, axis=1, stable=True)
+    lengths = real.sum(axis=1, dtype=jnp.int32)
+    held = (jnp.arange(real.shape[1]) < lengths[:, None])[..., None, None]
+
+    def front(x: Array) -> Array:
+        """[b, t, heads, h], real tokens first; what follows has no gradient."""
+        return jnp.where(held, jnp.take_along_axis(x, order[..., None, None], axis=1), 0)
+
+    lengths = jnp.maximum(lengths, 1)  # a row of padding alone reads its first token
+    out = jax.nn.dot_product_attention(
+        front(q),
+        front(k.transpose(0, 3, 1, 2)),
+        front(v.transpose(0, 2, 1, 3)),
+        is_causal=True,
+        query_seq_lengths=lengths,
+        key_value_seq_lengths=lengths,
+        implementation=implementation,
+    )
+    back = jnp.argsort(order, axis=1)[..., None, None]
+    return jnp.take_along_axis(jnp.where(held, out, 0), back, axis=1)
+
+
+PRODUCTS = {"fwd": 2, "dq": 3, "dkv": 4, "bwd": 5}
 """Phase of a kernel -> its matrix products over all pairs of tokens."""
 
 
@@ -108,11 +152,15 @@ def kernel_flops(jaxpr: Any) -> float:
     """
     total = 0.0
     for eqn in getattr(jaxpr, "jaxpr", jaxpr).eqns:
-        if eqn.primitive.name == "pallas_call":
+        name, tokens = eqn.params.get("name", ""), -2
+        if eqn.primitive.name.startswith("dot_product_attention"):  # cuDNN's: [b, t, n, h]
+            name, tokens = eqn.primitive.name, 1
+        elif eqn.primitive.name != "pallas_call":
+            name = ""
+        if phase := next((each for each in PRODUCTS if f"_{each}_" in name), None):
             inputs = (x.aval for x in eqn.invars)
             q = next(x.shape for x in inputs if jnp.issubdtype(x.dtype, jnp.floating))
-            (phase,) = (each for each in PRODUCTS if f"_{each}_" in eqn.params["name"])
-            total += PRODUCTS[phase] * math.prod(q) * q[-2]  # half of all pairs
+            total += PRODUCTS[phase] * math.prod(q) * q[tokens]  # half of all pairs
             continue
         times = eqn.params.get("length", 1) if eqn.primitive.name == "scan" else 1
         for inner in jax.tree.leaves(tuple(eqn.params.values()), is_leaf=_is_jaxpr):

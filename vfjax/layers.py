@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from vfjax.flash import flash, has_kernel
+from vfjax.flash import flash, kernel_for
 
 Array = jax.Array
 Axes = tuple[str | None, ...]
@@ -113,8 +113,8 @@ def attend(
         that its block reads.
     """
     b, t, n, _ = q.shape
-    if real is not None and has_kernel(q):
-        return flash(q, k, v, real)
+    if real is not None and (kernel := kernel_for(q)):
+        return flash(q, k, v, real, kernel)
     size = max(BLOCK // (4 * b * n * t), -(-t // 4))
     size = -(-size // 64) * 64
     if not causal or mask is None or t <= size:

@@ -1,4 +1,4 @@
-"""The TPU's attention kernel, run step by step on CPU, against attention written out."""
+"""Attention's kernels against attention written out: the TPU's step by step, cuDNN's inputs."""
 
 import functools
 
@@ -11,12 +11,18 @@ from jax.sharding import AbstractDevice, AbstractMesh, AxisType, Mesh, NamedShar
 
 import vfjax.layers
 from converters.load import flatten
-from vfjax.flash import flash, has_kernel, kernel_flops
+from vfjax.flash import Kernel, cudnn, flash, kernel_flops, kernel_for, splash
 from vfjax.layers import attend
 from vfjax.llm import Llama, LlamaConfig
 from vfjax.sharding import AXES, make_mesh, param_sharding, place
 
 TPU = AbstractDevice(device_kind="TPU v5 lite", num_cores=1, platform="tpu")
+GPU = AbstractDevice(device_kind="NVIDIA H200", num_cores=None, platform="gpu")
+KERNELS = {
+    "splash": functools.partial(splash, interpret=True),
+    "cudnn": functools.partial(cudnn, implementation="xla"),
+}
+"""As they run here."""
 
 
 def random(b: int, t: int, n: int, g: int, h: int) -> tuple[jax.Array, ...]:
@@ -34,17 +40,19 @@ def written_out(q: jax.Array, k: jax.Array, v: jax.Array, real: jax.Array) -> ja
     return attend(q, k, v, see, causal=True)
 
 
+@pytest.mark.parametrize("kernel", KERNELS)
 @pytest.mark.parametrize(("t", "heads"), [(130, (4, 4, 128)), (300, (2, 1, 80)), (700, (4, 2, 64))])
-def test_as_written_out(t, heads):
+def test_as_written_out(t, heads, kernel):
     args = random(2, t, *heads)
-    found, expected = flash(*args, interpret=True), written_out(*args)
+    found, expected = flash(*args, KERNELS[kernel]), written_out(*args)
     assert found.shape == expected.shape
     assert jnp.isfinite(found).all()  # padding's keys and values are read by the next layer
     np.testing.assert_allclose(found[args[3]], expected[args[3]], atol=3e-6)
 
 
+@pytest.mark.parametrize("kernel", KERNELS)
 @pytest.mark.parametrize("shape", [None, (2, 4)])
-def test_gradients(shape):
+def test_gradients(shape, kernel):
     """Rematerialised, as in training; on a mesh of more devices than heads of keys."""
     args = random(2, 130, 4, 2, 64)
     if shape is not None:
@@ -57,7 +65,7 @@ def test_gradients(shape):
 
         return jax.jit(jax.grad(loss, (0, 1, 2)))(*args)
 
-    found = gradients(functools.partial(flash, interpret=True))
+    found = gradients(functools.partial(flash, kernel=KERNELS[kernel]))
     for a, b in zip(found, gradients(written_out), strict=True):
         np.testing.assert_allclose(a, b, atol=1e-5)
 
@@ -75,7 +83,7 @@ def test_llama_on_a_mesh(monkeypatch, shape, rows):
 
     def counted(*args):
         used.append(args)
-        return flash(*args, interpret=True)
+        return KERNELS["splash"](*args)
 
     def run(llm, ids, mask):
         x = llm.embed(ids)
@@ -84,8 +92,7 @@ def test_llama_on_a_mesh(monkeypatch, shape, rows):
         return jnp.where(mask[..., None], hidden, 0), step
 
     expected = run(llm, ids, mask)
-    monkeypatch.setattr(vfjax.layers, "has_kernel", lambda q: q.shape[1] > 1)
-    monkeypatch.setattr(vfjax.layers, "flash", counted)
+    monkeypatch.setattr(vfjax.layers, "kernel_for", lambda q: counted if q.shape[1] > 1 else None)
     mesh = make_mesh(*shape)
     graph, state = nnx.split(llm)
     for name, p in flatten(state).items():
@@ -103,22 +110,32 @@ def shape_on(mesh: Mesh | AbstractMesh | None, *shape: int, dtype=jnp.bfloat16):
     return jax.ShapeDtypeStruct(shape, dtype, sharding=at)
 
 
-def asked(x: jax.ShapeDtypeStruct) -> bool:
-    """`has_kernel` of a traced array."""
+def asked(x: jax.ShapeDtypeStruct) -> Kernel | None:
+    """`kernel_for` a traced array."""
     out = []
-    jax.eval_shape(lambda q: out.append(has_kernel(q)), x)
+    jax.eval_shape(lambda q: out.append(kernel_for(q)), x)
     return out[0]
 
 
 def test_where_a_kernel_is():
     auto = (AxisType.Auto,) * 3
     tpus = AbstractMesh((2, 1, 4), AXES, auto, abstract_device=TPU)
-    assert asked(shape_on(tpus, 2, 1024, 8, 128))
+    assert asked(shape_on(tpus, 2, 1024, 8, 128)) is splash
     assert not asked(shape_on(tpus, 2, 1024, 6, 128))  # heads that four devices cannot share
     assert not asked(shape_on(tpus, 2, 64, 8, 128))
     assert not asked(shape_on(tpus, 2, 1024, 8, 128, dtype=jnp.float32))
     assert not asked(shape_on(make_mesh(2, 4), 2, 1024, 8, 128))
     assert not asked(shape_on(None, 2, 1024, 8, 128))
+
+
+def test_where_cudnn_is(monkeypatch):
+    gpus = AbstractMesh((2, 1, 4), AXES, (AxisType.Auto,) * 3, abstract_device=GPU)
+    assert not asked(shape_on(gpus, 2, 1024, 8, 128))  # not on this machine
+    monkeypatch.setattr(vfjax.flash, "has_cudnn", lambda: True)
+    assert asked(shape_on(gpus, 2, 1024, 8, 128)) is cudnn
+    assert not asked(shape_on(gpus, 2, 1024, 8, 256))  # longer heads than it reads
+    assert not asked(shape_on(gpus, 2, 1024, 8, 100))
+    assert not asked(shape_on(gpus, 2, 1024, 8, 128, dtype=jnp.float32))
 
 
 def test_lowers_for_tpu():
@@ -134,8 +151,24 @@ def test_lowers_for_tpu():
 
     args = state, shape_on(mesh, 2, 300, 64), shape_on(mesh, 2, 300, dtype=jnp.bool_)
     text = jax.jit(run).trace(*args).lower(lowering_platforms=("tpu",)).as_text()
-    assert text.count("call @_splash(") == config.layers
+    assert text.count("call @splash(") == config.layers
     assert "tpu_custom_call" in text
+
+
+def test_lowers_for_cuda(monkeypatch):
+    """Calls of cuDNN, forward and back, on a mesh; JAX asks for its version and for the GPU's."""
+    from jax._src.cudnn import fused_attention_stablehlo as calls
+
+    monkeypatch.setattr(calls, "check_cudnn_version", lambda: 91100)
+    mesh = make_mesh(2, 4)
+    shapes = [(2, 300, 8, 64), (2, 4, 64, 300), (2, 4, 300, 64)]
+    args = [*(shape_on(mesh, *shape) for shape in shapes), shape_on(mesh, 2, 300, dtype=jnp.bool_)]
+    grad = jax.grad(lambda *args: flash(*args, cudnn).astype(jnp.float32).sum())
+    traced = jax.jit(grad).trace(*args)
+    text = traced.lower(lowering_platforms=("cuda",)).as_text()
+    assert text.count("@__cudnn$fmhaSoftmax(") == text.count("@__cudnn$fmhaSoftmaxBackward(") == 1
+    pairs = 1 * 2 * 300 * 300 / 2  # of a device
+    assert kernel_flops(traced.jaxpr) == (2 + 5) * pairs * 2 * 64
 
 
 @pytest.mark.parametrize("b", [1, 2])
@@ -144,8 +177,10 @@ def test_counts_operations(b):
     shapes = [(b, t, n, h), (b, g, h, t), (b, g, t, h)]
     args = [*(shape_on(None, *shape) for shape in shapes), shape_on(None, b, t, dtype=jnp.bool_)]
     pairs = b * n * t * t / 2
-    forward = jax.jit(flash).trace(*args).jaxpr
+    forward = jax.jit(functools.partial(flash, kernel=splash)).trace(*args).jaxpr
     assert kernel_flops(forward) == 2 * pairs * 2 * h
-    back = jax.jit(jax.grad(lambda *args: flash(*args).astype(jnp.float32).sum())).trace(*args)
+    back = jax.jit(jax.grad(lambda *args: flash(*args, splash).astype(jnp.float32).sum())).trace(
+        *args
+    )
     assert kernel_flops(back.jaxpr) == (2 + 3 + 4) * pairs * 2 * h
     assert kernel_flops(jax.jit(jnp.sin).trace(1.0).jaxpr) == 0

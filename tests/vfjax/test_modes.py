@@ -33,7 +33,7 @@ from vfjax import (
     generate_ids,
     places,
 )
-from vfjax.flash import flash
+from vfjax.flash import splash
 from vfjax.generate import _prefill
 from vfjax.sharding import make_mesh
 
@@ -121,8 +121,8 @@ def test_by_an_attention_kernel(cache, monkeypatch) -> None:
         return jax.jit(lambda model, batch: model.prefill(batch, LENGTH + NEW)[0])(model, batch)
 
     expected = read()
-    monkeypatch.setattr(vfjax.layers, "has_kernel", lambda q: q.shape[1] > 1)
-    monkeypatch.setattr(vfjax.layers, "flash", functools.partial(flash, interpret=True))
+    kernel = functools.partial(splash, interpret=True)
+    monkeypatch.setattr(vfjax.layers, "kernel_for", lambda q: kernel if q.shape[1] > 1 else None)
     np.testing.assert_allclose(read(), expected, atol=1e-5)
 
 

@@ -16,6 +16,7 @@ from vfjax.eval.data import (
     Picture,
     Question,
     fields,
+    labelled,
     read_json,
     read_lines,
     read_table,
@@ -76,16 +77,6 @@ def _right(questions: Sequence[Question], texts: Sequence[str]) -> np.ndarray:
     """float64[n], whether the right option was chosen."""
     pairs = zip(questions, texts, strict=True)
     return np.array([float(choose(t, q.extra["options"]) == q.answers[0]) for q, t in pairs])
-
-
-def _labelled(questions: Sequence[Question], what: str) -> None:
-    if not all(question.answers for question in questions):
-        raise InputError(
-            what,
-            found="questions without an answer",
-            expected="a split with published answers",
-            fix="pass --config.mode=predict and hand the predictions to its server",
-        )
 
 
 # MMVP
@@ -305,7 +296,7 @@ def score_mmbench(
     Options are found by `choose`, which asks no LLM. Also the share of right rows.
     """
     del options
-    _labelled(questions, "MMBench")
+    labelled(questions)
     right = _right(questions, texts)
     whole, first = in_clusters(questions, right)
     out = {"circular accuracy": ratio(whole, first), "accuracy of rows": ratio(right)}

@@ -40,6 +40,22 @@ class Question:
     extra: Mapping[str, Any] = dataclasses.field(default_factory=dict)
 
 
+def labelled(questions: Iterable[Question]) -> None:
+    """Passes if every question has an answer.
+
+    Raises:
+        InputError: one has none.
+    """
+    for question in questions:
+        if not question.answers:
+            raise InputError(
+                f"question {question.id}",
+                found="no published answers",
+                expected="a split, or annotations, with answers",
+                fix="add them, or pass --config.mode=predict and hand the answers to the server",
+            )
+
+
 Options = Mapping[str, Any]
 
 

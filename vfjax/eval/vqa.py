@@ -6,7 +6,16 @@ from typing import Any
 import numpy as np
 
 from vfjax.errors import InputError
-from vfjax.eval.data import Benchmark, Data, Options, Question, fields, read_json, read_lines
+from vfjax.eval.data import (
+    Benchmark,
+    Data,
+    Options,
+    Question,
+    fields,
+    labelled,
+    read_json,
+    read_lines,
+)
 from vfjax.eval.extras import needs
 from vfjax.eval.stats import Metric, ratio
 from vfjax.eval.yesno import SHORT
@@ -95,7 +104,7 @@ def score_vqav2(
     """VQA accuracy, over all and by type of answer, by lmms-eval: see `score_textvqa`."""
     del options
     vqa: Any = needs("lmms_eval.tasks.vqav2.utils", "lmms-eval", "lmms-eval")
-    _labelled(questions)
+    labelled(questions)
     right = []
     for q, text in zip(questions, texts, strict=True):
         answers = [{"answer": a, "answer_id": i} for i, a in enumerate(q.answers)]
@@ -118,23 +127,12 @@ def score_textvqa(
     """
     del options
     vqa: Any = needs("lmms_eval.tasks.textvqa.utils", "lmms-eval", "lmms-eval")
-    _labelled(questions)
+    labelled(questions)
     right = []
     for q, text in zip(questions, texts, strict=True):
         doc = {"question_id": q.id, "answers": list(q.answers)}  # which it changes
         right.append(vqa.textvqa_process_results(doc, [text])["exact_match"])
     return {"accuracy": ratio(right)}
-
-
-def _labelled(questions: Sequence[Question]) -> None:
-    for question in questions:
-        if not question.answers:
-            raise InputError(
-                f"question {question.id}",
-                found="no published answers",
-                expected="annotations beside the questions",
-                fix="add them, or pass --config.mode=predict and hand the answers to the server",
-            )
 
 
 def read_gqa(data: Data, options: Options) -> list[Question]:

@@ -144,7 +144,7 @@ def test_mmbench_without_labels_or_pictures(tmp_path: Path) -> None:
     questions = read(bench, Data(path), {"chinese": True})
     assert questions[0].prompt.endswith("请直接回答选项字母。")
     assert bench.score is not None
-    with pytest.raises(InputError, match="questions without an answer"):
+    with pytest.raises(InputError, match="question 1: found no published answers"):
         bench.score(questions, ["A"], {})
     path.write_text("index\tquestion\tA\tB\timage\n1\tWhat?\tred\tblue\t\n")
     with pytest.raises(InputError, match="row 1: found no picture"):

@@ -22,6 +22,7 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 import jax
+import numpy as np
 from flax import nnx
 
 import converters
@@ -87,21 +88,26 @@ def bench_load(folder: Path, shape: Shape, repeats: int, notes: dict[str, Any]) 
     """Files to arrays, on one device and sharded over eight, and the memory that it takes."""
     loads: dict[int, list[dict[str, float]]] = {devices: [] for devices in DEVICES}
     reads: list[float] = []
+    kept: list[float] = []
     for _ in range(repeats):
         forget(folder)
         begin = time.perf_counter()
         read(folder)
         reads.append(time.perf_counter() - begin)
+        forget(folder)
+        kept.append(float(child("keep", folder)))
         for devices, found in loads.items():
             forget(folder)
             flags = f"--xla_force_host_platform_device_count={devices}"
             found.append(json.loads(child("load", folder, XLA_FLAGS=flags)))
-    notes["loads"], notes["seconds of a read"] = loads, reads
+    notes |= {"loads": loads, "seconds of a read": reads, "seconds of one that is kept": kept}
     limit = 2 * 2 * max(map(math.prod, shape.tensors().values())) / MIB
     rows = []
     for devices, found in loads.items():
         name = f"load, {devices} device{'s' * (devices > 1)}"
-        rows.append(row(f"{name}: wall", [x["seconds"] for x in found], reads, "read"))
+        seconds = [x["seconds"] for x in found]
+        rows.append(row(f"{name}: wall", seconds, reads, "read"))
+        rows.append(row(f"{name}: wall", seconds, kept, "read, kept"))
         beyond = [max(x["beyond"] / MIB, 1) for x in found]
         what = f"{name}: memory beyond the arrays"
         rows.append(row(what, beyond, [limit], "2 x largest", "MiB"))
@@ -157,6 +163,14 @@ def load_once(folder: str) -> None:
     print(json.dumps({"seconds": seconds, "cpu": cpu, "beyond": beyond}))
 
 
+def keep_once(folder: str) -> None:
+    """Prints the seconds of a read of all bytes into memory, as far as a load can be it alone."""
+    begin = time.perf_counter()
+    kept = [np.fromfile(path, np.uint8) for path in sorted(Path(folder).glob("*.safetensors"))]
+    print(time.perf_counter() - begin)
+    del kept
+
+
 def start_once(folder: str) -> None:
     """Prints an answer."""
     model, processor = converters.load(folder)
@@ -172,7 +186,7 @@ def status(key: str) -> int:
     raise KeyError(key)
 
 
-CHILDREN = {"load": load_once, "start": start_once}
+CHILDREN = {"load": load_once, "keep": keep_once, "start": start_once}
 
 
 if __name__ == "__main__":

@@ -84,6 +84,19 @@ def rows_over(mesh: Mesh | AbstractMesh, n: int) -> tuple[str, ...] | None:
     return row_axes(mesh) if n % row_shards(mesh) == 0 else None
 
 
+def by_row(x: jax.Array) -> jax.Array:
+    """Activations [b, ...] with rows over `row_axes`, where these share parameters and divide b.
+
+    Without being told, the compiler may divide features as the parameters are, and reduce each
+    product over the devices in place of gathering its parameter.
+    """
+    mesh = jax.typeof(x).sharding.mesh
+    over = rows_over(mesh, len(x))
+    if mesh.shape.get("fsdp", 1) == 1 or over is None:
+        return x
+    return jax.lax.with_sharding_constraint(x, NamedSharding(mesh, PartitionSpec(over)))
+
+
 def by_token(mesh: Mesh) -> NamedSharding:
     """Activations [b, t, d] with rows over `row_axes` and tokens over `model`.
 

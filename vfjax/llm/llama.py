@@ -15,7 +15,7 @@ from jax.sharding import NamedSharding
 
 from vfjax.layers import ACTIVATIONS, RMSNorm, attend, linear, param, rotate
 from vfjax.llm.cache import Cache, Rows
-from vfjax.sharding import divides
+from vfjax.sharding import by_row, divides
 
 Array = jax.Array
 
@@ -211,7 +211,7 @@ class Llama(nnx.Module):
 
     `remat` computes each block again in the backward pass; for training, without a cache.
     `int8_cache` keeps keys and values as `vfjax.llm.cache.Int8Rows`. `stream` is how [b, t, d] lies
-    between blocks (`vfjax.sharding.by_token`), where it divides them; None: as the compiler likes.
+    between blocks (`vfjax.sharding.by_token`), where it divides them; None: `by_row`.
     """
 
     def __init__(self, config: LlamaConfig, *, rngs: nnx.Rngs):
@@ -273,6 +273,8 @@ class Llama(nnx.Module):
         for i, block in enumerate(self.blocks):
             if self.stream is not None and divides(self.stream, x.shape):
                 x = jax.lax.with_sharding_constraint(x, self.stream)
+            elif x.shape[1] > 1:  # for one token reducing its features moves less
+                x = by_row(x)
             if self.remat:
                 x = jax.checkpoint(lambda x, block, step, i=i: block(x, i, step)[0])(x, block, step)
                 continue

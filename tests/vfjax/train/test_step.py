@@ -2,6 +2,7 @@
 
 import copy
 import itertools
+import re
 
 import jax
 import jax.numpy as jnp
@@ -11,7 +12,7 @@ import pytest
 import torch
 import transformers
 from flax import nnx
-from jax.sharding import PartitionSpec
+from jax.sharding import NamedSharding, PartitionSpec
 
 import converters
 from tests.checkpoints import make_llama, upstream_llava_folder
@@ -318,6 +319,25 @@ def test_activations_by_token(folder) -> None:
     assert abs(loss / plain - 1) < 1e-5
     assert after and not before
     assert not divides(by_token(mesh), (2, 6, 32)) and divides(by_token(mesh), (2, 8, 32))
+
+
+def test_shared_parameters_are_gathered(folder) -> None:
+    """fsdp: what lies between blocks stays divided by rows; only gradients are reduced."""
+    path, _ = folder
+    mesh = make_mesh(1, 1, 8)
+    model, processor = converters.load(path, mesh=mesh, dtype="float32")
+    graph, params, frozen = split(model, GROUPS["full"])
+    state = init(params, Optim(STEPS).build(GROUPS["full"]), mesh)
+    pictures, ids, labels = rows(0)
+    batch = stacked(processor(2 * pictures, input_ids=2 * ids, labels=2 * labels))
+    over = NamedSharding(mesh, PartitionSpec(None, ("data", "fsdp")))
+    batches = jax.device_put(batch, over)
+    step = make_step(graph, Optim(STEPS).build(GROUPS["full"]), state, mesh=mesh)
+    text = step.lower(state, frozen, batches).compile().as_text()
+    reduced = " ".join(re.findall(r"= (.*?) all-reduce\(", text))
+    tokens = batch.tokens.shape[-1]
+    assert "all-gather(" in text and reduced
+    assert not re.search(rf"\[\d+,{tokens},\d+\]", reduced)
 
 
 def test_no_backward_through_what_is_frozen(tmp_path) -> None:

@@ -7,6 +7,7 @@ import importlib
 import os
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -28,6 +29,8 @@ WORKDIR = flags.DEFINE_string("workdir", "outputs", "Where results are written."
 
 HEARTBEAT = 30
 """Seconds without a sign of life after which one of several processes counts as lost."""
+PATIENCE = 5
+"""Seconds for which a process that failed waits for the others to fail as well."""
 
 
 def parse(argv: Sequence[str]) -> list[str]:
@@ -88,6 +91,16 @@ def join_processes() -> None:
         sys.stdout = open(os.devnull, "w")  # noqa: SIM115
 
 
+def leave_soon() -> None:
+    """Ends this process, of several, though others run on: JAX would wait minutes for them.
+
+    They miss its heartbeats then, and end too.
+    """
+    timer = threading.Timer(PATIENCE, os._exit, (2,))
+    timer.daemon = True
+    timer.start()
+
+
 def main(argv: Sequence[str]) -> None:
     sys.setswitchinterval(0.0005)  # a writer should not wait 5 ms for each of its readers
     logging.set_verbosity(logging.WARNING)  # JAX tells of every platform that it does not find
@@ -98,11 +111,13 @@ def main(argv: Sequence[str]) -> None:
         join_processes()
     try:
         task.run(config, Path(WORKDIR.value))
-    except InputError as error:
-        fail(str(error))
-    except jax.errors.JaxRuntimeError:
+    except Exception as error:
         if jax.process_count() > 1:
-            time.sleep(1.5 * HEARTBEAT)  # for XLA to say that a process is lost, if that is why
+            if isinstance(error, jax.errors.JaxRuntimeError):
+                time.sleep(1.5 * HEARTBEAT)  # for XLA to say that a process is lost, if one is
+            leave_soon()
+        if isinstance(error, InputError):
+            fail(str(error))
         raise
 
 

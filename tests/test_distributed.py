@@ -35,6 +35,9 @@ SMALL = {"num_hidden_layers": 2}
 TIMEOUT = 300
 """Seconds after which a process that still waits for another is ended."""
 
+PATIENT = 120
+"""The same for processes that have next to nothing to do; JAX alone would let them wait for 300."""
+
 DEVICES = 8
 """Of all processes together."""
 
@@ -172,6 +175,21 @@ def test_the_command_line_runs_as_two_processes(folder) -> None:
     batch = processor(None, [processor.chat("What?", images=0)])
     (answer,) = vfjax.generate(model, processor, batch, max_new_tokens=8)
     assert printed == [f"{answer}\n", ""]
+
+
+def test_a_process_that_fails_alone_ends_all(folder) -> None:
+    """With its own line; the other one names it."""
+    command = [sys.executable, str(ROOT / "experiments" / "run.py")]
+    command += [f"--config={ROOT}/experiments/configs/generate.py", "--config.prompt=What?"]
+    command += ["--config.mesh=(1, 8)"]
+    commands = [[*command, f"--config.model={folder}{end}"] for end in ("", "-absent")]
+    with started(commands, two_hosts()) as processes:
+        _, own = processes[1].communicate(timeout=PATIENT)
+        _, other = processes[0].communicate(timeout=PATIENT)
+    assert processes[1].returncode == 2
+    assert own == f"{folder}-absent: found no folder, expected a checkpoint; check the path\n"
+    assert processes[0].returncode
+    assert re.search(r"^process 1: found no sign of life, expected ", other, re.M), other
 
 
 def write_rows(folder: Path) -> None:

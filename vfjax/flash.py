@@ -15,14 +15,17 @@ import jax.numpy as jnp
 from jax.extend.backend import get_backend
 from jax.sharding import AxisType, PartitionSpec
 
+from vfjax import places
 from vfjax.sharding import rows_over
 
 Array = jax.Array
-Kernel = Callable[[Array, Array, Array, Array], Array]
+Kernel = Callable[[Array, Array, Array, Array, Array | None], Array]
 """`flash` on one device."""
 
 LANES, BLOCK = 128, 640
 """Features and tokens come in multiples of a TPU's lanes, tokens in blocks of so many at most."""
+FAR = 256.0
+"""By how much splash attention lowers a score that is not to count: exp(-FAR) is 0."""
 SHORT = 256
 """Below so many tokens the scores are small."""
 CUDNN = 8, 128
@@ -58,7 +61,9 @@ def has_cudnn() -> bool:
     return all(float(device.compute_capability) >= AMPERE for device in jax.local_devices())
 
 
-def flash(q: Array, k: Array, v: Array, real: Array, kernel: Kernel) -> Array:
+def flash(
+    q: Array, k: Array, v: Array, real: Array, segments: Array | None, kernel: Kernel
+) -> Array:
     """Attention of tokens to those before them, on each device for its rows and heads.
 
     Args:
@@ -66,6 +71,7 @@ def flash(q: Array, k: Array, v: Array, real: Array, kernel: Kernel) -> Array:
         k: [b, g, h, t] keys; g divides n.
         v: [b, g, t, h] values.
         real: bool[b, t], the tokens that are seen.
+        segments: int32[b, t], as `vfjax.places.block` reads them; None: all see all.
         kernel: of `kernel_for`.
 
     Returns:
@@ -73,23 +79,28 @@ def flash(q: Array, k: Array, v: Array, real: Array, kernel: Kernel) -> Array:
     """
     mesh = jax.typeof(q).sharding.mesh
     if mesh.empty:
-        return kernel(q, k, v, real)
+        return kernel(q, k, v, real, segments)
     over = mesh.shape.get("model", 1)
     if k.shape[1] % over:  # heads of keys that the devices cannot share: each query's own
         k, v = (jnp.repeat(x, q.shape[2] // x.shape[1], axis=1) for x in (k, v))
     rows, model = rows_over(mesh, len(q)), "model" if over > 1 else None
     queries, keys = PartitionSpec(rows, None, model), PartitionSpec(rows, model)
-    specs = (queries, keys, keys, PartitionSpec(rows))
+    specs = (queries, keys, keys, PartitionSpec(rows), PartitionSpec(rows))
     run = jax.shard_map(kernel, mesh=mesh, in_specs=specs, out_specs=queries, check_vma=False)
-    return run(q, k, v, real)
+    return run(q, k, v, real, segments)
 
 
 @functools.partial(jax.jit, static_argnames="interpret")
-def splash(q: Array, k: Array, v: Array, real: Array, *, interpret: bool = False) -> Array:
+def splash(
+    q: Array, k: Array, v: Array, real: Array, segments: Array | None, *, interpret: bool = False
+) -> Array:
     """`flash` on a TPU; `interpret` runs it step by step on any platform, for tests."""
     from jax.experimental.pallas.ops.tpu import splash_attention as pallas
 
     t, n, h = q.shape[1:]
+    q = q * h**-0.5
+    if segments is not None:
+        q, k = apart(q, k, segments)
     block = LANES * -(-t // (LANES * -(-t // BLOCK)))
     size = block * -(-t // block)
     names = ("q", "kv", "kv_compute", "q_dkv", "kv_dkv", "kv_dkv_compute", "q_dq", "kv_dq")
@@ -102,17 +113,40 @@ def splash(q: Array, k: Array, v: Array, real: Array, *, interpret: bool = False
 
     def grown(x: Array) -> Array:
         """[b, heads, t, h] with as many tokens and features as the kernel takes."""
-        return jnp.pad(x, ((0, 0), (0, 0), (0, size - t), (0, -h % LANES)))
+        return jnp.pad(x, ((0, 0), (0, 0), (0, size - t), (0, -x.shape[3] % LANES)))
 
     told = jnp.pad(real.astype(jnp.int32), ((0, 0), (0, size - t)))  # padding sees padding
     out = jax.vmap(lambda q, k, v, told: kernel(q, k, v, pallas.SegmentIds(told, told)))(
-        grown((q * h**-0.5).swapaxes(1, 2)), grown(k.swapaxes(2, 3)), grown(v), told
+        grown(q.swapaxes(1, 2)), grown(k.swapaxes(2, 3)), grown(v), told
     )
     return out[:, :, :t, :h].swapaxes(1, 2)
 
 
+def apart(q: Array, k: Array, segments: Array) -> tuple[Array, Array]:
+    """Queries [b, t, n, h + 3] and keys [b, g, h + 3, t] whose scores tell segments apart.
+
+    Splash attention knows segments that see themselves alone. Here text, 0, sees and is seen by
+    all: a score of i and j, both above 0, is lowered by FAR (i - j)^2 = FAR (i i - 2 i j + j j).
+    """
+    own = segments.astype(q.dtype)
+    ones = (own > 0).astype(q.dtype)
+    seer = FAR * jnp.stack([-own * own, 2 * own, -ones], axis=-1)
+    seen = jnp.stack([ones, own, own * own], axis=1)
+    wide = jnp.broadcast_to(seer[:, :, None], (*q.shape[:3], 3))
+    long = jnp.broadcast_to(seen[:, None], (*k.shape[:2], 3, k.shape[3]))
+    return jnp.concatenate([q, wide], axis=3), jnp.concatenate([k, long], axis=2)
+
+
 @functools.partial(jax.jit, static_argnames="implementation")
-def cudnn(q: Array, k: Array, v: Array, real: Array, *, implementation: Any = "cudnn") -> Array:
+def cudnn(
+    q: Array,
+    k: Array,
+    v: Array,
+    real: Array,
+    segments: Array | None,
+    *,
+    implementation: Any = "cudnn",
+) -> Array:
     """`flash` on an NVIDIA GPU; `implementation` is that of `jax.nn.dot_product_attention`.
 
     It takes padding at the ends of rows only, so real tokens are moved to the front, in their
@@ -126,11 +160,14 @@ def cudnn(q: Array, k: Array, v: Array, real: Array, *, implementation: Any = "c
         """[b, t, heads, h], real tokens first; what follows has no gradient."""
         return jnp.where(held, jnp.take_along_axis(x, order[..., None, None], axis=1), 0)
 
+    if segments is not None:
+        segments = places.block(jnp.take_along_axis(segments, order, axis=1))[:, None]
     lengths = jnp.maximum(lengths, 1)  # a row of padding alone reads its first token
     out = jax.nn.dot_product_attention(
         front(q),
         front(k.transpose(0, 3, 1, 2)),
         front(v.transpose(0, 2, 1, 3)),
+        mask=segments,
         is_causal=True,
         query_seq_lengths=lengths,
         key_value_seq_lengths=lengths,
@@ -140,8 +177,8 @@ def cudnn(q: Array, k: Array, v: Array, real: Array, *, implementation: Any = "c
     return jnp.take_along_axis(jnp.where(held, out, 0), back, axis=1)
 
 
-PRODUCTS = {"fwd": 2, "dq": 3, "dkv": 4, "bwd": 5}
-"""Phase of a kernel -> its matrix products over all pairs of tokens."""
+PRODUCTS = {"fwd": (1, 1), "dq": (2, 1), "dkv": (2, 2), "bwd": (3, 2)}
+"""Phase of a kernel -> its products over all pairs of tokens: of keys', of values' features."""
 
 
 def kernel_flops(jaxpr: Any) -> float:
@@ -159,8 +196,9 @@ def kernel_flops(jaxpr: Any) -> float:
             name = ""
         if phase := next((each for each in PRODUCTS if f"_{each}_" in name), None):
             inputs = (x.aval for x in eqn.invars)
-            q = next(x.shape for x in inputs if jnp.issubdtype(x.dtype, jnp.floating))
-            total += PRODUCTS[phase] * math.prod(q) * q[tokens]  # half of all pairs
+            q, _, v, *_ = (x.shape for x in inputs if jnp.issubdtype(x.dtype, jnp.floating))
+            features = sum(n * x[-1] for n, x in zip(PRODUCTS[phase], (q, v), strict=True))
+            total += features * math.prod(q[:-1]) * q[tokens]  # half of all pairs
             continue
         times = eqn.params.get("length", 1) if eqn.primitive.name == "scan" else 1
         for inner in jax.tree.leaves(tuple(eqn.params.values()), is_leaf=_is_jaxpr):

@@ -92,6 +92,7 @@ def attend(
     *,
     causal: bool = False,
     real: Array | None = None,
+    segments: Array | None = None,
 ) -> Array:
     """Scaled dot-product attention on keys and values as a cache keeps them.
 
@@ -106,7 +107,9 @@ def attend(
         mask: bool, broadcastable to [b, t, s]; True where a query may look.
         causal: the mask, [b, t, t], lets no query look beyond its own place: many queries are read
             in up to four blocks, without the keys after each.
-        real: bool[b, t], given where the mask hides padding, its False, and what comes later alone.
+        real: bool[b, t], given where the mask hides padding, its False, what comes later, and what
+            `segments` do, alone.
+        segments: int32[b, t], see `vfjax.places.block`; None: they hide nothing.
 
     Returns:
         [b, t, n, h] in q's dtype. Softmax in float32. A row with nothing to see is a mean of the v
@@ -114,7 +117,7 @@ def attend(
     """
     b, t, n, _ = q.shape
     if real is not None and (kernel := kernel_for(q)):
-        return flash(q, k, v, real, kernel)
+        return flash(q, k, v, real, segments, kernel)
     size = max(BLOCK // (4 * b * n * t), -(-t // 4))
     size = -(-size // 64) * 64
     if not causal or mask is None or t <= size:

@@ -239,20 +239,16 @@ class Model(nnx.Module):
         text = self.llm.embed(jnp.asarray(batch.tokens))
         x, mask, segments = splice(text, batch, self.memories(batch.images))
         positions, count = None, len(self.config.branches)
+        apart = count > 1 and self.config.mask == "block"
         if count > 1 and self.config.positions == "parallel":
             positions = places.parallel(segments, mask, count)
         if self.config.prune is not None and batch.groups is not None:
             x, mask, segments, positions = pruned(
-                *(self.config.prune, batch.groups, self.llm, self._see),
+                *(self.config.prune, batch.groups, self.llm, apart),
                 *(x, mask, segments, positions),
             )
-        hidden, cache = self.llm(x, mask, cache, positions, self._see(segments))
+        hidden, cache = self.llm(x, mask, cache, positions, segments if apart else None)
         return hidden, mask, cache
-
-    def _see(self, segments: Array) -> Array | None:
-        """Who may see whom, for `Llama`."""
-        block = len(self.config.branches) > 1 and self.config.mask == "block"
-        return places.block(segments) if block else None
 
     def __call__(self, batch: Batch) -> Array:
         """Logits float32[b, t, vocab], t as in `read`; undefined at padding."""

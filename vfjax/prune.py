@@ -8,7 +8,7 @@ likest, ToMe's merging (arXiv 2210.09461) in one step. Tokens that stay keep the
 """
 
 import dataclasses
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -93,7 +93,7 @@ def pruned(
     prune: Prune,
     groups: Groups,
     llm: Any,
-    see: Callable[[Array], Array | None],
+    apart: bool,
     x: Array,
     mask: Array,
     segments: Array,
@@ -105,7 +105,7 @@ def pruned(
         prune: the rule.
         groups: of the batch.
         llm: the LLM.
-        see: segments -> what `Llama` calls `see`.
+        apart: whether a branch's tokens don't see another's.
         x: [b, t, d] its input.
         mask: bool[b, t].
         segments: int32[b, t] of `vfjax.places.segments`.
@@ -120,7 +120,7 @@ def pruned(
     visual = mask & (of >= 0)
     alike = visual[:, :, None] & visual[:, None] & (of[:, :, None] == of[:, None])
     if prune.by == "attention":
-        score = looked_at(llm, x, mask, positions, see(segments), prune.depth)
+        score = looked_at(llm, x, mask, positions, segments if apart else None, prune.depth)
         kept = visual & (rank(score, alike) < groups.most)
     else:
         likeness = jnp.where(alike, _cosine(x), -jnp.inf)
@@ -173,7 +173,7 @@ def merged(x: Array, likeness: Array, visual: Array, kept: Array) -> Array:
 
 
 def looked_at(
-    llm: Any, x: Array, mask: Array, positions: Array, see: Array | None, depth: int
+    llm: Any, x: Array, mask: Array, positions: Array, segments: Array | None, depth: int
 ) -> Array:
     """Attention from each row's last token, float32[b, t], the mean over heads of layer `depth`.
 
@@ -182,7 +182,7 @@ def looked_at(
         x: [b, t, d] its input.
         mask: bool[b, t].
         positions: int32[b, t].
-        see: as `Llama` takes it.
+        segments: as `Llama` takes them.
         depth: from 1; a shallower LLM gives its last layer's.
     """
     last = (mask.shape[1] - 1 - jnp.argmax(mask[:, ::-1], axis=1))[:, None]
@@ -197,7 +197,7 @@ def looked_at(
         )
         found.append(weights(attn, take(y), k, alone).mean(axis=1)[:, 0])
 
-    watched(llm, show, depth)(x, mask, None, positions, see)
+    watched(llm, show, depth)(x, mask, None, positions, segments)
     return found[-1]
 
 

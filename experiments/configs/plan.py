@@ -20,6 +20,7 @@ def get_config(job: str = "generate") -> ConfigDict:
             # or the folder of a checkpoint, of which only the sizes are read.
             "model": "mgm+slime@llama-3-8b",
             "topology": "v5e:4x4",  # v4, v5e, v5p, v6e or tpu7x, and a shape; or h100:8 and so on
+            "mask": config_dict.placeholder(str),  # "causal" or "block"; default: the model's
             # Devices that share each product, and that share each parameter besides the batch; the
             # others share the batch alone.
             "model_axis": 8,

@@ -73,6 +73,8 @@ def run(config: ConfigDict, workdir: Path) -> None:
         )
     mesh, chip = make_mesh(config.topology, config.model_axis, config.fsdp)
     start, whole = time.perf_counter(), model_config(config.model)
+    if config.mask:
+        whole = dataclasses.replace(whole, mask=config.mask)
     depths = config.depths or (whole.llm.layers,)
     found = compiled(config, whole, mesh, config.batch, depths)
     programs = {

@@ -91,6 +91,7 @@ def test_what_does_not_fit(tmp_path, capsys, monkeypatch):
         ({"model": "clip@gpt"}, "branch\\+branch@llm"),
         ({"job": "sing"}, "generate or evaluate or train"),
         ({"depths": (1,)}, "depths"),
+        ({"mask": "none"}, "'causal' or 'block'"),
     ],
 )
 def test_refused(tmp_path, change, named):

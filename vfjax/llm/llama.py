@@ -13,6 +13,7 @@ import numpy as np
 from flax import nnx
 from jax.sharding import NamedSharding
 
+from vfjax import places
 from vfjax.layers import ACTIVATIONS, RMSNorm, attend, linear, param, rotate
 from vfjax.llm.cache import Cache, Rows
 from vfjax.sharding import by_row, divides
@@ -112,7 +113,9 @@ class Step:
         cos: of `LlamaConfig.rope`.
         sin: of the same.
         see: bool[b, t, s], who sees whom; where s = t, nobody sees what comes later.
-        real: bool[b, t], where that alone and padding hide a token; None: something else does too.
+        real: bool[b, t], where that, padding and `segments` alone hide a token; None: the cache
+            does, too.
+        segments: int32[b, t], see `vfjax.places.block`; None: they hide nothing.
         cache: of the call.
     """
 
@@ -120,6 +123,7 @@ class Step:
     sin: Array
     see: Array
     real: Array | None
+    segments: Array | None
     cache: Cache | None
 
 
@@ -157,7 +161,8 @@ class Attention(nnx.Module):
         kept: tuple[Rows, Rows] = read
         if step.cache is not None:
             kept, read = step.cache.write(layer, *read, seen)
-        y = attend(q, *read, step.see, causal=1 < t == seen, real=step.real)
+        causal = 1 < t == seen
+        y = attend(q, *read, step.see, causal=causal, real=step.real, segments=step.segments)
         return self.out(y.reshape(b, t, -1)), kept
 
 
@@ -240,7 +245,7 @@ class Llama(nnx.Module):
         mask: Array,
         cache: Cache | None = None,
         positions: Array | None = None,
-        see: Array | None = None,
+        segments: Array | None = None,
     ) -> tuple[Array, Cache | None]:
         """Runs all blocks and the final norm.
 
@@ -249,8 +254,8 @@ class Llama(nnx.Module):
             mask: bool[b, t], False at padding, wherever it stands.
             cache: what was read before; None reads x alone and keeps nothing.
             positions: int32[b, t]; None counts real tokens.
-            see: bool[b, t, t], of the tokens before it those that each may look at; None: all. With
-                a cache, a new one only.
+            segments: int32[b, t]; tokens of two, neither of them 0, don't see each other
+                (`vfjax.places.block`). None: they do. With a cache, a new one only.
 
         Returns:
             [b, t, d] hidden states (undefined at padding) and the cache with x in it.
@@ -264,11 +269,11 @@ class Llama(nnx.Module):
             new = cache.new
             cache, positions, before = cache.extend(mask, positions)
             real = cache.mask[:, : x.shape[1]] if new else None
-        if see is not None:
-            before, real = before & see, None
+        if segments is not None:
+            before &= places.block(segments)
         if self.config.gemma:
             x = x * jnp.asarray(self.config.width**0.5, x.dtype)
-        step = Step(*self.config.rope(positions), before, real, cache)
+        step = Step(*self.config.rope(positions), before, real, segments, cache)
         kept = []
         for i, block in enumerate(self.blocks):
             if self.stream is not None and divides(self.stream, x.shape):

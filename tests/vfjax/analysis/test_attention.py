@@ -159,7 +159,7 @@ def test_weights_give_what_the_block_computes(make) -> None:
 
     @jax.jit
     def both(attn, x):
-        step = Step(*attn.config.rope(positions), see, None, None)
+        step = Step(*attn.config.rope(positions), see, None, None, None)
         out, (k, v) = attn(x, 0, step)
         values = jnp.repeat(v, 2, axis=1)
         mixed = jnp.einsum("bnts,bnsh->btnh", weights(attn, x, k, step), values)

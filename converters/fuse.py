@@ -25,6 +25,7 @@ from converters.vocabulary import (
     BASE,
     one_vocabulary,
     said,
+    same_tokens,
     same_vocabulary,
     tokenizer_files,
 )
@@ -66,7 +67,8 @@ class Request:
         recipe: a mergekit YAML file, in place of members, base, method, params and rules.
         export: "model" writes merged LLM and branches; "llm" a plain Hugging Face causal LM.
         template: prompt template; the first member's by default.
-        dtype: of the merged LLM; the base's by default.
+        dtype: of the merged LLM; by default that of the base's tensors, without a base of the first
+            member's; a recipe's as mergekit has it.
         positions: of the branches' tokens, "running" or "parallel", see `vfjax.model.ModelConfig`.
         mask: "causal", or "block": a branch's tokens don't see another's.
         router: embeddings of the prompt that a connector reads (SliME's router): "merged", the
@@ -137,10 +139,18 @@ def fuse(
     return open_source(out)
 
 
-def open_member(path: str | Path, request: Request) -> Source:
-    """A member, completed from the LLM that it names, or else from the base."""
-    base = named_base(path, request.towers) or request.base
-    return open_source(path, towers=request.towers, base=base)
+def open_member(path: str | Path, request: Request, below: str | None = None) -> Source:
+    """A member, completed from the LLM `below` it, or that it names, or else from the base."""
+    base = below or named_base(path, request.towers) or request.base
+    source = open_source(path, towers=request.towers, base=base)
+    if below is not None and source.base is None:
+        raise InputError(
+            f"{below}+{path}",
+            found="a whole checkpoint behind the +",
+            expected="an adapter",
+            fix="name one of the two",
+        )
+    return source
 
 
 def dry_run(members: Mapping[str, str | Path], out: str | Path, **options: Any) -> dict[str, Any]:
@@ -168,15 +178,20 @@ class Fusion:
 
     def __init__(self, request: Request):
         recipe: Recipe | None = None
+        below: dict[str, str] = {}
         check_request(request)
         if request.recipe is not None:
-            recipe, folders, home = read_yaml(request.recipe)
+            recipe, folders, below = read_yaml(request.recipe)
+            home = folders.pop(BASE, None)
             request = dataclasses.replace(request, members=folders, base=home)
         self.request, self.out = request, Path(request.out)
         base = request.base
-        opened = {name: open_member(path, request) for name, path in request.members.items()}
+        opened = {
+            name: open_member(path, request, below.get(name))
+            for name, path in request.members.items()
+        }
         if base is not None:
-            opened = {BASE: open_source(base), **opened}
+            opened = {BASE: open_source(base, base=below.get(BASE)), **opened}
         self.opened = opened
         self.files = {
             f"{label}/{name}": path
@@ -187,6 +202,8 @@ class Fusion:
         check_family({name: _family(source.llm, request.vocab) for name, source in opened.items()})
         parts = {name: _mapped(source) for name, source in opened.items()}
         self.llms = llms = {name: part["llm"] for name, part in parts.items()}
+        if request.family and request.recipe is None:
+            same_tokens(list(opened.values()), llms.values())
         self.recipe = recipe or from_config(
             {
                 "method": request.method,
@@ -213,7 +230,7 @@ class Fusion:
             raise InputError(
                 "recipe", found=f"model {missing[0]!r}", expected=", ".join(llms), fix="name it"
             )
-        layers = {name: int(s.llm["num_hidden_layers"]) for name, s in self.opened.items()}
+        layers = {name: s.table("llm").config(s.llm).layers for name, s in self.opened.items()}
         if len({*layers.values()}) == 1:
             (first, names), *others = ((name, list(llms[name])) for name in llms)
             for label, other in others:
@@ -221,13 +238,15 @@ class Fusion:
         plans = recipe.plan({name: list(x) for name, x in llms.items()}, layers)
         dtype = request.dtype or recipe.out_dtype or recipe.dtype
         merger = Merger(float_dtype(dtype), request.seed, request.account)
+        like = next(iter(llms.values())) if request.recipe is None else {}
         out: dict[str, Merged] = {}
         for name, plan in plans.items():
             members = [(said(label), llms[label][tensor]) for label, tensor in plan.members]
             base = None if plan.base is None else llms[plan.base[0]][plan.base[1]]
             label = "" if plan.base is None else said(plan.base[0])
             origin = None if base is None else (label, base)
-            out[name] = merger.add(name, plan.method, plan.params, members, origin)
+            own = like[name].dtype if name in like else None
+            out[name] = merger.add(name, plan.method, plan.params, members, origin, own)
         return out
 
     def _llm_config(self) -> dict[str, Any]:

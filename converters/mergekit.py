@@ -14,7 +14,7 @@ REFERENCES = ("model", "base_model", "tokenizer_source")
 """Keys whose values name models."""
 
 
-def read_yaml(path: str | Path) -> tuple[Recipe, dict[str, str], str | None]:
+def read_yaml(path: str | Path) -> tuple[Recipe, dict[str, str], dict[str, str]]:
     """Reads a mergekit YAML file as it is.
 
     Models are folders, from the working directory; "folder+adapter" is an adapter on a folder.
@@ -23,8 +23,8 @@ def read_yaml(path: str | Path) -> tuple[Recipe, dict[str, str], str | None]:
         path: the file.
 
     Returns:
-        The recipe over labels; label -> folder of each member, the adapter's of "folder+adapter";
-        folder of the base, whose label is "base", if there is one.
+        The recipe over labels; label -> folder of each model, the adapter's of "folder+adapter";
+        label of such a model -> folder of the LLM. The label of the base is "base".
 
     Raises:
         InputError: no such file, no YAML, or no recipe.
@@ -52,8 +52,9 @@ def read_yaml(path: str | Path) -> tuple[Recipe, dict[str, str], str | None]:
                 fix="remove it, and change the tokenizer of the result",
             )
     recipe = from_mergekit(_renamed(config, labels))
-    folders = {label: reference.rpartition("+")[2] for reference, label in labels.items()}
-    return recipe, folders, folders.pop("base", None)
+    parts = {label: reference.rpartition("+") for reference, label in labels.items()}
+    folders = {label: folder for label, (_, _, folder) in parts.items()}
+    return recipe, folders, {label: below for label, (below, _, _) in parts.items() if below}
 
 
 def _references(config: Any) -> list[str]:

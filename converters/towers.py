@@ -48,7 +48,7 @@ class Towers:
     """Where towers, and base LLMs, are looked for.
 
     Attributes:
-        places: name in the checkpoint's config -> folder, first of all.
+        places: name in the checkpoint's config -> folder, in place of all others.
         source: which copy of a tower is read when a checkpoint holds one too: "auto" as its
             authors' loader does, "checkpoint", or "hub" for the tower's own folder.
     """
@@ -80,14 +80,14 @@ class Towers:
             InputError: it is nowhere, or unreadable.
         """
         for config in KINDS:
-            if (folder / f"{slot}_{config}").is_file():
+            if name not in self.places and (folder / f"{slot}_{config}").is_file():
                 return read_tower(folder, config, slot)
         for path in self.candidates(folder, name, slot):
             for config, stems in KINDS.items():
                 if (path / config).is_file():
                     return read_tower(path, config, weights=has_weights(path, stems))
         places = ", ".join(map(str, self.candidates(folder, name, slot)))
-        for table in tables.TABLES.values():
+        for table in tables.TABLES.values() if name not in self.places else ():
             if known := table.published.get(name.rstrip("/").split("/")[-1]):
                 return Tower(dict(known.config), dict(known.preprocessor), places=places)
         raise InputError(
@@ -99,9 +99,10 @@ class Towers:
 
     def candidates(self, folder: Path, name: str, slot: str) -> list[Path]:
         """Folders in which the tower, or a base LLM, is looked for, in this order."""
-        out = [Path(self.places[name])] if name in self.places else []
+        if name in self.places:
+            return [Path(self.places[name])]
         last = name.rstrip("/").split("/")[-1]
-        out += [folder / slot, Path(name), folder / name, folder.parent / last]
+        out = [folder / slot, Path(name), folder / name, folder.parent / last]
         try:
             from huggingface_hub import snapshot_download
             from huggingface_hub.errors import HFValidationError, LocalEntryNotFoundError

@@ -1,13 +1,13 @@
 """Vocabularies of the members of a fusion: tokens that some have and others lack, tokenizers."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from tokenizers import Tokenizer
 
 from converters.layouts import TOKENIZERS, Source, has_tokenizer
-from converters.load import TOKENIZER_FILES
+from converters.load import TOKENIZER_FILES, load_tokenizer
 from vfjax import InputError
 from vfjax.merge import LazyTensor, Stacked
 from vfjax.merge.family import VOCABULARY
@@ -63,6 +63,29 @@ def same_vocabulary(sources: Sequence[Source]) -> None:
                 expected="one vocabulary",
                 fix="leave tokenizer_source out; if only tokens at the end differ, set vocab",
             )
+
+
+def same_tokens(sources: Sequence[Source], llms: Iterable[Mapping[str, LazyTensor]]) -> None:
+    """Raises InputError if a token has one id here and another there: rows would be mixed up.
+
+    Args:
+        sources: those that have a tokenizer are compared with the first that has.
+        llms: ids from the shortest embedding on are not merged, so they may differ.
+    """
+    rows = min(llm["model.embed_tokens.weight"].shape[0] for llm in llms)
+    known = [source for source in sources if has_tokenizer(source.home)]
+    vocabularies = [load_tokenizer(source.home).get_vocab() for source in known]
+    for source, words in zip(known[1:], vocabularies[1:], strict=True):
+        for word, own in words.items():
+            other = vocabularies[0].get(word, own)
+            if other != own and min(own, other) < rows:
+                raise InputError(
+                    f"{source.path}: tokenizer",
+                    found=f"id {own} for {word!r}",
+                    expected=f"{other}, as in {known[0].path}",
+                    fix="merge models of one tokenizer, or set family to False to merge all the "
+                    "same",
+                )
 
 
 def _vocabulary(folder: Path) -> Any:

@@ -126,6 +126,13 @@ def upstream_source(
         template: name of the prompt template, by default upstream's, see `prompt_template`.
         own: more keys that are not the LLM's.
     """
+    if config.get("mm_use_im_start_end"):
+        raise InputError(
+            f"{path / 'config.json'}: mm_use_im_start_end",
+            found="true",
+            expected="false: <im_start> and <im_end> around pictures are not supported",
+            fix="load another checkpoint",
+        )
     kept = {k: v for k, v in config.items() if k not in (*OWN, *own) and not k.startswith("mm_")}
     kept["model_type"] = llm or MODELS[config["model_type"]]
     encoder = f"branches.{branch['name']}.encoder"

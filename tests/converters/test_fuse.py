@@ -20,6 +20,7 @@ from safetensors.torch import load_file, save_file
 import converters
 from converters.reader import read_json, read_weights
 from tests import checkpoints
+from tests.adapters import lora_folder
 from tests.checkpoints import (
     hf_llava_folder,
     llama_folder,
@@ -272,6 +273,18 @@ def test_dtype_of_the_merged_llm(family: Path, tmp_path: Path):
     assert model.dtype == torch.float32
 
 
+@pytest.mark.parametrize("more", [{}, {"method": "linear"}, {"rules": (("mlp", {"take": "b"}),)}])
+def test_the_dtype_is_the_bases(family: Path, tmp_path: Path, more: dict[str, Any]):
+    """Of all tensors, whoever they are from."""
+    for seed, name in enumerate("ab", 1):
+        llm = tuned(make_llama(0), seed).half()
+        upstream_llava_folder(tmp_path / name, seed, llm=llm, weights="safetensors")
+    members = named(tmp_path, "a b")
+    converters.fuse(members, tmp_path / "out", base=family / "base", **{**PLAIN, **more})
+    assert {x.dtype.name for x in llm_of(tmp_path / "out").values()} == {"bfloat16"}
+    assert read_json(tmp_path / "out" / "config.json")["dtype"] == "bfloat16"
+
+
 def test_tokenizers(family: Path, tmp_path: Path):
     """A fused model has its first member's, an LLM its base's."""
     shutil.copytree(family / "base", tmp_path / "base")
@@ -465,6 +478,59 @@ tokenizer_source: base
             re.search(r"```json\n(.*?)```", (tmp_path / "yaml/MERGE.md").read_text(), re.S)[1]
         )["recipe"]
     )
+
+
+def test_a_recipe_with_an_adapter_on_a_folder(family: Path, tmp_path: Path):
+    """It is put on that folder, whatever LLM it names itself."""
+    theirs = lora_folder(tmp_path / "lora", tuned(make_llama(0), 7), 3)
+    llama_folder(tmp_path / "x", llm=tuned(make_llama(0), 7))
+    text = f"""
+merge_method: task_arithmetic
+base_model: {family / "base"}
+models:
+  - model: {tmp_path / "x"}+{{}}
+    parameters: {{{{weight: 1.0}}}}
+dtype: float32
+"""
+    recipe = tmp_path / "recipe.yml"
+    recipe.write_text(text.format(tmp_path / "lora"))
+    converters.fuse({}, tmp_path / "out", recipe=recipe, export="llm")
+    expected = {name: tensor.numpy() for name, tensor in theirs.state_dict().items()}
+    for name, value in llm_of(tmp_path / "out").items():
+        np.testing.assert_allclose(value, expected[name], atol=1e-5, err_msg=name)
+    recipe.write_text(text.format(family / "base"))
+    with pytest.raises(InputError, match=r"x\+.*base: found a whole checkpoint behind the \+"):
+        converters.fuse({}, tmp_path / "other", recipe=recipe, export="llm")
+
+
+def test_a_config_that_leaves_the_number_of_layers_to_its_class(tmp_path: Path):
+    base = make_llama(0, num_hidden_layers=32)
+    llama_folder(tmp_path / "base", llm=base)
+    for seed, name in enumerate("ab", 1):
+        upstream_llava_folder(tmp_path / name, seed, llm=tuned(base, seed), weights="safetensors")
+        config = read_json(tmp_path / name / "config.json")
+        write_json(tmp_path / name / "config.json", without(config, "num_hidden_layers"))
+    converters.fuse(named(tmp_path, "a b"), tmp_path / "out", base=tmp_path / "base", **PLAIN)
+    assert converters.load(tmp_path / "out")[0].config.llm.layers == 32
+
+
+def without(config: dict[str, Any], key: str) -> dict[str, Any]:
+    return {name: value for name, value in config.items() if name != key}
+
+
+def test_members_of_other_tokenizers_are_refused(family: Path, tmp_path: Path):
+    """Two ids the other way round; unused names may differ."""
+    other = shutil.copytree(family / "up3", tmp_path / "up3")
+    known = read_json(other / "tokenizer.json")
+    words = known["model"]["vocab"]
+    one, two = sorted(words, key=words.get)[100:102]
+    words[one], words[two] = words[two], words[one]
+    write_json(other / "tokenizer.json", known)
+    members = {"up2": family / "up2", "up3": other}
+    line = refused(tmp_path, members, base=family / "base", **PLAIN)
+    assert line.startswith(f"{other}: tokenizer: found id 101 for {one!r}, expected 100, as in ")
+    more = {"base": family / "base", "family": False, **PLAIN}
+    converters.fuse(members, tmp_path / "forced", **more)
 
 
 def test_layers_from_two_models(family: Path, tmp_path: Path):

@@ -97,8 +97,22 @@ def test_files_beside_the_checkpoint_come_first(folders: Path, tmp_path: Path):
     for file in ("config.json", "preprocessor_config.json"):
         shutil.copy(folder / "vision_tower" / file, folder / f"vision_tower_{file}")
     shutil.copy(folder / "vision_tower/model.safetensors", folder / "vision_tower.safetensors")
-    files = open_source(folder, towers={"vision_tower": tmp_path}).weight_files()
+    files = open_source(folder).weight_files()
     assert files["branches.clip.encoder/vision_tower.safetensors"].parent == folder
+
+
+def test_tokens_around_pictures_are_refused(folders: Path, tmp_path: Path):
+    folder = copy(folders, "up", tmp_path)
+    edit(folder / "config.json", mm_use_im_start_end=True)
+    with pytest.raises(InputError, match="mm_use_im_start_end: found true, expected false"):
+        open_source(folder)
+
+
+def test_a_tower_is_looked_for_where_it_was_said_to_be_alone(folders: Path, tmp_path: Path):
+    """A mistyped folder is no reason to take another's."""
+    folder = copy(folders, "up", tmp_path)
+    with pytest.raises(InputError, match=r"vision tower 'vision_tower': found none.*/no/such;"):
+        open_source(folder, towers={"vision_tower": "/no/such"})
 
 
 def test_a_tower_that_is_nowhere(folders: Path, tmp_path: Path):

@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from vfjax import InputError
-from vfjax.merge import METHODS, check_family, linear, merge, task_arithmetic
+from vfjax.merge import METHODS, Merger, check_family, linear, merge, task_arithmetic
 from vfjax.merge import tensors as lazy
 
 BF16 = np.dtype(ml_dtypes.bfloat16)
@@ -357,6 +357,33 @@ def test_a_weight_of_zero_hides_no_nan(method):
         run(method, sources[0], sources[1:], weights=(1.0, 0.0))
 
 
+def test_a_model_is_trimmed_as_one_whatever_its_weights():
+    """By a gradient of weights the same elements are kept; one of densities is refused."""
+    rng = np.random.default_rng(0)
+    spread = {"first": 10.0, "second": 1.0}
+    member = {n: (s * rng.normal(size=(4, 8))).astype(np.float32) for n, s in spread.items()}
+
+    def kept(weights, densities=(0.5, 0.5)):
+        merger, out = Merger(), []
+        for name, w, density in zip(member, weights, densities, strict=True):
+            params = {"weights": (w,), "density": density, "trim": "model", "normalize": False}
+            base = "base", np.zeros((4, 8), np.float32)
+            out.append(merger.add(name, "ties", params, [("m", member[name])], base))
+        return [tensor[...] != 0 for tensor in out]
+
+    expected = kept((1.0, 1.0))
+    assert sum(mask.sum() for mask in expected) == 32 and expected[0].sum() > expected[1].sum()
+    np.testing.assert_array_equal(kept((1.0, 0.9)), expected)
+    with pytest.raises(InputError, match="^second: trim: found 'model', and density varies"):
+        kept((1.0, 1.0), (0.5, 0.4))
+
+
+def test_a_share_is_of_the_decimal_number():
+    """0.7 of 10 are 7, though float32's 0.7 is less."""
+    base, up = np.zeros(10, np.float32), np.arange(1, 11, dtype=np.float32)
+    assert np.count_nonzero(run("sce", base, [up, -up / 2], select_topk=0.7)) == 7
+
+
 def test_results_out_of_range_are_errors():
     big = np.full(4, 6e4, F16)
     with pytest.raises(InputError, match="^w: found finite sources, but .* not finite in float16"):
@@ -373,6 +400,13 @@ def test_results_out_of_range_are_errors():
         ("slerp", {"t": "x"}, "slerp.t: found 'x', expected a finite number"),
         ("ties", {"weights": (1, 1), "density": (1, 2, 3)}, "expected a finite number, or 2 of"),
         ("ties", {"weights": (1, 1), "trim": "row"}, "expected 'tensor' or 'model'"),
+        ("ties", {"weights": (1, 1), "density": 50}, "ties.density: found 50, expected a share"),
+        (
+            "breadcrumbs",
+            {"weights": (1, 1), "gamma": (0.1, -1)},
+            "gamma: found [0.1, -1.0], expected a share",
+        ),
+        ("sce", {"select_topk": 1.5}, "sce.select_topk: found 1.5, expected a share, 0 to 1"),
         ("passthrough", {}, "method passthrough: found 2 members, expected 1"),
         ("linear", {}, "method linear: found no 'weights', expected 2 finite numbers"),
         ("linear", {"weights": (1, 2, 3)}, "linear.weights: found (1, 2, 3), expected 2 finite"),

@@ -419,12 +419,16 @@ def test_models_that_differ():
 
 
 def test_wrong_module():
-    recipe = from_mergekit(
-        {"merge_method": "passthrough", "modules": {"text": {"models": [{"model": "a"}]}}}
-    )
-    with pytest.raises(InputError, match="modules: found '', expected text"):
+    modules = {name: {"models": [{"model": "a"}]} for name in ("text", "vision")}
+    recipe = from_mergekit({"merge_method": "passthrough", "modules": modules})
+    with pytest.raises(
+        InputError, match=r"modules: found \['text', 'vision'\], expected one module"
+    ):
         plan(recipe)
     assert plan(recipe, module="text")[NORM].members == (("a", NORM),)
+    del modules["vision"]
+    alone = from_mergekit({"merge_method": "passthrough", "modules": modules})
+    assert plan(alone)[NORM].members == (("a", NORM),)
 
 
 NATIVE = {"method": "linear", "members": ["a", "b"], "params": {"weights": (0.5, [0.2, 0.8])}}

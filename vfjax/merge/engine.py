@@ -8,26 +8,23 @@ reading and writing. The formulas themselves run anywhere under `jax.jit`.
 
 from __future__ import annotations
 
-import dataclasses
 import functools
-import hashlib
 import math
 import operator
 import threading
-from collections import OrderedDict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from types import EllipsisType
 from typing import Any, NoReturn
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 
 from vfjax.errors import InputError
-from vfjax.merge import kernels, passes, stream
+from vfjax.merge import stream
 from vfjax.merge.account import Account, account
 from vfjax.merge.family import REMEDY, check_shape, check_tensors
-from vfjax.merge.methods import METHODS, Array, Flags, Method, Numbers, Params, find
+from vfjax.merge.methods import METHODS, Numbers, find
+from vfjax.merge.rule import Model, Rule
 from vfjax.merge.tensors import (
     EXPONENTS,
     LazyTensor,
@@ -120,6 +117,7 @@ class Merger:
         self.dtype = None if dtype is None else _checked("dtype", dtype)
         self.seed = seed
         self._rules: dict[Any, Rule] = {}
+        self._models: dict[Any, tuple[dict[str, bytes], Model]] = {}
 
     def add(
         self,
@@ -128,6 +126,7 @@ class Merger:
         params: Mapping[str, Any],
         members: Sequence[Labelled],
         base: Labelled | None = None,
+        dtype: Any = None,
     ) -> Merged:
         """One more tensor.
 
@@ -137,10 +136,11 @@ class Merger:
             params: its parameters.
             members: in the order of the method's weights, of one shape.
             base: of that shape; the reference for the dtype, even if the method reads none.
+            dtype: of this result, where the merger has none.
 
         Raises:
-            InputError: a wrong parameter, no base for a method that reads it, different shapes, or
-                a dtype that cannot be merged.
+            InputError: a wrong parameter, no base for a method that reads it, different shapes, a
+                dtype that cannot be merged, or a share of the whole model that varies.
         """
         found, values, flags = find(method, params, len(members))
         everything = [*members] if base is None else [base, *members]
@@ -159,14 +159,31 @@ class Merger:
         has_base = base is not None and found.base != "unread"
         key += (has_base,)
         if key not in self._rules:
+            model = self._model(name, (method, flags, len(members), has_base), values)
             self._rules[key] = Rule(
-                found, values, flags, self.seed, has_base, self.accounts and has_base
+                found, values, flags, self.seed, has_base, self.accounts and has_base, model
             )
         rule = self._rules[key]
         sources = everything if has_base else members
-        target = self.dtype or like.dtype
-        rule.tensors.append(Merged(name, target, sources, rule))
-        return rule.tensors[-1]
+        target = self.dtype or (like.dtype if dtype is None else _checked("dtype", dtype))
+        rule.model.tensors.append(Merged(name, target, sources, rule))
+        return rule.model.tensors[-1]
+
+    def _model(self, name: str, method: Any, values: Numbers) -> Model:
+        """What a method ranks as one: a rule's tensors, or all that differ in weights and scale."""
+        if ("trim", "model") not in method[1]:
+            return Model()
+        shares = {k: v.tobytes() for k, v in values.items() if k not in ("weights", "scale")}
+        known, model = self._models.setdefault(method, (shares, Model()))
+        for key in shares:
+            if shares[key] != known[key]:
+                raise InputError(
+                    f"{name}: trim",
+                    found=f"'model', and {key} varies over the tensors",
+                    expected=f"one {key} for all that are ranked together",
+                    fix="set trim='tensor', or one number",
+                )
+        return model
 
 
 def _is_exact(dtype: np.dtype) -> bool:
@@ -374,108 +391,3 @@ class Merged:
 
 def _first(rows: slice | EllipsisType) -> int:
     return rows.start if isinstance(rows, slice) else 0
-
-
-@dataclasses.dataclass(eq=False)
-class Rule:
-    """A method with its parameters, shared by the tensors of a merge that use both.
-
-    Attributes:
-        method: what to compute.
-        values: its numbers.
-        flags: its switches.
-        seed: of random methods.
-        has_base: the first source is the base.
-        accounts: its tensors count what their sources did to the base, as they are merged.
-    """
-
-    method: Method
-    values: Numbers
-    flags: Flags
-    seed: int
-    has_base: bool
-    accounts: bool
-
-    def __post_init__(self) -> None:
-        self.params: Params = {**self.values, **dict(self.flags)}
-        self.tensors: list[Merged] = []
-        self.model_answers: dict[int, Any] = {}
-        self.lock = threading.RLock()
-        self._recent: OrderedDict[str, np.ndarray] = OrderedDict()
-        self._requests: dict[Any, Any] = {}
-        cpu = jax.local_devices(backend="cpu")[0]
-        self._values = jax.device_put(self.values, cpu)
-
-    def run(
-        self, arrays: Sequence[np.ndarray], answers: Sequence[Any], start: int, tensor: Merged
-    ) -> np.ndarray:
-        """The formula on a block of a tensor that starts at a flat index, or on all of it."""
-        if self.method.whole:
-            return np.asarray(kernels.whole_kernel(arrays, self._values, **self.static(tensor)))
-        first, size = np.uint32(start), arrays[0].size
-        words = (
-            kernels.draw(first, self.keys(tensor.name), size=size) if self.method.random else None
-        )
-        known = tuple(answers)
-        return np.asarray(
-            kernels.block_kernel(arrays, self._values, known, first, words, **self.static(tensor))
-        )
-
-    def static(self, tensor: Merged) -> dict[str, Any]:
-        """What a kernel is compiled for."""
-        return {
-            "method": self.method,
-            "flags": self.flags,
-            "has_base": self.has_base,
-            "dtype": tensor.dtype,
-            "width": tensor.width if self.method.rows else None,
-            "is_vector": len(tensor.shape) < 2,
-        }
-
-    def keys(self, name: str) -> np.ndarray:
-        """uint32[ceil(K / 2), 2]: a tensor's keys of random numbers, see `passes.draw`."""
-        count = len(self.tensors[0].sources) - self.has_base
-        words = (f"{self.seed}/{i}/{name}".encode() for i in range((count + 1) // 2))
-        digests = [hashlib.sha256(word).digest() for word in words]
-        return np.stack([np.frombuffer(digest[:8], np.uint32) for digest in digests])
-
-    def request(self, tensor: Merged, answers: Sequence[Any]) -> Any:
-        """What the method asks for after `answers`, None at its end; nothing is computed.
-
-        Its arrays are left out, as they depend on the block. What is left depends on the step and
-        on what the kernel is compiled for.
-        """
-        static = self.static(tensor)
-        del static["dtype"]
-        key = (len(answers), *static.values())
-        with self.lock:
-            if key not in self._requests:
-                self._requests[key] = self._look(tensor, answers, static)
-            return self._requests[key]
-
-    def _look(self, tensor: Merged, answers: Sequence[Any], static: Mapping[str, Any]) -> Any:
-        found: list[Any] = []
-
-        def look(arrays: Sequence[Array], known: Sequence[Any]) -> int:
-            words = jnp.zeros((len(arrays), size), jnp.uint32)
-            found.append(kernels.advance(arrays, self.values, known, 0, words, **static))
-            return 0
-
-        size = tensor.padded_size(tensor.width)
-        arrays = [jax.ShapeDtypeStruct((size,), each.dtype) for _, each in tensor.sources]
-        members = len(arrays) - self.has_base
-        rows = jax.ShapeDtypeStruct((members, size // tensor.width, tensor.width), np.float32)
-        jax.eval_shape(look, arrays, [rows if each is stream.SORTED else each for each in answers])
-        return passes.bare(found[0])
-
-    def recent(self, name: str, compute: Callable[[], np.ndarray]) -> np.ndarray:
-        """The last two whole results, as their slices are taken one after another."""
-        with self.lock:
-            known = self._recent.get(name)
-        if known is None:
-            known = compute()
-            with self.lock:
-                self._recent[name] = known
-                while len(self._recent) > 2:
-                    self._recent.popitem(last=False)
-        return known

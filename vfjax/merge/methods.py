@@ -107,6 +107,10 @@ def register(
     return add
 
 
+SHARES = ("density", "gamma", "select_topk")
+"""Parameters that are a share of a tensor's elements."""
+
+
 def find(name: str, params: Mapping[str, Any], count: int) -> tuple[Method, Numbers, Flags]:
     """Looks a method up and checks its parameters.
 
@@ -142,6 +146,13 @@ def find(name: str, params: Mapping[str, Any], count: int) -> tuple[Method, Numb
                 f"method {name}", found=f"no {key!r}", expected=_wants(param, count), fix="set it"
             )
         values[key] = _typed(f"{name}.{key}", param, params.get(key, param.default), count)
+        if key in SHARES and np.any((values[key] < 0) | (values[key] > 1)):
+            raise InputError(
+                f"{name}.{key}",
+                found=f"{np.asarray(params[key]).tolist()}",
+                expected="a share, 0 to 1",
+                fix="divide per cent by 100",
+            )
     if method.check:
         method.check(values)
     flags = tuple((key, value) for key, value in values.items() if isinstance(value, bool | str))

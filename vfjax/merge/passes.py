@@ -98,7 +98,8 @@ class Largest:
         values: arrays of the block's shape, at least 0, and 0 where all sources are zero.
         ranks: (parameters, number of elements n, earlier answers) -> int [len(values), j], each in
             0..n: how many elements are to lie above each cut.
-        model: over all tensors of the merge that use the method, not this one alone.
+        model: over all tensors of the merge that use the method with the same shares, not this one
+            alone.
 
     The answer holds float32 and uint32 [len(values), j]: the value at the cut, and the flat index
     before which equal values lie above it. Read it by `above`.

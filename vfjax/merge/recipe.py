@@ -119,7 +119,7 @@ class Recipe:
         Args:
             names: model -> names of its tensors ("model.layers.3.mlp.up_proj.weight").
             layers: model -> number of its decoder layers.
-            module: sub-module to plan, if the recipe has `modules`.
+            module: sub-module to plan, if the recipe has several `modules`.
 
         Returns:
             Output name -> plan, in natural order (layer 2 before layer 10).
@@ -129,9 +129,12 @@ class Recipe:
                 that one source has and another lacks; a parameter that is missing or ill-typed, or
                 a number of members that the method does not take.
         """
+        if not module and len(self.modules) == 1:
+            (module,) = self.modules
         key = "" if "" in self.modules else module
         if key not in self.modules:
-            parse.fail("modules", repr(module), ", ".join(self.modules), "plan one of these")
+            expected = f"one module, or one of {', '.join(self.modules)}"
+            parse.fail("modules", repr(module or list(self.modules)), expected, "keep the LLM's")
         slices = self.modules[key]
         models = {source.model for piece in slices for source in piece.sources}
         tensors = {m: _by_layer(m, names[m], layers[m]) for m in self.models if m in models}

@@ -272,8 +272,8 @@ def sce(base: Array, members: Sequence[Array], *, select_topk: float = 1.0, bloc
     variance = sum(squares[1:], squares[0]) / count
 
     def ranks(params: Params, n: int, answers: Answers) -> np.ndarray:
-        share = float(params["select_topk"])
-        return np.array([[n if share >= 1 else int(share * int(answers[0]))]])
+        share = params["select_topk"]
+        return np.array([[n if share >= 1 else _floor(share, int(answers[0]))]])
 
     yield Sum([(variance > 0).astype(jnp.float32)], lambda sums, params, n: np.uint32(sums[0]))
     cuts = yield Largest([variance], ranks)

@@ -72,10 +72,11 @@ def order_answer(tensor: Merged, request: Largest, earlier: Sequence[Any], find:
     step, params = len(earlier), tensor.rule.params
     if not request.model:
         return find([tensor], step, request.ranks(params, tensor.size, tuple(earlier)))[0]
-    with tensor.rule.lock:
-        known = tensor.rule.model_answers
+    model = tensor.rule.model
+    with model.lock:
+        known = model.answers
         if step not in known:
-            everything = tensor.rule.tensors
+            everything = model.tensors
             size = sum(each.size for each in everything)
             found = find(everything, step, request.ranks(params, size, tuple(earlier)))
             known[step] = {id(each): x for each, x in zip(everything, found, strict=True)}
@@ -128,7 +129,7 @@ def cuts(
     """The answers to `Largest` of one tensor, or of several taken as one.
 
     Args:
-        tensors: with one method and parameters.
+        tensors: of one `Model`.
         step: number of requests before this one.
         ranks: int [m, j].
 

@@ -101,6 +101,7 @@ def answer(
         **header,
         "model": model_id(folder),
         "weights": hashlib.sha256("".join(sums.values()).encode()).hexdigest(),
+        "config": config_digest(folder),
         "dtype": config.dtype,
         "batch": config.batch,  # in bfloat16 another batch or mesh may turn a token
         "mesh": list(config.mesh) if config.mesh else None,
@@ -159,6 +160,14 @@ def model_id(folder: Path) -> str:
     """A model's name, as LLaVA has it: the last part of its path, two if that is a checkpoint's."""
     *_, above, last = ("", *folder.resolve().parts)
     return f"{above}_{last}" if last.startswith("checkpoint-") else last
+
+
+def config_digest(folder: Path) -> str:
+    """SHA-256 of what a model's answers depend on beside weights: configs, tokenizer, templates."""
+    kinds, total = {".json", ".model", ".txt", ".jinja"}, hashlib.sha256()
+    for path in sorted(path for path in folder.iterdir() if path.suffix in kinds):
+        total.update(f"{path.name} {hashlib.sha256(path.read_bytes()).hexdigest()}\n".encode())
+    return total.hexdigest()
 
 
 @contextmanager

@@ -134,10 +134,14 @@ def test_a_killed_command_goes_on_and_prints_scores(
     header, texts = log.read(tmp_path / log.NAME)
     assert texts == alone and header["model"] == "clip" and header["max_new_tokens"] == 8
     results = json.loads((tmp_path / "results.json").read_text())
-    assert set(results["metrics"]) == {"accuracy", "pair accuracy"}
+    assert set(results["metrics"]) == {"accuracy", "pair accuracy", "option read"}
     assert set(results["metrics"]["accuracy"]) == {"value", "low", "high"}
     with pytest.raises(InputError, match="predictions of max_new_tokens 8, expected 9"):
         run("mmvp", tmp_path, data=mmvp, model=FAMILY / "clip", batch=2, max_new_tokens=9)
+    other = shutil.copytree(FAMILY / "clip", tmp_path / "other" / "clip")  # with the same weights
+    (other / "config.json").write_text((other / "config.json").read_text().replace("{", "{ ", 1))
+    with pytest.raises(InputError, match="predictions of config '"):
+        run("mmvp", tmp_path, data=mmvp, model=other, batch=2, max_new_tokens=8)
 
 
 def test_processes_share_the_questions(mmvp: Path, alone, tmp_path: Path) -> None:

@@ -46,7 +46,8 @@ _RULES = [
 def choose(text: str, options: Mapping[str, str]) -> str:
     """The letter of the option that an answer means; "" if it is none, or open to doubt.
 
-    A letter at the start or after "answer is", or else the words of exactly one option.
+    A letter at the start or after "answer is"; or an option's words alone; or one option's letter
+    among the words (VLMEvalKit's vlmeval/utils/matching_util.py); or the words of exactly one.
 
     Args:
         text: the answer.
@@ -64,8 +65,22 @@ def choose(text: str, options: Mapping[str, str]) -> str:
         for letter, option in words.items()
         if re.search(rf"(?<!\w){re.escape(option)}(?!\w)", said)
     ]
-    found_in = same or inside
+    letters = [] if same else _letters(text, options)
+    if letters == ["A"] and len(inside) == 1:  # "A dog" may well be an option's words
+        letters = []
+    found_in = same or letters or inside
     return found_in[0] if len(found_in) == 1 else ""
+
+
+def _letters(text: str, options: Mapping[str, str]) -> list[str]:
+    """Options whose letter is a word, in upper case; not an article or pronoun, by its place."""
+    words = re.sub(r"[^\w\s]", " ", text).split()
+    found = set()
+    for i, word in enumerate(words):
+        named = i + 1 == len(words) or (i and words[i - 1].casefold() in ("answer", "option", "is"))
+        if word in options and (word not in "AI" or named):
+            found.add(word)
+    return sorted(found)
 
 
 def listed(options: Mapping[str, str]) -> str:
@@ -73,10 +88,16 @@ def listed(options: Mapping[str, str]) -> str:
     return "".join(f"\n{letter}. {words}" for letter, words in options.items())
 
 
-def _right(questions: Sequence[Question], texts: Sequence[str]) -> np.ndarray:
-    """float64[n], whether the right option was chosen."""
+READ = "option read"
+"""Metric: share of the answers that `choose` reads an option from; the others count as wrong."""
+
+
+def _right(questions: Sequence[Question], texts: Sequence[str]) -> tuple[np.ndarray, Metric]:
+    """float64[n], whether the right option was chosen; and `READ`."""
     pairs = zip(questions, texts, strict=True)
-    return np.array([float(choose(t, q.extra["options"]) == q.answers[0]) for q, t in pairs])
+    chosen = [choose(text, question.extra["options"]) for question, text in pairs]
+    right = [float(c == q.answers[0]) for c, q in zip(chosen, questions, strict=True)]
+    return np.array(right), ratio(np.array([float(c != "") for c in chosen]))
 
 
 # MMVP
@@ -128,9 +149,9 @@ def score_mmvp(
     The authors have GPT-4 compare answer and label; here it is `choose`.
     """
     del options
-    right = _right(questions, texts)
+    right, read = _right(questions, texts)
     both, first = in_clusters(questions, right)
-    return {"accuracy": ratio(right), "pair accuracy": ratio(both, first)}
+    return {"accuracy": ratio(right), "pair accuracy": ratio(both, first), READ: read}
 
 
 # ScienceQA
@@ -223,8 +244,8 @@ def score_kinds(
 ) -> dict[str, Metric]:
     """Accuracy, over all and by kind of question."""
     del options
-    right, out = _right(questions, texts), {}
-    out["accuracy"] = ratio(right)
+    right, read = _right(questions, texts)
+    out = {"accuracy": ratio(right), READ: read}
     for kind in dict.fromkeys(q.extra["kind"] for q in questions):
         here = np.array([q.extra["kind"] == kind for q in questions])
         out[f"accuracy, {kind}"] = ratio(right * here, here)
@@ -297,9 +318,9 @@ def score_mmbench(
     """
     del options
     labelled(questions)
-    right = _right(questions, texts)
+    right, read = _right(questions, texts)
     whole, first = in_clusters(questions, right)
-    out = {"circular accuracy": ratio(whole, first), "accuracy of rows": ratio(right)}
+    out = {"circular accuracy": ratio(whole, first), "accuracy of rows": ratio(right), READ: read}
     for kind in dict.fromkeys(q.extra["kind"] for q in questions):
         here = np.array([q.extra["kind"] == kind for q in questions])
         out[f"circular accuracy, {kind}"] = ratio(whole * here, first * here)

@@ -32,6 +32,15 @@ OPTIONS = {"A": "Open", "B": "Closed", "C": "Half open"}
         ("Half open", "C"),
         ("It is half open", ""),  # holds two options' words
         ("A cat", ""),
+        ("The correct option is B", "B"),
+        ("Answer: (B)", "B"),
+        ("**B**", "B"),
+        ("The answer is:\nB", "B"),
+        ("The answer is B because the door is.", "B"),
+        ("Option A is right.", "A"),
+        ("A half open one", ""),
+        ("A dog, so B", "B"),
+        ("B or C", ""),
         ("D", ""),
         ("", ""),
         ("disclosed", ""),
@@ -187,7 +196,8 @@ def test_seed(tmp_path: Path) -> None:
     assert [q.id for q in questions] == ["0", "2"] and bench.score is not None
     found = bench.score(questions, ["C", "A"], {})
     values = {name: metric.value for name, metric in found.items()}
-    assert values == {"accuracy": 50, "accuracy, Counting": 100, "accuracy, Text": 0}
+    kinds = {"accuracy, Counting": 100, "accuracy, Text": 0}
+    assert values == {"accuracy": 50, "option read": 100, **kinds}
 
 
 def test_what_is_wrong_with_the_files(tmp_path: Path) -> None:

@@ -6,6 +6,7 @@ which is gathered where it is used, `model` devices share each product (tensor p
 are `Auto`: the compiler propagates shardings and inserts the collectives.
 """
 
+import itertools
 import math
 import re
 from collections.abc import Mapping, Sequence
@@ -21,21 +22,24 @@ from vfjax.errors import InputError
 
 T = TypeVar("T")
 
-RULES: Mapping[str, str | None] = {
+Rules = Mapping[str, str | tuple[str, ...] | None]
+"""Logical axis of a parameter -> mesh axis, or several; None, or one that the mesh lacks, keeps it
+whole."""
+
+RULES: Rules = {
     "embed": "fsdp",
     "heads": "model",
     "mlp": "model",
     "vocab": "model",
 }
-"""Logical axis of a parameter -> mesh axis; None, or one that the mesh lacks, keeps it whole."""
 
-ODD_VOCAB: Mapping[str, str | None] = {"embed": "model"}
+ODD_VOCAB: Rules = {"embed": ("model", "fsdp")}
 """For a vocabulary that the mesh does not divide, as where tokens were added: tables are divided by
 features, which holds as little on each device as padding the vocabulary would."""
 
 AXES = ("data", "fsdp", "model")
 
-Overrides = Sequence[tuple[str, Mapping[str, str | None]]]
+Overrides = Sequence[tuple[str, Rules]]
 """(Regular expression found in a parameter's name, rules in place of `RULES`), the first that fits:
 (("^branches/", {}),) keeps all encoders and connectors whole on every device."""
 
@@ -133,29 +137,34 @@ def param_sharding(
             axis that no mesh has.
     """
     pattern, rules = next(((p, each) for p, each in overrides if re.search(p, name)), ("", RULES))
-    for over in rules.values():
-        if over not in (None, *AXES):
+    for named in itertools.chain(*map(_several, rules.values())):
+        if named not in AXES:
             raise InputError(
                 f"shard {pattern!r}",
-                found=f"mesh axis {over!r}",
+                found=f"mesh axis {named!r}",
                 expected=", ".join(AXES),
                 fix="correct it; {} keeps parameters whole",
             )
-    spec = []
+    spec: list[str | tuple[str, ...] | None] = []
     for size, axis in zip(variable.shape, variable.axes, strict=True):
-        over = rules.get(axis) if axis is not None else None
-        over = over if over in mesh.shape else None
-        if over is not None and size % mesh.shape[over]:
+        over = tuple(each for each in _several(rules.get(axis)) if each in mesh.shape)
+        parts = math.prod(mesh.shape[each] for each in over)
+        if size % parts:
             if axis == "vocab":
                 return param_sharding(name, variable, mesh, [("", ODD_VOCAB)])
             raise InputError(
                 name,
                 found=f"axis {axis!r} of size {size}",
-                expected=f"a multiple of {mesh.shape[over]}, the mesh's {over!r} axis",
+                expected=f"a multiple of {parts}, the mesh's {' x '.join(over)}",
                 fix="choose a mesh that divides it",
             )
-        spec.append(over)
+        spec.append(over[0] if len(over) == 1 else over or None)
     return NamedSharding(mesh, PartitionSpec(*spec))
+
+
+def _several(over: str | tuple[str, ...] | None) -> tuple[str, ...]:
+    """A rule's mesh axes."""
+    return (over,) if isinstance(over, str) else over or ()
 
 
 def mesh_of(tree: object) -> Mesh | None:

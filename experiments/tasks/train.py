@@ -14,7 +14,7 @@ import converters
 from experiments.tasks.common import required
 from vfjax import InputError, Model, Processor
 from vfjax.data import Batches, Conversations
-from vfjax.sharding import make_mesh
+from vfjax.sharding import make_mesh, mesh_of, row_shards
 from vfjax.train import (
     Group,
     LoRAConfig,
@@ -82,7 +82,8 @@ def read_data(config: ConfigDict, name: str) -> list[Conversations]:
 
 def start(config: ConfigDict, folder: Path | None) -> tuple[Model, Processor]:
     """The model that the next stage trains: the last stage's, a given one, or a new one."""
-    mesh = make_mesh(*config.mesh) if tuple(config.mesh) != (1, 1) else None
+    alone = tuple(config.mesh) == (1, 1) and jax.process_count() == 1
+    mesh = None if alone else make_mesh(*config.mesh)
     if folder is not None or config.model:
         return converters.load(folder or config.model, mesh=mesh)
     required(config, "llm", "encoder")
@@ -106,7 +107,7 @@ def train(
     folder: Path,
 ) -> None:
     """One stage, from its first step or where it was stopped, to a folder of its model."""
-    stage = config.stages[name]
+    stage, mesh = config.stages[name], mesh_of(model)
     rows = [len(x) for x in data]
     batches = Batches(
         list(zip(data, stage.weights or rows, strict=True)),
@@ -118,6 +119,7 @@ def train(
         length=min(stage.length, processor.config.llm.context),
         process_index=jax.process_index(),
         process_count=jax.process_count(),
+        multiple=max(row_shards(mesh) // jax.process_count(), 1) if mesh else 1,
     )
     if stage.lora.rank:
         add_lora(model, LoRAConfig(**stage.lora), seed=config.seed)

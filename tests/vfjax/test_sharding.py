@@ -236,15 +236,17 @@ def test_an_axis_that_does_not_divide_names_the_parameter(tmp_path) -> None:
         converters.load(tmp_path, mesh=make_mesh(1, 8))
 
 
-@pytest.mark.parametrize("tied", [False, True])
-def test_an_odd_vocabulary_is_divided_by_features(tmp_path, tied: bool) -> None:
+@pytest.mark.parametrize(("tied", "shape"), [(False, (1, 2, 4)), (True, (1, 8))])
+def test_an_odd_vocabulary_is_divided_by_features(tmp_path, tied: bool, shape) -> None:
+    """Over all devices that share parameters."""
     llm = make_llama(0, **SMALL, vocab_size=323, tie_word_embeddings=tied)
     upstream_llava_folder(tmp_path, llm=llm, vision=SMALL)
     model, processor = converters.load(tmp_path)
-    other, _ = converters.load(tmp_path, mesh=make_mesh(1, 8))
-    assert other.llm.embedding[...].sharding.spec == PartitionSpec(None, "model")
+    other, _ = converters.load(tmp_path, mesh=make_mesh(*shape))
+    both = ("model", "fsdp")
+    assert other.llm.embedding[...].sharding.spec == PartitionSpec(None, both)
     if not tied:
-        assert other.llm.head.kernel[...].sharding.spec == PartitionSpec("model", None)
+        assert other.llm.head.kernel[...].sharding.spec == PartitionSpec(both, None)
     batch = make_batch(processor, 2)
     expected = generate_ids(model, batch, max_new_tokens=6)
     assert generate_ids(other, batch, max_new_tokens=6) == expected

@@ -74,6 +74,7 @@ class Batches:
         window: int = 16,
         process_index: int = 0,
         process_count: int = 1,
+        multiple: int = 1,
     ):
         """No row is read yet.
 
@@ -89,6 +90,8 @@ class Batches:
             window: batches over which rows are sorted by length.
             process_index: of this process, which makes its part of each batch's rows only.
             process_count: of the processes.
+            multiple: of a part's pictures, see `Processor.shard`; heeded where parts or processes
+                share out a batch.
 
         Raises:
             InputError: an empty mixture, a number out of range, a template without a training
@@ -99,6 +102,7 @@ class Batches:
         self.size = batch * accumulate
         self.length = processor.config.llm.context if length is None else length
         self.process_index, self.process_count = process_index, process_count
+        self.multiple = multiple
         self.epoch_size = max(sum(len(data) for data, _ in self.mixture) // max(self.size, 1), 1)
         self.steps = self.epoch_size if steps is None else steps
         self._check()
@@ -170,7 +174,9 @@ class Batches:
         if self.parts * self.process_count > 1:
             shares = self.parts * self.process_count
             ids = [talk.ids for talk in talks]
-            agreed = self.processor.shard(ids, 0, shares, truncate=self.length)
+            agreed = self.processor.shard(
+                ids, 0, shares, truncate=self.length, multiple=self.multiple
+            )
             shard = dataclasses.replace(agreed, index=self.process_index, count=self.process_count)
         share = self.batch // self.process_count
         starts = range(self.process_index * share, self.size, self.batch)

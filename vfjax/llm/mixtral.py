@@ -5,9 +5,11 @@ import dataclasses
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jax.sharding import AxisType, PartitionSpec
 
 from vfjax.layers import ACTIVATIONS, linear, param
 from vfjax.llm.llama import Block, LlamaConfig
+from vfjax.sharding import rows_over
 
 Array = jax.Array
 
@@ -38,15 +40,33 @@ class Experts(nnx.Module):
         self.down = param(fall, (None, "mlp", "embed"), rngs=rngs)
 
     def __call__(self, x: Array) -> Array:
-        """[b, t, d] -> [b, t, d]."""
+        """[b, t, d] -> [b, t, d]; on a mesh each device sorts the tokens of its own rows."""
+        args = x, self.router(x), self.gate[...], self.up[...], self.down[...]
+        mesh = jax.typeof(x).sharding.mesh
+        if mesh.empty or set(mesh.axis_types) - {AxisType.Auto}:
+            return self._routed(*args)
+        model = "model" if mesh.shape.get("model", 1) > 1 else None
+        rows = PartitionSpec(rows_over(mesh, len(x)))
+        rise, fall = PartitionSpec(None, None, model), PartitionSpec(None, model)
+
+        def run(*args: Array) -> Array:
+            y = self._routed(*args)
+            return y if model is None else jax.lax.psum(y, model)
+
+        specs = rows, rows, rise, rise, fall
+        run = jax.shard_map(run, mesh=mesh, in_specs=specs, out_specs=rows, check_vma=False)
+        return run(*args)
+
+    def _routed(self, x: Array, scores: Array, gate: Array, up: Array, down: Array) -> Array:
+        """[b, t, d] of x [b, t, d] and its router's [b, t, experts]."""
         c, tokens = self.config, x.reshape(-1, x.shape[-1])
-        shares = jax.nn.softmax(self.router(tokens).astype(jnp.float32), axis=-1)
+        shares = jax.nn.softmax(scores.reshape(-1, c.experts).astype(jnp.float32), axis=-1)
         weights, experts = jax.lax.top_k(shares, c.chosen)
         weights = weights / weights.sum(axis=-1, keepdims=True)
         order = jnp.argsort(experts.reshape(-1))
         counts = jnp.bincount(experts.reshape(-1), length=c.experts).astype(jnp.int32)
         rows = tokens[order // c.chosen]
-        gate, up = (jax.lax.ragged_dot(rows, w[...], counts) for w in (self.gate, self.up))
-        y = jax.lax.ragged_dot(ACTIVATIONS[c.act](gate) * up, self.down[...], counts)
+        rise, lift = (jax.lax.ragged_dot(rows, w, counts) for w in (gate, up))
+        y = jax.lax.ragged_dot(ACTIVATIONS[c.act](rise) * lift, down, counts)
         y = y[jnp.argsort(order)].reshape(-1, c.chosen, x.shape[-1])
         return (weights[..., None] * y).sum(axis=1).astype(x.dtype).reshape(x.shape)

@@ -16,13 +16,13 @@ PEAK: Mapping[str, float] = {
     "TPU v5 lite": 197e12,
     "TPU v5": 459e12,
     "TPU v6 lite": 918e12,
-    "TPU7x": 2307e12,
+    "TPU7x": 1153.5e12,  # a chip is two devices
     "NVIDIA A100": 312e12,
     "NVIDIA H100": 989e12,
     "NVIDIA H200": 989e12,
     "NVIDIA B200": 2250e12,
 }
-"""Dense bfloat16 operations a second of a chip, by the start of its `device_kind`; vendors' data
+"""Dense bfloat16 operations a second of a device, by the start of its `device_kind`; vendors' data
 sheets."""
 
 

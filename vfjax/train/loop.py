@@ -141,9 +141,16 @@ def put(batches: Batch, mesh: Mesh | None) -> Batch:
     """This process's share on the mesh, with an axis of parts, the second over the `row_axes`.
 
     Raises:
-        InputError: several processes, and an axis that the mesh's `row_axes` do not divide, or a
-            mesh on which a process's rows are not a block.
+        InputError: several processes, and no mesh, an axis that the mesh's `row_axes` do not
+            divide, or a mesh on which a process's rows are not a block.
     """
+    if mesh is None and jax.process_count() > 1:
+        raise InputError(
+            "mesh",
+            found=f"none, and {jax.process_count()} processes",
+            expected="one of all their devices",
+            fix="load the model onto vfjax.sharding.make_mesh(...)",
+        )
     if batches.tokens.ndim == 2:
         batches = jax.tree.map(lambda x: x[None], batches)
     if mesh is None:
@@ -167,7 +174,8 @@ def put(batches: Batch, mesh: Mesh | None) -> Batch:
                 "batch",
                 found=f"{shape[1]} rows or pictures for {over} groups of devices",
                 expected="a multiple of it",
-                fix="choose another batch or mesh",
+                fix="choose another batch or mesh, and `multiple` of vfjax.data.Batches as many as "
+                "a process has groups",
             )
         spec = PartitionSpec(None, row_axes(mesh)) if divides else PartitionSpec()
         sharding = NamedSharding(mesh, spec)

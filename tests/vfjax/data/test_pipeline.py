@@ -314,7 +314,8 @@ def toy_model() -> Model:
 quick = jax.jit(Model.__call__, compiler_options={"xla_backend_optimization_level": 0})
 
 
-def test_processes_make_one_batch(tmp_path: Path, tokenizer):
+@pytest.mark.parametrize("multiple", [1, 4])
+def test_processes_make_one_batch(tmp_path: Path, tokenizer, multiple: int):
     """Put together, the parts give every row the logits that one process gives it."""
     model = toy_model()
     processor = Processor(model.config, tokenizer, template="llava_llama_2")
@@ -324,7 +325,9 @@ def test_processes_make_one_batch(tmp_path: Path, tokenizer):
         return Batches([(data, 1)], processor, batch=4, seed=5, window=1, **share)[0]
 
     single = make()
-    parts = [make(process_index=i, process_count=2) for i in range(2)]
+    parts = [make(process_index=i, process_count=2, multiple=multiple) for i in range(2)]
+    rooms = [len(x) for part in parts for each in part.images.values() for x in each.values()]
+    assert not any(room % multiple for room in rooms)
     shapes = [jax.tree.map(np.shape, part) for part in parts]
     assert shapes[0] == shapes[1]
     tokens = [int((part.visual >= 0).sum()) for part in parts]

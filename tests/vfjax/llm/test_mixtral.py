@@ -1,5 +1,6 @@
 """Mixtral against transformers; the stacked experts both ways."""
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -8,10 +9,11 @@ from flax import nnx
 from safetensors.numpy import load_file, save_file
 
 import converters
+from converters.load import flatten
 from tests.vfjax.llm.common import SIZES, assert_close, assert_family, read
 from vfjax import InputError
 from vfjax.llm import MixtralConfig
-from vfjax.sharding import make_mesh, place
+from vfjax.sharding import make_mesh, param_sharding, place
 
 
 def make(**config) -> transformers.MixtralForCausalLM:
@@ -38,6 +40,31 @@ def test_divided_over_a_mesh(tmp_path):
     converters.export(model, tmp_path / "ours")
     theirs, ours = (load_file(tmp_path / n / "model.safetensors") for n in ("theirs", "ours"))
     assert {n: x.tolist() for n, x in ours.items()} == {n: x.tolist() for n, x in theirs.items()}
+
+
+@pytest.mark.parametrize("shape", [(8, 1, 1), (2, 2, 2), (1, 8, 1)])
+def test_devices_work_on_their_own_rows(shape):
+    """An eighth of the operations each, and one device's outputs and gradients."""
+    sizes = {"vocab": 8, "width": 16, "layers": 1, "heads": 1, "kv_heads": 1, "head_dim": 8}
+    config = MixtralConfig(**sizes, mlp=32, context=64, experts=4, chosen=2)
+    graph, state = nnx.split(config.block(rngs=nnx.Rngs(0)).mlp)
+    x = jnp.asarray(np.random.default_rng(0).normal(size=(8, 9, 16)), jnp.float32)
+
+    def loss(state, x):
+        y = nnx.merge(graph, state)(x)
+        return (y * jnp.cos(jnp.arange(y.size)).reshape(y.shape)).sum(), y
+
+    step = jax.jit(jax.value_and_grad(loss, has_aux=True))
+    expected = step(state, x)
+    mesh = make_mesh(*shape)
+    placed = jax.tree.map(lambda x: x, state)
+    for name, p in flatten(placed).items():
+        p[...] = jax.device_put(p[...], param_sharding(name, p, mesh))
+    args = placed, place(x, mesh)
+    for a, b in zip(jax.tree.leaves(step(*args)), jax.tree.leaves(expected), strict=True):
+        np.testing.assert_allclose(a, b, atol=2e-5)
+    whole, part = (step.lower(*a).compile().cost_analysis()["flops"] for a in ((state, x), args))
+    assert part < whole / 5
 
 
 def test_all_tokens_to_one_expert():

@@ -19,6 +19,8 @@ import skimage.data
 import sklearn.datasets
 from PIL import Image
 
+from vfjax.train import same_config
+
 SIZE, CELL, CELLS = 48, 16, 9
 
 COLOURS = ("red", "green", "blue", "yellow", "cyan", "magenta")
@@ -237,9 +239,10 @@ def _exist(digits: list[int], colours: list[int], rng: random.Random) -> tuple[s
 
 
 def ensure(folder: Path, split: str, count: int, seed: int, *, turns: int = 1) -> None:
-    """`write`, unless the folder is there."""
+    """`write`, unless the folder is there; raises InputError if it holds other scenes."""
     if not folder.is_dir():
         write(folder, split, count, seed, turns=turns)
+    same_config(folder, {"split": split, "count": count, "seed": seed, "turns": turns})
 
 
 def write(folder: str | Path, split: str, count: int, seed: int, *, turns: int = 6) -> Scenes:
@@ -247,7 +250,7 @@ def write(folder: str | Path, split: str, count: int, seed: int, *, turns: int =
 
     `folder` then holds images/NNNNN.png; rows.json, LLaVA's format, `turns` questions of random
     kinds a picture; scenes.json, one `{"image", "digits", "colours", "questions": {kind: [question,
-    answer]}}` a picture, for alignment and scoring.
+    answer]}}` a picture, for alignment and scoring; config.json, the arguments.
 
     Args:
         folder: to make.
@@ -281,6 +284,7 @@ def write(folder: str | Path, split: str, count: int, seed: int, *, turns: int =
             )
         for file, value in (("rows.json", rows), ("scenes.json", labels)):
             (out / file).write_text(json.dumps(value))
+        same_config(out, {"split": split, "count": count, "seed": seed, "turns": turns})
         out.rename(folder)
     return scenes
 

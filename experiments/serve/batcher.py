@@ -107,13 +107,17 @@ class Batcher:
         self._thread.start()
 
     def warm_up(self) -> None:
-        """Compiles what a picture and a short question take, for every number of rows."""
+        """Compiles what a picture and a short question take, or for an LLM without eyes a question,
+        for every number of rows, sampled and greedy.
+        """
+        seen = bool(self.processor.config.branches)
+        ids, pictures = ([-200, 1], [Image.new("RGB", (336, 336))]) if seen else ([1], [])
         rows = 1
         while True:
-            jobs = [Job([-200, 1], [Image.new("RGB", (336, 336))], id) for _ in range(rows)]
-            for job in jobs:
-                job.ended = True  # after its first piece
-            self._run(jobs)
+            for temperature in (0.0, 1.0):
+                for job in (jobs := [Job(ids, list(pictures), id) for _ in range(rows)]):
+                    job.temperature, job.ended = temperature, True  # after its first piece
+                self._run(jobs)
             if rows >= self.batch:
                 return
             rows = min(_bucket(rows + 1, 1), self.batch)
@@ -211,7 +215,7 @@ class Batcher:
             every=self.every,
             max_new_tokens=limit,
             room=_bucket(max(limit), 64),
-            stop=self.processor.stop_ids,
+            stop=self.processor.stops,
             temperature=[job.temperature for job in jobs] + [0.0] * spare,
             top_p=[job.top_p for job in jobs] + [1.0] * spare,
             seed=[job.seed for job in jobs] + [0] * spare,

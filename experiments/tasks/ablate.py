@@ -19,6 +19,7 @@ from experiments.family.study import WAYS, fuse
 from experiments.tasks.common import FAMILY, named
 from vfjax.files import replacing
 from vfjax.prune import RULES, Prune
+from vfjax.train import same_config
 
 WEIGHTS = (0.0, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.85, 1.0)
 METHODS: dict[str, dict[str, Any]] = {
@@ -46,22 +47,23 @@ Variant = tuple[str, str, tuple[str, ...], dict[str, Any], Prune | None]
 def run(config: ConfigDict, workdir: Path) -> None:
     scenes.ensure(workdir / "scenes", config.split, config.scenes, config.seed)
     test = Quiz.read(workdir / "scenes")
-    file = workdir / "results.json"
+    same_config(workdir / "ablate", config.to_dict())
+    file = workdir / "ablate" / "results.json"
     done = json.loads(file.read_text()) if file.is_file() else {}
     alone: dict[str, float] = {}
     folders = {p.name: p for p in FAMILY.iterdir() if p.name != "base"}
     folders |= {name: Path(path) for name, path in named("more", config.more).items()}
     subsets = sorted(folders) if config.subsets else []
-    folders[OTHER] = workdir / OTHER
+    folders[OTHER] = workdir / "ablate" / OTHER
     if not folders[OTHER].is_dir():
         turned_over(FAMILY / config.members[-1], folders[OTHER], config.seed)
     for panel, label, names, recipe, prune in variants(config, subsets):
         key = f"{panel}: {label}"
         if key in done:
             continue
-        shutil.rmtree(workdir / "fused", ignore_errors=True)
+        out = workdir / "ablate" / "fused"
+        shutil.rmtree(out, ignore_errors=True)
         members = {name: folders[name] for name in names}
-        out = workdir / "fused"
         *_, found = fuse(FAMILY / "base", members, test, out, prune=prune, **recipe)
         for name in set(names) - set(alone):
             alone[name] = means(score(*load(folders[name]), test))["mean"]
@@ -70,8 +72,8 @@ def run(config: ConfigDict, workdir: Path) -> None:
         with replacing(file) as part:
             part.write_bytes(to_bytes(done))
         print(f"{key:<60} {done[key]['mean']:5.1f}   best member {best:5.1f}", flush=True)
-    draw(workdir / "ablate.png", list(done.values()))
-    print(f"{workdir / 'ablate.png'}, {file}")
+    draw(file.with_name("ablate.png"), list(done.values()))
+    print(f"{file.with_name('ablate.png')}, {file}")
 
 
 def variants(config: ConfigDict, subsets: Sequence[str]) -> Iterator[Variant]:

@@ -19,6 +19,9 @@ from experiments.family.study import FUSED, WAYS, paired, study, table
 from experiments.tasks.common import FAMILY
 from vfjax import InputError
 
+MADE = {"scenes", "fused", "results.json", "results.png", "picture.png"}
+"""What a demo leaves in its folder."""
+
 
 def run(config: ConfigDict, workdir: Path) -> None:
     start = time.perf_counter()
@@ -63,10 +66,14 @@ def run(config: ConfigDict, workdir: Path) -> None:
 
 
 def _clear(workdir: Path) -> None:
-    """Removes the last demo; any other folder is left alone."""
-    if any(workdir.iterdir()) and not (workdir / "scenes").is_dir():
+    """Removes the last demo; a folder with anything else is left alone."""
+    found = {path.name for path in workdir.iterdir()}
+    if found and ("scenes" not in found or found - MADE):
         raise InputError(
-            workdir, found="other files", expected="a new folder", fix="pass another --workdir"
+            workdir,
+            found=f"{min(found - MADE or found)}, which is not a demo's",
+            expected="a new folder, or the last demo's",
+            fix="pass another --workdir",
         )
     shutil.rmtree(workdir)
 

@@ -3,9 +3,12 @@
 import json
 from pathlib import Path
 
+import pytest
+
+import experiments.configs.demo as configs_demo
 from experiments.configs.ablate import get_config
-from experiments.tasks import ablate
-from vfjax import Prune
+from experiments.tasks import ablate, demo
+from vfjax import InputError, Prune
 
 MORE = ("clip", "dci", "dino")
 
@@ -35,7 +38,7 @@ def test_goes_on_where_it_was(tmp_path: Path, monkeypatch, capsys) -> None:
     config.scenes = 4
     monkeypatch.setattr(ablate, "variants", lambda config, subsets: iter(chosen[:2]))
     ablate.run(config, tmp_path)
-    first = json.loads((tmp_path / "results.json").read_text())
+    first = json.loads((tmp_path / "ablate" / "results.json").read_text())
     assert list(first) == ["weight of each: 0.5", "visual tokens kept, by attention: 1 1"]
     one, other = first.values()
     assert {k: v for k, v in one.items() if k not in ("panel", "label")}.items() <= other.items()
@@ -43,6 +46,20 @@ def test_goes_on_where_it_was(tmp_path: Path, monkeypatch, capsys) -> None:
     monkeypatch.setattr(ablate, "variants", lambda config, subsets: iter(chosen))
     ablate.run(config, tmp_path)
     assert capsys.readouterr().out.count("best member") == 1
-    found = json.loads((tmp_path / "results.json").read_text())
+    found = json.loads((tmp_path / "ablate" / "results.json").read_text())
     assert found.items() > first.items() and len(found) == 3
-    assert (tmp_path / "ablate.png").is_file()
+    assert (tmp_path / "ablate" / "ablate.png").is_file()
+    config.seed += 1
+    with pytest.raises(InputError, match=r"scenes/config.json: seed: found 1, expected 2"):
+        ablate.run(config, tmp_path)
+
+
+def test_another_tasks_folder_is_left_alone(tmp_path: Path) -> None:
+    (tmp_path / "fused").mkdir()
+    with pytest.raises(InputError, match="found fused, which is not a demo's"):
+        demo.run(configs_demo.get_config(), tmp_path)
+    (tmp_path / "scenes").mkdir()
+    (tmp_path / "tune").mkdir()
+    with pytest.raises(InputError, match="found tune, which is not a demo's"):
+        demo.run(configs_demo.get_config(), tmp_path)
+    assert (tmp_path / "fused").is_dir()

@@ -28,7 +28,7 @@ from experiments.serve.app import Service
 from experiments.serve.asked import Limits, Refused, fetch
 from experiments.serve.batcher import LENGTHS, Batcher, Job
 from tests.experiments.pictures import black_png
-from vfjax.generate import _decode, _prefill
+from vfjax.generate import _decode, _first, _prefill
 
 ROOT = Path(__file__).resolve().parents[2]
 MODEL = ROOT / "experiments" / "family" / "models" / "clip"
@@ -84,20 +84,35 @@ def direct(loaded: tuple, text: str, *images: Image.Image, **how) -> str:
     return vfjax.generate(model, processor, processor(list(images), [prompt]), **how)[0]
 
 
+def programs() -> tuple[int, ...]:
+    return tuple(each._cache_size() for each in (_prefill, _first, _decode))
+
+
 def test_a_warm_batcher_compiles_no_more(loaded):
+    """Neither for greedy answers nor for sampled ones."""
     batcher = Batcher(*loaded, batch=2, max_new_tokens=200)
-    programs = _prefill._cache_size(), _decode._cache_size()
+    before = programs()
     batcher.warm_up()
-    warm = _prefill._cache_size(), _decode._cache_size()
-    assert warm[0] >= programs[0] + 2 and warm[1] >= programs[1] + 2  # of one row, and of two
+    warm = programs()
+    assert warm[0] >= before[0] + 2 and warm[2] >= before[2] + 4  # of one row, and of two
     events: queue.SimpleQueue = queue.SimpleQueue()
     ids = batcher.processor([picture()], [batcher.processor.chat(QUESTIONS[0])]).tokens
-    batcher.submit(Job([-200, *ids[0][ids[0] > 0].tolist()], [picture()], events.put))
-    while not events.get(timeout=60).finish:
-        pass
+    for temperature in (0.0, 1.0, 0.3):
+        job = Job([-200, *ids[0][ids[0] > 0].tolist()], [picture()], events.put)
+        batcher.submit(dataclasses.replace(job, temperature=temperature))
+        while not events.get(timeout=60).finish:
+            pass
     batcher.close()
-    assert (_prefill._cache_size(), _decode._cache_size()) == warm
+    assert programs() == warm
     assert batcher.pending == 0 and batcher.pixels == 0
+
+
+def test_an_llm_without_eyes_is_warmed_up():
+    model, processor = converters.load(MODEL.parent / "base", dtype="float32")
+    batcher, before = Batcher(model, processor, batch=1, max_new_tokens=64), programs()
+    batcher.warm_up()
+    batcher.close()
+    assert programs()[0] == before[0] + 1
 
 
 def test_an_answer(client, loaded):

@@ -113,7 +113,7 @@ class Simple(lmms):
             max_new_tokens=[
                 min(s["max_new_tokens"], n) for s, n in zip(settings, room, strict=True)
             ],
-            stop=self.processor.stop_ids,
+            stop=self.processor.stops,
             temperature=[s["temperature"] for s in settings],
             top_p=[s["top_p"] for s in settings],
             seed=[s["seed"] for s in settings],

@@ -68,7 +68,7 @@ def generate(
         model,
         batch,
         max_new_tokens=max_new_tokens,
-        stop=processor.stop_ids,
+        stop=processor.stops,
         temperature=temperature,
         top_k=top_k,
         top_p=top_p,

@@ -45,6 +45,7 @@ class Batch:
             the largest values of p others; empty when no row has a picture.
         labels: int32[b, t] ids to learn, -100 where there is none; None outside training.
         groups: what pruning needs to know; None where no visual token goes.
+        sizes: visual tokens of each branch, padding included, by which `visual` counts.
     """
 
     tokens: AnyArray
@@ -53,6 +54,7 @@ class Batch:
     images: dict[str, dict[str, Any]]
     labels: AnyArray | None = None
     groups: Groups | None = None
+    sizes: tuple[int, ...] = dataclasses.field(default=(), metadata={"static": True})
 
     def with_pictures(self, other: "Batch") -> "Batch":
         """These prompts about the pictures of another batch, so that they are encoded once.
@@ -61,17 +63,19 @@ class Batch:
             other: of the same pictures in the same order, as `encode` gives it back.
 
         Raises:
-            InputError: one of the two has no pictures, or those of another model.
+            InputError: one of the two has no pictures, or those of another model, or another
+                number of them, as far as shapes tell.
         """
-        if set(self.images) != set(other.images):
+        own, given = (dict(zip(b.images, b.sizes, strict=True)) for b in (self, other))
+        if own != given:
             raise InputError(
                 "batch",
-                found=f"pictures for {', '.join(self.images) or 'no branch'}",
-                expected=f"those of the other, for {', '.join(other.images) or 'no branch'}",
+                found=f"visual tokens by branch {own}",
+                expected=f"those of the other, {given}",
                 fix="make both by one processor, of the same pictures",
             )
-        own = {name: {k: x[k] for k in PROMPT if k in x} for name, x in self.images.items()}
-        images = {name: {**seen, **own[name]} for name, seen in other.images.items()}
+        asked = {name: {k: x[k] for k in PROMPT if k in x} for name, x in self.images.items()}
+        images = {name: {**seen, **asked[name]} for name, seen in other.images.items()}
         return dataclasses.replace(self, images=images)
 
     @property

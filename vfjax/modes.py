@@ -231,9 +231,9 @@ class MemberProcessors:
             )
 
     @property
-    def stop_ids(self) -> tuple[int, ...]:
+    def stops(self) -> tuple[int, ...]:
         """Token ids that end any member's answer."""
-        return tuple(sorted({i for p in self.processors for i in p.stop_ids}))
+        return tuple(sorted({i for p in self.processors for i in p.stops}))
 
     def chat(self, question: str, *, images: int = 1) -> tuple[str, ...]:
         """Each member's prompt; see `Processor.chat`."""

@@ -1,6 +1,7 @@
 """Pictures and prompts -> a `Batch` of static shape, on the host."""
 
 import dataclasses
+import itertools
 import os
 from collections.abc import Sequence
 from typing import Any
@@ -51,7 +52,7 @@ class Processor:
         config: the model's config.
         tokenizer: a transformers tokenizer; None takes `input_ids` only.
         template: name of the prompt template (`vfjax.prompts.TEMPLATES`).
-        stop_ids: token ids that end an answer.
+        stop_ids: token ids that end an answer, whatever the template.
         lengths: sequence lengths that batches are padded to; one compilation each.
     """
 
@@ -66,13 +67,25 @@ class Processor:
         turn = (text.IMAGE_TOKEN + "\n") * images + question
         return text.render(text.get_template(self.template), [(turn, None)])
 
+    @property
+    def stops(self) -> tuple[int, ...]:
+        """`stop_ids`, and the ids of the template's stops that are tokens of their own."""
+        known = {} if self.tokenizer is None else self.tokenizer.added_tokens_encoder
+        own = {known[stop] for stop in text.get_template(self.template).stop if stop in known}
+        return tuple(sorted({*self.stop_ids, *own}))
+
+    def cut(self, ids: Sequence[int]) -> list[int]:
+        """Ids before the first of `stops`."""
+        stops = set(self.stops)
+        return list(itertools.takewhile(lambda i: int(i) not in stops, ids))
+
     def decode(self, ids: Sequence[int]) -> str:
-        """Text of new token ids, cut at the template's stop strings.
+        """Text of new token ids, cut at the first of `stops` and at the template's stop strings.
 
         Raises:
             InputError: there is no tokenizer.
         """
-        out = self.require_tokenizer().decode(ids, skip_special_tokens=True)
+        out = self.require_tokenizer().decode(self.cut(ids), skip_special_tokens=True)
         for stop in text.get_template(self.template).stop:
             out = out.split(stop)[0]
         return out.strip()
@@ -112,7 +125,7 @@ class Processor:
         rows = self._rows(prompts, input_ids)
         pictures = self._pictures(images, rows)
         words = [ids[:truncate] for ids in _words(rows)]
-        images_in, parts = self._prepare(pictures, words, shard)
+        images_in, parts, sizes = self._prepare(pictures, words, shard)
         seen = [np.concatenate(numbers) for numbers in parts]
         spliced, owned, first = [], [], 0
         for row in rows:
@@ -139,6 +152,7 @@ class Processor:
             images=images_in,
             labels=None if labels is None else learn,
             groups=self._groups(owned, visual, mask) if images_in else None,
+            sizes=sizes,
         )
 
     def _groups(
@@ -172,6 +186,7 @@ class Processor:
         count: int,
         *,
         truncate: int | None = None,
+        multiple: int = 1,
     ) -> Shard:
         """What the processes have to agree on, from what all know: the ids of the whole batch.
 
@@ -184,6 +199,8 @@ class Processor:
             index: of this process.
             count: of the processes.
             truncate: as for `__call__`.
+            multiple: of pictures that a process makes room for, if any row has one: as many as it
+                has groups of devices that share rows.
 
         Raises:
             InputError: the rows don't divide, or one is longer than the LLM's context.
@@ -204,13 +221,17 @@ class Processor:
             index=index,
             count=count,
             length=self._length(min(max(lengths), truncate or max(lengths))),
-            pictures=bucket(most) if most else 0,
+            pictures=-(-bucket(most) // multiple) * multiple if most else 0,
             text=self._length(max((len(w[:truncate]) for w in _words(rows)), default=1)),
         )
 
     def _rows(
         self, prompts: Sequence[str] | None, input_ids: Sequence[Sequence[int]] | None
     ) -> list[np.ndarray]:
+        if isinstance(prompts, str):
+            raise InputError(
+                "prompts", found="one str", expected="a list of prompts", fix="pass [prompt]"
+            )
         if (prompts is None) == (input_ids is None) or not (prompts or input_ids):
             raise InputError(
                 "processor",
@@ -238,7 +259,15 @@ class Processor:
     ) -> list[Picture]:
         """All pictures in prompt order; their number must match the placeholders."""
         places = [int((row == text.IMAGE_ID).sum()) for row in rows]
-        images = list(images or [])
+        bare = (str, os.PathLike, Image.Image, Video)
+        if isinstance(images, bare) or getattr(images, "ndim", 0) in (2, 3):
+            raise InputError(
+                "images",
+                found=f"one {type(images).__name__}",
+                expected="a list of pictures",
+                fix="pass [picture]",
+            )
+        images = [] if images is None else list(images)
         if any(isinstance(image, (list, tuple)) for image in images):
             if len(images) != len(rows):
                 raise InputError(
@@ -282,8 +311,9 @@ class Processor:
 
     def _prepare(
         self, pictures: Sequence[Picture], words: Sequence[np.ndarray], shard: Shard | None
-    ) -> tuple[dict[str, dict[str, AnyArray]], list[list[np.ndarray]]]:
-        """Each branch's inputs, and each picture's visual tokens by branch, numbers in the batch.
+    ) -> tuple[dict[str, dict[str, AnyArray]], list[list[np.ndarray]], tuple[int, ...]]:
+        """Each branch's inputs; each picture's visual tokens by branch, numbers in the batch; and
+        how many the branches have.
 
         Args:
             pictures: of all rows.
@@ -292,7 +322,7 @@ class Processor:
         """
         slots = shard.pictures if shard else None
         if not (pictures or slots):
-            return {}, []
+            return {}, [], ()
         groups = [list(p.frames) if isinstance(p, Video) else [open_image(p)] for p in pictures]
         views = [view for group in groups for view in group]
         owner = [i for i, group in enumerate(groups) for _ in group]
@@ -301,7 +331,8 @@ class Processor:
             raise _no_room("pictures", len(views), slots)
         pools = [videos.get(k, 1) for k in range(len(views))]
         numbers: list[list[np.ndarray]] = [[] for _ in pictures]
-        inputs, base = {}, 0
+        inputs: dict[str, dict[str, AnyArray]] = {}
+        sizes: list[int] = []
         for branch in self.config.branches:
             ready = branch.views(views, videos, slots)
             inputs[branch.name] = ready.inputs
@@ -312,10 +343,13 @@ class Processor:
             seen, pool = _pooled(ready, pools)
             if pool is not None:
                 inputs[branch.name]["pool"] = pool
+            own: list[list[np.ndarray]] = [[] for _ in pictures]
             for i, indices in zip(owner, seen, strict=True):
-                numbers[i].append(base + indices)
-            base += ready.size + (0 if pool is None else len(pool))
-        return inputs, numbers
+                own[i].append(sum(sizes) + indices)
+            for mine, whole in zip(own, numbers, strict=True):
+                whole.append(np.concatenate(mine))
+            sizes.append(ready.size + (0 if pool is None else len(pool)))
+        return inputs, numbers, tuple(sizes)
 
     def _texts(self, words: Sequence[np.ndarray], shard: Shard | None) -> dict[str, AnyArray]:
         """For each picture the ids of its prompt, int32[n, l], and where they are."""

@@ -39,11 +39,13 @@ class Prune:
         InputError: a value outside of these.
     """
 
-    keep: float | tuple[float, ...] = 0.5
+    keep: float | Sequence[float] = 0.5
     by: str = "attention"
     depth: int = 2
 
     def __post_init__(self) -> None:
+        if isinstance(self.keep, list):
+            object.__setattr__(self, "keep", tuple(self.keep))
         shares = self.keep if isinstance(self.keep, tuple) else (self.keep,)
         for key, ok, expected in (
             ("keep", all(0 < share <= 1 for share in shares), "shares above 0 and at most 1"),

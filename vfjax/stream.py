@@ -47,7 +47,7 @@ def stream(
         batch,
         every=every,
         max_new_tokens=max_new_tokens,
-        stop=processor.stop_ids,
+        stop=processor.stops,
         temperature=temperature,
         top_k=top_k,
         top_p=top_p,
@@ -72,7 +72,7 @@ class Text:
         stop: more strings that end it.
         ids: that have arrived.
         text: of them, as far as it is certain.
-        stopped: a stop string has ended it.
+        stopped: a stop string or id has ended it.
     """
 
     processor: Processor | MemberProcessors
@@ -97,9 +97,11 @@ class Text:
         processor = self.processor
         if isinstance(processor, MemberProcessors):
             processor = processor.processors[0]
-        tokenizer = processor.require_tokenizer()
+        tokenizer, kept = processor.require_tokenizer(), processor.cut(self.ids)
+        ended = len(kept) < len(self.ids)
+        last = last or ended
         text = tokenizer.decode(
-            self.ids if last else _settled(tokenizer, self.ids), skip_special_tokens=True
+            kept if last else _settled(tokenizer, kept), skip_special_tokens=True
         )
         if not last:
             text = text.rstrip("\N{REPLACEMENT CHARACTER}")  # a character's first bytes
@@ -107,7 +109,7 @@ class Text:
                 text = text[: max(text.rfind(" "), len(self.text))]
         stops = (*get_template(processor.template).stop, *self.stop)
         found = [text.index(stop) for stop in stops if stop in text]
-        self.stopped = bool(found)
+        self.stopped = ended or bool(found)
         if found:
             text = text[: min(found)]
         elif not last:

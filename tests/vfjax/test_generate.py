@@ -1,5 +1,6 @@
 """Generation against transformers' generate, batches against rows, and sampling."""
 
+import copy
 import dataclasses
 
 import jax
@@ -149,6 +150,18 @@ def test_generate_gives_text(llm, greedy):
     found = generate(model, processor, processor(input_ids=TEXTS), max_new_tokens=NEW)
     assert found == [processor.decode(row) for row in cut(greedy, (2, stop))]
     assert len(set(found)) == 4
+
+
+def test_a_templates_own_token_ends_an_answer(llm):
+    """Though it is no tokenizer's eos, and no text where special tokens are skipped."""
+    _, _, processor = llm
+    tokenizer = copy.deepcopy(processor.tokenizer)
+    tokenizer.add_tokens(["<|eot_id|>"], special_tokens=True)
+    end = tokenizer.convert_tokens_to_ids("<|eot_id|>")
+    other = dataclasses.replace(processor, tokenizer=tokenizer, template="llama3")
+    assert (processor.stops, other.stops) == ((2,), (2, end))
+    yes = tokenizer("yes", add_special_tokens=False).input_ids
+    assert other.decode([*yes, end, *yes]) == processor.decode(yes)
 
 
 BAD = {

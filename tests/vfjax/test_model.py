@@ -279,8 +279,11 @@ def test_pictures_are_encoded_once(fused):
     np.testing.assert_array_equal(forward(model, taken), forward(model, other))
     text = processor(None, input_ids=[[1, 7]])
     assert encode(model, text).images == {}
-    with pytest.raises(InputError, match="pictures for no branch"):
+    with pytest.raises(InputError, match=r"visual tokens by branch {}, expected those of the oth"):
         text.with_pictures(first)
+    one = encode(model, processor(pictures(1), input_ids=[[1, PICTURE, 9]]))
+    with pytest.raises(InputError, match="visual tokens by branch {'b0': 64"):
+        other.with_pictures(one)  # of a third as many pictures
 
 
 def test_pictures_are_encoded_once_where_the_prompt_chooses_tokens(shared: Path, monkeypatch):

@@ -381,7 +381,7 @@ def test_each_member_has_its_prompt(alone):
     second = dataclasses.replace(second, template="llava_llama_2", stop_ids=(3, 2))
     first = dataclasses.replace(first, lengths=(512,), stop_ids=(2,))
     mixed = MemberProcessors((first, second))
-    assert mixed.stop_ids == (2, 3)
+    assert mixed.stops == (2, 3)
     prompts = mixed.chat("What is it?")
     assert prompts == (first.chat("What is it?"), second.chat("What is it?"))
     assert prompts[0] != prompts[1]

@@ -275,6 +275,15 @@ BAD = {
         {"input_ids": [[5], [6]], "labels": [[5]]},
         "labels of row 0: found 1 rows, expected 2 rows",
     ),
+    "a bare prompt": ({"prompts": "a"}, "prompts: found one str, expected a list of prompts"),
+    "a bare path": (
+        {"images": "a.png", "input_ids": [[PICTURE]]},
+        "images: found one str, expected a list of pictures; pass [picture]",
+    ),
+    "a bare picture": (
+        {"images": np.zeros((9, 9, 3), np.uint8), "input_ids": [[PICTURE]]},
+        "images: found one ndarray, expected a list of pictures",
+    ),
     "a picture that is not there": (
         {"images": ["no/such.png"], "input_ids": [[PICTURE]]},
         "no/such.png: found No such file or directory, expected an image file",

@@ -10,11 +10,12 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from PIL import Image
 
 import converters
 from tests import checkpoints
 from tests.checkpoints import make_connector, make_llama, make_tower
-from vfjax import CacheFusion, InputError, Prune, forward, generate_ids
+from vfjax import CacheFusion, InputError, Prune, Video, forward, generate_ids
 from vfjax.data import Batches, Conversations
 from vfjax.prune import RULES, marks, merged, rank
 from vfjax.sharding import make_mesh
@@ -207,6 +208,18 @@ def test_equal_tokens_become_one():
 def test_refused(make, said: str):
     with pytest.raises(InputError, match=said):
         make()
+
+
+def test_a_video_is_one_group_of_each_branch(fused):
+    """Beside a picture, too: shares are of the video's tokens, not of a frame's."""
+    _, processor = load(fused.folder, Prune([0.25, 1.0]))
+    video = Video(tuple(map(Image.fromarray, pictures()[:3])), pool=1)
+    batch = processor([video, pictures()[3]], input_ids=[[1, PICTURE, 5, PICTURE, 6]])
+    groups, places = np.unique(batch.groups.of, return_index=True)
+    most = batch.groups.most.ravel()[places[groups >= 0]]
+    sizes = [(batch.groups.of == group).sum() for group in groups if group >= 0]
+    assert sizes == [3 * 16, 3 * 17, 16, 17]
+    assert most.tolist() == [12, 3 * 17, 4, 17]
 
 
 def test_refused_for_a_model(fused, tmp_path):

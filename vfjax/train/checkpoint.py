@@ -82,7 +82,8 @@ class Checkpoints:
                 self.folder / str(self.step),
                 found=f"a state that does not fit ({str(error).splitlines()[0][:200]})",
                 expected="the parameters that this stage trains",
-                fix="train with the config it was saved with, or in another --workdir",
+                fix="train with the config it was saved with, or in another --workdir; if it is "
+                "damaged, remove it, and the one before is taken",
             ) from error
         leaves = [found[name] for name in like]
         return jax.tree.unflatten(jax.tree.structure(state), leaves)

@@ -2,7 +2,6 @@
 
 import dataclasses
 import json
-import warnings
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -13,12 +12,13 @@ from flax import nnx
 from jax.sharding import Mesh
 
 from converters.fill import fill
-from converters.layouts import TOKENIZERS, Source, has_tokenizer, open_source, reading
+from converters.layouts import TOKENIZERS, Source, open_source, reading
 from converters.preprocessor import from_preprocessor
-from converters.reader import first_line, read_json
+from converters.reader import read_json
 from converters.rules import FLOATS, Rule, Table
 from converters.tables import find
 from converters.tables.visionfuse import arrange
+from converters.tokenizer import load_tokenizer
 from converters.towers import KINDS, read_tower
 from vfjax import InputError, Model, Processor
 from vfjax.int8 import int8 as to_int8
@@ -293,34 +293,6 @@ def processor(source: Source, config: ModelConfig) -> Processor:
     if tokenizer is not None and tokenizer.eos_token_id is not None:
         stop.add(tokenizer.eos_token_id)
     return Processor(config, tokenizer, source.template, tuple(sorted(stop - {None})))
-
-
-def load_tokenizer(folder: Path) -> Any:
-    """The folder's transformers tokenizer, None if it has none; no code of the folder is run."""
-    if not has_tokenizer(folder):
-        return None
-    import transformers  # takes seconds, so only where it is needed
-
-    options = {}
-    if not (folder / TOKENIZERS[0]).is_file():
-        # SentencePiece alone: what transformers 4, which wrote these folders, meant by silence.
-        file = folder / "tokenizer_config.json"
-        known = read_json(file) if file.is_file() else {}
-        options = {k: known.get(k, True) for k in ("add_bos_token", "legacy")}
-    transformers.logging.set_verbosity_error()  # it warns of every model_type but its own
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore", FutureWarning)  # and of older versions' configs
-            return transformers.AutoTokenizer.from_pretrained(
-                folder, trust_remote_code=False, **options
-            )
-    except Exception as error:  # tokenizers has no class of its own
-        raise InputError(
-            folder,
-            found=f"a tokenizer that transformers can't read ({first_line(error)})",
-            expected="tokenizer.json, or tokenizer.model and tokenizer_config.json",
-            fix="copy the tokenizer files from the published repository",
-        ) from error
 
 
 def source_of(model: Model) -> dict[str, Any]:

@@ -7,7 +7,8 @@ from typing import Any
 from tokenizers import Tokenizer
 
 from converters.layouts import TOKENIZERS, Source, has_tokenizer
-from converters.load import TOKENIZER_FILES, load_tokenizer
+from converters.load import TOKENIZER_FILES
+from converters.tokenizer import load_tokenizer
 from vfjax import InputError
 from vfjax.merge import LazyTensor, Stacked
 from vfjax.merge.family import VOCABULARY

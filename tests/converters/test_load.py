@@ -1,5 +1,6 @@
 """Loading: tensor by tensor, any dtype, and the files around the weights."""
 
+import random
 from pathlib import Path
 from typing import Any
 
@@ -7,11 +8,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import sentencepiece
 from flax import nnx
 
 import converters
-from converters.load import load_tokenizer
 from converters.reader import read_json
+from converters.tokenizer import load_tokenizer
 from tests.checkpoints import (
     hf_llava_folder,
     llama_folder,
@@ -137,6 +139,33 @@ def test_sentencepiece_alone_means_what_it_meant(tmp_path: Path, shared: Path):
     tokenizer = load_tokenizer(tmp_path)
     assert tokenizer("Hello world\n")["input_ids"] == [1, 15043, 3186, 13]
     assert tokenizer.eos_token_id == 2
+
+
+SOME = "the a shows def return print( x = 1 ) café 你好 🙂 - * item: Answer. 12"
+WORDS = (*SOME.split(), "", "\n", "\n\n", "\t")
+GAPS = ("", " ", "  ", "    ", "\n  ")
+
+
+@pytest.mark.parametrize("legacy", [True, False])
+@pytest.mark.parametrize("kind", ["llava_llama", "llava", "mistral"])
+def test_ids_are_sentencepieces(tmp_path: Path, shared: Path, kind: str, legacy: bool):
+    """Whatever the spaces, and whatever class transformers takes the model for."""
+    model = shared / "tokenizers" / "llama2" / "tokenizer.model"
+    (tmp_path / "tokenizer.model").symlink_to(model)
+    write_json(tmp_path / "config.json", {"model_type": kind})
+    settings = {"tokenizer_class": "LlamaTokenizer", "bos_token": "<s>", "eos_token": "</s>"}
+    write_json(tmp_path / "tokenizer_config.json", {**settings, "legacy": legacy})
+    tokenizer, rng = load_tokenizer(tmp_path), random.Random(0)
+    pieces = sentencepiece.SentencePieceProcessor(model_file=str(model))
+    for text in (" lead", "  ", "safe.  Your", "x\n  - item", ""):
+        assert tokenizer(text).input_ids == [1, *pieces.encode(text)], repr(text)
+    for _ in range(300):
+        text = "".join(rng.choice(WORDS) + rng.choice(GAPS) for _ in range(rng.randrange(1, 12)))
+        assert tokenizer(text).input_ids == [1, *pieces.encode(text)], repr(text)
+        assert tokenizer.decode(tokenizer(text).input_ids, skip_special_tokens=True) == text
+    # transformers 4's: legacy has a space before each text between special tokens
+    after = pieces.encode("USER") if legacy else [pieces.piece_to_id("USER")]
+    assert tokenizer("hi</s>USER").input_ids == [1, *pieces.encode("hi"), 2, *after]
 
 
 def test_code_of_the_folder_is_not_run(tmp_path: Path):

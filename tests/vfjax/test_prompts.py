@@ -9,6 +9,7 @@ from types import SimpleNamespace
 import pytest
 from transformers import LlamaTokenizer, PreTrainedTokenizerFast
 
+from converters.tokenizer import load_tokenizer
 from vfjax.errors import InputError
 from vfjax.prompts import (
     IGNORE,
@@ -51,13 +52,11 @@ def rows(shared: Path) -> dict:
 
 
 def llama(model: Path, folder: Path, **options) -> LlamaTokenizer:
-    """A SentencePiece file as people have it: a folder with tokenizer.model.
-
-    Without `add_bos_token` transformers 5 adds no BOS, where version 4 added one.
-    """
+    """A SentencePiece file as people have it: a folder with tokenizer.model."""
     folder.mkdir()
     shutil.copy(model, folder / "tokenizer.model")
-    return LlamaTokenizer.from_pretrained(folder, add_bos_token=True, **options)
+    (folder / "tokenizer_config.json").write_text(json.dumps(options))
+    return load_tokenizer(folder)
 
 
 @pytest.fixture(scope="module")

@@ -177,6 +177,14 @@ def open_source(
     with reading(contents.home / "config.json"):
         source = layout.describe(contents.home, config, places)
     source.template = config.get(TEMPLATE, source.template)
+    if source.branches and not source.template:
+        source.table("llm")  # an LLM that is not known is said first
+        raise InputError(
+            contents.home / "config.json",
+            found=f"no {TEMPLATE}, and an LLM of type {source.llm.get('model_type')!r}",
+            expected="the name of one of vfjax.prompts.TEMPLATES",
+            fix=f"add {TEMPLATE} with that which the model was trained with",
+        )
     source.path, source.base, source.files = path, contents.base, contents.files
     assign(source, layout, contents.tensors, tower_source)
     return source

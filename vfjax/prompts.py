@@ -150,29 +150,30 @@ def _inst(name: str, system: str = "", sep: str = "<s>") -> Template:
     )
 
 
-def _chatml(name: str, system: str) -> Template:
-    """MPT and Yi style; no newline after `<|im_end|>`."""
-    user = "<|im_start|>user\n"
+def _chatml(name: str, system: str, line: str = "") -> Template:
+    """MPT and Yi style, with no newline after `<|im_end|>`; Qwen's has one, `line`."""
+    user, end = "<|im_start|>user\n", f"<|im_end|>{line}"
     return Template(
         name=name,
-        head=f"<|im_start|>system\n{system}<|im_end|>{user}",
-        middle="<|im_end|><|im_start|>assistant\n",
-        tail="<|im_end|>",
+        head=f"<|im_start|>system\n{system}{end}{user}",
+        middle=f"{end}<|im_start|>assistant\n",
+        tail=end,
         again=user,
         stop=("<|im_end|>",),
-        trained_tail="<|im_end|>",
+        trained_tail=end,
         auto_bos=False,
     )
 
 
-def _llama_3(name: str, bos: str) -> Template:
-    """Llama-3 style of MGM and Dense Connector: the assistant's header says `system`."""
-    user = "<|start_header_id|>user<|end_header_id|>\n\n"
-    system = "<|start_header_id|>system<|end_header_id|>\n\n"
+def _llama_3(name: str, bos: str = "", answers: str = "system") -> Template:
+    """Llama-3 style; of MGM and Dense Connector the assistant's header says `system`."""
+    user, system, answer = (
+        f"<|start_header_id|>{role}<|end_header_id|>\n\n" for role in ("user", "system", answers)
+    )
     return Template(
         name=name,
         head=f"{bos}{system}{_VISION}<|eot_id|>{user}",
-        middle=f"<|eot_id|>{system}",
+        middle=f"<|eot_id|>{answer}",
         tail="<|eot_id|>",
         again=user,
         stop=("<|eot_id|>",),
@@ -217,8 +218,11 @@ TEMPLATES: Mapping[str, Template] = MappingProxyType(
             "A conversation between a user and an LLM-based AI assistant. "
             "The assistant gives helpful and honest answers.",
         ),
-        "llama_3": _llama_3("llama_3", bos=""),
+        "llama_3": _llama_3("llama_3"),
         "llama_3_dc": _llama_3("llama_3_dc", bos="<|begin_of_text|>"),
+        # LLaVA-NeXT's, which fills in Llama-3's and Qwen's own chat templates.
+        "llava_llama_3": _llama_3("llava_llama_3", answers="assistant"),
+        "qwen_1_5": _chatml("qwen_1_5", "You are a helpful assistant.", line="\n"),
         "llama3": Template(
             name="llama3",
             head=_SLIME_USER,

@@ -152,13 +152,15 @@ def upstream_source(
 def prompt_template(llm: Mapping[str, Any]) -> str:
     """What LLaVA's scripts take for each published model, told apart by LLM and vocabulary.
 
-    LLaVA llava/eval/run_llava.py, by names there. Vocabularies are counted in thousands: ports pad
-    them. Llama-3's is that of its authors, as SliME has it.
+    LLaVA llava/eval/run_llava.py, by names there; LLaVA-NeXT llava/conversation.py for Llama-3 and
+    Qwen. Vocabularies are counted in thousands: ports pad them. "" for LLMs that neither has.
     """
-    if llm.get("model_type") == "mistral":
-        return "mistral_instruct"
-    by_vocabulary = {64: "chatml_direct", 128: "llama3"}
-    return by_vocabulary.get(llm.get("vocab_size", 0) // 1000, "vicuna_v1")
+    by_type = {"mistral": "mistral_instruct", "qwen2": "qwen_1_5", "llama": "vicuna_v1"}
+    by_vocabulary = {64: "chatml_direct", 128: "llava_llama_3"}
+    found = by_type.get(llm.get("model_type", "llama"), "")
+    if found == "vicuna_v1":
+        return by_vocabulary.get(llm.get("vocab_size", 0) // 1000, found)
+    return found
 
 
 def upstream_names(source: Source) -> Names:

@@ -352,6 +352,7 @@ def test_tiles_with_a_class_token(folders: Path, tmp_path: Path):
         ({"model_type": "llava_mistral"}, "mistral_instruct"),
         ({"vocab_size": 64000}, "chatml_direct"),
         ({"vocab_size": 32000}, "vicuna_v1"),
+        ({"vocab_size": 128256}, "llava_llama_3"),
         ({"vocab_size": 128256, "mm_dense_connector_type": "sci"}, "llama_3_dc"),
     ],
 )

@@ -96,7 +96,30 @@ def test_every_recorded_template_is_known(prompts):
     recorded = {
         VARIANTS.get((base, name), name) for base in BASES for name in prompts["templates"][base]
     }
-    assert recorded == set(TEMPLATES)
+    assert recorded == set(TEMPLATES) - set(NEXT)
+
+
+VISION = (
+    "You are a helpful language and vision assistant. You are able to understand the visual "
+    "content that the user provides, and assist the user with a variety of tasks using natural "
+    "language."
+)
+NEXT = {
+    "llava_llama_3": "<|start_header_id|>system<|end_header_id|>\n\n"
+    f"{VISION}<|eot_id|><|start_header_id|>user<|end_header_id|>\n\n"
+    "a<|eot_id|><|start_header_id|>assistant<|end_header_id|>\n\n"
+    "b<|eot_id|><|start_header_id|>user<|end_header_id|>\n\n"
+    "c<|eot_id|><|start_header_id|>assistant<|end_header_id|>\n\n",
+    "qwen_1_5": "<|im_start|>system\nYou are a helpful assistant.<|im_end|>\n<|im_start|>user\n"
+    "a<|im_end|>\n<|im_start|>assistant\nb<|im_end|>\n<|im_start|>user\nc<|im_end|>\n"
+    "<|im_start|>assistant\n",
+}
+"""LLaVA-NeXT's (llava/conversation.py), which none of the recorded code bases has."""
+
+
+@pytest.mark.parametrize("name", NEXT)
+def test_prompts_of_llava_next(name):
+    assert render(get_template(name), [("a", "b"), ("c", None)]) == NEXT[name]
 
 
 def test_stop_strings(prompts):

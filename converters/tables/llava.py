@@ -5,6 +5,7 @@ LLaVA-1.5 with their mean colour; transformers' port crops them. Of LLaVA-1.6, w
 nearly the same, see `describe_next`.
 """
 
+import ast
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -50,6 +51,20 @@ def describe_upstream(path: Path, config: dict[str, Any], towers: Towers) -> Sou
     return upstream_source(path, "llava", config, branch, tower)
 
 
+def _pinpoints(path: Path, found: Any) -> list[list[int]]:
+    """(width, height) of each canvas: of a list, or of its text, which mm_utils.py reads, too."""
+    try:
+        value = ast.literal_eval(found) if isinstance(found, str) else found
+        return [[int(width), int(height)] for width, height in value]
+    except (SyntaxError, TypeError, ValueError) as error:
+        raise InputError(
+            f"{path / 'config.json'}: image_grid_pinpoints",
+            found=repr(found)[:60],
+            expected="pairs of width and height, as [[336, 672], [672, 336]]",
+            fix="correct it",
+        ) from error
+
+
 def upstream_tower(path: Path, config: Mapping[str, Any], towers: Towers) -> Tower:
     """The tower that an upstream config names."""
     return towers.find(path, str(config.get("mm_vision_tower") or config.get("vision_tower")))
@@ -74,7 +89,7 @@ def upstream_branch(path: Path, config: Mapping[str, Any], tower: Tower) -> dict
     if aspect == "anyres":
         merges = ("flat", "spatial", "spatial_unpad")
         connector["merge"] = choice(path, config, "mm_patch_merge_type", "flat", merges)
-        connector["pinpoints"] = config["image_grid_pinpoints"]
+        connector["pinpoints"] = _pinpoints(path, config["image_grid_pinpoints"])
     return {
         "name": tower.config["model_type"].split("_")[0],
         "encoder": tower.config,

@@ -123,7 +123,7 @@ def describe(path: Path, config: dict[str, Any], towers: Towers) -> Source:
     """
     choice(path, config, "mm_resampler_type", "", ("cosine",))
     tower = upstream_tower(path, config, towers)
-    own = {"mm_projector_type": "mlp2x_gelu", "image_grid_pinpoints": None}
+    own = {"mm_projector_type": "mlp2x_gelu", "image_grid_pinpoints": []}
     branch = upstream_branch(path, config | own, tower)
     for key in ("merge", "pinpoints"):  # not read by upstream
         branch["connector"].pop(key, None)

@@ -328,6 +328,19 @@ def test_spellings_of_the_port_of_llava_1_6(port: tuple[Path, Any], tmp_path: Pa
         assert found.parts[part].keys() == tensors.keys()
 
 
+@pytest.mark.parametrize("text", ["[(28, 56), (56, 28)]", "28x56"])
+def test_pinpoints_as_text(folders: Path, tmp_path: Path, text: str):
+    """Upstream's mm_utils.py evaluates it."""
+    folder = copy(folders, "up", tmp_path)
+    edit(folder / "config.json", image_aspect_ratio="anyres", image_grid_pinpoints=text)
+    if "x" in text:
+        with pytest.raises(InputError, match="image_grid_pinpoints: found '28x56', expected pairs"):
+            open_source(folder)
+    else:
+        found = open_source(folder).branches[0]["connector"]["pinpoints"]
+        assert found == [[28, 56], [56, 28]]
+
+
 def test_pinpoints_that_disagree(port: tuple[Path, Any], tmp_path: Path):
     folder = shutil.copytree(port[0], tmp_path / "port")
     edit(folder / "config.json", image_grid_pinpoints=[[28, 28]])

@@ -8,12 +8,15 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from flax import nnx
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 from safetensors.numpy import load_file
 
+import converters
 from converters.preprocessor import from_preprocessor
+from vfjax.connectors.slime import Resampler
 from vfjax.errors import InputError
 from vfjax.images import preprocess
 from vfjax.tiling import (
@@ -128,6 +131,19 @@ def test_equal_resolutions():
 )
 def test_grids_of_slime(size, grid):
     assert adaptive_grid(size, TILE) == grid
+
+
+def test_slimes_positions_are_upstreams(shared: Path):
+    """A new connector's table is what every checkpoint holds (in float16), and does not train."""
+    model, _ = converters.load(shared / "golden" / "slime_vicuna", dtype="float32")
+    ((_, branch),) = model.branches.items()
+    for part in (branch.connector.expert, branch.connector.sampler):
+        table = np.asarray(part.pos[...])
+        new = Resampler(table.shape[1], len(table), part.grid, rngs=nnx.Rngs(0))
+        np.testing.assert_allclose(new.pos[...], table, atol=5e-4)
+        x, y = np.random.default_rng(0).normal(size=(2, 1, part.grid**2, table.shape[1]))
+        gradients = nnx.grad(lambda m, x=x, y=y: (m(x) * y[:, : m(x).shape[1]]).sum())(new)
+        assert not np.any(gradients.pos[...]) and np.any(gradients.query[...])
 
 
 def test_slime_may_use_one_tile_more_than_its_limit():

@@ -73,7 +73,7 @@ class Resampler(nnx.Module):
     def __init__(self, width: int, queries: int, grid: int, *, rngs: nnx.Rngs):
         self.grid, self.heads = grid, max(1, width // 128)
         self.query = param((queries, width), (None, None), rngs=rngs)
-        self.pos = param((queries, width), (None, None), rngs=rngs)
+        self.pos = nnx.Param(sines(math.isqrt(queries), width), axes=(None, None))
         self.norm_q, self.norm_kv, self.norm_post = (
             layer_norm(width, 1e-6, rngs=rngs) for _ in range(3)
         )
@@ -85,7 +85,8 @@ class Resampler(nnx.Module):
     def __call__(self, x: Array) -> Array:
         n, s, d = x.shape
         x = self.norm_kv(x)
-        query = jnp.broadcast_to(self.norm_q(self.query[...]) + self.pos[...], (n, *self.pos.shape))
+        pos = jax.lax.stop_gradient(self.pos[...])  # upstream's requires no gradient
+        query = jnp.broadcast_to(self.norm_q(self.query[...]) + pos, (n, *self.pos.shape))
         split = (n, -1, self.heads, d // self.heads)
         q, k, v = self.q(query), self.k(x + self.key_positions()), self.v(x)
         y = attention(q.reshape(split), k.reshape(split), v.reshape(split))
@@ -93,13 +94,25 @@ class Resampler(nnx.Module):
 
     def key_positions(self) -> Array:
         """The table [grid * grid, width] at the keys' grid."""
-        side = math.isqrt(self.pos.shape[0])
+        side, pos = math.isqrt(self.pos.shape[0]), jax.lax.stop_gradient(self.pos[...])
         if side == self.grid:
-            return self.pos[...]
+            return pos
         weights = jnp.asarray(bicubic(side, self.grid, antialias=False), jnp.float32)
-        table = self.pos[...].reshape(side, side, -1).astype(jnp.float32)
+        table = pos.reshape(side, side, -1).astype(jnp.float32)
         table = jnp.einsum("yi,xj,ijd->yxd", weights, weights, table, precision="highest")
-        return table.reshape(self.grid**2, -1).astype(self.pos.dtype)
+        return table.reshape(self.grid**2, -1).astype(pos.dtype)
+
+
+def sines(side: int, width: int) -> Array:
+    """Positions of a grid, float32[side * side, width]: sines, cosines of the column, of the row.
+
+    SliME llava/model/multimodal_resampler/sampler.py, get_2d_sincos_pos_embed.
+    """
+    omega = 10000.0 ** (-jnp.arange(width // 4) / (width // 4))
+    angles = jnp.arange(side)[:, None] * omega
+    axis = jnp.concatenate([jnp.sin(angles), jnp.cos(angles)], axis=1)
+    column, row = jnp.tile(axis, (side, 1)), jnp.repeat(axis, side, axis=0)
+    return jnp.concatenate([column, row], axis=1)
 
 
 class SliME(nnx.Module):
@@ -110,7 +123,7 @@ class SliME(nnx.Module):
         self.projector = c.projector.build(rngs=rngs)
         self.expert = Resampler(c.width, c.grid**2, c.grid, rngs=rngs)
         self.sampler = Resampler(c.width, c.queries, c.grid, rngs=rngs)
-        self.gate = param((c.width, 2), (None, None), rngs=rngs)
+        self.gate = nnx.Param(jnp.zeros((c.width, 2)), axes=(None, None))  # as upstream begins
         if c.vocab:
             self.embedding = param((c.vocab, c.projector.dout), ("vocab", "embed"), rngs=rngs)
 

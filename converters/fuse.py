@@ -35,6 +35,7 @@ from vfjax import (
     __version__,
 )
 from vfjax.merge import (
+    METHODS,
     Account,
     LazyTensor,
     Merged,
@@ -61,7 +62,7 @@ class Request:
             projectors are completed from the LLM that they name, or else from this one.
         method: a key of `vfjax.merge.METHODS`.
         params: the method's parameters, such as {"weights": (0.5, 0.5)}; each may vary over the
-            layers, see `vfjax.merge.from_config`.
+            layers, see `vfjax.merge.from_config`. Weights are 1 / members each by default.
         rules: (regex, changes) for the tensors whose names have it, see there; for example
             ("embed_tokens|lm_head", {"take": "base"}).
         recipe: a mergekit YAML file, in place of members, base, method, params and rules.
@@ -184,6 +185,9 @@ class Fusion:
             recipe, folders, below = read_yaml(request.recipe)
             home = folders.pop(BASE, None)
             request = dataclasses.replace(request, members=folders, base=home)
+        elif "weights" in getattr(METHODS.get(request.method), "params", ()):
+            even = {"weights": (1 / len(request.members),) * len(request.members)}
+            request = dataclasses.replace(request, params={**even, **request.params})
         self.request, self.out = request, Path(request.out)
         base = request.base
         opened = {
@@ -199,7 +203,8 @@ class Fusion:
             for name, path in source.weight_files().items()
         }
         self.before = {path: stat(path) for path in self.files.values()}
-        check_family({name: _family(source.llm, request.vocab) for name, source in opened.items()})
+        rows: dict[str, Any] = {} if request.vocab is None else {"vocab_size": None}
+        check_family({name: {**source.llm, **rows} for name, source in opened.items()})
         parts = {name: _mapped(source) for name, source in opened.items()}
         self.llms = llms = {name: part["llm"] for name, part in parts.items()}
         if request.family and request.recipe is None:
@@ -381,11 +386,6 @@ class Fusion:
         if wanted is not None:
             same_vocabulary(order)
         return order if named is None else [self.opened[named], *order]
-
-
-def _family(llm: Mapping[str, Any], vocab: str | None) -> dict[str, Any]:
-    """The facts to compare: without the size of the vocabulary where it may differ."""
-    return {**llm, "vocab_size": llm.get("vocab_size") if vocab is None else None}
 
 
 def check_request(request: Request) -> None:

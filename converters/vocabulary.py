@@ -77,7 +77,7 @@ def same_tokens(sources: Sequence[Source], llms: Iterable[Mapping[str, LazyTenso
     known = [source for source in sources if has_tokenizer(source.home)]
     vocabularies = [load_tokenizer(source.home).get_vocab() for source in known]
     for source, words in zip(known[1:], vocabularies[1:], strict=True):
-        for word, own in words.items():
+        for word, own in sorted(words.items(), key=lambda item: item[1]):
             other = vocabularies[0].get(word, own)
             if other != own and min(own, other) < rows:
                 raise InputError(

@@ -136,7 +136,9 @@ def write_folder(
 
 @contextlib.contextmanager
 def _stage(out: Path, shards: Iterable[Shard], key: str, resume: bool) -> Iterator[Path]:
-    """The folder beside `out` that is written to, locked; removed at the end, if there is one."""
+    """The folder beside `out` that is written to, locked; removed at the end, if there is one, but
+    not after Ctrl-C with `resume`.
+    """
     stage = out.parent / f".{out.name}.part"
     digest = hashlib.sha256(key.encode())
     for shard in shards:
@@ -171,8 +173,11 @@ def _stage(out: Path, shards: Iterable[Shard], key: str, resume: bool) -> Iterat
                 found.write_text(digest.hexdigest())
                 (stage / out.name).mkdir(exist_ok=True)
             yield stage
-        finally:
-            shutil.rmtree(stage, ignore_errors=True)
+        except BaseException as error:
+            if not (resume and isinstance(error, KeyboardInterrupt)):
+                shutil.rmtree(stage, ignore_errors=True)
+            raise
+        shutil.rmtree(stage, ignore_errors=True)
     finally:
         os.close(lock)
         if not out.exists():

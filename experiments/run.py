@@ -111,6 +111,9 @@ def main(argv: Sequence[str]) -> None:
         join_processes()
     try:
         task.run(config, Path(WORKDIR.value))
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        sys.exit(130)
     except Exception as error:
         if jax.process_count() > 1:
             if isinstance(error, jax.errors.JaxRuntimeError):

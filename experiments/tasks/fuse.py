@@ -9,7 +9,6 @@ from ml_collections import ConfigDict
 
 import converters
 from experiments.tasks.common import bar, named, required
-from vfjax.merge import METHODS
 
 KEYS = [
     *("base", "recipe", "export", "template", "dtype", "router", "vocab", "seed"),
@@ -23,9 +22,8 @@ def run(config: ConfigDict, workdir: Path) -> None:
         required(config, "members")
     members = named("members", config.members)
     params = {key: value for key, value in config.params.to_dict().items() if value is not None}
-    method = METHODS.get(config.method)  # an unknown one is said by `fuse`
-    if not config.recipe and (config.weights or (method and "weights" in method.params)):
-        params["weights"] = tuple(config.weights or (1 / len(members),) * len(members))
+    if not config.recipe and config.weights:
+        params["weights"] = tuple(config.weights)
     out = Path(config.output or workdir / "fused")
     options: dict[str, Any] = {key: config[key] for key in KEYS}
     if not config.recipe:

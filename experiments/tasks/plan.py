@@ -237,7 +237,14 @@ def batch_of(config: ConfigDict, made: ModelConfig, mesh: Mesh, batch: int) -> B
     """Inputs of the job as shapes: rows of one picture and of text, over the mesh's row axes."""
     labels = config.job == "train"
     processor = Processor(made, lengths=tuple(range(128, 65536, 128)))
-    ids = [[1, -200, *range(3, 3 + config.text)]]
+    if not made.branches:
+        raise InputError(
+            "config.model",
+            found="an LLM without visual branches",
+            expected="a model that reads pictures",
+            fix="choose another",
+        )
+    ids = [[1, -200, *[0] * config.text]]
     picture = np.zeros((800, 1000, 3), np.uint8)
     row = processor([picture], input_ids=ids, labels=ids if labels else None)
 

@@ -375,6 +375,16 @@ def test_wrong_arguments(family: Path, tmp_path: Path, more: dict[str, Any], lin
 PLAIN = {"method": "task_arithmetic", "params": {"weights": (0.5, 0.5)}, "export": "llm"}
 
 
+def test_weights_are_even_by_default(family: Path, tmp_path: Path):
+    """In files, and for a fusion of which none are written."""
+    members, base = named(family, "up1 up2"), family / "base"
+    converters.fuse(members, tmp_path / "out", base=base, export="llm")
+    assert_merged(tmp_path / "out", family, "up1 up2")
+    model, _ = converters.load_fused(members, base=base)
+    found = llm_of(tmp_path / "out")["model.embed_tokens.weight"]
+    np.testing.assert_array_equal(model.llm.embedding[...], found)
+
+
 def test_a_dry_run_says_what_would_be_written(family: Path, tmp_path: Path):
     arguments = (named(family, "up2 up3"), tmp_path / "out")
     more = {"base": family / "base", "params": {"weights": (0.5, 0.5)}, "shard_bytes": 50_000}
@@ -528,7 +538,7 @@ def test_members_of_other_tokenizers_are_refused(family: Path, tmp_path: Path):
     write_json(other / "tokenizer.json", known)
     members = {"up2": family / "up2", "up3": other}
     line = refused(tmp_path, members, base=family / "base", **PLAIN)
-    assert line.startswith(f"{other}: tokenizer: found id 101 for {one!r}, expected 100, as in ")
+    assert line.startswith(f"{other}: tokenizer: found id 100 for {two!r}, expected 101, as in ")
     more = {"base": family / "base", "family": False, **PLAIN}
     converters.fuse(members, tmp_path / "forced", **more)
 

@@ -418,6 +418,12 @@ def test_models_that_differ():
         recipe.plan(both | {"b": names(2)}, counts)
 
 
+def test_a_rule_that_fits_nothing():
+    recipe = from_config(NATIVE | {"rules": [("embed_tokenz", {"take": "a"})]})
+    with pytest.raises(InputError, match="rules: found 'embed_tokenz', expected a part of some te"):
+        plan(recipe)
+
+
 def test_wrong_module():
     modules = {name: {"models": [{"model": "a"}]} for name in ("text", "vision")}
     recipe = from_mergekit({"merge_method": "passthrough", "modules": modules})

@@ -125,9 +125,9 @@ class Recipe:
             Output name -> plan, in natural order (layer 2 before layer 10).
 
         Raises:
-            InputError: unknown module; layers that a model lacks or that differ in number; a tensor
-                that one source has and another lacks; a parameter that is missing or ill-typed, or
-                a number of members that the method does not take.
+            InputError: unknown module; a rule that fits no tensor; layers that a model lacks or
+                that differ in number; a tensor that one source has and another lacks; a parameter
+                that is missing or ill-typed, or a number of members that the method does not take.
         """
         if not module and len(self.modules) == 1:
             (module,) = self.modules
@@ -151,6 +151,10 @@ class Recipe:
                     found = {model: held.get((before, after)) for model, held in here.items()}
                     plans[name] = self._tensor(name, piece, found, t)
             first += count
+        for pattern, _ in self.rules:
+            if not any(map(pattern.search, plans)):
+                expected = "a part of some tensor's name, as 'embed_tokens' or 'layers.0.mlp'"
+                parse.fail("rules", repr(pattern.pattern), expected, "correct the pattern")
         return {name: plans[name] for name in sorted(plans, key=_natural)}
 
     def _outside(

@@ -55,7 +55,7 @@ class Options:
 
 
 class Stopped(Exception):
-    """The run was asked to end (SIGTERM) and has saved its state; the step is its argument."""
+    """The run was asked to end (SIGTERM, Ctrl-C) and saved its state; the step is its argument."""
 
 
 def fit(
@@ -87,7 +87,7 @@ def fit(
     Raises:
         InputError: the folder's states are of another config, a group names nothing, a loss is not
             finite, a step has nothing to learn, or the data end.
-        Stopped: on SIGTERM, once the state is on disk.
+        Stopped: on SIGTERM or Ctrl-C, once the state is on disk.
     """
     mesh = mesh_of(nnx.state(model))
     dtypes = jax.tree.map(lambda x: x.dtype, nnx.state(model))
@@ -280,13 +280,22 @@ def _check(step: int, row: Mapping[str, Any]) -> None:
 
 @contextlib.contextmanager
 def _stop_requested() -> Iterator[Callable[[int], bool]]:
-    """Yields step -> whether SIGTERM came; on several processes, at a step that all agree on."""
+    """Yields step -> whether SIGTERM or Ctrl-C came; on several processes, at a step that all
+    agree on, SIGTERM alone.
+    """
     if jax.process_count() > 1:  # JAX's coordination service has its own handler
         yield multihost_utils.reached_preemption_sync_point
         return
     came: list[int] = []
-    before = signal.signal(signal.SIGTERM, lambda number, _: came.append(number))
+
+    def asked(number: int, _: object) -> None:
+        if signal.SIGINT in came:
+            raise KeyboardInterrupt  # Ctrl-C twice does not wait for the step
+        came.append(number)
+
+    before = {each: signal.signal(each, asked) for each in (signal.SIGTERM, signal.SIGINT)}
     try:
         yield lambda step: bool(came)
     finally:
-        signal.signal(signal.SIGTERM, before)
+        for each, handler in before.items():
+            signal.signal(each, handler)

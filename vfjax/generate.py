@@ -61,8 +61,8 @@ def generate(
         seed: of the sampling; a row with a seed of its own draws what it would alone.
 
     Raises:
-        InputError: the batch and the new tokens don't fit the context, or a sampling parameter is
-            out of range.
+        InputError: the batch and the new tokens don't fit the context, a sampling parameter is out
+            of range, or the prompt's logits are NaN.
     """
     ids = generate_ids(
         model,
@@ -260,8 +260,15 @@ def _pieces(
     state = _first(logits, how, steps=steps)
     until = 0
     while True:
-        until = most if every is None else min(until + every, most)
+        start, until = until, most if every is None else min(until + every, most)
         state, cache = _decode(leaves, tree, cache, state, how, jnp.int32(until))
+        if start == 0 and (broken := np.flatnonzero(_fetch(state.out)[:, 0] == NOTHING)).size:
+            raise InputError(
+                f"row {broken[0]}",
+                found="logits that are NaN",
+                expected="numbers",
+                fix="look for NaN in the weights, or load them with another dtype",
+            )
         yield state
         if until == most or not _active(_fetch(state.done), until, np.asarray(how.limit)).any():
             return
@@ -272,10 +279,14 @@ def _prefill(leaves: list[Array], tree: Any, batch: Batches, *, size: int) -> tu
     return jax.tree.unflatten(tree, leaves).prefill(batch, size)
 
 
+NOTHING = -1
+"""In place of a row's first token where NaN is all that was computed."""
+
+
 @functools.partial(jax.jit, static_argnames="steps")
 def _first(logits: Array, how: _How, *, steps: int) -> _State:
-    """The state with each row's first token."""
-    token = _pick(jnp.int32(0), logits, how)
+    """The state with each row's first token, or `NOTHING`."""
+    token = jnp.where(jnp.isnan(logits).any(axis=-1), NOTHING, _pick(jnp.int32(0), logits, how))
     done = _stops(token, how)
     out = jnp.zeros((len(token), steps), jnp.int32).at[:, 0].set(token)
     return _State(jnp.int32(1), token, done, (~done).astype(jnp.int32), out)

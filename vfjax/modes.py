@@ -235,7 +235,7 @@ class MemberProcessors:
         """Token ids that end any member's answer."""
         return tuple(sorted({i for p in self.processors for i in p.stops}))
 
-    def chat(self, question: str, *, images: int = 1) -> tuple[str, ...]:
+    def chat(self, question: str, *, images: int | None = None) -> tuple[str, ...]:
         """Each member's prompt; see `Processor.chat`."""
         return tuple(p.chat(question, images=images) for p in self.processors)
 

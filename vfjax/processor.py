@@ -62,8 +62,13 @@ class Processor:
     stop_ids: tuple[int, ...] = ()
     lengths: tuple[int, ...] = LENGTHS
 
-    def chat(self, question: str, *, images: int = 1) -> str:
-        """A prompt for one question about `images` pictures, answer open."""
+    def chat(self, question: str, *, images: int | None = None) -> str:
+        """A prompt for one question about `images` pictures, answer open.
+
+        By default about one, for an LLM without visual branches about none.
+        """
+        if images is None:
+            images = min(len(self.config.branches), 1)
         turn = (text.IMAGE_TOKEN + "\n") * images + question
         return text.render(text.get_template(self.template), [(turn, None)])
 

@@ -156,6 +156,8 @@ def report(record: Mapping[str, Any], mesh: Mapping[str, int], chip: Chip, need:
     if "answers a second, at most" in record:
         of = f"of {record['new_tokens']} tokens"
         print(f"  {record['answers a second, at most']:.1f} answers {of} a second at most")
+    if record["topology"].partition(":")[0] in GPUS:
+        print("  temporaries and times of memory are of XLA's CPU compiler: a guess, often high")
     print(f"  {'fits' if record['fits'] else 'does NOT fit'}: {need:.1f} of {chip.memory} GiB")
     if not record["fits"]:
         print(f"  {remedy(record, mesh, chip)}")

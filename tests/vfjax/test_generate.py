@@ -164,6 +164,17 @@ def test_a_templates_own_token_ends_an_answer(llm):
     assert other.decode([*yes, end, *yes]) == processor.decode(yes)
 
 
+def test_nan_is_no_answer(llm):
+    """Weights that hold it, or that overflow, are said; other rows don't hide them."""
+    _, model, processor = llm
+    graph, state = nnx.split(model)
+    broken = nnx.merge(graph, jax.tree.map(jnp.copy, state))
+    scale = broken.llm.norm.scale
+    scale[...] = scale[...].at[3].set(jnp.nan)
+    with pytest.raises(InputError, match="^row 0: found logits that are NaN, expected numbers"):
+        generate_ids(broken, processor(input_ids=TEXTS), max_new_tokens=3)
+
+
 BAD = {
     "no token": ({"max_new_tokens": 0}, "max_new_tokens: found 0, expected at least 1"),
     "negative temperature": ({"temperature": -0.1}, "temperature: found -0.1, expected 0 or more"),

@@ -219,6 +219,7 @@ def test_plain_llm():
         InputError, match="images: found 1 pictures, expected none: this model is a"
     ):
         make()(pictures(1), input_ids=[[PICTURE]])
+    assert make().chat("Why?") == make("clip").chat("Why?", images=0)
 
 
 BAD = {

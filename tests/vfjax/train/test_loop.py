@@ -93,11 +93,12 @@ def test_goes_on_from_the_last_state(folder, whole, tmp_path) -> None:
     assert same(run(folder, tmp_path), whole[1])  # all is done; nothing moves
 
 
-def test_sigterm_saves(folder, whole, tmp_path) -> None:
-    before = signal.getsignal(signal.SIGTERM)
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_saves(folder, whole, tmp_path, number) -> None:
+    before = signal.getsignal(number)
     with pytest.raises(Stopped, match="2"):
-        run(folder, tmp_path, at=1, happens=lambda: os.kill(os.getpid(), signal.SIGTERM))
-    assert signal.getsignal(signal.SIGTERM) == before
+        run(folder, tmp_path, at=1, happens=lambda: os.kill(os.getpid(), number))
+    assert signal.getsignal(number) == before
     model = run(folder, tmp_path, at=0, happens=kill)  # which would be asked for at a new start
     assert losses(tmp_path) == losses(whole[0])
     assert same(model, whole[1])

@@ -123,7 +123,8 @@ def train(
     )
     if stage.lora.rank:
         add_lora(model, LoRAConfig(**stage.lora), seed=config.seed)
-    print(f"{name}: {sum(rows):,} rows, {batches.steps:,} steps")
+    again = " (fewer than a step takes: they are repeated)" if sum(rows) < batches.size else ""
+    print(f"{name}: {sum(rows):,} rows{again}, {batches.steps:,} steps of {batches.size:,}")
     model = fit(
         model,
         batches.to_iter,

@@ -75,18 +75,21 @@ def same_tokens(sources: Sequence[Source], llms: Iterable[Mapping[str, LazyTenso
     """
     rows = min(llm["model.embed_tokens.weight"].shape[0] for llm in llms)
     known = [source for source in sources if has_tokenizer(source.home)]
-    vocabularies = [load_tokenizer(source.home).get_vocab() for source in known]
-    for source, words in zip(known[1:], vocabularies[1:], strict=True):
-        for word, own in sorted(words.items(), key=lambda item: item[1]):
-            other = vocabularies[0].get(word, own)
-            if other != own and min(own, other) < rows:
-                raise InputError(
-                    f"{source.path}: tokenizer",
-                    found=f"id {own} for {word!r}",
-                    expected=f"{other}, as in {known[0].path}",
-                    fix="merge models of one tokenizer, or set family to False to merge all the "
-                    "same",
-                )
+    files = [{n: p.read_bytes() for n, p in tokenizer_files([each]).items()} for each in known]
+    if all(each == files[0] for each in files):
+        return  # as is usual: transformers, which takes seconds, is not needed
+    first, *others = (load_tokenizer(source.home).get_vocab() for source in known)
+    for source, words in zip(known[1:], others, strict=True):
+        found = ((own, first.get(word, own), word) for word, own in words.items())
+        conflicts = [x for x in found if x[0] != x[1] and min(x[:2]) < rows]
+        if conflicts:
+            own, other, word = min(conflicts)
+            raise InputError(
+                f"{source.path}: tokenizer",
+                found=f"id {own} for {word!r}",
+                expected=f"{other}, as in {known[0].path}",
+                fix="merge models of one tokenizer, or set family to False to merge all the same",
+            )
 
 
 def _vocabulary(folder: Path) -> Any:

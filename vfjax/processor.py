@@ -79,18 +79,15 @@ class Processor:
         own = {known[stop] for stop in text.get_template(self.template).stop if stop in known}
         return tuple(sorted({*self.stop_ids, *own}))
 
-    def cut(self, ids: Sequence[int]) -> list[int]:
-        """Ids before the first of `stops`."""
-        stops = set(self.stops)
-        return list(itertools.takewhile(lambda i: int(i) not in stops, ids))
-
     def decode(self, ids: Sequence[int]) -> str:
         """Text of new token ids, cut at the first of `stops` and at the template's stop strings.
 
         Raises:
             InputError: there is no tokenizer.
         """
-        out = self.require_tokenizer().decode(self.cut(ids), skip_special_tokens=True)
+        stops = set(self.stops)
+        kept = list(itertools.takewhile(lambda i: int(i) not in stops, ids))
+        out = self.require_tokenizer().decode(kept, skip_special_tokens=True)
         for stop in text.get_template(self.template).stop:
             out = out.split(stop)[0]
         return out.strip()

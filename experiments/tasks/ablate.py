@@ -47,21 +47,22 @@ Variant = tuple[str, str, tuple[str, ...], dict[str, Any], Prune | None]
 def run(config: ConfigDict, workdir: Path) -> None:
     scenes.ensure(workdir / "scenes", config.split, config.scenes, config.seed)
     test = Quiz.read(workdir / "scenes")
-    same_config(workdir / "ablate", config.to_dict())
-    file = workdir / "ablate" / "results.json"
+    own = workdir / "ablate"
+    same_config(own, config.to_dict())
+    file = own / "results.json"
     done = json.loads(file.read_text()) if file.is_file() else {}
     alone: dict[str, float] = {}
     folders = {p.name: p for p in FAMILY.iterdir() if p.name != "base"}
     folders |= {name: Path(path) for name, path in named("more", config.more).items()}
     subsets = sorted(folders) if config.subsets else []
-    folders[OTHER] = workdir / "ablate" / OTHER
+    folders[OTHER] = own / OTHER
     if not folders[OTHER].is_dir():
         turned_over(FAMILY / config.members[-1], folders[OTHER], config.seed)
     for panel, label, names, recipe, prune in variants(config, subsets):
         key = f"{panel}: {label}"
         if key in done:
             continue
-        out = workdir / "ablate" / "fused"
+        out = own / "fused"
         shutil.rmtree(out, ignore_errors=True)
         members = {name: folders[name] for name in names}
         *_, found = fuse(FAMILY / "base", members, test, out, prune=prune, **recipe)
@@ -72,8 +73,8 @@ def run(config: ConfigDict, workdir: Path) -> None:
         with replacing(file) as part:
             part.write_bytes(to_bytes(done))
         print(f"{key:<60} {done[key]['mean']:5.1f}   best member {best:5.1f}", flush=True)
-    draw(file.with_name("ablate.png"), list(done.values()))
-    print(f"{file.with_name('ablate.png')}, {file}")
+    draw(own / "ablate.png", list(done.values()))
+    print(f"{own / 'ablate.png'}, {file}")
 
 
 def variants(config: ConfigDict, subsets: Sequence[str]) -> Iterator[Variant]:

@@ -16,6 +16,7 @@ from tqdm import tqdm
 import converters
 from converters.audit import audit
 from converters.export import to_bytes
+from converters.writer import sha256
 from experiments.tasks.common import FAMILY, load, named, required
 from vfjax import InputError
 from vfjax.eval import (
@@ -166,7 +167,7 @@ def config_digest(folder: Path) -> str:
     """SHA-256 of what a model's answers depend on beside weights: configs, tokenizer, templates."""
     kinds, total = {".json", ".model", ".txt", ".jinja"}, hashlib.sha256()
     for path in sorted(path for path in folder.iterdir() if path.suffix in kinds):
-        total.update(f"{path.name} {hashlib.sha256(path.read_bytes()).hexdigest()}\n".encode())
+        total.update(f"{path.name} {sha256(path)}\n".encode())
     return total.hexdigest()
 
 

@@ -42,15 +42,18 @@ def audit(files: Mapping[str, Path], checksums: bool = True) -> dict[str, str]:
         InputError: a float tensor holds NaN or infinity, or a file cannot be read.
     """
     known = _load()
+    # A file is remembered by its real path and read by its own: the suffix says what it is, and
+    # what a link of the hub's cache leads to has none.
+    paths = {str(path.resolve()): path for path in files.values()}
     todo = {}
-    for path in dict.fromkeys(p.resolve() for p in files.values()):
-        entry = known.get(str(path))
+    for real, path in paths.items():
+        entry = known.get(real)
         if not (entry and entry["stat"] == list(stat(path)) and (entry["sha256"] or not checksums)):
-            todo[path] = stat(path)
+            todo[real] = stat(path)
     with ThreadPoolExecutor(max(1, min(len(todo), os.cpu_count() or 1))) as pool:
-        digests = list(pool.map(lambda path: _look(path, checksums), todo))
-    for (path, before), digest in zip(todo.items(), digests, strict=True):
-        known[str(path)] = {"stat": list(before), "sha256": digest}
+        digests = list(pool.map(lambda real: _look(paths[real], checksums), todo))
+    for (real, before), digest in zip(todo.items(), digests, strict=True):
+        known[real] = {"stat": list(before), "sha256": digest}
     if todo:
         _save(known)
     return {label: known[str(p.resolve())]["sha256"] for label, p in files.items() if checksums}

@@ -7,6 +7,7 @@ their header. They are not mapped: a shard that shrinks under us ends in an erro
 import dataclasses
 import json
 import os
+import re
 import struct
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -228,7 +229,7 @@ def _torch(path: Path) -> Iterator[tuple[str, FileTensor | TorchTensor]]:
     except Exception as error:
         raise InputError(
             path,
-            found=f"a file that torch refuses ({first_line(error)})",
+            found=f"a file that torch refuses ({_reason(error)})",
             expected="a pickle of tensors only",
             fix="download it again; if it holds code, do not use it",
         ) from error
@@ -249,6 +250,15 @@ def _torch(path: Path) -> Iterator[tuple[str, FileTensor | TorchTensor]]:
         if kind not in dtypes:
             raise _bad_dtype(f"{path}: {name}", kind)
         yield name, TorchTensor(path, tensor.detach(), tuple(tensor.shape), dtypes[kind])
+
+
+def _reason(error: Exception) -> str:
+    """Why torch refuses a file, without its advice to turn the check off."""
+    if asked := re.search(r"GLOBAL ([\w.]+)", str(error)):
+        return f"it asks for {asked[1]}"
+    if "TorchScript" in str(error):
+        return "a TorchScript archive"
+    return "no pickle of torch.save" if "weights_only" in str(error) else first_line(error)
 
 
 def first_line(error: Exception) -> str:

@@ -164,7 +164,7 @@ def scenes(workdir: Path, count: int = 4) -> list[list[str]]:
     rows = json.loads((folder / "scenes.json").read_text())
     kinds = ("colour", "ocr", "locdig", "count")
     return [
-        [str((folder / "images" / row["image"]).resolve()), row["questions"][kind][0]]
+        [str((folder / "images" / row["image"]).absolute()), row["questions"][kind][0]]
         for row, kind in zip(rows, kinds, strict=False)
     ]
 

@@ -41,7 +41,7 @@ class Source:
         llm: Hugging Face config of the language model.
         branches: one dict a branch: `name`; `encoder`, `connector` and perhaps `aux`, configs
             whose `model_type` names a table; `preprocessor` (preprocessor_config.json); `aspect`,
-            "pad" or "crop".
+            "pad" or "crop"; `scaled`, true if absent, see `vfjax.model.BranchConfig`.
         template: name of the prompt template.
         parts: component ("llm", "branches.NAME.encoder", ...) -> its tensors under the names of the
             component's table.

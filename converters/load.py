@@ -213,6 +213,7 @@ def _branch_config(source: Source, branch: Mapping[str, Any]) -> BranchConfig:
         connector=connector,
         views=views({**branch["connector"], "aux": aux}, images, encoder, connector),
         aux=aux,
+        scaled=branch.get("scaled", True),
     )
 
 

@@ -192,9 +192,10 @@ def _outputs(model: Model, batch: Batch) -> dict[str, Any]:
     if batch.images:
         (branch,) = model.branches.values()
         inputs = batch.images[branch.config.name]
-        out["stages"] = branch.stages(inputs, model.llm.embed)
+        out["stages"] = branch.stages(inputs, model.llm.lookup)
     x, mask = model.embed(batch)
     hidden, _ = model.llm(x, mask)
+    x = x / model.llm.scale  # recorded before the authors' LLM scales them
     return out | {"inputs_embeds": x, "mask": mask, "logits": model.llm.logits(hidden)}
 
 

@@ -122,10 +122,15 @@ def make_tower(kind: str, seed: int, **config: Any) -> nn.Module:
     return randomize(tower, seed)
 
 
+def text_config(**config: Any) -> transformers.PretrainedConfig:
+    """A tiny decoder's config, of Llama or of another `model_type`."""
+    return transformers.AutoConfig.for_model(**{"model_type": "llama", **LLAMA, **config})
+
+
 def make_llama(seed: int, **config: Any) -> transformers.LlamaForCausalLM:
-    """A decoder."""
+    """A decoder; of another kind if `model_type` says so."""
     with no_init_weights():
-        llm = transformers.LlamaForCausalLM(transformers.LlamaConfig(**{**LLAMA, **config}))
+        llm = transformers.AutoModelForCausalLM.from_config(text_config(**config))
     llm.tie_weights()  # left out with the rest of the initialisation
     return randomize(llm, seed)
 
@@ -212,7 +217,7 @@ def hf_llava_folder(
     model = transformers.LlavaForConditionalGeneration(
         transformers.LlavaConfig(
             vision_config=config_class(**{**sizes, **(vision or {})}),
-            text_config=transformers.LlamaConfig(**{**LLAMA, **(text or {})}),
+            text_config=text_config(**(text or {})),
             image_token_index=IMAGE_TOKEN,
             **config,
         )
@@ -326,7 +331,8 @@ def fused_folder(
         path: folder to make.
         llm: under the standard names.
         branches: name -> tower, connector and how they are used: `taps`, hidden states that are
-            joined on channels; `drop`, leading tokens that are left out; `aspect`.
+            joined on channels; `drop`, leading tokens that are left out; `aspect`; perhaps
+            `scaled`, as in config.json.
     """
     state, entries = published(llm), []
     for name, (tower, connector, entry) in branches.items():
@@ -339,6 +345,7 @@ def fused_folder(
                 "encoder": tower.config.to_dict(),
                 "preprocessor": preprocessor(tower.config),
                 "aspect": entry["aspect"],
+                **{key: entry[key] for key in ("scaled",) if key in entry},
                 "connector": {
                     "model_type": "mlp",
                     "mm_projector_type": f"mlp{(len(connector) + 1) // 2}x_gelu",
@@ -383,13 +390,15 @@ def reference_logits(
     Returns:
         float32[t, vocab], t with the visual tokens.
     """
+    embed = llm.get_input_embeddings()
+    scale = getattr(embed, "embed_scale", 1.0)  # Gemma's
     pictures: list[list[torch.Tensor]] = []
     for name, (tower, connector, entry) in branches.items() if -200 in ids else ():
         x = torch.from_numpy(np.moveaxis(pixels[name], -1, 1).copy())
         states = tower(x, output_hidden_states=True).hidden_states
         kept = [states[tap][:, entry["drop"] :] for tap in entry["taps"]]
-        pictures.append(list(connector(torch.cat(kept, dim=-1))))
-    embed = llm.get_input_embeddings()
+        tokens = connector(torch.cat(kept, dim=-1))
+        pictures.append(list(tokens * scale if entry.get("scaled", True) else tokens))
     parts, seen = [], 0
     for token in ids:
         if token == -200:

@@ -94,6 +94,8 @@ class BranchConfig:
         connector: config of a connector (`vfjax.connectors`).
         views: what the encoders are shown (`vfjax.views`).
         aux: config of a second encoder, None without one.
+        scaled: whether an LLM that scales its embeddings (Gemma) scales these visual tokens, too:
+            the authors' LLMs scale all that they are given, transformers' since 5.12 text alone.
     """
 
     name: str
@@ -101,6 +103,7 @@ class BranchConfig:
     connector: Any
     views: Any
     aux: Any = None
+    scaled: bool = True
 
     @property
     def tokens(self) -> int:
@@ -135,7 +138,7 @@ class Branch(nnx.Module):
 
         Args:
             inputs: what `config.views` prepared, or `encode` made of it.
-            embed: the LLM's embedding, int32[..., t] ids -> [..., t, d].
+            embed: the LLM's embedding table, int32[..., t] ids -> [..., t, d] (`Llama.lookup`).
 
         Returns:
             Among others "tokens" [m, d], the branch's memory of visual tokens, and, if the
@@ -205,11 +208,13 @@ class Model(nnx.Module):
         images: Mapping[str, Mapping[str, AnyArray]],
         embed: Callable[[Array], Array],
     ) -> Memory:
-        """A branch's visual tokens of all pictures; see `Branch.stages`."""
+        """A branch's visual tokens of all pictures as the LLM reads them; see `Branch.stages`."""
         if "tokens" in images[name]:  # of `encode`
             return jnp.asarray(images[name]["tokens"]), jnp.asarray(images[name]["keep"])
         stages = self.branches[name].stages(images[name], embed)
         tokens = stages["tokens"].astype(self.llm.embedding.dtype)
+        if self.branches[name].config.scaled:
+            tokens = self.llm.scaled(tokens)
         keep = stages.get("keep", jnp.ones(len(tokens), bool))
         if "pool" not in images[name]:
             return tokens, keep
@@ -220,7 +225,7 @@ class Model(nnx.Module):
     def memories(self, images: Mapping[str, Mapping[str, AnyArray]]) -> list[Memory]:
         """Each branch's visual tokens; none where no row has a picture."""
         names = [branch.name for branch in self.config.branches] if images else []
-        return [self.memory(name, images, self.llm.embed) for name in names]
+        return [self.memory(name, images, self.llm.lookup) for name in names]
 
     def visual_tokens(self, images: Mapping[str, Mapping[str, AnyArray]]) -> Memory:
         """All branches' memories one after another, [m, d], and which tokens are read, bool[m]."""
@@ -345,6 +350,6 @@ def _encoded(
             rest = {key: x for key, x in inputs.items() if key not in PIXELS}
             out[name] = {**rest, "states": branch.states(inputs)}
         else:
-            tokens, keep = model.memory(name, images, model.llm.embed)
+            tokens, keep = model.memory(name, images, model.llm.lookup)
             out[name] = {"tokens": tokens, "keep": keep}
     return out

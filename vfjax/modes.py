@@ -83,7 +83,7 @@ class CacheFusion(nnx.Module):
             return merged.prefill(batch, size)
         llms: list[Any] = [self.llms[owner] for owner in self.owners]
         memories = [
-            merged.memory(branch.name, batch.images, llm.embed)
+            merged.memory(branch.name, batch.images, llm.lookup)
             for branch, llm in zip(branches, llms, strict=True)
         ]
         tokens = jnp.asarray(batch.tokens)

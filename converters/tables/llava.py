@@ -168,9 +168,15 @@ def prompt_template(llm: Mapping[str, Any]) -> str:
     """What LLaVA's scripts take for each published model, told apart by LLM and vocabulary.
 
     LLaVA llava/eval/run_llava.py, by names there; LLaVA-NeXT llava/conversation.py for Llama-3 and
-    Qwen. Vocabularies are counted in thousands: ports pad them. "" for LLMs that neither has.
+    Qwen; Gemma's is its own. Vocabularies are counted in thousands: ports pad them. "" for LLMs
+    that neither has.
     """
-    by_type = {"mistral": "mistral_instruct", "qwen2": "qwen_1_5", "llama": "vicuna_v1"}
+    by_type = {
+        "mistral": "mistral_instruct",
+        "qwen2": "qwen_1_5",
+        "gemma": "gemma",
+        "llama": "vicuna_v1",
+    }
     by_vocabulary = {64: "chatml_direct", 128: "llava_llama_3"}
     found = by_type.get(llm.get("model_type", "llama"), "")
     if found == "vicuna_v1":
@@ -214,6 +220,7 @@ def describe_hf(path: Path, config: dict[str, Any], towers: Towers) -> Source:
         "encoder": vision,
         "preprocessor": _preprocessor(path),
         "aspect": "crop",
+        "scaled": False,
         "connector": {
             "model_type": "mlp",
             "mm_projector_type": "mlp2x_gelu",

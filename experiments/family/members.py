@@ -112,7 +112,7 @@ def align(model: Model, data: Path, recipe: Recipe, *, report: Report = print) -
     tx = optax.adam(optax.cosine_decay_schedule(3e-3, recipe.align))
 
     def loss(params: Any, seen: Any, words: Array) -> Array:
-        tokens = nnx.merge(graph, params, rest)(*seen, model.llm.embed)["tokens"]
+        tokens = nnx.merge(graph, params, rest)(*seen, model.llm.lookup)["tokens"]
         tokens = tokens.reshape(len(words), -1, table.shape[1])[:, : words.shape[1]]
         return scale * ((tokens - table[words]) ** 2).mean()
 

@@ -51,6 +51,7 @@ LLAVAS = {
     "clip, last layer": {"vision_feature_layer": -1},
     "siglip": {"kind": "siglip", "vision_feature_select_strategy": "full"},
     "tanh projector": {"projector_hidden_act": "gelu_pytorch_tanh"},
+    "gemma": {"text": {"model_type": "gemma", "head_dim": 8}},
     "tied head": {"tie_word_embeddings": True, "text": {"tie_word_embeddings": True}},
 }
 
@@ -217,6 +218,24 @@ def test_embeddings_are_zero_at_padding(fused):
     np.testing.assert_array_equal(x[2, :3], np.asarray(model.llm.embedding[...])[ROWS[2]])
 
 
+def test_who_scales_visual_tokens(tmp_path):
+    """Gemma scales text; one branch's tokens too, as its authors' code does, the other's not."""
+    llm = make_llama(6, model_type="gemma", head_dim=8)
+    branches = {}
+    for name, scaled in (("authors", True), ("port", False)):
+        tower, connector = make_tower("clip", 7, num_hidden_layers=1), make_connector((32, 32), 8)
+        entry = {"taps": [-1], "drop": 1, "aspect": "crop", "scaled": scaled}
+        branches[name] = (tower, connector, entry)
+    checkpoints.fused_folder(tmp_path / "fused", llm, branches)
+    model, processor = converters.load(tmp_path / "fused")
+    assert [branch.scaled for branch in model.config.branches] == [True, False]
+    batch = processor(pictures(1), input_ids=ROWS[:1])
+    expected = checkpoints.reference_logits(llm, branches, ROWS[0], pixels_of(batch, 0))
+    assert_close(forward(model, batch)[0][batch.mask[0]], expected)
+    again = encode(model, batch)
+    assert_close(forward(model, again)[0][batch.mask[0]], expected)
+
+
 def test_text_alone_is_the_llm(fused):
     llm, _, model, processor = fused
     batch = processor(input_ids=ROWS[2:])
@@ -249,7 +268,7 @@ def test_layers_past_the_tap_are_not_read(upstream):
 def features(model: Model, batch: Batch) -> jax.Array:
     (branch,) = model.branches.values()
     (inputs,) = batch.images.values()
-    return branch.stages(inputs, model.llm.embed)["vision_features"]
+    return branch.stages(inputs, model.llm.lookup)["vision_features"]
 
 
 def test_bfloat16(upstream):

@@ -36,8 +36,8 @@ class LlamaConfig:
     """Sizes and options of a decoder.
 
     `kv_heads` below `heads` is grouped-query attention. Beyond Llama: `qk_norm` normalises queries
-    and keys (Qwen3); `gemma` multiplies the input by sqrt(width), visual tokens too, and keeps
-    norms' scales as offsets from one; `rotary` is the share of a head that is rotated.
+    and keys (Qwen3); `gemma` multiplies embeddings by sqrt(width) and keeps norms' scales as
+    offsets from one; `rotary` is the share of a head that is rotated.
     """
 
     vocab: int
@@ -230,9 +230,22 @@ class Llama(nnx.Module):
         if not c.tied:
             self.head = linear(c.width, c.vocab, ("embed", "vocab"), bias=c.head_bias, rngs=rngs)
 
-    def embed(self, ids: Array) -> Array:
-        """Embeddings [..., d] of int32 token ids; ids outside the vocabulary are undefined."""
+    @property
+    def scale(self) -> float:
+        """Factor between the embedding table and what the blocks read: sqrt(width) in Gemma."""
+        return self.config.width**0.5 if self.config.gemma else 1.0
+
+    def scaled(self, x: Array) -> Array:
+        """`x` times `scale`, rounded to the dtype of x as transformers rounds it."""
+        return x if self.scale == 1.0 else x * jnp.asarray(self.scale, x.dtype)
+
+    def lookup(self, ids: Array) -> Array:
+        """Rows [..., d] of the embedding table, not scaled; ids outside it are undefined."""
         return self.embedding[...][ids]
+
+    def embed(self, ids: Array) -> Array:
+        """What the blocks read [..., d] of int32 ids; ids outside the vocabulary are undefined."""
+        return self.scaled(self.lookup(ids))
 
     def new_cache(self, b: int, size: int) -> Cache:
         """An empty cache of `size` slots for `b` rows, in the embedding's dtype or int8."""
@@ -250,7 +263,8 @@ class Llama(nnx.Module):
         """Runs all blocks and the final norm.
 
         Args:
-            x: [b, t, d] token embeddings (from `embed`, or visual tokens among them).
+            x: [b, t, d] token embeddings (from `embed`, or visual tokens among them, which are
+                `scaled` where their branch says so).
             mask: bool[b, t], False at padding, wherever it stands.
             cache: what was read before; None reads x alone and keeps nothing.
             positions: int32[b, t]; None counts real tokens.
@@ -271,8 +285,6 @@ class Llama(nnx.Module):
             real = cache.mask[:, : x.shape[1]] if new else None
         if segments is not None:
             before &= places.block(segments)
-        if self.config.gemma:
-            x = x * jnp.asarray(self.config.width**0.5, x.dtype)
         step = Step(*self.config.rope(positions), before, real, segments, cache)
         kept = []
         for i, block in enumerate(self.blocks):

@@ -8,13 +8,11 @@ config.json those of LLaVA's finetune_lora scripts), and the bare projectors of 
 import dataclasses
 import math
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
-from types import EllipsisType
 from typing import Any
 
-import numpy as np
-
+from converters.lora import LoRATensor, factors_fit
 from converters.reader import has_weights, read_json, read_weights
 from converters.rules import rename
 from converters.towers import Towers
@@ -25,8 +23,14 @@ SETTINGS = "adapter_config.json"
 ADAPTER, EXTRA, PROJECTOR = "adapter_model", "non_lora_trainables", "mm_projector"
 """Stems of weights files."""
 
-NAMES = (("base_model.model.", ""), ("model.model.", "model."), ("", ""))
+PROCESSORS = ("preprocessor_config.json", "processor_config.json")
+"""Files of transformers' layouts that an adapter's folder may lack beside its config.json."""
+
+STARTS = (("base_model.model.", ""), ("model.model.", "model."), ("", ""))
 """What PEFT puts before a model's own names -> what is left of it."""
+
+Names = Sequence[tuple[str, str, str]]
+"""See `converters.layouts.Layout.prefixes`."""
 
 WRAPPER = re.compile(r"\.(base_layer|modules_to_save)(\.default)?\.")
 """What it puts inside the names of whole tensors."""
@@ -58,45 +62,24 @@ class Contents:
     """What a folder holds, with its base.
 
     Attributes:
+        path: the folder.
         config: config.json, the base's if the folder has none.
         home: the folder of that config.json.
-        tensors: under the names of a complete checkpoint.
+        tensors: the base's; the folder's own if it is complete without.
         files: all files that tensors are read from, the base's named "base/...".
         base: folder of the base; None if the folder is complete without.
+        settings: adapter_config.json; empty if there is none.
+        added: stem of a file -> what the folder adds to its base.
     """
 
+    path: Path
     config: dict[str, Any]
     home: Path
     tensors: dict[str, LazyTensor]
     files: dict[str, Path]
     base: Path | None = None
-
-
-@dataclasses.dataclass(frozen=True)
-class LoRATensor:
-    """A weight and its low-rank update, base + scale * b @ a (arXiv 2106.09685, equation 3).
-
-    Computed in float32 when sliced, and rounded once to the base's dtype.
-    """
-
-    base: LazyTensor
-    a: LazyTensor
-    b: LazyTensor
-    scale: float
-
-    @property
-    def shape(self) -> tuple[int, ...]:
-        return self.base.shape
-
-    @property
-    def dtype(self) -> np.dtype:
-        return self.base.dtype
-
-    def __getitem__(self, rows: slice | EllipsisType) -> np.ndarray:
-        out = self.b[rows].astype(np.float32) @ self.a[...].astype(np.float32)
-        out *= np.float32(self.scale)
-        out += self.base[rows].astype(np.float32)
-        return out.astype(self.dtype)
+    settings: dict[str, Any] = dataclasses.field(default_factory=dict)
+    added: dict[str, dict[str, Any]] = dataclasses.field(default_factory=dict)
 
 
 def read(path: Path, base: str | Path | None, towers: Towers) -> Contents:
@@ -113,17 +96,19 @@ def read(path: Path, base: str | Path | None, towers: Towers) -> Contents:
     """
     if not _is_part(path):
         config, own = read_json(path / "config.json"), read_weights(path)
-        return Contents(config, path, dict(own), {x.path.name: x.path for x in own.values()})
+        return Contents(path, config, path, dict(own), {x.path.name: x.path for x in own.values()})
     settings = _settings(path)
     found = _base(path, base, towers)
     config, home = read_json(found / "config.json"), found
     if (path / "config.json").is_file():
         _check_base(path, found, config)
-        config, home = read_json(path / "config.json"), path
+        config = read_json(path / "config.json")
+        if "text_config" not in config or any((path / x).is_file() for x in PROCESSORS):
+            home = path
     below, added = read_weights(found), _own_tensors(path, settings)
     files = {f"base/{x.path.name}": x.path for x in below.values()}
     files |= {x.path.name: x.path for tensors in added.values() for x in tensors.values()}
-    return Contents(config, home, _completed(path, settings, found, below, added), files, found)
+    return Contents(path, config, home, dict(below), files, found, settings, added)
 
 
 def named_base(path: str | Path, towers: Mapping[str, str | Path] | None = None) -> Path | None:
@@ -227,38 +212,61 @@ def _own_tensors(path: Path, settings: Mapping[str, Any]) -> dict[str, dict[str,
     return {x: dict(read_weights(path, (x,))) for x in (*stems, *([ADAPTER] if settings else []))}
 
 
-def _completed(
-    path: Path,
-    settings: Mapping[str, Any],
-    base: Path,
-    below: Mapping[str, LazyTensor],
-    own: Mapping[str, Mapping[str, Any]],
-) -> dict[str, LazyTensor]:
-    """The base's tensors with the folder's own in their place, beside them or added to them."""
-    tensors, whole = dict(below), set()
+def completed(contents: Contents, names: Names) -> dict[str, LazyTensor]:
+    """The base's tensors with the folder's own in their place, beside them or added to them.
+
+    Args:
+        contents: of the folder.
+        names: the spellings that its layout reads: an adapter has those of the code that it was
+            trained by, the base's files perhaps others.
+
+    Returns:
+        All tensors, under the base's names where it has them.
+
+    Raises:
+        InputError: tensors that don't fit the base, or that the settings promise and that are not
+            there.
+    """
+    tensors, whole = dict(contents.tensors), set()
+    spelled = _spelling(tensors, names)
     factors: dict[str, Factors] = {}
-    for stem, found in own.items():
-        for name, (new, _) in rename(found, NAMES).items():
+    for stem, found in contents.added.items():
+        for name, (own, _) in rename(found, STARTS).items():
             tensor, where = found[name], f"{found[name].path}: {name}"
-            if stem == ADAPTER and (match := FACTOR.fullmatch(new)):
+            if stem == ADAPTER and (match := FACTOR.fullmatch(own)):
                 factors.setdefault(match[1], {})[match[2]] = (where, tensor)
                 continue
-            new = WRAPPER.sub(".", new)
-            _check_whole(where, tensor, tensors.get(new), base)
+            own = WRAPPER.sub(".", own)
+            new = spelled(own)
+            _check_whole(where, own, tensor, tensors.get(new), contents)
             tensors[new] = tensor
-            whole.add(new)
-    for module in settings.get("modules_to_save") or ():
+            whole.add(own)
+    for module in contents.settings.get("modules_to_save") or ():
         if not any(f".{module}." in f".{name}" for name in whole):
-            raise _unsupported(path, "modules_to_save", module, "modules with tensors in the files")
+            expected = "modules with tensors in the files"
+            raise _unsupported(contents.path, "modules_to_save", module, expected)
     for module, pair in factors.items():
-        name = f"{module}.weight"
-        tensors[name] = _updated(path, module, pair, settings, tensors.get(name), base)
+        name = spelled(f"{module}.weight")
+        tensors[name] = _updated(contents, module, pair, tensors.get(name))
     return tensors
 
 
-def _check_whole(where: str, tensor: LazyTensor, other: LazyTensor | None, base: Path) -> None:
+def _spelling(below: Iterable[str], names: Names) -> Callable[[str], str]:
+    """A tensor's name in any spelling -> the base's name of it, or itself if the base has none."""
+    starts = [(old, f"{part}\0{new}") for old, part, new in names]
+
+    def meant(name: str) -> str:
+        return rename([name], starts).get(name, (name,))[0]
+
+    known = {meant(name): name for name in below}
+    return lambda name: known.get(meant(name), name)
+
+
+def _check_whole(
+    where: str, name: str, tensor: LazyTensor, other: LazyTensor | None, contents: Contents
+) -> None:
     """Checks a tensor that stands in place of the base's, or beside them."""
-    if ".lora_" in where:
+    if ".lora_" in name:
         raise InputError(
             where,
             found="a LoRA of another kind",
@@ -266,7 +274,7 @@ def _check_whole(where: str, tensor: LazyTensor, other: LazyTensor | None, base:
             fix="merge the adapter with PEFT (merge_and_unload) and load the result",
         )
     if other is not None and tensor.shape != other.shape:
-        raise _other_base(where, f"shape {tensor.shape}", f"{other.shape} as in {base}")
+        raise _other_base(where, f"shape {tensor.shape}", f"{other.shape} as in {contents.base}")
 
 
 def _other_base(where: str, found: str, expected: str) -> InputError:
@@ -275,30 +283,26 @@ def _other_base(where: str, found: str, expected: str) -> InputError:
 
 
 def _updated(
-    path: Path,
-    module: str,
-    pair: Factors,
-    settings: Mapping[str, Any],
-    weight: LazyTensor | None,
-    base: Path,
+    contents: Contents, module: str, pair: Factors, weight: LazyTensor | None
 ) -> LoRATensor:
     """A module's weight with its update.
 
-    PEFT's peft/tuners/lora: `fan_in_fan_out` has no effect on torch's Linear, which all are here.
+    PEFT's peft/tuners/lora: `fan_in_fan_out` has no effect on torch's Linear and Conv2d, which all
+    are here.
     """
-    where = next(iter(pair.values()))[0]
+    where, settings = next(iter(pair.values()))[0], contents.settings
     if weight is None:
-        raise _other_base(where, "a module that the base lacks", f"{module}.weight in {base}")
+        expected = f"{module}.weight in {contents.base}"
+        raise _other_base(where, "a module that the base lacks", expected)
     if len(pair) == 1:
         fix = "download the adapter again"
         raise InputError(where, found="one factor", expected="lora_A and lora_B", fix=fix)
     a, b = pair["A"][1], pair["B"][1]
-    rank = _by_module(path, settings, "rank_pattern", module, settings["r"])
-    alpha = _by_module(path, settings, "alpha_pattern", module, settings["lora_alpha"])
-    rows, *columns = weight.shape
-    if (b.shape, a.shape) != ((rows, rank), (rank, *columns)):
+    rank = _by_module(contents.path, settings, "rank_pattern", module, settings["r"])
+    alpha = _by_module(contents.path, settings, "alpha_pattern", module, settings["lora_alpha"])
+    if not factors_fit(weight.shape, a, b, int(rank)):
         found = f"a product of {tuple(b.shape)} and {tuple(a.shape)}"
-        raise _other_base(where, found, f"rank {rank} and {weight.shape} as in {base}")
+        raise _other_base(where, found, f"rank {rank} and {weight.shape} as in {contents.base}")
     scale = alpha / (math.sqrt(rank) if settings.get("use_rslora") else rank)
     return LoRATensor(weight, a, b, scale)
 

@@ -186,7 +186,7 @@ def open_source(
             fix=f"add {TEMPLATE} with that which the model was trained with",
         )
     source.path, source.base, source.files = path, contents.base, contents.files
-    assign(source, layout, contents.tensors, tower_source)
+    assign(source, layout, adapters.completed(contents, layout.prefixes(source)), tower_source)
     return source
 
 

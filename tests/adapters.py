@@ -14,38 +14,45 @@ from tests.checkpoints import Member, upstream_llava_folder
 
 
 @torch.no_grad()
-def lora_folder(
+def peft_folder(
     path: Path,
-    llm: transformers.LlamaForCausalLM,
+    model: transformers.PreTrainedModel,
     seed: int = 0,
     *,
     base: str = "someone/base",
     **settings: Any,
-) -> transformers.LlamaForCausalLM:
-    """An adapter of `llm` as PEFT writes it, every factor at random.
+) -> peft.PeftModel:
+    """An adapter of `model` as PEFT writes it, every factor at random.
 
     Args:
         path: folder to make.
-        llm: not changed.
+        model: not changed.
         seed: of the factors.
-        base: name that adapter_config.json gives `llm`.
+        base: name that adapter_config.json gives `model`.
         settings: of peft.LoraConfig.
 
     Returns:
-        `llm` with the adapter, merged by PEFT.
+        `model` with the adapter beside it.
     """
     wanted = {"r": 4, "lora_alpha": 6, "target_modules": ["q_proj", "k_proj", "down_proj"]}
-    llm = copy.deepcopy(llm)
-    llm.name_or_path = base
+    model = copy.deepcopy(model)
+    model.name_or_path = base
     rng = torch.Generator().manual_seed(seed)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # that the base is nowhere, that a setting has no effect
-        model = peft.get_peft_model(llm, peft.LoraConfig(**{**wanted, **settings}))
-        for p in model.parameters():
+        made = peft.get_peft_model(model, peft.LoraConfig(**{**wanted, **settings}))
+        for p in made.parameters():
             if p.requires_grad:
                 p.add_(0.2 * torch.randn(p.shape, generator=rng))
-        model.save_pretrained(path)
-    return model.merge_and_unload().eval()
+        made.save_pretrained(path)
+    return made.eval()
+
+
+def lora_folder(
+    path: Path, llm: transformers.PreTrainedModel, seed: int = 0, **settings: Any
+) -> transformers.PreTrainedModel:
+    """As `peft_folder`; returns `llm` with the adapter, merged by PEFT."""
+    return peft_folder(path, llm, seed, **settings).merge_and_unload().eval()
 
 
 def llava_lora_folder(

@@ -17,7 +17,7 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 import converters
-from converters.adapters import LoRATensor
+from converters.lora import LoRATensor
 from converters.reader import read_json, read_weights
 from tests.adapters import llava_lora_folder, lora_folder, projector_folder
 from tests.checkpoints import (

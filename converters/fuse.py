@@ -194,8 +194,11 @@ class Fusion:
             name: open_member(path, request, below.get(name))
             for name, path in request.members.items()
         }
+        self.base = None if recipe is None else recipe.base
         if base is not None:
-            opened = {BASE: open_source(base, base=below.get(BASE)), **opened}
+            self.base, opened = BASE, {BASE: open_source(base, base=below.get(BASE)), **opened}
+        elif self.base is not None:  # one of the members
+            opened = {self.base: opened[self.base], **opened}
         self.opened = opened
         self.files = {
             f"{label}/{name}": path
@@ -213,19 +216,19 @@ class Fusion:
             {
                 "method": request.method,
                 "members": list(request.members),
-                "base": None if base is None else BASE,
+                "base": self.base,
                 "params": dict(request.params),
                 "rules": list(request.rules),
             }
         )
         self.merged = self._merge(one_vocabulary(llms, request.vocab))
-        self.result = _describe(opened, self.out, request.template)
+        self.result = self._describe()
         self.result.llm = self._llm_config()
         arrange(self.result, request.positions, request.mask)
         self.weights: Tensors = dict(self.merged)
         if request.export == "model":
-            for name, source in opened.items():
-                self.weights |= _branch_tensors(name, source, parts[name])
+            for name in request.members:
+                self.weights |= _branch_tensors(name, opened[name], parts[name])
             if request.router == "member":
                 self.weights |= _own_embeddings(self.result, opened, llms)
 
@@ -254,6 +257,19 @@ class Fusion:
             out[name] = merger.add(name, plan.method, plan.params, members, origin, own)
         return out
 
+    def _describe(self) -> Source:
+        """The fused folder's normal form: all members' branches, the reference's LLM."""
+        reference = next(iter(self.opened.values()))
+        members = {name: self.opened[name] for name in self.request.members}
+        branches = [
+            {**branch, "name": _branch_name(name, source, branch["name"])}
+            for name, source in members.items()
+            for branch in source.branches
+        ]
+        template = self.request.template or next(iter(members.values())).template
+        llm = {**reference.llm, "architectures": [reference.table("llm").architecture]}
+        return Source(self.out, "visionfuse", {}, llm, branches, template)
+
     def _llm_config(self) -> dict[str, Any]:
         config = with_dtype(self.result.llm, self.merged["model.embed_tokens.weight"].dtype)
         numbers = [int(m[1]) for m in (re.search(r"layers\.(\d+)\.", x) for x in self.merged) if m]
@@ -275,7 +291,7 @@ class Fusion:
             CARD: lambda: self._card(digests),
         }
         if self._counted() and request.account and find_spec("matplotlib"):
-            files[PLOT] = lambda: plot(self._rows, list(request.members))
+            files[PLOT] = lambda: plot(self._rows, self._tuned)
         write_folder(
             self.out,
             {"": self.weights},
@@ -332,12 +348,17 @@ class Fusion:
 
     def _counted(self) -> list[str]:
         """Tensors that all members in turn were merged into, from a base."""
-        labels = [said(label) for label in self.request.members]
+        labels = [said(label) for label in self._tuned]
         return [
             name
             for name, x in self.merged.items()
             if x.rule and x.rule.has_base and [label for label, _ in x.sources[1:]] == labels
         ]
+
+    @property
+    def _tuned(self) -> list[str]:
+        """The members but for one that is the base."""
+        return [label for label in self.request.members if label != self.base]
 
     @functools.cached_property
     def _rows(self) -> dict[str, Account]:
@@ -354,7 +375,7 @@ class Fusion:
             for label, source in self.opened.items()
         }
         rows = self._rows if self.request.account else {}
-        return card(self._record({}), sources, rows, list(self.request.members))
+        return card(self._record({}), sources, rows, self._tuned)
 
     def _record(self, digests: Mapping[str, str]) -> dict[str, Any]:
         """What was done, from what: every source file by its SHA-256."""
@@ -377,8 +398,8 @@ class Fusion:
         But if a member's added tokens are kept, or a recipe names a source, its own.
         """
         order = list(self.opened.values())
-        if self.request.export == "model" and BASE in self.opened:
-            order = order[1:] + order[:1]
+        if self.request.export == "model":
+            order = [self.opened[name] for name in self.request.members] + order[:1]
         wanted = self.recipe.tokenizer_source
         named = self.request.vocab if self.request.vocab in self.request.members else None
         if wanted in self.opened:
@@ -483,17 +504,3 @@ def _own_embeddings(
             branch["connector"] = {**branch["connector"], "vocab": table.shape[0]}
             out[f"branches.{name}.connector.{EMBEDDING}"] = table
     return out
-
-
-def _describe(opened: Mapping[str, Source], out: Path, template: str | None) -> Source:
-    """The fused folder's normal form: all members' branches, the reference's LLM."""
-    reference = next(iter(opened.values()))
-    members = {name: source for name, source in opened.items() if name != BASE}
-    branches = [
-        {**branch, "name": _branch_name(name, source, branch["name"])}
-        for name, source in members.items()
-        for branch in source.branches
-    ]
-    first = next(iter(members.values()))
-    llm = {**reference.llm, "architectures": [reference.table("llm").architecture]}
-    return Source(out, "visionfuse", {}, llm, branches, template or first.template)

@@ -7,8 +7,9 @@ from typing import Any
 
 import yaml
 
+from converters.vocabulary import BASE
 from vfjax import InputError
-from vfjax.merge import Recipe, from_mergekit
+from vfjax.merge import METHODS, Recipe, from_mergekit
 
 REFERENCES = ("model", "base_model", "tokenizer_source")
 """Keys whose values name models."""
@@ -24,7 +25,8 @@ def read_yaml(path: str | Path) -> tuple[Recipe, dict[str, str], dict[str, str]]
 
     Returns:
         The recipe over labels; label -> folder of each model, the adapter's of "folder+adapter";
-        label of such a model -> folder of the LLM. The label of the base is "base".
+        label of such a model -> folder of the LLM. The label of the base is "base", unless it is
+        merged as a member too.
 
     Raises:
         InputError: no such file, no YAML, or no recipe.
@@ -40,8 +42,18 @@ def read_yaml(path: str | Path) -> tuple[Recipe, dict[str, str], dict[str, str]]
             path, found=type(config).__name__, expected="a mapping", fix="see mergekit's examples"
         )
     base = config.get("base_model")
-    labels = {base: "base"} if isinstance(base, str) else {}
-    for reference in _references(config):
+    listed = _references(config)
+    labels: dict[str, str] = {}
+    if isinstance(base, str) and base not in listed:
+        method = METHODS.get(str(config.get("merge_method")))
+        modules = config.get("modules")
+        forms = [config, *modules.values()] if isinstance(modules, Mapping) else [config]
+        whole = any(isinstance(form, Mapping) and form.get("models") for form in forms)
+        if whole and method is not None and method.base == "unread":
+            listed.append(base)  # mergekit appends it to the models, and merges it with them
+        else:
+            labels[base] = BASE
+    for reference in listed:
         labels.setdefault(reference, _label(reference, set(labels.values())))
     for key in ("tokenizer", "chat_template"):
         if config.get(key) not in (None, "auto"):
@@ -69,7 +81,7 @@ def _label(reference: str, taken: set[str]) -> str:
     name = re.sub(r"[^A-Za-z0-9_-]", "-", Path(reference).name) or "model"
     number = 2
     label = name
-    while label in taken or label == "base":
+    while label in taken or label == BASE:
         label, number = f"{name}-{number}", number + 1
     return label
 

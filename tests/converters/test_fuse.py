@@ -513,6 +513,42 @@ dtype: float32
         converters.fuse({}, tmp_path / "other", recipe=recipe, export="llm")
 
 
+BASE_LISTED = {
+    "linear": ("models: [{b}, {{model: {a}, parameters: {{weight: 1}}}}]", "b", "up3 up2"),
+    "slerp": ("parameters: {{t: 0.3}}\nmodels: [{{model: {a}}}, {{model: {c}}}]", "a", "up2 up3"),
+    "task_arithmetic": ("models: [{b}, {{model: {a}}}]", "a", "up3 up2"),
+    "karcher": ("models: [{{model: {c}}}]", "a", "up3 up2"),
+    "ties": ("models: [{{model: {a}}}]", "a", "up2"),
+    "dare_ties": ("models: [{b}]", "a", "up3"),
+}
+"""Method -> models, base_model, and the branches: those of all models that are merged.
+
+Karcher reads no base, so one that is not listed is appended, as in mergekit.
+"""
+
+
+@pytest.mark.parametrize("method", BASE_LISTED)
+def test_all_listed_models_keep_their_branches(family: Path, tmp_path: Path, method: str):
+    """The base of a recipe is a member too where it is listed; alone, it is copied."""
+    models, base, branches = BASE_LISTED[method]
+    one = f"{{model: {family / 'up3'}, parameters: {{weight: 0.5}}}}"
+    paths = {"a": family / "up2", "b": one, "c": family / "up3"}
+    recipe = tmp_path / "recipe.yml"
+    home = {"a": "up2", "b": "up3"}[base]
+    recipe.write_text(
+        f"merge_method: {method}\nbase_model: {family / home}\n{models.format(**paths)}\n"
+    )
+    converters.fuse({}, tmp_path / "out", recipe=recipe)
+    model, _ = converters.load(tmp_path / "out")
+    assert [branch.name for branch in model.config.branches] == branches.split()
+    own = [visual_tokens(family / name) for name in branches.split()]
+    np.testing.assert_array_equal(visual_tokens(tmp_path / "out"), np.concatenate(own))
+    found = llm_of(tmp_path / "out")["model.embed_tokens.weight"]
+    for name in ("up2", "up3"):
+        copied = (found == llm_of(family / name)["model.embed_tokens.weight"]).all()
+        assert copied == (method == "ties" and name == "up2")
+
+
 def test_a_config_that_leaves_the_number_of_layers_to_its_class(tmp_path: Path):
     base = make_llama(0, num_hidden_layers=32)
     llama_folder(tmp_path / "base", llm=base)

@@ -13,13 +13,14 @@ from typing import Any
 
 from converters.adapters import named_base
 from converters.audit import audit, stat
+from converters.branches import Tensors, branch_name, branch_tensors, own_embeddings
 from converters.card import CARD, PLOT, by_layer, card, plot
 from converters.export import to_bytes, with_dtype
 from converters.layouts import Source, assign, has_tokenizer, open_source
 from converters.load import abstract, check, float_dtype, model_config
 from converters.mergekit import read_yaml
 from converters.tables import LAYOUTS
-from converters.tables.visionfuse import KINDS, arrange, fused_config
+from converters.tables.visionfuse import arrange, fused_config
 from converters.towers import Towers
 from converters.vocabulary import (
     BASE,
@@ -47,8 +48,6 @@ from vfjax.merge import (
 from vfjax.merge.family import check_names, check_weights
 from vfjax.places import MASKS, POSITIONS
 from vfjax.prompts import get_template
-
-Tensors = dict[str, LazyTensor]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -170,9 +169,6 @@ def dry_run(members: Mapping[str, str | Path], out: str | Path, **options: Any) 
 ROUTERS = ("merged", "member")
 """Whose embeddings of the prompt a connector reads."""
 
-EMBEDDING = "embedding.weight"
-"""The member's embedding among the tensors of a connector that reads the prompt."""
-
 
 class Fusion:
     """A request with its sources opened and its tensors planned; nothing is read but headers."""
@@ -228,9 +224,9 @@ class Fusion:
         self.weights: Tensors = dict(self.merged)
         if request.export == "model":
             for name in request.members:
-                self.weights |= _branch_tensors(name, opened[name], parts[name])
+                self.weights |= branch_tensors(name, opened[name], parts[name])
             if request.router == "member":
-                self.weights |= _own_embeddings(self.result, opened, llms)
+                self.weights |= own_embeddings(self.result, opened, llms)
 
     def _merge(self, llms: Mapping[str, Mapping[str, LazyTensor]]) -> dict[str, Merged]:
         recipe, request = self.recipe, self.request
@@ -262,7 +258,7 @@ class Fusion:
         reference = next(iter(self.opened.values()))
         members = {name: self.opened[name] for name in self.request.members}
         branches = [
-            {**branch, "name": _branch_name(name, source, branch["name"])}
+            {**branch, "name": branch_name(name, source, branch["name"])}
             for name, source in members.items()
             for branch in source.branches
         ]
@@ -469,38 +465,3 @@ def _mapped(source: Source) -> dict[str, Tensors]:
         }
         for part, rules in check(source, shapes).items()
     }
-
-
-def _branch_name(member: str, source: Source, branch: str) -> str:
-    """A member with several branches (itself fused) keeps their names behind its own."""
-    return member if len(source.branches) == 1 else f"{member}-{branch}"
-
-
-def _branch_tensors(member: str, source: Source, parts: Mapping[str, Tensors]) -> Tensors:
-    out: Tensors = {}
-    for branch in source.branches:
-        name = _branch_name(member, source, branch["name"])
-        for kind in KINDS:
-            tensors = parts.get(f"branches.{branch['name']}.{kind}", {})  # few have an aux
-            out |= {f"branches.{name}.{kind}.{key}": value for key, value in tensors.items()}
-    return out
-
-
-def _own_embeddings(
-    result: Source, opened: Mapping[str, Source], llms: Mapping[str, Tensors]
-) -> Tensors:
-    """Embeddings of the members whose connectors read the prompt; says so in `result`."""
-    reads = {b.name for b in model_config(result).branches if b.views.reads_text}
-    owners = {
-        _branch_name(member, source, branch["name"]): member
-        for member, source in opened.items()
-        for branch in source.branches
-    }
-    out = {}
-    for branch in result.branches:
-        name = branch["name"]
-        if name in reads and not branch["connector"].get("vocab"):  # fused before, it has its own
-            table = llms[owners[name]]["model.embed_tokens.weight"]
-            branch["connector"] = {**branch["connector"], "vocab": table.shape[0]}
-            out[f"branches.{name}.connector.{EMBEDDING}"] = table
-    return out

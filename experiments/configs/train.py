@@ -22,7 +22,9 @@ def stage(train: tuple[tuple[str, float], ...], batch: int, **more: Any) -> dict
         "train": train,
         "batch": batch,
         "accumulate": 1,  # parts of `batch` rows that make one step
-        "steps": 0,  # 0: one pass over the data
+        "steps": 0,  # 0: one pass over the data, each row at least once
+        "by_modality": False,  # the rows of a step all have pictures, or none has
+        "window": 1,  # steps over which rows are sorted by length, to save padding; 1: none
         "length": 2048,  # tokens of a row, visual ones included; the rest is cut off
         "template": "",  # "": the model's
         "warmup": 0.03,
@@ -37,12 +39,12 @@ def stage(train: tuple[tuple[str, float], ...], batch: int, **more: Any) -> dict
 def llava(rate: float = 2e-5) -> dict[str, Any]:
     return {
         "align": stage(((CONNECTOR, 1e-3),), 256, template="plain"),
-        "tune": stage(((CONNECTOR, rate), (LLM, rate)), 128),
+        "tune": stage(((CONNECTOR, rate), (LLM, rate)), 128, by_modality=True),
     }
 
 
 def lora() -> dict[str, Any]:
-    tune = stage(((CONNECTOR, 2e-5), (ADAPTERS, 2e-4)), 128)
+    tune = stage(((CONNECTOR, 2e-5), (ADAPTERS, 2e-4)), 128, by_modality=True)
     tune["lora"]["rank"] = 128
     return {**llava(), "tune": tune}
 
@@ -58,7 +60,7 @@ def slime() -> dict[str, Any]:
         "global": stage(((connector + "projector", 1e-3),), 256, template="plain"),
         "experts": stage(((connector + "(expert|gate)", 1e-3),), 256, template="plain"),
         "local": stage(((connector + "sampler", 1e-3),), 256, template="plain"),
-        "tune": stage(((connector, 2e-5), (LLM, 2e-5)), 128),
+        "tune": stage(((connector, 2e-5), (LLM, 2e-5)), 128, by_modality=True),
     }
 
 

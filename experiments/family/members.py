@@ -84,10 +84,15 @@ def make(
         if not steps:
             continue
         batches = Batches(
-            [(rows, 1.0)], processor, batch=32, seed=2 * recipe.seed + number, steps=steps, window=1
+            [(rows, 1.0)],
+            processor,
+            batch=32,
+            seed=2 * recipe.seed + number,
+            steps=steps,
+            endless=True,
         )
         options = Options(dtype="float32", remat=False, save_every=10_000, log_every=50)
-        optim = Optim(steps, warmup=0.05)
+        optim = Optim(steps, warmup=0.05, clip=1.0)
         model = fit(model, batches.to_iter, groups, optim, workdir / name, options=options)
     return model, processor
 

@@ -117,6 +117,8 @@ def train(
         seed=config.seed,
         steps=stage.steps or None,
         length=min(stage.length, processor.config.llm.context),
+        by_modality=stage.by_modality,
+        window=stage.window,
         process_index=jax.process_index(),
         process_count=jax.process_count(),
         multiple=max(row_shards(mesh) // jax.process_count(), 1) if mesh else 1,

@@ -1,8 +1,8 @@
 """Batches of a mixture of conversations, in an order that is a formula of the step.
 
-The order of rows is Grain's (seeded shuffles, endless, mixed by weight). Step k's rows depend on
-nothing but the mixture, the seed and the batch size, so that a run resumes from a number and comes
-out the same on any number of processes, threads and prefetched batches.
+Step k's rows depend on nothing but the mixture, the seed, the batch size and how rows are grouped,
+so that a run resumes from a number and comes out the same on any number of processes, threads and
+prefetched batches.
 """
 
 import dataclasses
@@ -49,16 +49,25 @@ class _Talk:
 class Batches:
     """Training batches by step: `batches[k]`, or `to_iter()` for threads that read ahead.
 
-    Rows of like length share a batch, as in LLaVA's `group_by_modality_length`
-    (llava/train/llava_trainer.py): the rows of each `window` batches are sorted by length, those
-    without pictures together, cut into batches, and the batches shuffled. That saves padding, at
-    the price of batches that are not a uniform draw: rows meet only others of about their length.
-    A `window` of 1 draws uniformly.
+    Each epoch shuffles all rows anew and shows each of them: its last step, if the rows do not fill
+    it, is filled with the epoch's first rows, as accelerate does for transformers' Trainer. Only a
+    mixture whose weights are not as its data's numbers of rows has no such epochs: its rows are
+    drawn without end, by weight.
+
+    Rows are drawn uniformly unless they are grouped:
+
+    - `by_modality`, LLaVA's `group_by_modality_length` (llava/train/llava_trainer.py): the rows of
+      a step all have pictures, or none has; what is left of either kind comes at the epoch's end.
+      LLaVA also balances the lengths of a step's rows over its ranks; here all ranks are padded to
+      one length, so that it would change nothing.
+    - `window`: the rows of so many steps are sorted by length, those without pictures together, cut
+      into steps, and the steps shuffled. That saves padding, at the price of steps that are not a
+      uniform draw: rows meet only others of about their length.
 
     In a question with several pictures they stand at its front, one after another.
 
     Attributes:
-        epoch_size: steps after which as many rows have been drawn as the mixture has.
+        epoch_size: steps in which every row is drawn.
     """
 
     def __init__(
@@ -71,7 +80,9 @@ class Batches:
         accumulate: int = 1,
         steps: int | None = None,
         length: int | None = None,
-        window: int = 16,
+        by_modality: bool = False,
+        window: int = 1,
+        endless: bool = False,
         process_index: int = 0,
         process_count: int = 1,
         multiple: int = 1,
@@ -79,15 +90,18 @@ class Batches:
         """No row is read yet.
 
         Args:
-            mixture: data and how often their rows come, relative to the others'. Weights equal to
-                the numbers of rows show each row once an epoch.
+            mixture: data and how often their rows come, relative to the others'. With weights
+                that are as the numbers of rows, all data are shuffled as one.
             processor: makes the arrays; its template is what the turns are rendered in.
             batch: rows of a step, or of each of its parts, over all processes.
             seed: of the order, at least 0.
             accumulate: parts of a step, whose gradients are added.
             steps: of the whole run; by default one epoch.
             length: rows are cut to this many tokens; by default the LLM's context.
-            window: batches over which rows are sorted by length.
+            by_modality: whether rows with and without pictures are kept apart.
+            window: steps over which rows are sorted by length; 1 does not sort.
+            endless: whether a step may reach from one epoch into the next, which then has no step
+                that is filled up.
             process_index: of this process, which makes its part of each batch's rows only.
             process_count: of the processes.
             multiple: of a part's pictures, see `Processor.shard`; heeded where parts or processes
@@ -98,12 +112,14 @@ class Batches:
                 form, no tokenizer, or pictures for a model without a visual branch.
         """
         self.mixture, self.processor = list(mixture), processor
-        self.batch, self.parts, self.seed, self.window = batch, accumulate, seed, window
+        self.batch, self.parts, self.seed = batch, accumulate, seed
+        self.by_modality, self.window = by_modality, window
         self.size = batch * accumulate
         self.length = processor.config.llm.context if length is None else length
         self.process_index, self.process_count = process_index, process_count
         self.multiple = multiple
-        self.epoch_size = max(sum(len(data) for data, _ in self.mixture) // max(self.size, 1), 1)
+        rows = sum(len(data) for data, _ in self.mixture)
+        self.epoch_size = max(-(-rows // max(self.size, 1)), 1)
         self.steps = self.epoch_size if steps is None else steps
         self._check()
         self._template = text.get_template(processor.template)
@@ -111,7 +127,14 @@ class Batches:
         text.labels(self._tokenizer, self._template, [(text.IMAGE_TOKEN, "a")])  # has it a form?
         self._lock = threading.Lock()
         self._broken: set[str] = set()
-        self._shuffled = self._shuffle()
+        shares = [weight / max(len(data), 1) for data, weight in self.mixture]
+        together = np.allclose(shares, shares[0], rtol=1e-6)
+        self._epochs = together and not endless
+        # Steps that are grouped together, and the rows that they are made of.
+        self._block = self.epoch_size if self._epochs or by_modality else self.steps
+        self._drawn = rows if self._epochs else self._block * self.size
+        self._stream = None if self._epochs else self._mix()
+        self._block_rows = functools.lru_cache(maxsize=2)(self._ordered_block)
         self._window_rows = functools.lru_cache(maxsize=4)(self._sorted_window)
 
     def _check(self) -> None:
@@ -146,8 +169,8 @@ class Batches:
             if not good:
                 raise InputError(where, found=found, expected=expected, fix="change it")
 
-    def _shuffle(self) -> grain.MapDataset:
-        """The endless order of rows."""
+    def _mix(self) -> grain.MapDataset:
+        """The order of rows by weight: each data set's shuffles, one after another without end."""
         sources = []
         for k, (data, _) in enumerate(self.mixture):
             seed = int(np.random.SeedSequence([self.seed, k]).generate_state(1)[0])
@@ -198,19 +221,53 @@ class Batches:
         """The rows of a step, over all processes, before any is found broken."""
         if not 0 <= step < self.steps:
             raise IndexError(f"step {step} of {self.steps}")
-        start = step % self.window * self.size
+        block, step = divmod(step, self._block)
+        number, step = divmod(step, self.window)
         with self._lock:  # one thread sorts a window, others wait for it
-            return self._window_rows(step // self.window)[start : start + self.size]
+            return self._window_rows(block, number)[step * self.size : (step + 1) * self.size]
 
-    def _sorted_window(self, number: int) -> list[Row]:
-        """The rows of a window, batch after batch."""
-        size = self.window * self.size
-        rows = [self._shuffled[i] for i in range(number * size, (number + 1) * size)]
+    def _sorted_window(self, block: int, number: int) -> list[Row]:
+        """The rows of one of a block's windows, step after step."""
+        first = number * self.window
+        steps = min(self.window, self._block - first)
+        places = np.arange(first * self.size, (first + steps) * self.size) % self._drawn
+        if self._stream is None or self.by_modality:
+            rows = [(int(k), int(i)) for k, i in self._block_rows(block)[places]]
+        else:
+            rows = [self._stream[block * self._drawn + int(place)] for place in places]
         if self.window == 1:
             return rows
-        batches = np.array(sorted(rows, key=self._size)).reshape(self.window, self.size, 2)
-        order = np.random.default_rng((self.seed, number)).permutation(self.window)
-        return [(int(k), int(i)) for k, i in batches[order].reshape(-1, 2)]
+        each = np.array(sorted(rows, key=self._size)).reshape(steps, self.size, 2)
+        order = np.random.default_rng((self.seed, block, number)).permutation(steps)
+        return [(int(k), int(i)) for k, i in each[order].reshape(-1, 2)]
+
+    def _ordered_block(self, block: int) -> np.ndarray:
+        """The rows of an epoch, or of a part of the stream as long, int[n, 2] of (data, row)."""
+        rng = np.random.default_rng((self.seed, block))
+        if self._stream is None:
+            every = [
+                np.stack([np.full(len(data), k), np.arange(len(data))], axis=1)
+                for k, (data, _) in enumerate(self.mixture)
+            ]
+            rows = rng.permutation(np.concatenate(every))
+        else:
+            first = block * self._drawn
+            rows = np.array([self._stream[first + place] for place in range(self._drawn)])
+        return self._steps_by_modality(rows, rng) if self.by_modality else rows
+
+    def _steps_by_modality(self, rows: np.ndarray, rng: np.random.Generator) -> np.ndarray:
+        """Steps of one modality in random order, then what they leave, in the data's order."""
+        seen = np.zeros(len(rows), bool)
+        for k, (data, _) in enumerate(self.mixture):
+            seen[rows[:, 0] == k] = data.pictures[rows[rows[:, 0] == k, 1]] > 0
+        kinds = rows[seen], rows[~seen]
+        ends = [len(kind) // self.size * self.size for kind in kinds]
+        steps = [
+            kind[:end].reshape(-1, self.size, 2) for kind, end in zip(kinds, ends, strict=True)
+        ]
+        whole = rng.permutation(np.concatenate(steps)).reshape(-1, 2)
+        rest = np.concatenate([kind[end:] for kind, end in zip(kinds, ends, strict=True)])
+        return np.concatenate([whole, rest[np.lexsort((rest[:, 1], rest[:, 0]))]])
 
     def _size(self, row: Row) -> tuple[bool, int]:
         """Whether a row has pictures, and about how many tokens."""

@@ -102,7 +102,9 @@ def same_config(folder: Path, config: Mapping[str, Any]) -> None:
             if known.get(key) != config.get(key):
                 raise InputError(
                     f"{file}: {key}",
-                    found=json.dumps(known.get(key)),
+                    found=json.dumps(known[key])
+                    if key in known
+                    else "no such key: the folder is of another version of vfjax",
                     expected=f"{json.dumps(config.get(key))}, as in this run",
                     fix="go on with the config of the folder, or pass another --workdir",
                 )

@@ -102,11 +102,14 @@ def same_config(folder: Path, config: Mapping[str, Any]) -> None:
             if known.get(key) != config.get(key):
                 raise InputError(
                     f"{file}: {key}",
-                    found=json.dumps(known[key])
-                    if key in known
-                    else "no such key: the folder is of another version of vfjax",
+                    found=json.dumps(known.get(key)),
                     expected=f"{json.dumps(config.get(key))}, as in this run",
-                    fix="go on with the config of the folder, or pass another --workdir",
+                    fix="pass another --workdir"
+                    + (
+                        ", or go on with the config of the folder"
+                        if key in known
+                        else ": the folder is of a version of vfjax without this key"
+                    ),
                 )
     elif jax.process_index() == 0:
         folder.mkdir(parents=True, exist_ok=True)

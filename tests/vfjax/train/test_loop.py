@@ -117,7 +117,8 @@ def test_eight_devices_then_four(folder, whole, tmp_path) -> None:
 def test_another_config_is_refused(folder, whole) -> None:
     with pytest.raises(InputError) as error:
         run(folder, whole[0], config={"seed": 1})
-    assert "config.json: seed: found no such key: the folder is of another version" in str(error.value)
+    assert "config.json: seed: found null, expected 1, as in this run" in str(error.value)
+    assert "the folder is of a version of vfjax without this key" in str(error.value)
 
 
 def test_states_of_other_parameters_are_refused(folder, whole) -> None:

@@ -24,6 +24,7 @@ from converters.tables.visionfuse import arrange, fused_config
 from converters.towers import Towers
 from converters.vocabulary import (
     BASE,
+    one_tying,
     one_vocabulary,
     said,
     same_tokens,
@@ -205,7 +206,7 @@ class Fusion:
         rows: dict[str, Any] = {} if request.vocab is None else {"vocab_size": None}
         check_family({name: {**source.llm, **rows} for name, source in opened.items()})
         parts = {name: _mapped(source) for name, source in opened.items()}
-        self.llms = llms = {name: part["llm"] for name, part in parts.items()}
+        self.llms = llms = one_tying({name: part["llm"] for name, part in parts.items()})
         if request.family and request.recipe is None:
             same_tokens(list(opened.values()), llms.values())
         self.recipe = recipe or from_config(
@@ -271,6 +272,7 @@ class Fusion:
         numbers = [int(m[1]) for m in (re.search(r"layers\.(\d+)\.", x) for x in self.merged) if m]
         config["num_hidden_layers"] = 1 + max(numbers)
         config["vocab_size"] = self.merged["model.embed_tokens.weight"].shape[0]
+        config["tie_word_embeddings"] = "lm_head.weight" not in self.merged
         return config
 
     def write(self, progress: Callable[[int], object] | None, resume: bool) -> None:

@@ -42,6 +42,7 @@ def inspect(path: str | Path) -> str:
         used = {one.source for path, r in rules.items() for one in r.each(params[path].shape)}
         size, left = sum(nbytes(tensors[name]) for name in used), len(tensors) - len(used)
         lines.append(f"{part}: {len(used)} tensors mapped, {size:,} bytes; {left} known, not read")
+    lines += [f"{name}: equal to {like}, not read" for name, like in source.same.items()]
     if source.unread:
         lines.append(
             f"{len(source.unread)} tensors not read: the tower's own folder is used instead"

@@ -16,7 +16,7 @@ from converters import adapters, tables
 from converters.rules import Table, rename
 from converters.towers import Prefixes, Tensors, Tower, Towers, pairs
 from vfjax import InputError
-from vfjax.merge import LazyTensor
+from vfjax.merge import LazyTensor, equal
 
 TOKENIZERS = ("tokenizer.json", "tokenizer.model")
 """Files that hold a vocabulary."""
@@ -51,6 +51,7 @@ class Source:
         held: the towers whose tensors are read from the checkpoint; in `towers` until they are.
         tuned: components whose copy in the checkpoint is the one to read.
         unread: tensors of the folder that another copy takes the place of.
+        same: tensors of the LLM that are left out -> those that they equal, see `settle`.
         files: the folder's weights files, and its base's, by name.
         base: folder of the LLM that this one adapts or adds to, see `converters.adapters`.
         created: only the LLM's files are this folder's, see `converters.create`.
@@ -70,6 +71,7 @@ class Source:
     held: dict[str, Tower] = dataclasses.field(default_factory=dict)
     tuned: tuple[str, ...] = ()
     unread: tuple[str, ...] = ()
+    same: dict[str, str] = dataclasses.field(default_factory=dict)
     files: dict[str, Path] = dataclasses.field(default_factory=dict)
     base: Path | None = None
     created: bool = False
@@ -144,7 +146,7 @@ def open_source(
     tower_source: str = "auto",
     base: str | Path | None = None,
 ) -> Source:
-    """A checkpoint folder in normal form; reads headers only.
+    """A checkpoint folder in normal form; reads headers only, but for `settle`.
 
     Args:
         path: a folder with config.json and weights, or one that holds a LoRA adapter or a projector
@@ -187,6 +189,7 @@ def open_source(
         )
     source.path, source.base, source.files = path, contents.base, contents.files
     assign(source, layout, adapters.completed(contents, layout.prefixes(source)), tower_source)
+    settle(source)
     return source
 
 
@@ -249,6 +252,29 @@ def assign(
         found[part] = list(tower.prefixes)
     source.unread = tuple(sorted(unread))
     source.prefixes = {part: pairs(each) for part, each in found.items()}
+
+
+def settle(source: Source) -> None:
+    """Decides by values whether an LLM whose config ties its head to the embedding has its own.
+
+    As transformers does (modeling_utils.py, tie_weights): a head that equals the embedding is left
+    out, one that does not is kept, and the LLM's config in the normal form is no longer tied. Of a
+    head alone the embedding is taken.
+    """
+    table, tensors = source.table("llm"), source.parts.get("llm", {})
+    for name, like in ((rule.source, rule.like) for rule in table.rules if rule.like):
+        if name not in tensors:
+            continue
+        with reading(source.path / "config.json"):
+            if not table.config(source.llm).tied:
+                continue
+        if like not in tensors:
+            tensors[like] = tensors.pop(name)
+        elif equal(tensors[name], tensors[like]):
+            del tensors[name]
+            source.same[name] = like
+        else:
+            source.llm = {**source.llm, "tie_word_embeddings": False}
 
 
 def _held(source: Source, part: str, tower: Tower, names: Mapping[str, Any]) -> Tower:

@@ -34,7 +34,9 @@ class Rule:
         path: path of the parameter.
         perm: axes of the source in the parameter's order; None keeps them.
         part: (i, n) takes the i-th of n equal parts of the source's first axis; n rules share it.
-        optional: the tensor is not read where the model has no such parameter (a tied head).
+        optional: a folder may have the tensor where the model has no such parameter.
+        like: the tensor that takes its place in a model without the parameter (a tied head's
+            embedding); see `converters.layouts.settle`.
         stack: the source holds one more `{}`: a tensor for each row of the parameter's first axis.
         row: which row this is the rule of; None for all (see `each`).
     """
@@ -44,6 +46,7 @@ class Rule:
     perm: tuple[int, ...] | None = None
     part: tuple[int, int] = (0, 1)
     optional: bool = False
+    like: str = ""
     stack: bool = False
     row: int | None = None
 

@@ -22,6 +22,15 @@ def said(label: str) -> str:
     return BASE if label == BASE else f"member {label!r}"
 
 
+def one_tying(llms: Mapping[str, Mapping[str, LazyTensor]]) -> dict[str, dict[str, LazyTensor]]:
+    """The models with a head each, if one has its own: a tied one's is its embedding."""
+    out = {label: dict(llm) for label, llm in llms.items()}
+    if any("lm_head.weight" in llm for llm in llms.values()):
+        for llm in out.values():
+            llm.setdefault("lm_head.weight", llm["model.embed_tokens.weight"])
+    return out
+
+
 def one_vocabulary(
     llms: Mapping[str, Mapping[str, LazyTensor]], vocab: str | None
 ) -> dict[str, Mapping[str, LazyTensor]]:

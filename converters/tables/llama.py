@@ -77,7 +77,7 @@ TABLE = Table(
         *dense(LAYER + "mlp.up_proj", "blocks/{}/mlp/up"),
         *dense(LAYER + "mlp.down_proj", "blocks/{}/mlp/down"),
         Rule("model.norm.weight", "norm/scale"),
-        Rule("lm_head.weight", "head/kernel", TRANSPOSE, optional=True),
+        Rule("lm_head.weight", "head/kernel", TRANSPOSE, like="model.embed_tokens.weight"),
     ),
     architecture="LlamaForCausalLM",
     ignore=(r".*\.rotary_emb\.inv_freq",),

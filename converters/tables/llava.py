@@ -209,9 +209,11 @@ def describe_hf(path: Path, config: dict[str, Any], towers: Towers) -> Source:
     vision, llm = dict(config["vision_config"]), dict(config["text_config"])
     vision.setdefault("model_type", "clip_vision_model")  # the defaults of LlavaConfig
     llm.setdefault("model_type", "llama")
-    for key in ("torch_dtype", "dtype", "tie_word_embeddings"):
+    for key in ("torch_dtype", "dtype"):
         if key in config:
             llm.setdefault(key, config[key])
+    if config.get("tie_word_embeddings"):
+        llm["tie_word_embeddings"] = True  # the text's own true holds beside a false one, too
     layer = config.get("vision_feature_layer", -2)
     taps = list(layer) if isinstance(layer, list) else [layer]
     select = config.get("vision_feature_select_strategy", "default")
@@ -248,6 +250,7 @@ def describe_next(path: Path, config: dict[str, Any], towers: Towers) -> Source:
             class token, which have no place on a grid.
     """
     source = describe_hf(path, config, towers)
+    source.llm["tie_word_embeddings"] = bool(config.get("tie_word_embeddings"))  # not the text's
     (branch,) = source.branches
     choice(path, config, "vision_feature_select_strategy", "default", ("default",))
     pinpoints = config.get("image_grid_pinpoints") or PINPOINTS

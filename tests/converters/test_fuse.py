@@ -336,7 +336,6 @@ def changed(source: Path, out: Path, edit: Callable[[dict[str, Any]], object]) -
         ({"num_key_value_heads": 4}, "odd: num_key_value_heads: found 4, expected 2 as in base"),
         ({"rms_norm_eps": 1e-5}, "odd: rms_norm_eps: found 1e-05, expected 0.001 as in base"),
         ({"rope_theta": 5e5}, "odd: rope_theta: found 500000.0, expected 10000.0 as in base"),
-        ({"tie_word_embeddings": True}, "odd: tie_word_embeddings: found True, expected False"),
     ],
 )
 def test_members_of_another_family(family: Path, tmp_path: Path, llama: dict, line: str):

@@ -475,7 +475,6 @@ def test_one_family_is_accepted():
         ({"head_dim": 64}, "llava: head_dim: found 64, expected 128"),
         ({"vocab_size": 32064}, "vocab_size: found vocabulary of 32064 rows, base has 32000"),
         ({"rms_norm_eps": 1e-6}, "llava: rms_norm_eps: found 1e-06, expected 1e-05"),
-        ({"tie_word_embeddings": True}, "llava: tie_word_embeddings: found True"),
         ({"rope_theta": 1e6}, "llava: rope_theta: found 1000000.0, expected 10000.0"),
         ({"rope_parameters": {"rope_theta": 5e5}}, "llava: rope_theta: found 500000.0"),
         ({"rope_scaling": LINEAR}, "llava: rope_scaling"),

@@ -9,7 +9,7 @@ from vfjax.merge.mergekit import from_mergekit
 from vfjax.merge.mesh import merge_arrays
 from vfjax.merge.methods import METHODS, register
 from vfjax.merge.recipe import Recipe, from_config
-from vfjax.merge.tensors import LazyTensor, Stacked, aligned, blocks
+from vfjax.merge.tensors import LazyTensor, Stacked, aligned, blocks, equal
 
 __all__ = [
     "METHODS",
@@ -20,6 +20,7 @@ __all__ = [
     "aligned",
     "blocks",
     "check_family",
+    "equal",
     "Recipe",
     "Stacked",
     "from_config",

@@ -110,9 +110,9 @@ def _rows(tensor: LazyTensor) -> np.ndarray:
 def check_family(configs: Mapping[str, Mapping[str, Any]]) -> None:
     """Checks that LLM configs describe one architecture, so that merging their weights has a sense.
 
-    Sizes, rotary embedding, norm epsilon and tied embeddings. A size that a config leaves to its
-    class's default is left to `check_tensors`; rope_theta and rms_norm_eps, which no tensor shows,
-    default to 10000 and 1e-6, as in all of Llama, Mistral, Qwen2 and Gemma.
+    Sizes, rotary embedding and norm epsilon; tied and untied models may be merged. A size that a
+    config leaves to its class's default is left to `check_tensors`; rope_theta and rms_norm_eps,
+    which no tensor shows, default to 10000 and 1e-6, as in all of Llama, Mistral, Qwen2 and Gemma.
 
     Args:
         configs: label -> LLM part of a Hugging Face config.json (of transformers 4 or 5), the
@@ -140,7 +140,7 @@ def check_family(configs: Mapping[str, Mapping[str, Any]]) -> None:
 def _facts(config: Mapping[str, Any]) -> dict[str, Any]:
     """The values to compare, None where the config does not say."""
     sizes = ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
-    facts = {key: config.get(key) for key in (*sizes, "vocab_size", "tie_word_embeddings")}
+    facts = {key: config.get(key) for key in (*sizes, "vocab_size")}
     heads, hidden = facts["num_attention_heads"], facts["hidden_size"]
     facts["num_key_value_heads"] = config.get("num_key_value_heads") or heads
     facts["head_dim"] = config.get("head_dim") or (hidden // heads if heads and hidden else None)

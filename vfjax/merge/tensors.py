@@ -95,6 +95,13 @@ def has_nonfinite(array: np.ndarray) -> bool:
     return bool(bits.size) and bool((bits & exponent).max() == exponent)
 
 
+def equal(a: LazyTensor, b: LazyTensor) -> bool:
+    """Whether two tensors have one shape and the same values; reads on only while they do."""
+    return tuple(a.shape) == tuple(b.shape) and all(
+        np.array_equal(a[rows], b[rows]) for rows in blocks(tuple(a.shape))
+    )
+
+
 def count_nonfinite(tensor: LazyTensor) -> int:
     """How many elements are NaN or infinite."""
     return sum(

@@ -32,10 +32,7 @@ from converters.vocabulary import (
     tokenizer_files,
 )
 from converters.writer import Content, plan_shards, write_folder
-from vfjax import (
-    InputError,
-    __version__,
-)
+from vfjax import InputError, __version__
 from vfjax.merge import (
     METHODS,
     Account,

@@ -216,7 +216,7 @@ class Fusion:
             }
         )
         self.merged = self._merge(one_vocabulary(llms, request.vocab))
-        self.result = self._describe()
+        self.result = _describe(opened, list(request.members), self.out, request.template)
         self.result.llm = self._llm_config()
         arrange(self.result, request.positions, request.mask)
         self.weights: Tensors = dict(self.merged)
@@ -250,19 +250,6 @@ class Fusion:
             own = like[name].dtype if name in like else None
             out[name] = merger.add(name, plan.method, plan.params, members, origin, own)
         return out
-
-    def _describe(self) -> Source:
-        """The fused folder's normal form: all members' branches, the reference's LLM."""
-        reference = next(iter(self.opened.values()))
-        members = {name: self.opened[name] for name in self.request.members}
-        branches = [
-            {**branch, "name": branch_name(name, source, branch["name"])}
-            for name, source in members.items()
-            for branch in source.branches
-        ]
-        template = self.request.template or next(iter(members.values())).template
-        llm = {**reference.llm, "architectures": [reference.table("llm").architecture]}
-        return Source(self.out, "visionfuse", {}, llm, branches, template)
 
     def _llm_config(self) -> dict[str, Any]:
         config = with_dtype(self.result.llm, self.merged["model.embed_tokens.weight"].dtype)
@@ -464,3 +451,17 @@ def _mapped(source: Source) -> dict[str, Tensors]:
         }
         for part, rules in check(source, shapes).items()
     }
+
+
+def _describe(
+    opened: Mapping[str, Source], members: Sequence[str], out: Path, template: str | None
+) -> Source:
+    """The fused folder's normal form: all members' branches, the first opened model's LLM."""
+    reference = next(iter(opened.values()))
+    branches = [
+        {**branch, "name": branch_name(name, opened[name], branch["name"])}
+        for name in members
+        for branch in opened[name].branches
+    ]
+    llm = {**reference.llm, "architectures": [reference.table("llm").architecture]}
+    return Source(out, "visionfuse", {}, llm, branches, template or opened[members[0]].template)

@@ -270,7 +270,7 @@ def test_fusion(specs: Mapping[str, Any], tmp_path: Path, name: str):
     opened = {member.replace(".", "_"): open_source(tmp_path / member) for member in members}
     base = open_source(tmp_path / FUSIONS[name])
     check_family({"base": base.llm, **{member: s.llm for member, s in opened.items()}})
-    result = _describe({"base": base, **opened}, tmp_path / "fused", None)
+    result = _describe({"base": base, **opened}, list(opened), tmp_path / "fused", None)
     assert row(name, result) in MODELS.read_text().splitlines()
     own = [sum(math.prod(p.shape) for p in shapes(s).values()) for s in opened.values()]
     llm = sum(math.prod(p.shape) for p in shapes(base).values())

@@ -218,6 +218,8 @@ class Fusion:
         self.merged = self._merge(one_vocabulary(llms, request.vocab))
         self.result = _describe(opened, list(request.members), self.out, request.template)
         self.result.llm = self._llm_config()
+        owner = next((x for x in self._tokenizers() if has_tokenizer(x.home)), self.result)
+        self.result.tokenizer = owner.tokenizer
         arrange(self.result, request.positions, request.mask)
         self.weights: Tensors = dict(self.merged)
         if request.export == "model":

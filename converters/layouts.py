@@ -25,6 +25,12 @@ TEMPLATE = "mm_prompt_template"
 """Key of config.json, ours: prompt template of a model that was not trained with its layout's."""
 
 
+def tokenizer_class(config: Mapping[str, Any]) -> dict[str, str]:
+    """What transformers' AutoTokenizer reads of a config.json of its own."""
+    keys = ("model_type", "tokenizer_class")
+    return {key: config[key] for key in keys if isinstance(config.get(key), str)}
+
+
 def has_tokenizer(folder: Path) -> bool:
     """Whether there is a file with a vocabulary."""
     return any((folder / name).is_file() for name in TOKENIZERS)
@@ -43,6 +49,8 @@ class Source:
             whose `model_type` names a table; `preprocessor` (preprocessor_config.json); `aspect`,
             "pad" or "crop"; `scaled`, true if absent, see `vfjax.model.BranchConfig`.
         template: name of the prompt template.
+        tokenizer: of a folder of transformers' what its tokenizer's class depends on, see
+            `converters.tokenizer.load_tokenizer`.
         parts: component ("llm", "branches.NAME.encoder", ...) -> its tensors under the names of the
             component's table.
         prefixes: component -> the (prefix in the folder, prefix in the table) pairs it was read by.
@@ -65,6 +73,7 @@ class Source:
     llm: dict[str, Any]
     branches: list[dict[str, Any]]
     template: str
+    tokenizer: dict[str, str] = dataclasses.field(default_factory=dict)
     parts: dict[str, Tensors] = dataclasses.field(default_factory=dict)
     prefixes: dict[str, Prefixes] = dataclasses.field(default_factory=dict)
     towers: dict[str, Tower] = dataclasses.field(default_factory=dict)

@@ -18,7 +18,7 @@ from converters.reader import read_json
 from converters.rules import FLOATS, Rule, Table
 from converters.tables import find
 from converters.tables.visionfuse import arrange
-from converters.tokenizer import load_tokenizer
+from converters.tokenizer import tokenizer_of
 from converters.towers import KINDS, read_tower
 from vfjax import InputError, Model, Processor
 from vfjax.int8 import int8 as to_int8
@@ -285,7 +285,7 @@ def check(source: Source, params: Params) -> dict[str, dict[str, Rule]]:
 
 def processor(source: Source, config: ModelConfig) -> Processor:
     """The processor of an opened folder."""
-    tokenizer = load_tokenizer(source.home)
+    tokenizer = tokenizer_of(source)
     stop: set[int] = set()
     for name in ("generation_config.json", "config.json"):
         if not stop and (source.home / name).is_file():

@@ -8,7 +8,7 @@ from tokenizers import Tokenizer
 
 from converters.layouts import TOKENIZERS, Source, has_tokenizer
 from converters.load import TOKENIZER_FILES
-from converters.tokenizer import load_tokenizer
+from converters.tokenizer import tokenizer_of
 from vfjax import InputError
 from vfjax.merge import LazyTensor, Stacked
 from vfjax.merge.family import VOCABULARY
@@ -87,7 +87,7 @@ def same_tokens(sources: Sequence[Source], llms: Iterable[Mapping[str, LazyTenso
     files = [{n: p.read_bytes() for n, p in tokenizer_files([each]).items()} for each in known]
     if all(each == files[0] for each in files):
         return  # as is usual: transformers, which takes seconds, is not needed
-    first, *others = (load_tokenizer(source.home).get_vocab() for source in known)
+    first, *others = (tokenizer_of(source).get_vocab() for source in known)
     for source, words in zip(known[1:], others, strict=True):
         found = ((own, first.get(word, own), word) for word, own in words.items())
         conflicts = [x for x in found if x[0] != x[1] and min(x[:2]) < rows]

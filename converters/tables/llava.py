@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from converters.layouts import Layout, Source
+from converters.layouts import Layout, Source, tokenizer_class
 from converters.reader import read_json
 from converters.towers import Tower, Towers
 from vfjax import InputError
@@ -233,7 +233,8 @@ def describe_hf(path: Path, config: dict[str, Any], towers: Towers) -> Source:
             "drop": 1 if select == "default" else 0,
         },
     }
-    return Source(path, "llava-hf", config, llm, [branch], prompt_template(llm))
+    template, kind = prompt_template(llm), tokenizer_class(config)
+    return Source(path, "llava-hf", config, llm, [branch], template, tokenizer=kind)
 
 
 def describe_next(path: Path, config: dict[str, Any], towers: Towers) -> Source:

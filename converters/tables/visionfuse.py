@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from converters import tables
-from converters.layouts import Layout, Source
+from converters.layouts import Layout, Source, tokenizer_class
 from converters.towers import Towers
 
 
@@ -19,6 +19,7 @@ def describe_fused(path: Path, config: dict[str, Any], towers: Towers) -> Source
         llm=config["text_config"],
         branches=config["branches"],
         template=config["template"],
+        tokenizer=config.get("tokenizer", {}),
         **{key: config[key] for key in ARRANGEMENT if key in config},
     )
 
@@ -53,6 +54,7 @@ def fused_config(source: Source, recipe: Mapping[str, Any]) -> dict[str, Any]:
         "text_config": source.llm,
         "branches": source.branches,
         "template": source.template,
+        **({"tokenizer": source.tokenizer} if source.tokenizer else {}),
         **{key: getattr(source, key) for key in ARRANGEMENT},
         "recipe": dict(recipe),
     }
@@ -61,7 +63,7 @@ def fused_config(source: Source, recipe: Mapping[str, Any]) -> dict[str, Any]:
 def describe_llm(path: Path, config: dict[str, Any], towers: Towers) -> Source:
     """A plain causal LM: no branch."""
     del towers
-    return Source(path, "llm", config, dict(config), [], template="plain")
+    return Source(path, "llm", config, dict(config), [], "plain", tokenizer=tokenizer_class(config))
 
 
 def _is_llm(config: Mapping[str, Any]) -> bool:

@@ -1,6 +1,8 @@
 """Loading: tensor by tensor, any dtype, and the files around the weights."""
 
 import random
+import re
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -9,11 +11,17 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import sentencepiece
+import tokenizers
+import transformers
 from flax import nnx
+from sentencepiece import sentencepiece_model_pb2
 
 import converters
+from converters import tables
+from converters.layouts import open_source
+from converters.load import model_config
 from converters.reader import read_json
-from converters.tokenizer import load_tokenizer
+from converters.tokenizer import load_tokenizer, tokenizer_of
 from tests.checkpoints import (
     hf_llava_folder,
     llama_folder,
@@ -122,9 +130,10 @@ def test_a_broken_tokenizer(tmp_path: Path, name: str, content: str):
     (tmp_path / name).write_text(content)
     with pytest.raises(InputError) as error:
         load_tokenizer(tmp_path)
-    assert str(error.value).startswith(
-        f"{tmp_path}: found a tokenizer that transformers can't read"
-    )
+    where = f"{tmp_path}: found a tokenizer that transformers can't read"
+    if name == "tokenizer_config.json":
+        where = f"{tmp_path / name}: found no readable JSON"
+    assert str(error.value).startswith(where)
     assert "\n" not in str(error.value)
 
 
@@ -147,15 +156,14 @@ GAPS = ("", " ", "  ", "    ", "\n  ")
 
 
 @pytest.mark.parametrize("legacy", [True, False])
-@pytest.mark.parametrize("kind", ["llava_llama", "llava", "mistral"])
+@pytest.mark.parametrize("kind", [None, "llava", "mistral"])
 def test_ids_are_sentencepieces(tmp_path: Path, shared: Path, kind: str, legacy: bool):
     """Whatever the spaces, and whatever class transformers takes the model for."""
     model = shared / "tokenizers" / "llama2" / "tokenizer.model"
     (tmp_path / "tokenizer.model").symlink_to(model)
-    write_json(tmp_path / "config.json", {"model_type": kind})
     settings = {"tokenizer_class": "LlamaTokenizer", "bos_token": "<s>", "eos_token": "</s>"}
     write_json(tmp_path / "tokenizer_config.json", {**settings, "legacy": legacy})
-    tokenizer, rng = load_tokenizer(tmp_path), random.Random(0)
+    tokenizer, rng = load_tokenizer(tmp_path, kind and {"model_type": kind}), random.Random(0)
     pieces = sentencepiece.SentencePieceProcessor(model_file=str(model))
     for text in (" lead", "  ", "safe.  Your", "x\n  - item", ""):
         assert tokenizer(text).input_ids == [1, *pieces.encode(text)], repr(text)
@@ -166,6 +174,173 @@ def test_ids_are_sentencepieces(tmp_path: Path, shared: Path, kind: str, legacy:
     # transformers 4's: legacy has a space before each text between special tokens
     after = pieces.encode("USER") if legacy else [pieces.piece_to_id("USER")]
     assert tokenizer("hi</s>USER").input_ids == [1, *pieces.encode("hi"), 2, *after]
+
+
+AFTER = ("</s>", "<s>", "<pad>", "<image>")
+"""Special tokens, an added one and an added one that is not special."""
+
+
+def slow(file: Path, legacy: bool) -> Callable[[str], list[int]]:
+    """Transformers 4.37's slow LlamaTokenizer (tokenization_llama.py), all of AFTER special."""
+    proto = sentencepiece_model_pb2.ModelProto.FromString(file.read_bytes())
+    proto.normalizer_spec.add_dummy_prefix = legacy
+    pieces = sentencepiece.SentencePieceProcessor(model_proto=proto.SerializeToString())
+    mark = pieces.encode("<unk>")
+
+    def encode(text: str) -> list[int]:
+        ids = [1]
+        parts = re.split(f"({'|'.join(AFTER)})", text)
+        for i, part in enumerate(parts):
+            if part in AFTER:
+                ids.append(ADDED.get(part) or pieces.piece_to_id(part))
+            elif legacy or not (part and (i == 0 or part[0] == " ")):
+                ids += pieces.encode(part)
+            else:
+                ids += pieces.encode("<unk>" + " " * (i == 0) + part)[len(mark) :]
+        return ids
+
+    return encode
+
+
+ADDED = {"<image>": 32000, "<pad>": 32001}
+
+
+@pytest.mark.parametrize("added", ["added_tokens.json", "tokenizer.json", "tokenizer_config.json"])
+@pytest.mark.parametrize("legacy", [None, False])
+def test_an_authors_folder_gives_sentencepieces_ids(
+    tmp_path: Path, shared: Path, legacy: bool | None, added: str
+):
+    """Their code takes the slow class, whatever tokenizer.json computes, which may be older."""
+    model = shared / "tokenizers" / "llama2" / "tokenizer.model"
+    (tmp_path / "tokenizer.model").symlink_to(model)
+    settings: dict = {"tokenizer_class": "LlamaTokenizer", "legacy": legacy}
+    tokens = [{"id": i, "content": x, "special": x == "<pad>"} for x, i in ADDED.items()]
+    flags = dict.fromkeys(("single_word", "lstrip", "rstrip"), False)
+    tokens = [{**token, **flags, "normalized": token["id"] == 32000} for token in tokens]
+    engine = tokenizers.Tokenizer(tokenizers.models.BPE({"a": 0}, []))
+    engine.save(str(tmp_path / "tokenizer.json"))
+    if added == "added_tokens.json":
+        write_json(tmp_path / added, ADDED)
+        write_json(tmp_path / "special_tokens_map.json", {"pad_token": "<pad>"})
+    elif added == "tokenizer.json":
+        edit_json(tmp_path / added, added_tokens=tokens)
+    else:
+        settings["added_tokens_decoder"] = {str(t.pop("id")): t for t in tokens}
+    write_json(tmp_path / "tokenizer_config.json", settings)
+    tokenizer, rng = load_tokenizer(tmp_path), random.Random(1)
+    expected = slow(model, legacy is None)
+    words = (*WORDS, *AFTER, *AFTER)
+    for text in ("hi</s> USER", "<image> a", " <pad>  b", "hi<image>\n<image>"):
+        assert tokenizer(text).input_ids == expected(text), repr(text)
+    for _ in range(200):
+        text = "".join(rng.choice(words) + rng.choice(GAPS) for _ in range(rng.randrange(1, 12)))
+        assert tokenizer(text).input_ids == expected(text), repr(text)
+
+
+LEGACY = tokenizers.normalizers.Sequence(
+    [tokenizers.normalizers.Prepend("▁"), tokenizers.normalizers.Replace(" ", "▁")]
+)
+"""What transformers 4 wrote into Llama's tokenizer.json."""
+
+
+def legacy_file(folder: Path, model: Path) -> tokenizers.Tokenizer:
+    """tokenizer.json of a Llama as transformers 4 wrote it, without its SentencePiece file."""
+    (folder / "tokenizer.model").symlink_to(model)
+    write_json(folder / "tokenizer_config.json", {"tokenizer_class": "LlamaTokenizer"})
+    engine = load_tokenizer(folder).backend_tokenizer
+    engine.normalizer, engine.pre_tokenizer = LEGACY, None
+    engine.save(str(folder / "tokenizer.json"))
+    (folder / "tokenizer.model").unlink()
+    return engine
+
+
+TEXTS = ("hi", " hi", "  hi", "hi</s>USER", "hi</s> USER: a", "\nhi", "a</s></s>b")
+
+
+def test_tokenizer_json_computes_what_it_says(tmp_path: Path, shared: Path):
+    """In an authors' folder; in one of transformers' it is what AutoTokenizer gives."""
+    engine = legacy_file(tmp_path, shared / "tokenizers" / "llama2" / "tokenizer.model")
+    ours = load_tokenizer(tmp_path)
+    assert [ours(x).input_ids for x in TEXTS] == [engine.encode(x).ids for x in TEXTS]
+    assert ours.eos_token_id == 2
+    other = 0
+    for kind in ("llama", "mistral", "llava", "qwen2"):
+        write_json(tmp_path / "config.json", {"model_type": kind})
+        theirs = transformers.AutoTokenizer.from_pretrained(tmp_path)
+        ported = load_tokenizer(tmp_path, {"model_type": kind})
+        assert [ported(x).input_ids for x in TEXTS] == [theirs(x).input_ids for x in TEXTS]
+        assert type(ported) is type(theirs)
+        other += ported(" hi").input_ids != ours(" hi").input_ids
+    assert other == 2  # Llama's class puts its own rules in place of the file's
+
+
+ROPE = {
+    "rope_type": "llama3",
+    "factor": 8.0,
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 256,
+}
+
+
+@pytest.mark.parametrize("kind", ["llava_llama", "llava", "mgm", "slime", "llava_dc"])
+def test_config_json_does_not_touch_the_tokenizer(tmp_path: Path, shared: Path, kind: str):
+    """The published form of Llama-3.1's rope, which transformers refuses in a config it can't tell.
+
+    Values are those of a plain LLM of the same config.
+    """
+    cases = {"mgm": "mgm_plain", "slime": "slime_vicuna", "llava_dc": "dc_sti"}
+    case = shared / "golden" / cases.get(kind, "llava15_mlp2x")
+    for file in case.iterdir():
+        if file.name != "config.json":
+            (tmp_path / file.name).symlink_to(file)
+    config = {**read_json(case / "config.json"), "rope_theta": 500000.0, "rope_scaling": ROPE}
+    if kind in ("llava", "llava_llama"):
+        config["model_type"] = kind
+    write_json(tmp_path / "config.json", {**config, "transformers_version": 5})
+    tokenizer_files(tmp_path)
+    source = open_source(tmp_path)
+    ids = tokenizer_of(source)("a b").input_ids
+    assert ids == load_tokenizer(tmp_path, {"model_type": "llama"})("a b").input_ids
+    plain = tables.find({"model_type": "llama"}, "").config(config)
+    found = model_config(source).llm
+    assert (found.rope_theta, found.rope_scaling) == (plain.rope_theta, plain.rope_scaling)
+    assert found.rope_scaling is not None
+
+
+@pytest.mark.parametrize("content", ["", "{", "[]", '{"model_type": ["llama"]}', None])
+def test_a_tokenizer_needs_no_config_json(tmp_path: Path, content: str | None):
+    tokenizer_files(tmp_path)
+    if content is not None:
+        (tmp_path / "config.json").write_text(content)
+    assert load_tokenizer(tmp_path)("a b").input_ids[0] == 1
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"model_max_length": [2048]}, "can't read \\('>' not supported"),
+        ({"bos_token": 5}, "can't read"),
+        ({"padding_side": "middle"}, "can't read"),
+    ],
+)
+def test_settings_of_wrong_types(tmp_path: Path, settings: dict, message: str):
+    tokenizer_files(tmp_path)
+    edit_json(tmp_path / "tokenizer_config.json", **settings)
+    with pytest.raises(InputError, match=message):
+        load_tokenizer(tmp_path)
+
+
+@pytest.mark.parametrize("form", [["own.Own", None], {"AutoTokenizer": ["own.Own", "own.Own"]}])
+def test_remote_code_of_a_tokenizer(tmp_path: Path, form: Any):
+    """Authors' folders go by tokenizer.json; transformers asks for the code, which is refused."""
+    tokenizer_files(tmp_path)
+    (tmp_path / "own.py").write_text(f"open({str(tmp_path / 'mark')!r}, 'w')\nclass Own: pass\n")
+    edit_json(tmp_path / "tokenizer_config.json", auto_map=form, tokenizer_class="Own")
+    assert load_tokenizer(tmp_path)("a").input_ids[0] == 1
+    with pytest.raises(InputError, match="auto_map .*own.Own.* without auto_map: code of a folder"):
+        load_tokenizer(tmp_path, {"model_type": "llama"})
+    assert not (tmp_path / "mark").exists()
 
 
 def test_code_of_the_folder_is_not_run(tmp_path: Path):

@@ -228,7 +228,7 @@ class Merged:
         self.name, self.dtype, self.sources, self.rule = name, dtype, tuple(sources), rule
         self.shape = sources[0][1].shape
         self.known: list[Any] = []
-        self._lock = threading.RLock()
+        self._lock = rule.model.lock if rule and rule.is_joint else threading.RLock()
         self._accounts: dict[int, Account] = {}
 
     def __getitem__(self, rows: slice | EllipsisType, /) -> np.ndarray:

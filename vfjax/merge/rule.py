@@ -23,10 +23,15 @@ if TYPE_CHECKING:
 class Model:
     """Tensors that `Largest` may rank as one.
 
+    Locks are taken in one order: a tensor's, then those of its sources (which may be merged too),
+    then its rule's, under which nothing waits. Tensors that are ranked as one share a lock: to
+    answer for one of them is to ask all of them. Whoever holds a lock never waits for work that no
+    thread has begun, see `stream._map`.
+
     Attributes:
         tensors: of a rule, or of all rules that differ in weights and scale alone.
         answers: to its requests over all of them, by step.
-        lock: held while one is looked for.
+        lock: of its tensors, if they are ranked as one.
     """
 
     def __init__(self) -> None:
@@ -79,6 +84,11 @@ class Rule:
         return np.asarray(
             kernels.block_kernel(arrays, self._values, known, first, words, **self.static(tensor))
         )
+
+    @property
+    def is_joint(self) -> bool:
+        """Its model's tensors are ranked as one."""
+        return ("trim", "model") in self.flags
 
     def static(self, tensor: Merged) -> dict[str, Any]:
         """What a kernel is compiled for."""

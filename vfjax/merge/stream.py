@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import os
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import cache
 from types import EllipsisType
@@ -72,15 +72,12 @@ def order_answer(tensor: Merged, request: Largest, earlier: Sequence[Any], find:
     step, params = len(earlier), tensor.rule.params
     if not request.model:
         return find([tensor], step, request.ranks(params, tensor.size, tuple(earlier)))[0]
-    model = tensor.rule.model
-    with model.lock:
-        known = model.answers
-        if step not in known:
-            everything = model.tensors
-            size = sum(each.size for each in everything)
-            found = find(everything, step, request.ranks(params, size, tuple(earlier)))
-            known[step] = {id(each): x for each, x in zip(everything, found, strict=True)}
-        return known[step][id(tensor)]
+    known, everything = tensor.rule.model.answers, tensor.rule.model.tensors
+    if step not in known:  # the caller holds the lock that they share
+        size = sum(each.size for each in everything)
+        found = find(everything, step, request.ranks(params, size, tuple(earlier)))
+        known[step] = {id(each): x for each, x in zip(everything, found, strict=True)}
+    return known[step][id(tensor)]
 
 
 def solved(request: Sum, parts: Sequence[np.ndarray], tensor: Merged) -> Any:
@@ -94,9 +91,19 @@ def solved(request: Sum, parts: Sequence[np.ndarray], tensor: Merged) -> Any:
         return request.solve(sums, tensor.rule.params, tensor.size)
 
 
-def _map(fn: Callable[[T], R], items: Iterable[T]) -> Iterable[R]:
-    """In order, on all cores."""
-    return _pool().map(fn, items)
+def _map(fn: Callable[[T], R], items: Iterable[T]) -> Iterator[R]:
+    """The results in order, from all cores.
+
+    What no thread has begun when its turn comes is done by the caller: the pool's threads may all
+    be waiting for a lock that the caller holds, or be callers themselves.
+    """
+    begun = [(_pool().submit(fn, item), item) for item in items]
+    try:
+        for future, item in begun:
+            yield fn(item) if future.cancel() else future.result()
+    finally:  # of an error
+        for future, _ in begun:
+            future.cancel()
 
 
 @dataclasses.dataclass

@@ -1,0 +1,114 @@
+"""Merges by every method, as `fuse` writes them, under a watchdog; see test_merge_threads.py.
+
+`python -m tests.merge_threads` runs all: each method, trim and number of threads, 20 times.
+"""
+
+import argparse
+import os
+import shutil
+import sys
+import tempfile
+import threading
+import traceback
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+import converters
+from converters import writer
+from tests import checkpoints
+from vfjax.merge import METHODS, merge
+
+PARAMS: dict[str, Any] = {"density": 0.5, "select_topk": 0.5, "t": 0.3, "gamma": 0.05}
+
+
+def recipes() -> Iterator[tuple[str, dict[str, Any]]]:
+    """Every method with the parameters that it must have, at every scope of its trimming."""
+    for name, method in METHODS.items():
+        params = {k: v for k, v in PARAMS.items() if k in method.params}
+        for trim in ("tensor", "model") if "trim" in method.params else (None,):
+            yield name, params | ({} if trim is None else {"trim": trim})
+
+
+def make_family(root: Path) -> None:
+    """A base and two members, of so many tensors that threads meet."""
+    sizes = {"intermediate_size": 32, "num_key_value_heads": 4}  # few shapes to compile for
+    llm = checkpoints.make_llama(0, num_hidden_layers=4, **sizes)
+    checkpoints.llama_folder(root / "base", llm=llm)
+    for i, name in enumerate(("a", "b"), 1):
+        checkpoints.llama_folder(root / name, llm=checkpoints.tuned(llm, i))
+
+
+def run(root: Path, method: str, params: dict[str, Any], threads: int) -> None:
+    """One fuse; `threads` read ahead of the writing."""
+    writer._THREADS = threads
+    members = dict.fromkeys("ab"[: METHODS[method].takes[1] or 2], "")
+    members = {name: root / name for name in members}
+    options = {"base": root / "base", "export": "llm", "checksums": False}
+    converters.fuse(members, root / "out", method=method, params=params, **options)
+    shutil.rmtree(root / "out")
+
+
+def nested(threads: int) -> None:
+    """Merges whose sources are merges, and one source of two, read by several threads."""
+    rng = np.random.default_rng(0)
+    names = [f"w{i}" for i in range(12)]
+    base, *others = (
+        {n: rng.normal(size=(9, 64)).astype(np.float32) for n in names} for _ in "1234"
+    )
+    params = {"weights": (1.0, 1.0), "density": 0.5, "trim": "model"}
+    one = merge(base, {"a": others[0], "b": others[1]}, "ties", params)
+    two = merge(base, {"a": one, "b": others[2]}, "ties", params)
+    top = merge(base, {"a": two, "b": one}, "ties", {**params, "trim": "tensor"})
+    with ThreadPoolExecutor(threads) as pool:
+        list(pool.map(lambda tensor: tensor[...], [x[n] for n in names for x in (top, one, two)]))
+
+
+def watch(seconds: float, what: str) -> threading.Timer:
+    """Ends the process, with all threads by name, unless it is cancelled in time."""
+
+    def end() -> None:
+        names = {thread.ident: thread.name for thread in threading.enumerate()}
+        for ident, frame in sys._current_frames().items():
+            stack = "".join(traceback.format_stack(frame))
+            print(f"thread {names.get(ident, ident)}:\n{stack}", file=sys.stderr)
+        print(f"{what}: not done in {seconds:.0f} s", file=sys.stderr, flush=True)
+        os._exit(1)
+
+    timer = threading.Timer(seconds, end)
+    timer.daemon = True
+    timer.start()
+    return timer
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--methods", nargs="*", default=[*METHODS, "nested"])
+    parser.add_argument("--threads", nargs="*", type=int, default=(1, 2, 8))
+    parser.add_argument("--runs", type=int, default=20)
+    parser.add_argument("--seconds", type=float, default=60)
+    args = parser.parse_args()
+    count = 0
+    with tempfile.TemporaryDirectory() as folder:
+        make_family(Path(folder))
+        for method, params in recipes():
+            for threads in args.threads if method in args.methods else ():
+                timer = watch(args.seconds, f"{method} {params}, {threads} threads")
+                for _ in range(args.runs):
+                    run(Path(folder), method, params, threads)
+                    count += 1
+                timer.cancel()
+    for threads in args.threads if "nested" in args.methods else ():
+        timer = watch(args.seconds, f"merges of merges, {threads} threads")
+        for _ in range(args.runs):
+            nested(threads)
+            count += 1
+        timer.cancel()
+    print(f"{count} merges")
+
+
+if __name__ == "__main__":
+    main()

@@ -25,6 +25,7 @@ def stage(train: tuple[tuple[str, float], ...], batch: int, **more: Any) -> dict
         "steps": 0,  # 0: one pass over the data, each row at least once
         "by_modality": False,  # the rows of a step all have pictures, or none has
         "window": 1,  # steps over which rows are sorted by length, to save padding; 1: none
+        "frames": 8,  # of a video
         "length": 2048,  # tokens of a row, visual ones included; the rest is cut off
         "template": "",  # "": the model's
         "warmup": 0.03,

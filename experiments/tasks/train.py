@@ -76,6 +76,8 @@ def read_data(config: ConfigDict, name: str) -> list[Conversations]:
         found = Conversations(rows, pictures, skip_broken=config.skip_broken)
         if found.broken:
             print(f"{rows}: {len(found.broken)} broken rows left out, the first: {found.broken[0]}")
+        if found.openings:
+            print(f"{rows}: of {found.openings} rows the first message is left out, as LLaVA does")
         out.append(found)
     return out
 
@@ -117,6 +119,7 @@ def train(
         seed=config.seed,
         steps=stage.steps or None,
         length=min(stage.length, processor.config.llm.context),
+        frames=stage.frames,
         by_modality=stage.by_modality,
         window=stage.window,
         process_index=jax.process_index(),

@@ -23,6 +23,7 @@ from vfjax.errors import InputError
 from vfjax.images import open_image
 from vfjax.model import Batch
 from vfjax.processor import Processor, Shard
+from vfjax.video import Video, open_video
 
 Row = tuple[int, int]
 """Number of a row's `Conversations` in the mixture, and of the row in them."""
@@ -44,6 +45,7 @@ class _Talk:
     ids: list[int]
     labels: list[int]
     pictures: tuple[Path, ...]
+    videos: frozenset[int]
 
 
 class Batches:
@@ -80,6 +82,7 @@ class Batches:
         accumulate: int = 1,
         steps: int | None = None,
         length: int | None = None,
+        frames: int = 8,
         by_modality: bool = False,
         window: int = 1,
         endless: bool = False,
@@ -98,6 +101,7 @@ class Batches:
             accumulate: parts of a step, whose gradients are added.
             steps: of the whole run; by default one epoch.
             length: rows are cut to this many tokens; by default the LLM's context.
+            frames: of a video, see `vfjax.open_video`.
             by_modality: whether rows with and without pictures are kept apart.
             window: steps over which rows are sorted by length; 1 does not sort.
             endless: whether a step may reach from one epoch into the next, which then has no step
@@ -109,11 +113,12 @@ class Batches:
 
         Raises:
             InputError: an empty mixture, a number out of range, a template without a training
-                form, no tokenizer, or pictures for a model without a visual branch.
+                form, no tokenizer, pictures for a model without a visual branch, or videos in
+                a step of several parts or processes.
         """
         self.mixture, self.processor = list(mixture), processor
         self.batch, self.parts, self.seed = batch, accumulate, seed
-        self.by_modality, self.window = by_modality, window
+        self.frames, self.by_modality, self.window = frames, by_modality, window
         self.size = batch * accumulate
         self.length = processor.config.llm.context if length is None else length
         self.process_index, self.process_count = process_index, process_count
@@ -146,6 +151,7 @@ class Batches:
             ("seed", self.seed, self.seed >= 0, "at least 0"),
             ("steps", self.steps, self.steps >= 1, "at least 1"),
             ("length", self.length, 1 <= self.length <= context, f"1 to {context}, the context"),
+            ("frames", self.frames, self.frames >= 1, "at least 1"),
             ("window", self.window, self.window >= 1, "at least 1 batch"),
             ("prune", "a rule", self.processor.config.prune is None, "none: training reads all"),
             (
@@ -165,6 +171,8 @@ class Batches:
             rules.append((f"weight of {data.path}", weight, weight > 0, "more than 0"))
             seen = bool(self.processor.config.branches) or not data.pictures.any()
             rules.append((str(data.path), "pictures", seen, "none: the model is a plain LLM"))
+            whole = self.parts * self.process_count == 1 or not data.videos.any()
+            rules.append((str(data.path), "videos", whole, "none in steps of parts or processes"))
         for where, found, good, expected in rules:
             if not good:
                 raise InputError(where, found=found, expected=expected, fix="change it")
@@ -301,7 +309,7 @@ class Batches:
         """A row's ids and labels, or the next row's that can be trained on."""
         return self._first(row, self._rendered)
 
-    def _loaded(self, talk: _Talk) -> tuple[_Talk, list[Image.Image]]:
+    def _loaded(self, talk: _Talk) -> tuple[_Talk, list[Image.Image | Video]]:
         """A row and its pictures, or the next such row whose pictures can be decoded."""
         return self._first(talk.row, functools.partial(self._decoded, talk))
 
@@ -342,9 +350,9 @@ class Batches:
             ) from None
         counts = [q.count(text.IMAGE_TOKEN) for q, _ in sample.turns if text.IMAGE_TOKEN in q]
         ids, labels = _widened(ids, labels, counts)
-        return _Talk(row, ids, labels, sample.pictures)
+        return _Talk(row, ids, labels, sample.pictures, sample.videos)
 
-    def _decoded(self, wanted: _Talk, row: Row) -> tuple[_Talk, list[Image.Image]] | None:
+    def _decoded(self, wanted: _Talk, row: Row) -> tuple[_Talk, list[Image.Image | Video]] | None:
         """A row and its pictures; None if it can't stand where `wanted` was."""
         talk = wanted
         if row != wanted.row:
@@ -355,9 +363,25 @@ class Batches:
             talk = self._rendered(row)
             if talk.ids[:room].count(text.IMAGE_ID) != count:
                 return None
-            talk = _Talk(row, talk.ids[:room], talk.labels[:room], talk.pictures)
+            talk = dataclasses.replace(talk, ids=talk.ids[:room], labels=talk.labels[:room])
         where = self.mixture[row[0]][0].where(row[1])
-        return talk, [open_image(p, name=f"{where}: {p}") for p in talk.pictures]
+        return talk, [
+            self._video(path, where)
+            if i in talk.videos
+            else open_image(path, name=f"{where}: {path}")
+            for i, path in enumerate(talk.pictures)
+        ]
+
+    def _video(self, path: Path, where: str) -> Video:
+        try:
+            return open_video(path, frames=self.frames)
+        except InputError as error:
+            raise InputError(
+                where,
+                found=f"video {error}",
+                expected="a video that can be read",
+                fix="drop the row",
+            ) from None
 
 
 def _pair(k: int, i: int) -> Row:

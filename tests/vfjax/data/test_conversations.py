@@ -82,10 +82,11 @@ BAD_ROWS = {
         row(conversations=[{"from": "human", "text": "q"}]),
         "row 1 (id a) message 0: found {'from': 'human', 'text': 'q'}, expected",
     ),
-    "gpt first": (
-        messages(("gpt", "a"), ("human", "q"), ("gpt", "a")),
-        "row 1 (id a) message 0: found from 'gpt', expected from 'human'",
+    "gpt first, twice": (
+        messages(("gpt", "a"), ("gpt", "a"), ("human", "q"), ("gpt", "a")),
+        "row 1 (id a) message 1: found from 'gpt', expected from 'human'",
     ),
+    "gpt alone": (messages(("gpt", "a")), "row 1 (id a) message 0: found from 'gpt', expected"),
     "two questions": (
         messages(("human", "q"), ("human", "q")),
         "row 1 (id a) message 1: found from 'human', expected from 'gpt'",
@@ -133,6 +134,43 @@ BAD_ROWS = {
     ),
     "no such folder": (row(image="y/1.png"), "row 1 (id a): found image 'y/1.png', but no such"),
     "a folder": (row(image="x"), "row 1 (id a): found image 'x', but no such file"),
+    "no such video": (
+        row(image=None, video="v.mp4", conversations=talk("<video>\nWhat happens?", "Rain.")),
+        "row 1 (id a): found video 'v.mp4', but no such file, expected",
+    ),
+    "a video without placeholder": (
+        row(image=None, video="1.png", conversations=talk("What happens?", "Rain.")),
+        "row 1 (id a): found 0 <video> placeholders for 1 videos",
+    ),
+    "a placeholder of a video": (
+        row(image=None, conversations=talk("<video>\nWhat happens?", "Rain.")),
+        "row 1 (id a): found '<video>' in a question, expected <image> for a picture",
+    ),
+    "a placeholder of a sound": (
+        row(image=None, conversations=talk("What is said? <audio>", "Hi.")),
+        "row 1 (id a): found '<audio>' in a question",
+    ),
+    "a numbered placeholder": (
+        row(image=None, conversations=talk("What does <image_1> show?", "Rain.")),
+        "row 1 (id a): found '<image_1>' in a question",
+    ),
+    "other codes' placeholder": (
+        row(image=None, conversations=talk("What is in <|image|>?", "Rain.")),
+        "row 1 (id a): found '<|image|>' in a question",
+    ),
+    "another key": (
+        row(image=None, images=["1.png"], conversations=talk("What?", "Rain.")),
+        "row 1 (id a): found 'images' ['1.png']: a medium that is not read, expected the keys",
+    ),
+    "a sound": (row(audio="a.wav"), "row 1 (id a): found 'audio' 'a.wav': a medium"),
+    "a path": (row(image_path="1.png"), "row 1 (id a): found 'image_path' '1.png': a medium"),
+    "a file": (row(where=["b/2.jpg"]), "row 1 (id a): found 'where' ['b/2.jpg']: a medium"),
+    "a system text": (row(system="Be kind."), "row 1 (id a): found 'system' 'Be kind.': what is"),
+    "a weight": (row(weight=0.5), "row 1 (id a): found 'weight' 0.5: what is to be learnt"),
+    "a key of a message": (
+        row(conversations=[{**GOOD["conversations"][0], "image": "1.png"}]),
+        "row 1 (id a) message 0: found 'image' '1.png': a medium that is not read",
+    ),
     "a zero byte": (row(image="x\0/1.png"), "row 1 (id a): found image 'x\\x00/1.png', but no"),
 }
 
@@ -150,6 +188,64 @@ def test_bad_rows(folder: Path, name: str):
     assert data.broken == [str(error.value)]
     assert [data[i].id for i in range(len(data))] == ["a", "last"]
     assert data.where(1) == f"{path} row 2 (id last)"
+
+
+GOOD_ROWS = {
+    "gpt first": [("gpt", "Hello."), ("human", "<image>\nWhat?"), ("gpt", "A cat.")],
+    "system first": [("system", "Be kind."), ("human", "<image>\nWhat?"), ("gpt", "A cat.")],
+}
+
+
+@pytest.mark.parametrize("name", GOOD_ROWS)
+def test_a_first_message_of_another(folder: Path, name: str):
+    """It is left out, and the rest of the row is read, as by LLaVA's preprocess_v1."""
+    turns = [{"from": who, "value": words} for who, words in GOOD_ROWS[name]]
+    data = Conversations(write(folder, [GOOD, row(conversations=turns)]), folder / "images")
+    assert data[1].turns == (("<image>\nWhat?", "A cat."),)
+    assert data.openings == 1
+
+
+def test_notes_and_words_are_no_media(folder: Path):
+    """Keys of published data sets that say nothing about the training, and HTML."""
+    notes = {
+        "source": "web", "model": "someone", "data_source": "x/y", "width": 3, "height": 2,
+        "image_size": [3, 2], "task": "vqa", "metadata": {"a": 1}, "system": "", "images": [],
+    }  # fmt: skip
+    html = "Why does my page\n<video>\n<source src='a.mp4'>\n</video>\nnot play?"
+    words = talk("How do I use the <video> tag?", "With <audio>\nalike.", html, "<video>")
+    rows = [row(**notes), row(image=None, conversations=words)]
+    data = Conversations(write(folder, rows), folder / "images")
+    assert [len(data[i].pictures) for i in range(2)] == [1, 0]
+    assert data[1].turns[1][0] == html
+
+
+@pytest.mark.parametrize("name", ["data.json", "data.jsonl"])
+def test_a_byte_order_mark(folder: Path, name: str):
+    path = write(folder, [GOOD], name)
+    path.write_bytes(b"\xef\xbb\xbf" + path.read_bytes())
+    assert len(Conversations(path, folder / "images")) == 1
+
+
+def test_videos(folder: Path):
+    """At `<video>`, in the order of the text; at `<image>` if the row has no picture."""
+    images = folder / "images"
+    for name in ("a.mp4", "b.mp4"):
+        (images / name).write_bytes(b"-")
+    rows = [
+        row(video="a.mp4", conversations=talk("<video> and <image>?", "Rain.")),
+        row(image="absent", video=["b.mp4"], conversations=talk("<image>\nWhat?", "Sun.")),
+    ]
+    data = Conversations(write(folder, rows), images)
+    assert [data[i] for i in range(2)] == [
+        Sample(
+            "a",
+            (images / "a.mp4", images / "x/1.png"),
+            (("<image> and <image>?", "Rain."),),
+            frozenset({0}),
+        ),
+        Sample("a", (images / "b.mp4",), (("<image>\nWhat?", "Sun."),), frozenset({0})),
+    ]
+    assert data.videos.tolist() == [True, True]
 
 
 BAD_FILES = {

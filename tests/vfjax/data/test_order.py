@@ -43,6 +43,7 @@ class Lengths:
 
     def __init__(self, count: int):
         self.pictures = np.arange(count) % 3 % 2
+        self.videos = np.zeros(count, bool)
         self.characters = np.arange(count) * 37 % 101
 
     def __len__(self) -> int:

@@ -6,6 +6,7 @@ import json
 from collections.abc import Sequence
 from pathlib import Path
 
+import av
 import grain
 import jax
 import numpy as np
@@ -17,7 +18,7 @@ from PIL import Image
 from transformers import AutoTokenizer, LlamaTokenizer, PreTrainedTokenizerFast
 
 from tests.checkpoints import tokenizer_files
-from vfjax import Batch, Model, Processor
+from vfjax import Batch, Model, Processor, open_video, prompts
 from vfjax.connectors import LLaVAConfig, MiningConfig, MLPConfig, SliMEConfig
 from vfjax.data import Batches, Conversations
 from vfjax.encoders import CLIPConfig, ConvNeXtConfig
@@ -515,3 +516,40 @@ def test_bad_input_is_one_line(name: str, data, processor):
         Batches(mixture, changed, **given)
     assert message in str(error.value)
     assert "\n" not in str(error.value)
+
+
+# Videos
+
+
+def film(path: Path) -> None:
+    """Ten frames that grow lighter."""
+    with av.open(str(path), "w") as container:
+        stream = container.add_stream("mpeg4", rate=10)
+        stream.width, stream.height, stream.pix_fmt = 32, 32, "yuv420p"
+        for k in range(10):
+            grey = np.full((32, 32, 3), 25 * k, np.uint8)
+            container.mux(stream.encode(av.VideoFrame.from_ndarray(grey, format="rgb24")))
+        container.mux(stream.encode(None))
+
+
+def test_videos_are_read_as_frames(tmp_path: Path, processor):
+    """As generation reads `vfjax.open_video`; a file that can't be decoded is a broken row."""
+    rows = [{**row(n, 0, 2), "video": f"{n}.mp4"} for n in range(2)]
+    for each in rows:
+        each["conversations"][0]["value"] = "<video>\nWhat?"
+    (tmp_path / "images").mkdir()
+    film(tmp_path / "images/0.mp4")
+    (tmp_path / "images/1.mp4").write_bytes(b"no film")
+    data = write(tmp_path, rows, skip_broken=True)
+    batches = Batches([(data, 1)], processor, batch=2, seed=0, frames=4)
+    batch = batches[0]
+    assert len(batches.broken) == 1 and "1.mp4" in batches.broken[0]
+    assert batches.broken[0].startswith(f"{data.path} row 1 (id 1): found video ")
+    video = open_video(tmp_path / "images/0.mp4", frames=4)
+    ids, labels = prompts.labels(
+        processor.tokenizer, prompts.get_template(processor.template), data[0].turns
+    )
+    assert_equal(batch, processor([video] * 2, input_ids=[ids] * 2, labels=[labels] * 2))
+    assert (batch.visual >= 0).sum(axis=1).tolist() == [8, 8]  # four tokens a frame, two pooled
+    with pytest.raises(InputError, match="found videos, expected none in steps of parts"):
+        Batches([(data, 1)], processor, batch=2, seed=0, accumulate=2)

@@ -47,7 +47,7 @@ class Source:
         llm: Hugging Face config of the language model.
         branches: one dict a branch: `name`; `encoder`, `connector` and perhaps `aux`, configs
             whose `model_type` names a table; `preprocessor` (preprocessor_config.json); `aspect`,
-            "pad" or "crop"; `scaled`, true if absent, see `vfjax.model.BranchConfig`.
+            "pad" or "crop"; `code`, whose code reads it: "transformers", or "authors" if absent.
         template: name of the prompt template.
         tokenizer: of a folder of transformers' what its tokenizer's class depends on, see
             `converters.tokenizer.load_tokenizer`.

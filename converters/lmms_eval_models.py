@@ -17,7 +17,6 @@ from tqdm import tqdm
 
 import converters
 from vfjax import InputError, generate_ids, open_video, prompts
-from vfjax.images import open_image
 from vfjax.messages import Message, tokenize
 from vfjax.prompts import IMAGE_TOKEN
 from vfjax.stream import Text
@@ -146,7 +145,7 @@ class Simple(lmms):
     def _picture(self, visual: Any) -> Any:
         if isinstance(visual, str) and not visual.lower().endswith(PICTURES):
             return open_video(visual, frames=self.frames, pool=self.pool)
-        return open_image(visual)
+        return visual
 
     def _count(self, visuals: Sequence[Any]) -> None:
         if self.max_images is not None and len(visuals) > self.max_images:
@@ -184,7 +183,7 @@ class Chat(Simple):
         if part.type == "text":
             return part.text
         if part.type == "image":
-            return open_image(part.url)
+            return part.url
         if part.type == "video":
             return open_video(part.url, frames=self.frames, pool=self.pool)
         _refuse("messages", f"a part of type {part.type!r}", "text, image or video")

@@ -191,7 +191,10 @@ def model_config(source: Source) -> ModelConfig:
 def _branch_config(source: Source, branch: Mapping[str, Any]) -> BranchConfig:
     part = f"branches.{branch['name']}"
     where = f"{source.path}: {part}"
-    images = from_preprocessor(branch["preprocessor"], aspect=branch["aspect"], name=where)
+    code = branch.get("code", "authors")
+    images = from_preprocessor(
+        branch["preprocessor"], aspect=branch["aspect"], code=code, name=where
+    )
     encoder = _component_config(source, f"{part}.encoder", input_size=images.size)
     if images.size != getattr(encoder, "input_size", encoder.image_size):
         raise InputError(
@@ -213,7 +216,7 @@ def _branch_config(source: Source, branch: Mapping[str, Any]) -> BranchConfig:
         connector=connector,
         views=views({**branch["connector"], "aux": aux}, images, encoder, connector),
         aux=aux,
-        scaled=branch.get("scaled", True),
+        scaled=code == "authors",
     )
 
 

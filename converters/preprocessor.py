@@ -2,10 +2,12 @@
 
 import math
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any, Literal
 
+from converters.reader import read_json
 from vfjax import InputError
-from vfjax.images import ImageSpec
+from vfjax.images import Convert, ImageSpec
 
 _HALF = (0.5, 0.5, 0.5)
 _SWITCHES = {"do_resize": True, "do_rescale": True, "do_normalize": True}
@@ -37,6 +39,7 @@ _DINOV3 = {
     "default_to_square": True,
 }
 # LlavaNext's pinpoints are read with the model's config; do_pad is about tiles that fill a batch.
+_LLAVA = {**_CLIP, "do_pad": False}
 _LLAVA_NEXT = {**_CLIP, "do_pad": True, "image_grid_pinpoints": None, "aspect_ratio_setting": ""}
 # What transformers assumes for keys a preprocessor_config.json lacks.
 _DEFAULTS: dict[str, dict[str, Any]] = {
@@ -45,23 +48,38 @@ _DEFAULTS: dict[str, dict[str, Any]] = {
     "Siglip": _SIGLIP,
     "ViT": {**_SIGLIP, "resample": 2},
     "DINOv3ViT": _DINOV3,
+    "Llava": _LLAVA,
     "LlavaNext": _LLAVA_NEXT,
 }
 _NO_EFFECT = {
     "image_processor_type",
     "feature_extractor_type",
     "processor_class",
-    "do_convert_rgb",  # pictures always become RGB
     "data_format",
     "return_tensors",
     "_valid_processor_keys",
 }
 
 
+def read_preprocessor(folder: Path) -> dict[str, Any]:
+    """The settings that transformers 5 reads in a folder; empty if it has none.
+
+    An image processor inside processor_config.json, which it writes, comes before
+    preprocessor_config.json (image_processing_base.py, get_image_processor_dict).
+    """
+    if (folder / "processor_config.json").is_file():
+        nested = read_json(folder / "processor_config.json").get("image_processor")
+        if isinstance(nested, dict):
+            return nested
+    file = folder / "preprocessor_config.json"
+    return read_json(file) if file.is_file() else {}
+
+
 def from_preprocessor(
     config: Mapping[str, Any],
     *,
     aspect: Literal["pad", "crop"],
+    code: Literal["authors", "transformers"] = "authors",
     name: str = "preprocessor_config.json",
 ) -> ImageSpec:
     """Reads a Hugging Face image processor's settings.
@@ -73,7 +91,9 @@ def from_preprocessor(
         config: content of a `preprocessor_config.json` of a CLIP, SigLIP, BiT (DINOv2), ViT (DINO),
             DINOv3 or LLaVA-NeXT processor, of the latter what becomes of a tile; keys it lacks have
             transformers' defaults.
-        aspect: from the model's own config (LLaVA's `image_aspect_ratio`), not in this file.
+        aspect: from the model's own config (LLaVA's `image_aspect_ratio`), not in this file; but
+            LlavaImageProcessor's do_pad is one.
+        code: whose code the model's folder is for, see `vfjax.images.Convert`.
         name: what to call the file in errors.
 
     Raises:
@@ -82,9 +102,12 @@ def from_preprocessor(
     """
     kind = _kind(config, name)
     settings = dict(_DEFAULTS[kind])
+    rgb = config.get("do_convert_rgb")
     for key, value in config.items():
         if key in settings:
-            settings[key] = value
+            settings[key] = settings[key] if value is None else value
+        elif key == "do_convert_rgb":
+            continue
         elif key not in _NO_EFFECT and value is not None and value is not False:
             raise _unsupported(name, key, value, "no such setting")
     for key in _SWITCHES:
@@ -106,6 +129,11 @@ def from_preprocessor(
         raise _unsupported(name, "do_center_crop", False, "true, or a square size")
     if kind == "LlavaNext" and size != edge:
         raise _unsupported(name, "crop_size", size, f"the resized edge, {edge}")
+    if kind == "Llava" and settings["do_pad"]:
+        aspect = "pad"
+    convert: Convert = "drop"
+    if code == "transformers":
+        convert = "blend" if (kind != "ViT" if rgb is None else rgb) else "none"
     return ImageSpec(
         size=size,
         edge=edge,
@@ -115,6 +143,7 @@ def from_preprocessor(
         std=_channels(settings["image_std"], name, "image_std", 0.0),
         resample=int(settings["resample"]),
         rescale=float(settings["rescale_factor"]),
+        convert=convert,
     )
 
 

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from converters import tables
+from converters.preprocessor import read_preprocessor
 from converters.reader import has_weights, read_json, read_weights
 from converters.rules import rename
 from vfjax import InputError
@@ -121,13 +122,16 @@ def read_tower(path: Path, file: str, slot: str = "", *, weights: bool = True) -
     """
     start = f"{slot}_" if slot else ""
     config = vision_config(read_json(path / f"{start}{file}"))
-    preprocessor = path / f"{start}preprocessor_config.json"
+    preprocessor = read_preprocessor(path)
+    if slot:
+        beside = path / f"{start}preprocessor_config.json"
+        preprocessor = read_json(beside) if beside.is_file() else {}
     table = tables.find(config, str(path))
     raw = read_weights(path, (slot,) if slot else KINDS[file]) if weights else {}
     names = rename(raw, table.prefixes)
     return Tower(
         config=config,
-        preprocessor=read_json(preprocessor) if preprocessor.is_file() else {},
+        preprocessor=preprocessor,
         path=path,
         files={tensor.path.name: tensor.path for tensor in raw.values()},
         tensors={new: raw[old] for old, (new, _) in names.items()},

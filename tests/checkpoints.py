@@ -332,7 +332,7 @@ def fused_folder(
         llm: under the standard names.
         branches: name -> tower, connector and how they are used: `taps`, hidden states that are
             joined on channels; `drop`, leading tokens that are left out; `aspect`; perhaps
-            `scaled`, as in config.json.
+            `code`, as in config.json.
     """
     state, entries = published(llm), []
     for name, (tower, connector, entry) in branches.items():
@@ -345,7 +345,7 @@ def fused_folder(
                 "encoder": tower.config.to_dict(),
                 "preprocessor": preprocessor(tower.config),
                 "aspect": entry["aspect"],
-                **{key: entry[key] for key in ("scaled",) if key in entry},
+                **{key: entry[key] for key in ("code",) if key in entry},
                 "connector": {
                     "model_type": "mlp",
                     "mm_projector_type": f"mlp{(len(connector) + 1) // 2}x_gelu",
@@ -398,7 +398,7 @@ def reference_logits(
         states = tower(x, output_hidden_states=True).hidden_states
         kept = [states[tap][:, entry["drop"] :] for tap in entry["taps"]]
         tokens = connector(torch.cat(kept, dim=-1))
-        pictures.append(list(tokens * scale if entry.get("scaled", True) else tokens))
+        pictures.append(list(tokens * scale if entry.get("code") != "transformers" else tokens))
     parts, seen = [], 0
     for token in ids:
         if token == -200:

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Literal
 
 import numpy as np
-from PIL import Image
+from PIL import Image, ImageOps
 
 from vfjax.errors import InputError
 
@@ -39,7 +39,50 @@ _DECODER_ERRORS = (
     zlib.error,
 )
 
-Source = str | os.PathLike[str] | bytes | np.ndarray | Image.Image
+Convert = Literal["drop", "blend", "none"]
+"""How a picture becomes RGB.
+
+"drop" is the authors': `Image.open(f).convert("RGB")`, so that EXIF orientation is not applied and
+transparency is dropped; beyond them, 16-bit grey is scaled to 8 bits, where Pillow clips it.
+
+"blend" is transformers 5: a file is turned upright and loses its alpha channel
+(image_utils.load_image); a picture in memory is not turned, and is laid on white where it is
+transparent (image_transforms.convert_to_rgb); Pillow converts the rest. "none" is the same, but
+pictures in memory must be RGB, as for an image processor with do_convert_rgb false.
+"""
+
+
+class File:
+    """A decoded picture of a file or of its bytes, not yet converted; of `open_file`.
+
+    Attributes:
+        image: Pillow's, its pixels in memory.
+        name: what to call it in errors.
+    """
+
+    def __init__(self, image: Image.Image, name: str):
+        """Decodes an opened picture.
+
+        Raises:
+            InputError: a broken picture, or a larger one than `open_image` takes.
+        """
+        _check_size(*image.size, name)
+        try:
+            image.load()
+            image.getexif()
+        except _DECODER_ERRORS as error:
+            raise _unreadable(name, error) from None
+        self.image, self.name = image, name
+        self._rgb: dict[str, Image.Image] = {}
+
+    def rgb(self, convert: Convert) -> Image.Image:
+        """As 8-bit RGB; converted once."""
+        if convert not in self._rgb:
+            self._rgb[convert] = _to_rgb(self.image, self.name, convert, file=True)
+        return self._rgb[convert]
+
+
+Source = str | os.PathLike[str] | bytes | np.ndarray | Image.Image | File
 
 
 @dataclass(frozen=True)
@@ -56,6 +99,7 @@ class ImageSpec:
         mean, std: per channel, of pixels times `rescale`.
         resample: Pillow filter: 0 nearest, 1 lanczos, 2 bilinear, 3 bicubic, 4 box, 5 hamming.
         rescale: factor on uint8 pixels.
+        convert: how a picture becomes RGB, see `Convert`.
     """
 
     size: int
@@ -66,30 +110,46 @@ class ImageSpec:
     std: tuple[float, float, float]
     resample: int = 3
     rescale: float = 1 / 255
+    convert: Convert = "drop"
 
 
-def open_image(source: Source, *, name: str | None = None) -> Image.Image:
+def open_image(
+    source: Source, *, name: str | None = None, convert: Convert = "drop"
+) -> Image.Image:
     """Reads a picture as 8-bit RGB.
 
-    As upstream's `Image.open(f).convert("RGB")`: EXIF orientation is not applied and transparency
-    is dropped, not blended. Beyond upstream, 16-bit grey is scaled to 8 bits, where Pillow's
-    `convert` clips it to white.
-
     Args:
-        source: path, encoded bytes, uint8[h, w, 3] or Pillow image.
+        source: path, encoded bytes, uint8[h, w, 3] or Pillow image, or a `File`.
         name: what to call the picture in errors; by default its path.
+        convert: see `Convert`; with "blend" an array may have 1 or 4 channels.
 
     Returns:
         An RGB image with its pixels in memory.
 
     Raises:
         InputError: missing, empty, unreadable, truncated or animated file, a side of `MAX_SIDE`
-            or more, more than `MAX_PIXELS`, an array or pixel format without a known range.
+            or more, more than `MAX_PIXELS`, an array or pixel format without a known range, a
+            picture in memory that is not RGB where `convert` is "none".
     """
     if isinstance(source, np.ndarray):
-        return _from_array(source, name or "image array")
+        return _from_array(source, name or "image array", convert)
     if isinstance(source, Image.Image):
-        return _to_rgb(source, name or "image")
+        return _to_rgb(source, name or "image", convert, file=False)
+    return open_file(source, name=name).rgb(convert)
+
+
+def open_file(source: str | os.PathLike[str] | bytes | File, *, name: str | None = None) -> File:
+    """Decodes a picture, so that each branch of a model can convert it as its own code does.
+
+    Args:
+        source: path or encoded bytes.
+        name: as for `open_image`.
+
+    Raises:
+        InputError: as `open_image`, but for what only the conversion tells.
+    """
+    if isinstance(source, File):
+        return source
     if isinstance(source, bytes):
         return _from_bytes(source, name or "image bytes")
     if not isinstance(source, str | os.PathLike):
@@ -109,7 +169,7 @@ def open_image(source: Source, *, name: str | None = None) -> Image.Image:
     return _from_bytes(data, name)
 
 
-def _from_bytes(data: bytes, name: str) -> Image.Image:
+def _from_bytes(data: bytes, name: str) -> File:
     if not data:
         raise InputError(name, found="0 bytes", expected="an image", fix="replace the file")
     try:
@@ -127,25 +187,34 @@ def _from_bytes(data: bytes, name: str) -> Image.Image:
             expected="one picture",
             fix="save the frame you mean as a file of its own",
         )
-    return _to_rgb(image, name)
+    return File(image, name)
 
 
-def _from_array(array: np.ndarray, name: str) -> Image.Image:
-    if array.dtype != np.uint8 or array.ndim != 3 or array.shape[2] != 3:
+def _from_array(array: np.ndarray, name: str, convert: Convert) -> Image.Image:
+    channels = array.shape[2] if array.ndim == 3 else 0
+    if array.dtype != np.uint8 or channels not in ((1, 3, 4) if convert == "blend" else (3,)):
+        more = ", or 1 or 4 channels" if convert == "blend" else ""
         raise InputError(
             name,
             found=f"{array.dtype}{list(array.shape)}",
-            expected="uint8[height, width, 3]",
+            expected=f"uint8[height, width, 3]{more}",
             fix="convert it",
         )
     _check_size(array.shape[1], array.shape[0], name)
+    if channels == 1:
+        array = np.repeat(array, 3, axis=-1)
+    if channels == 4:  # rounded as transformers does, which is not Pillow's rounding
+        alpha = array[..., 3:] / 255
+        array = np.round(alpha * array[..., :3] + (1 - alpha) * 255).astype(np.uint8)
     return Image.fromarray(array)
 
 
-def _to_rgb(image: Image.Image, name: str) -> Image.Image:
+def _to_rgb(image: Image.Image, name: str, convert: Convert, *, file: bool) -> Image.Image:
     _check_size(*image.size, name)
     try:
         image.load()
+        if convert != "drop":
+            return _as_transformers(image, name, convert, file=file)
         if image.mode == "RGB":
             return image
         if image.mode.startswith("I;16"):
@@ -161,6 +230,25 @@ def _to_rgb(image: Image.Image, name: str) -> Image.Image:
         expected="8 or 16 bits a channel",
         fix="scale them to 8 bits",
     )
+
+
+def _as_transformers(image: Image.Image, name: str, convert: Convert, *, file: bool) -> Image.Image:
+    """See `Convert`."""
+    if file:  # a colour that stands for transparency is remembered, and laid on white below
+        image = ImageOps.exif_transpose(image).convert("RGB")
+    if convert == "none" and image.mode != "RGB":
+        raise InputError(
+            name,
+            found=f"a picture of mode {image.mode}",
+            expected="RGB: the image processor's do_convert_rgb is false",
+            fix="convert it",
+        )
+    if convert == "blend" and (
+        "A" in image.getbands() or image.info.get("transparency") is not None
+    ):
+        white = Image.new("RGBA", image.size, (255, 255, 255, 255))
+        image = Image.alpha_composite(white, image.convert("RGBA"))
+    return image if image.mode == "RGB" else image.convert("RGB")
 
 
 def _check_size(width: int, height: int, name: str) -> None:
@@ -201,7 +289,7 @@ def preprocess(image: Source, spec: ImageSpec) -> np.ndarray:
         InputError: as `open_image`; or a strip so long that resizing its short edge to `edge`
             would pass `MAX_PIXELS`.
     """
-    image = open_image(image)
+    image = open_image(image, convert=spec.convert)
     if spec.aspect == "pad":
         image = _pad_and_resize(image, spec)
     else:

@@ -11,13 +11,13 @@ from PIL import Image
 
 from vfjax import prompts as text
 from vfjax.errors import InputError
-from vfjax.images import open_image
+from vfjax.images import Convert, File, open_file, open_image
 from vfjax.model import AnyArray, Batch, ModelConfig
 from vfjax.prune import Groups, marks
 from vfjax.video import Video
 from vfjax.views import Prepared, bucket
 
-Picture = str | os.PathLike | Image.Image | np.ndarray | Video
+Picture = str | os.PathLike | bytes | Image.Image | np.ndarray | File | Video
 
 LENGTHS = tuple(m << k for k in range(4, 17) for m in (4, 5, 6, 7))
 """Default sequence lengths: 64, 80, 96, 112, 128, ... each at most 1.25 x the one before."""
@@ -71,6 +71,26 @@ class Processor:
             images = min(len(self.config.branches), 1)
         turn = (text.IMAGE_TOKEN + "\n") * images + question
         return text.render(text.get_template(self.template), [(turn, None)])
+
+    @property
+    def converts(self) -> tuple[Convert, ...]:
+        """How the branches convert pictures to RGB, each way once."""
+        return tuple(dict.fromkeys(branch.views.images.convert for branch in self.config.branches))
+
+    def open(self, source: str | os.PathLike | bytes, *, name: str | None = None) -> File:
+        """A picture of a file or of its bytes, read as all branches read it.
+
+        Args:
+            source: path or bytes.
+            name: what to call it in errors; by default its path.
+
+        Raises:
+            InputError: as `vfjax.images.open_image`.
+        """
+        file = open_file(source, name=name)
+        for convert in self.converts:
+            file.rgb(convert)
+        return file
 
     @property
     def stops(self) -> tuple[int, ...]:
@@ -261,7 +281,7 @@ class Processor:
     ) -> list[Picture]:
         """All pictures in prompt order; their number must match the placeholders."""
         places = [int((row == text.IMAGE_ID).sum()) for row in rows]
-        bare = (str, os.PathLike, Image.Image, Video)
+        bare = (str, os.PathLike, bytes, Image.Image, File, Video)
         if isinstance(images, bare) or getattr(images, "ndim", 0) in (2, 3):
             raise InputError(
                 "images",
@@ -325,18 +345,18 @@ class Processor:
         slots = shard.pictures if shard else None
         if not (pictures or slots):
             return {}, [], ()
-        groups = [list(p.frames) if isinstance(p, Video) else [open_image(p)] for p in pictures]
-        views = [view for group in groups for view in group]
-        owner = [i for i, group in enumerate(groups) for _ in group]
+        frames = [len(p.frames) if isinstance(p, Video) else 1 for p in pictures]
+        owner = [i for i, count in enumerate(frames) for _ in range(count)]
+        shown = {convert: _shown(pictures, convert) for convert in self.converts}
         videos = {k: p.pool for k, i in enumerate(owner) if isinstance(p := pictures[i], Video)}
-        if slots is not None and (videos or len(views) > slots):
-            raise _no_room("pictures", len(views), slots)
-        pools = [videos.get(k, 1) for k in range(len(views))]
+        if slots is not None and (videos or len(owner) > slots):
+            raise _no_room("pictures", len(owner), slots)
+        pools = [videos.get(k, 1) for k in range(len(owner))]
         numbers: list[list[np.ndarray]] = [[] for _ in pictures]
         inputs: dict[str, dict[str, AnyArray]] = {}
         sizes: list[int] = []
         for branch in self.config.branches:
-            ready = branch.views(views, videos, slots)
+            ready = branch.views(shown[branch.views.images.convert], videos, slots)
             inputs[branch.name] = ready.inputs
             if branch.views.reads_text:
                 inputs[branch.name] |= self._texts([words[i] for i in owner], shard)
@@ -372,6 +392,14 @@ class Processor:
                 fix="add the files, or pass input_ids in place of prompts",
             )
         return self.tokenizer
+
+
+def _shown(pictures: Sequence[Picture], convert: Convert) -> list[Image.Image]:
+    """All pictures and frames as RGB."""
+    groups = (
+        p.frames if isinstance(p, Video) else (open_image(p, convert=convert),) for p in pictures
+    )
+    return [view for group in groups for view in group]
 
 
 def _splice(

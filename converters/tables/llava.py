@@ -10,7 +10,9 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from converters import tables
 from converters.layouts import Layout, Source, tokenizer_class
+from converters.preprocessor import from_preprocessor, read_preprocessor
 from converters.reader import read_json
 from converters.towers import Tower, Towers
 from vfjax import InputError
@@ -35,6 +37,9 @@ OWN = (
     "vision_tower",
 )
 """Keys of upstream's config that are not the LLM's, beside `mm_*`."""
+
+_PROCESSORS = {"llava": "LlavaImageProcessor", "llava_next": "LlavaNextImageProcessor"}
+"""`model_type` of transformers' folders -> the image processor of files that don't name one."""
 
 Names = tuple[tuple[str, str, str], ...]
 
@@ -220,9 +225,9 @@ def describe_hf(path: Path, config: dict[str, Any], towers: Towers) -> Source:
     branch = {
         "name": vision["model_type"].split("_")[0],
         "encoder": vision,
-        "preprocessor": _preprocessor(path),
+        "preprocessor": _preprocessor(path, _PROCESSORS[config["model_type"]]),
         "aspect": "crop",
-        "scaled": False,
+        "code": "transformers",
         "connector": {
             "model_type": "mlp",
             "mm_projector_type": "mlp2x_gelu",
@@ -233,6 +238,7 @@ def describe_hf(path: Path, config: dict[str, Any], towers: Towers) -> Source:
             "drop": 1 if select == "default" else 0,
         },
     }
+    _check_processor(path, branch)
     template, kind = prompt_template(llm), tokenizer_class(config)
     return Source(path, "llava-hf", config, llm, [branch], template, tokenizer=kind)
 
@@ -276,20 +282,75 @@ PINPOINTS = [[336, 672], [672, 336], [672, 672], [1008, 336], [336, 1008]]
 """The default of LlavaNextConfig."""
 
 
-def _preprocessor(path: Path) -> dict[str, Any]:
-    """Version 5 of transformers keeps the image processor inside processor_config.json."""
-    if (path / "preprocessor_config.json").is_file():
-        return read_json(path / "preprocessor_config.json")
-    if (path / "processor_config.json").is_file():
-        nested = read_json(path / "processor_config.json").get("image_processor")
-        if isinstance(nested, dict):
-            return nested
-    raise InputError(
-        path,
-        found="no preprocessor_config.json",
-        expected="it, or processor_config.json with an image_processor",
-        fix="copy it from the published repository",
+def _preprocessor(path: Path, kind: str) -> dict[str, Any]:
+    """The image processor's settings; `kind` is what transformers takes if they don't name it."""
+    found = read_preprocessor(path)
+    if not found:
+        raise InputError(
+            path,
+            found="no preprocessor_config.json",
+            expected="it, or processor_config.json with an image_processor",
+            fix="copy it from the published repository",
+        )
+    named = found.get("image_processor_type") or found.get("feature_extractor_type")
+    return found if named else {**found, "image_processor_type": kind}
+
+
+_PROCESSOR = {
+    "image_processor",  # see `read_preprocessor`
+    "patch_size",
+    "num_additional_image_tokens",
+    "vision_feature_select_strategy",
+    "image_token",
+    "chat_template",
+}
+"""Keys of processor_config.json that are used."""
+
+_UNUSED = {"processor_class", "auto_map", "tokenizer", "feature_extractor", "image_seq_length"}
+"""Keys of it that LlavaProcessor and LlavaNextProcessor don't read."""
+
+
+def _check_processor(path: Path, branch: Mapping[str, Any]) -> None:
+    """Whether processor_config.json widens a placeholder to as many tokens as the model makes.
+
+    transformers' processor counts them by itself (processing_llava.py, replace_image_token); where
+    it counts other than the model, the model refuses every picture.
+
+    Raises:
+        InputError: it does, or there is a key that is not known.
+    """
+    file = path / "processor_config.json"
+    found = read_json(file) if file.is_file() else {}
+    unknown = sorted(k for k, v in found.items() if k not in _PROCESSOR | _UNUSED and v is not None)
+    if unknown:
+        raise InputError(
+            f"{file}: {unknown[0]}",
+            found=repr(found[unknown[0]])[:60],
+            expected=f"none of that name, but {', '.join(sorted(_PROCESSOR))}",
+            fix="remove the key, or load another checkpoint",
+        )
+    patch = found.get("patch_size")
+    if patch is None:  # then transformers' processor takes no picture, and says nothing of tokens
+        return
+    vision = branch["encoder"]
+    side = from_preprocessor(branch["preprocessor"], aspect=branch["aspect"], name=str(path)).size
+    encoder = tables.find(vision, f"{path}: branches.{branch['name']}.encoder").config(
+        {**vision, "input_size": side}
     )
+    extra = found.get("num_additional_image_tokens") or 0
+    dropped = int(found.get("vision_feature_select_strategy") == "default")
+    whole = isinstance(patch, int) and isinstance(extra, int) and patch > 0
+    count = (side // patch) ** 2 + extra - dropped if whole else None
+    expected = encoder.prefix + encoder.tokens - branch["connector"]["drop"]
+    if count != expected:
+        keys = ("patch_size", "num_additional_image_tokens", "vision_feature_select_strategy")
+        raise InputError(
+            f"{file}: {', '.join(keys)}",
+            found=", ".join(repr(found.get(key)) for key in keys),
+            expected=f"values that count {expected} tokens a view of {side} pixels, as the model "
+            "by config.json makes",
+            fix="correct one of the files",
+        )
 
 
 def hf_names(source: Source) -> Names:

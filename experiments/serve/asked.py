@@ -10,10 +10,10 @@ from typing import Any, NoReturn
 from urllib.parse import urlsplit
 
 import httpx2
-from PIL import Image
 
 from experiments.serve.pictures import read_picture
 from vfjax import InputError, Processor
+from vfjax.images import File
 from vfjax.messages import Message, tokenize
 
 IGNORED = {
@@ -235,7 +235,7 @@ class _Budget:
     def __init__(self, limits: Limits):
         self.limits, self.pictures, self.pixels = limits, limits.pictures, limits.pixels
 
-    def picture(self, address: str, where: str) -> Image.Image:
+    def picture(self, address: str, where: str) -> File:
         self.pictures -= 1
         if self.pictures < 0:
             _bad(where, "another picture", f"at most {self.limits.pictures} in a request")
@@ -250,7 +250,7 @@ class _Budget:
             image = read_picture(data, where, self.pixels)
         except InputError as error:
             raise Refused(400, str(error), param="messages") from None
-        self.pixels -= image.width * image.height
+        self.pixels -= image.image.width * image.image.height
         return image
 
 

@@ -6,7 +6,7 @@ from pathlib import Path
 from PIL import Image
 
 from vfjax import InputError
-from vfjax.images import open_image
+from vfjax.images import File
 
 FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP")
 """Formats of pictures that are decoded; Pillow knows others, some of which run programs."""
@@ -15,8 +15,8 @@ STRIP = 50
 """Long side by short side at most: a crop resizes the whole of a strip to its short side."""
 
 
-def read_picture(source: bytes | Path, where: str, pixels: int) -> Image.Image:
-    """A picture as 8-bit RGB.
+def read_picture(source: bytes | Path, where: str, pixels: int) -> File:
+    """A picture, for each model to convert as it does.
 
     Args:
         source: its file, or the bytes of one.
@@ -31,7 +31,7 @@ def read_picture(source: bytes | Path, where: str, pixels: int) -> Image.Image:
             io.BytesIO(source) if isinstance(source, bytes) else source, formats=FORMATS
         ) as image:
             _check(image, where, pixels)
-            return open_image(image, name=where)
+            return File(image, where)
     except InputError:
         raise
     except Exception as error:  # Pillow's decoders raise all kinds

@@ -154,8 +154,11 @@ def watch(config: ConfigDict, folder: Path, asked: Sequence[Asked]) -> Seen:
     flat: dict[str, dict[str, list[np.ndarray]]] = {}
     vectors: dict[Path, np.ndarray] = {}
     for some, batch in batches(config, processor, asked):
-        opened = [open_image(a.picture) for a in some]
-        boxes = [[look.regions(b, picture) for b in model.config.branches] for picture in opened]
+        opened = [processor.open(a.picture) for a in some]
+        boxes = [
+            [look.regions(b, file.rgb(b.views.images.convert)) for b in model.config.branches]
+            for file in opened
+        ]
         found, segments, pooled = jax.device_get(see(model, batch, look.readers(batch)))
         vectors |= {a.picture: vector for a, vector in zip(some, pooled, strict=False)}
         segments = segments[: len(some)]

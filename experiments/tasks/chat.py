@@ -18,6 +18,7 @@ from experiments.tasks.evaluate import MEMBERS, shipped
 from vfjax import Batch, InputError, Model, Processor, stream
 from vfjax import analysis as look
 from vfjax.eval.extras import needs
+from vfjax.images import File
 from vfjax.messages import Message, tokenize
 
 LETTERS = 100_000
@@ -61,7 +62,7 @@ class Speaker:
     def branches(self) -> list[str]:
         return [branch.name for branch in self.model.config.branches]
 
-    def batch(self, picture: Image.Image, question: str) -> Batch:
+    def batch(self, picture: File, question: str) -> Batch:
         """The one row of a question.
 
         Raises:
@@ -93,7 +94,7 @@ class Speaker:
             text += piece
             yield text
 
-    def attention(self, batch: Batch, picture: Image.Image) -> list[Seen]:
+    def attention(self, batch: Batch, picture: File) -> list[Seen]:
         """Where the question's words look, a picture a branch."""
         readers = {"question": look.readers(batch)["question"]}
         found, segments = jax.device_get(look.attention(self.model, batch, readers))
@@ -102,8 +103,9 @@ class Speaker:
         mean = rows[0].mean(axis=0)
         out = []
         for k, branch in enumerate(self.model.config.branches):
-            boxes = look.regions(branch, picture)
-            out.append(Seen(_overlay(picture, mean[segment == k + 1], boxes), shares[k + 1]))
+            shown = picture.rgb(branch.views.images.convert)
+            boxes = look.regions(branch, shown)
+            out.append(Seen(_overlay(shown, mean[segment == k + 1], boxes), shares[k + 1]))
         return out
 
 
@@ -329,7 +331,7 @@ def _question(text: str | None) -> str:
     return text
 
 
-def _picture(path: str | None, pixels: int) -> Image.Image:
+def _picture(path: str | None, pixels: int) -> File:
     if not path:
         raise InputError("picture", found="nothing", expected="a file", fix="choose one")
     return read_picture(Path(path), "picture", pixels)

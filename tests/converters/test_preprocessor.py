@@ -1,5 +1,6 @@
 """Pixels through the settings of published preprocessors."""
 
+import io
 import json
 from pathlib import Path
 
@@ -10,9 +11,9 @@ import transformers
 from PIL import Image
 from safetensors.numpy import load_file
 
-from converters.preprocessor import from_preprocessor
+from converters.preprocessor import from_preprocessor, read_preprocessor
 from vfjax.errors import InputError
-from vfjax.images import preprocess
+from vfjax.images import open_file, open_image, preprocess
 
 CLIP = {"image_processor_type": "CLIPImageProcessor"}
 
@@ -199,7 +200,7 @@ def test_an_integer_is_a_square_to_vit():
         ({**CLIP, "size": {"shortest_edge": 224, "longest_edge": 500}}, "size"),
         ({**CLIP, "size": "224"}, "size"),
         ({**CLIP, "resample": "bicubic"}, "resample"),
-        ({**CLIP, "rescale_factor": None}, "rescale_factor"),
+        ({**CLIP, "rescale_factor": "1/255"}, "rescale_factor"),
         ({**CLIP, "image_mean": [0.5]}, "image_mean"),
         ({**CLIP, "image_std": [0.5, 0.0, 0.5]}, "image_std"),
         ({"image_processor_type": "SiglipImageProcessor", "size": 224}, "size"),
@@ -215,5 +216,122 @@ def test_settings_that_would_change_pixels_are_refused(config: dict, key: str):
 
 
 def test_settings_switched_off_are_accepted():
-    config = {**CLIP, "do_pad": False, "pad_size": None, "processor_class": "CLIPProcessor"}
+    config = {
+        **CLIP,
+        "do_pad": False,
+        "pad_size": None,
+        "image_mean": None,
+        "processor_class": "CLIPProcessor",
+    }
     assert from_preprocessor(config, aspect="crop") == from_preprocessor(CLIP, aspect="crop")
+
+
+def test_which_file_wins(tmp_path: Path):
+    """An image processor in processor_config.json before an older file, as in transformers."""
+    old, new = {**CLIP, "image_mean": [0.5] * 3}, {**CLIP, "image_mean": [0.1, 0.2, 0.3]}
+    processor, alone = tmp_path / "processor_config.json", tmp_path / "preprocessor_config.json"
+    for nested in ({"image_processor": new}, {"image_processor": None}, {"patch_size": 14}):
+        alone.write_text(json.dumps(old))
+        processor.write_text(json.dumps(nested))
+        theirs = transformers.AutoImageProcessor.from_pretrained(tmp_path)
+        found = from_preprocessor(read_preprocessor(tmp_path), aspect="crop")
+        assert found.mean == tuple(theirs.image_mean)
+    alone.unlink()
+    assert read_preprocessor(tmp_path) == {}
+    processor.write_text(json.dumps({"image_processor": new}))
+    assert read_preprocessor(tmp_path) == new
+
+
+def of_mode(mode: str) -> Image.Image:
+    """A picture of each kind that Pillow has."""
+    rng = np.random.default_rng(len(mode))
+    picture = noise(40, 30).convert("RGBA")
+    picture.putalpha(Image.fromarray(rng.integers(0, 256, (30, 40), dtype=np.uint8)))
+    if mode == "I;16":
+        return Image.fromarray(rng.integers(0, 65536, (30, 40)).astype(np.uint16))
+    if mode == "P with transparency":
+        picture = noise(40, 30).quantize(16)
+        picture.info["transparency"] = 3
+        return picture
+    if mode == "RGB with transparency":
+        picture = Image.new("RGB", (40, 30), (1, 2, 3))
+        picture.paste(noise(20, 30))
+        picture.info["transparency"] = (1, 2, 3)
+        return picture
+    if mode == "PA":
+        return picture.convert("RGB").quantize(8).convert("PA")
+    return picture.convert("LA").convert(mode) if mode == "1" else picture.convert(mode)
+
+
+MODES = ["RGB", "RGBA", "LA", "L", "1", "P", "PA", "CMYK", "YCbCr", "I;16", "I", "F"]
+FILES = {"RGB": "jpg", "L": "jpg", "RGBA": "png", "LA": "png", "I;16": "png", "CMYK": "jpg"}
+FILES |= {"P with transparency": "png", "RGB with transparency": "png"}
+MODES += ["P with transparency", "RGB with transparency"]
+
+
+@pytest.mark.parametrize("kind", ["CLIP", "Llava", "Siglip", "LlavaNext"])
+def test_pictures_of_all_modes_equal_transformers(tmp_path: Path, kind: str):
+    """In memory: laid on white, not turned. In a file: turned, transparency dropped."""
+    config = {"image_processor_type": f"{kind}ImageProcessor"}
+    theirs = getattr(transformers, f"{kind}ImageProcessorPil")()
+    if kind == "LlavaNext":
+        theirs.image_grid_pinpoints = [[224, 224]]
+    spec = from_preprocessor(config, aspect="crop", code="transformers")
+
+    def check(ours, given, what: object) -> None:
+        # The first view of LlavaNext is the whole picture, squashed.
+        pixels = theirs(given, return_tensors="np").pixel_values[0]
+        if kind == "LlavaNext":
+            ours = open_image(ours, convert=spec.convert).resize((224, 224), 3)
+            pixels = pixels[0]
+        found = preprocess(ours, spec).transpose(2, 0, 1)
+        np.testing.assert_allclose(found, pixels, rtol=0, atol=2e-6, err_msg=str(what))
+
+    for mode in MODES:
+        picture = of_mode(mode)
+        exif = picture.getexif()
+        exif[0x112] = 6
+        picture.info["exif"] = exif.tobytes()
+        check(picture, picture, mode)
+    for n, array in enumerate(np.random.default_rng(0).integers(0, 256, (2, 30, 40, 4))):
+        array = array.astype(np.uint8)
+        for given in (array, array[..., :3], array[..., :1])[n:]:
+            check(given, given, given.shape)
+    for mode, suffix in FILES.items():
+        for turn in (1, 6, 8, 2):
+            path = tmp_path / f"{mode} {turn}.{suffix}"
+            picture = of_mode(mode)
+            exif = Image.Exif()
+            exif[0x112] = turn
+            picture.save(path, exif=exif)
+            check(path, str(path), path)
+            check(open_file(path.read_bytes()), str(path), path)
+
+
+def test_pictures_that_are_not_converted():
+    """With do_convert_rgb false transformers fails on all but RGB, by its number of means."""
+    config = {**CLIP, "do_convert_rgb": False}
+    spec = from_preprocessor(config, aspect="crop", code="transformers")
+    theirs = transformers.CLIPImageProcessorPil(do_convert_rgb=False)
+    picture = noise(40, 30)
+    found = preprocess(picture, spec).transpose(2, 0, 1)
+    pixels = theirs(picture, return_tensors="np").pixel_values[0]
+    np.testing.assert_allclose(found, pixels, rtol=0, atol=2e-6)
+    for mode in ("RGBA", "L"):
+        with pytest.raises(ValueError):
+            theirs(of_mode(mode), return_tensors="np")
+        with pytest.raises(InputError, match=f"found a picture of mode {mode}, expected RGB"):
+            preprocess(of_mode(mode), spec)
+    data = io.BytesIO()
+    of_mode("L").save(data, "PNG")
+    assert preprocess(data.getvalue(), spec).shape == (224, 224, 3)
+
+
+def test_padding_of_the_port_of_llava():
+    config = {"image_processor_type": "LlavaImageProcessor", "do_pad": True}
+    spec = from_preprocessor(config, aspect="crop", code="transformers")
+    theirs = transformers.LlavaImageProcessorPil(do_pad=True)
+    for picture in (noise(41, 30), noise(30, 95), noise(33, 33)):
+        pixels = theirs(picture, return_tensors="np").pixel_values[0]
+        found = preprocess(picture, spec).transpose(2, 0, 1)
+        np.testing.assert_allclose(found, pixels, rtol=0, atol=2e-6)

@@ -222,9 +222,9 @@ def test_who_scales_visual_tokens(tmp_path):
     """Gemma scales text; one branch's tokens too, as its authors' code does, the other's not."""
     llm = make_llama(6, model_type="gemma", head_dim=8)
     branches = {}
-    for name, scaled in (("authors", True), ("port", False)):
+    for name in ("authors", "transformers"):
         tower, connector = make_tower("clip", 7, num_hidden_layers=1), make_connector((32, 32), 8)
-        entry = {"taps": [-1], "drop": 1, "aspect": "crop", "scaled": scaled}
+        entry = {"taps": [-1], "drop": 1, "aspect": "crop", "code": name}
         branches[name] = (tower, connector, entry)
     checkpoints.fused_folder(tmp_path / "fused", llm, branches)
     model, processor = converters.load(tmp_path / "fused")

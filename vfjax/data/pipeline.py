@@ -15,12 +15,11 @@ from typing import TypeVar
 import grain
 import jax
 import numpy as np
-from PIL import Image
 
 from vfjax import prompts as text
 from vfjax.data.conversations import Conversations
 from vfjax.errors import InputError
-from vfjax.images import open_image
+from vfjax.images import File
 from vfjax.model import Batch
 from vfjax.processor import Processor, Shard
 from vfjax.video import Video, open_video
@@ -309,7 +308,7 @@ class Batches:
         """A row's ids and labels, or the next row's that can be trained on."""
         return self._first(row, self._rendered)
 
-    def _loaded(self, talk: _Talk) -> tuple[_Talk, list[Image.Image | Video]]:
+    def _loaded(self, talk: _Talk) -> tuple[_Talk, list[File | Video]]:
         """A row and its pictures, or the next such row whose pictures can be decoded."""
         return self._first(talk.row, functools.partial(self._decoded, talk))
 
@@ -352,7 +351,7 @@ class Batches:
         ids, labels = _widened(ids, labels, counts)
         return _Talk(row, ids, labels, sample.pictures, sample.videos)
 
-    def _decoded(self, wanted: _Talk, row: Row) -> tuple[_Talk, list[Image.Image | Video]] | None:
+    def _decoded(self, wanted: _Talk, row: Row) -> tuple[_Talk, list[File | Video]] | None:
         """A row and its pictures; None if it can't stand where `wanted` was."""
         talk = wanted
         if row != wanted.row:
@@ -368,7 +367,7 @@ class Batches:
         return talk, [
             self._video(path, where)
             if i in talk.videos
-            else open_image(path, name=f"{where}: {path}")
+            else self.processor.open(path, name=f"{where}: {path}")
             for i, path in enumerate(talk.pictures)
         ]
 

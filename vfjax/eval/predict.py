@@ -17,7 +17,6 @@ from vfjax.errors import InputError
 from vfjax.eval import log
 from vfjax.eval.data import Question
 from vfjax.generate import generate
-from vfjax.images import open_image
 from vfjax.processor import Processor
 from vfjax.video import open_video
 
@@ -129,7 +128,7 @@ class _Inputs:
             return [open_video(question.video, frames=frames, pool=pool)]
         name = f"the picture of question {question.id}"
         return [
-            open_image(image, name=name if isinstance(image, bytes) else None)
+            self.processor.open(image, name=name if isinstance(image, bytes) else None)
             for image in question.images
         ]
 

@@ -153,6 +153,7 @@ def describe(
     start = f"branches.{branch['name']}"
     source.parts = {part: tower.tensors for part, tower in source.towers.items()}
     source.parts["llm"] = text.parts["llm"]
+    source.spare = {part: tower.spare for part, tower in source.towers.items()}
     source.prefixes = {part: tower.prefixes for part, tower in source.towers.items()}
     source.prefixes |= {"llm": (("", ""),), f"{start}.connector": _names(source, kind)}
     prefix = find(branch["encoder"], str(encoder)).config(branch["encoder"]).prefix
@@ -289,7 +290,7 @@ def _config(
 
 def _fused(source: Source) -> Source:
     """The same as a fused folder of one branch, for what LLaVA's code cannot say."""
-    source.layout, source.towers = "visionfuse", {}
+    source.layout, source.towers, source.spare = "visionfuse", {}, {}
     source.prefixes = {
         part: ((f"{part}.", ""),) if part != "llm" else (("", ""),) for part in source.prefixes
     }

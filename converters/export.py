@@ -2,7 +2,7 @@
 
 import json
 import threading
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from types import EllipsisType
 from typing import Any
@@ -15,10 +15,12 @@ from jax.experimental import multihost_utils
 
 from converters.layouts import Prefixes
 from converters.load import TOKENIZER_FILES, Params, flatten, part_of, source_of
-from converters.rules import Rule
+from converters.reader import read_file
+from converters.rules import Rule, restored
 from converters.tables import find
 from converters.writer import write_folder
 from vfjax import InputError, Model
+from vfjax.merge import LazyTensor
 
 
 def export(
@@ -32,8 +34,9 @@ def export(
 
     A tower that was read from a folder of its own is written to `vision_tower/` (a second one to
     `vision_tower_aux/`) inside `out`, where `converters.load` finds it; one that the checkpoint
-    holds has its configs there. Tokenizer and preprocessor files are copied from the folder that
-    the model came from. On several processes only the first writes.
+    holds has its configs there. Tokenizer and preprocessor files, and tensors that the model does
+    not read, are copied from the folder that it came from. On several processes only the first
+    writes.
 
     Args:
         model: made by `converters.load`; its parameters may have changed.
@@ -43,7 +46,7 @@ def export(
 
     Raises:
         InputError: `out` exists, the model was not loaded or has int8 weights, the folder it came
-            from is gone, or the disk fills up; nothing is left then.
+            from is gone or has other tensors now, or the disk fills up; nothing is left then.
     """
     record = source_of(model)
     if any(x.dtype == np.int8 for x in jax.tree.leaves(nnx.state(model))):
@@ -68,17 +71,19 @@ def export(
     for name, (rule, prefixes, folder) in _places(record, params).items():
         target = parts.setdefault(folder, {})
         for one in rule.each(params[name].shape):
-            target.setdefault(_file_name(one.source, prefixes), []).append((params[name], one))
-    weights = {
+            target.setdefault(restored(one.source, prefixes), []).append((params[name], one))
+    weights: dict[str, dict[str, LazyTensor]] = {
         folder: {name: _Exported(pieces) for name, pieces in tensors.items()}
         for folder, tensors in parts.items()
     }
+    for folder, name, tensor in _spare(record):
+        weights[folder].setdefault(name, tensor)
     own = () if record["created"] else ("preprocessor_config.json", "processor_config.json")
     files = {name: origin / name for name in (*TOKENIZER_FILES, *own) if (origin / name).is_file()}
     dtype = np.dtype(params["llm/embedding"].dtype)
     texts: dict[str, Mapping[str, Any]] = {"config.json": with_dtype(record["config"], dtype)}
     for part, tower in {**record["towers"], **record["held"]}.items():
-        for file, value in tower_files(tower).items():
+        for file, value in tower.items():
             texts[f"{FOLDERS[part.split('.')[-1]]}/{file}"] = value
     write_folder(
         out,
@@ -91,14 +96,6 @@ def export(
 
 FOLDERS = {"encoder": "vision_tower", "aux": "vision_tower_aux"}
 """Sub-folders of towers that have a folder of their own."""
-
-
-def tower_files(tower: Mapping[str, Any]) -> dict[str, Mapping[str, Any]]:
-    """The JSON files of a tower's folder."""
-    if tower["config"]["model_type"] == "open_clip_convnext":
-        vision = {key: value for key, value in tower["config"].items() if key != "model_type"}
-        return {"open_clip_config.json": {"model_cfg": {"vision_cfg": vision}}}
-    return {"config.json": tower["config"], "preprocessor_config.json": tower["preprocessor"]}
 
 
 def to_bytes(value: Mapping[str, Any]) -> bytes:
@@ -117,17 +114,33 @@ def _places(record: Mapping[str, Any], params: Params) -> dict[str, tuple[Rule, 
     for part, config in configs.items():
         names = {path: name for name in params for p, path in [part_of(name)] if p == part}
         table = find(config, part)
-        folder = FOLDERS[part.split(".")[-1]] if part in record["towers"] else ""
+        folder = _folder(record, part)
         prefixes = tuple(tuple(pair) for pair in record["prefixes"][part])
         for path, rule in table.match({path: params[n].shape for path, n in names.items()}).items():
             out[names[path]] = (rule, prefixes, folder)
     return out
 
 
-def _file_name(name: str, prefixes: Prefixes) -> str:
-    """A table's name under the prefix that it was read by."""
-    old, new = next(pair for pair in prefixes if name.startswith(pair[1]))
-    return old + name.removeprefix(new)
+def _folder(record: Mapping[str, Any], part: str) -> str:
+    """The sub-folder that a component's tensors are written to."""
+    return FOLDERS[part.split(".")[-1]] if part in record["towers"] else ""
+
+
+def _spare(record: Mapping[str, Any]) -> Iterator[tuple[str, str, LazyTensor]]:
+    """Sub-folder, name and values of each tensor that the model may lack, as its file has it."""
+    files: dict[str, Mapping[str, LazyTensor]] = {}
+    for part, places in record["spare"].items():
+        for name, path in places.items():
+            if path not in files:
+                files[path] = read_file(Path(path)) if Path(path).is_file() else {}
+            if name not in files[path]:
+                raise InputError(
+                    f"{path}: {name}",
+                    found="no such tensor any more",
+                    expected="the file that the model was loaded from, to copy what it left there",
+                    fix="put it back",
+                )
+            yield _folder(record, part), name, files[path][name]
 
 
 def with_dtype(config: Mapping[str, Any], dtype: np.dtype) -> dict[str, Any]:

@@ -1,9 +1,12 @@
 """Says what a checkpoint folder is, from its configs and headers."""
 
+import re
+from collections.abc import Iterable
 from pathlib import Path
 
 from converters.layouts import open_source
 from converters.load import abstract, check, model_config
+from converters.rules import restored
 from vfjax.sharding import nbytes
 
 
@@ -40,11 +43,24 @@ def inspect(path: str | Path) -> str:
     for part, rules in check(source, params).items():
         tensors = source.parts[part]
         used = {one.source for path, r in rules.items() for one in r.each(params[path].shape)}
-        size, left = sum(nbytes(tensors[name]) for name in used), len(tensors) - len(used)
-        lines.append(f"{part}: {len(used)} tensors mapped, {size:,} bytes; {left} known, not read")
+        size = sum(nbytes(tensors[name]) for name in used)
+        names = {restored(name, source.prefixes[part]) for name in used}
+        left = [name for name in source.spare.get(part, ()) if name not in names]
+        lines.append(
+            f"{part}: {len(used)} tensors mapped, {size:,} bytes; {len(left)} known, not read"
+            + (f": {', '.join(summary(left))}" if left else "")
+        )
     lines += [f"{name}: equal to {like}, not read" for name, like in source.same.items()]
     if source.unread:
         lines.append(
             f"{len(source.unread)} tensors not read: the tower's own folder is used instead"
         )
     return "\n".join(lines)
+
+
+def summary(names: Iterable[str]) -> list[str]:
+    """Names, those that differ in numbers alone in one: "layers.*.weight (24)"."""
+    groups: dict[str, list[str]] = {}
+    for name in sorted(names):
+        groups.setdefault(re.sub(r"\b\d+\b", "*", name), []).append(name)
+    return [f"{each} ({len(own)})" if own[1:] else own[0] for each, own in groups.items()]

@@ -14,7 +14,7 @@ from typing import Any
 
 from converters import adapters, tables
 from converters.rules import Table, rename
-from converters.towers import Prefixes, Tensors, Tower, Towers, pairs
+from converters.towers import Prefixes, Tensors, Tower, Towers, pairs, tower_files
 from vfjax import InputError
 from vfjax.merge import LazyTensor, equal
 
@@ -59,6 +59,8 @@ class Source:
         held: the towers whose tensors are read from the checkpoint; in `towers` until they are.
         tuned: components whose copy in the checkpoint is the one to read.
         unread: tensors of the folder that another copy takes the place of.
+        spare: component -> tensors that are known and that its model may lack, under the names of
+            the folder, or of the tower's; see `Table.spares`.
         same: tensors of the LLM that are left out -> those that they equal, see `settle`.
         files: the folder's weights files, and its base's, by name.
         base: folder of the LLM that this one adapts or adds to, see `converters.adapters`.
@@ -80,6 +82,7 @@ class Source:
     held: dict[str, Tower] = dataclasses.field(default_factory=dict)
     tuned: tuple[str, ...] = ()
     unread: tuple[str, ...] = ()
+    spare: dict[str, Tensors] = dataclasses.field(default_factory=dict)
     same: dict[str, str] = dataclasses.field(default_factory=dict)
     files: dict[str, Path] = dataclasses.field(default_factory=dict)
     base: Path | None = None
@@ -122,10 +125,19 @@ class Source:
         record["path"] = str(self.home)
         for key in ("towers", "held"):
             record[key] = {
-                part: {"config": t.config, "preprocessor": t.preprocessor}
+                part: t.json or tower_files(t.config, t.preprocessor)
                 for part, t in getattr(self, key).items()
             }
+        record["spare"] = {
+            part: {name: _place(tensor) for name, tensor in tensors.items()}
+            for part, tensors in self.spare.items()
+        }
         return json.dumps(record, sort_keys=True)
+
+
+def _place(tensor: Any) -> str:
+    """The file of a tensor; under an adapter the base's: its update of what nothing reads is 0."""
+    return str(tensor.path if hasattr(tensor, "path") else _place(tensor.base))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -254,10 +266,14 @@ def assign(
         if part in source.towers:
             unread.append(old)
             continue
-        source.parts.setdefault(part, {})[name] = tensors[old]
-        found.setdefault(part, []).append((prefix, target.partition("\0")[2]))
+        table = source.table(part)
+        if table.spares(name):
+            source.spare.setdefault(part, {})[old] = tensors[old]
+        if not table.ignores(name):
+            source.parts.setdefault(part, {})[name] = tensors[old]
+            found.setdefault(part, []).append((prefix, target.partition("\0")[2]))
     for part, tower in source.towers.items():
-        source.parts[part] = tower.tensors
+        source.parts[part], source.spare[part] = tower.tensors, tower.spare
         found[part] = list(tower.prefixes)
     source.unread = tuple(sorted(unread))
     source.prefixes = {part: pairs(each) for part, each in found.items()}

@@ -84,7 +84,8 @@ class Table:
         types: the `model_type` values of the configs it is for.
         config: Hugging Face config dict -> the component's config.
         rules: every parameter's rule.
-        ignore: patterns (full match) of tensors that are known and not read.
+        ignore: patterns (full match) of tensors that are known and that nothing reads; they go
+            where the folder is exported to, as they are.
         prefixes: how a stand-alone checkpoint names things: (prefix there, prefix in `rules`), the
             first that fits.
         architecture: class that a causal LM's config.json names; empty for other components.
@@ -121,9 +122,12 @@ class Table:
         return {path: _match_one(path, patterns) for path in shapes}
 
     def ignores(self, name: str) -> bool:
-        """Whether a tensor that no parameter has is known."""
-        optional = any(rule.optional and rule.source == name for rule in self.rules)
-        return optional or any(re.fullmatch(pattern, name) for pattern in self.ignore)
+        """Whether a tensor is known and never read."""
+        return any(re.fullmatch(pattern, name) for pattern in self.ignore)
+
+    def spares(self, name: str) -> bool:
+        """Whether a tensor is known that a model may lack."""
+        return any(r.optional and r.source == name for r in self.rules) or self.ignores(name)
 
     def check(
         self, shapes: Mapping[str, tuple[int, ...]], tensors: Mapping[str, LazyTensor], where: str
@@ -137,7 +141,7 @@ class Table:
         every = [(one, shapes[path]) for path, r in rules.items() for one in r.each(shapes[path])]
         names = {rule.source for rule, _ in every}
         missing = sorted(names - set(tensors))
-        extra = sorted(n for n in set(tensors) - names if not self.ignores(n))
+        extra = sorted(n for n in set(tensors) - names if not self.spares(n))
         if missing or extra:
             raise InputError(
                 f"{where}: {(missing or extra)[0]}",
@@ -183,6 +187,12 @@ def rename(
                 out[name] = (new + name.removeprefix(old), (old, new))
                 break
     return out
+
+
+def restored(name: str, prefixes: Iterable[tuple[str, str]]) -> str:
+    """A name in `rules` under the prefix that it was read by; what `rename` undoes."""
+    old, new = next(pair for pair in prefixes if name.startswith(pair[1]))
+    return old + name.removeprefix(new)
 
 
 def norm(source: str, path: str) -> tuple[Rule, ...]:

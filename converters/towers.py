@@ -21,6 +21,8 @@ KINDS = {
 }
 """Config file of a tower's folder -> stems of its weights files; ours are called "model"."""
 
+PREPROCESSOR = "preprocessor_config.json"
+
 
 @dataclasses.dataclass(frozen=True)
 class Tower:
@@ -31,6 +33,8 @@ class Tower:
         preprocessor: its preprocessor_config.json; empty if it has none, as OpenCLIP's.
         files: its weights files, by name.
         tensors: under the names of its table.
+        spare: those that no encoder has, under their names in the folder.
+        json: its configuration files as they are, by name; empty for a published tower.
         prefixes: the (prefix in the folder, prefix in the table) pairs they were read by.
         places: where it was looked for in vain, if only its published configs are known.
     """
@@ -40,6 +44,8 @@ class Tower:
     path: Path | None = None
     files: dict[str, Path] = dataclasses.field(default_factory=dict)
     tensors: Tensors = dataclasses.field(default_factory=dict)
+    spare: Tensors = dataclasses.field(default_factory=dict)
+    json: dict[str, dict[str, Any]] = dataclasses.field(default_factory=dict)
     prefixes: Prefixes = ()
     places: str = ""
 
@@ -121,22 +127,37 @@ def read_tower(path: Path, file: str, slot: str = "", *, weights: bool = True) -
         InputError: a file is absent or unreadable, or there is no table for it.
     """
     start = f"{slot}_" if slot else ""
-    config = vision_config(read_json(path / f"{start}{file}"))
+    whole = read_json(path / f"{start}{file}")
+    config = vision_config(whole)
     preprocessor = read_preprocessor(path)
     if slot:
-        beside = path / f"{start}preprocessor_config.json"
+        beside = path / f"{start}{PREPROCESSOR}"
         preprocessor = read_json(beside) if beside.is_file() else {}
     table = tables.find(config, str(path))
     raw = read_weights(path, (slot,) if slot else KINDS[file]) if weights else {}
-    names = rename(raw, table.prefixes)
+    renamed = rename(raw, table.prefixes)
+    spare = {old for old, (new, _) in renamed.items() if table.ignores(new)}
+    own = {old: pair for old, pair in renamed.items() if old not in spare}
     return Tower(
         config=config,
         preprocessor=preprocessor,
         path=path,
         files={tensor.path.name: tensor.path for tensor in raw.values()},
-        tensors={new: raw[old] for old, (new, _) in names.items()},
-        prefixes=pairs(pair for new, pair in names.values() if not table.ignores(new)),
+        tensors={new: raw[old] for old, (new, _) in own.items()},
+        spare={old: raw[old] for old in spare},
+        json={file: whole} | ({PREPROCESSOR: preprocessor} if preprocessor else {}),
+        prefixes=pairs(pair for _, pair in own.values()),
     )
+
+
+def tower_files(
+    config: Mapping[str, Any], preprocessor: Mapping[str, Any]
+) -> dict[str, dict[str, Any]]:
+    """The JSON files of a folder for a tower of these."""
+    if config["model_type"] == "open_clip_convnext":
+        vision = {key: value for key, value in config.items() if key != "model_type"}
+        return {"open_clip_config.json": {"model_cfg": {"vision_cfg": vision}}}
+    return {"config.json": dict(config), PREPROCESSOR: dict(preprocessor)}
 
 
 def vision_config(config: Mapping[str, Any]) -> dict[str, Any]:

@@ -18,9 +18,10 @@ import numpy as np
 import optax
 from flax import nnx
 
-from converters.export import to_bytes, tower_files
+from converters.export import to_bytes
 from converters.load import flatten
 from converters.tables import find
+from converters.towers import tower_files
 from converters.writer import write_folder
 from experiments.family.optim import fit
 from experiments.family.scenes import COLOURS, SIZE, Scenes
@@ -315,6 +316,6 @@ def save(tower: nnx.Module, config: dict[str, Any], images: dict[str, Any], fold
         start + rule.source: rule.to_source(np.asarray(params[name].get_value()))
         for name, rule in table.match({name: p.shape for name, p in params.items()}).items()
     }
-    record = tower_files({"config": config, "preprocessor": images})
+    record = tower_files(config, images)
     files = {name: to_bytes(content) for name, content in record.items()}
     write_folder(folder, {"": tensors}, files=files)

@@ -31,7 +31,7 @@ from converters.vocabulary import (
     same_vocabulary,
     tokenizer_files,
 )
-from converters.writer import Content, plan_shards, write_folder
+from converters.writer import Content, check_new, plan_shards, stage_of, write_folder
 from vfjax import InputError, __version__
 from vfjax.merge import (
     METHODS,
@@ -264,6 +264,7 @@ class Fusion:
     def write(self, progress: Callable[[int], object] | None, resume: bool) -> None:
         """Reads the sources, writes the folder."""
         request = self.request
+        self._check_stage()
         digests = audit(self.files, request.checksums)
         self._check_weights()
         config = self.result.llm
@@ -285,6 +286,17 @@ class Fusion:
             key=self._key(),
             resume=resume,
         )
+
+    def _check_stage(self) -> None:
+        stage = stage_of(self.out.absolute()).resolve()
+        for path in self.files.values():
+            if stage in path.absolute().resolve().parents:
+                raise InputError(
+                    path.parent,
+                    found="a source in the folder that is written to before it takes its name",
+                    expected="sources elsewhere",
+                    fix="move it, or choose another output",
+                )
 
     def _check_weights(self) -> None:
         if self.request.family and self.request.recipe is None:
@@ -429,13 +441,8 @@ def check_request(request: Request) -> None:
         )
     if request.template is not None:
         get_template(request.template)
-    if str(request.out) and out.exists():
-        raise InputError(
-            out,
-            found="an existing path",
-            expected="a new folder",
-            fix="remove it or choose another",
-        )
+    if str(request.out):
+        check_new(out)
 
 
 def _mapped(source: Source) -> dict[str, Tensors]:

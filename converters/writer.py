@@ -25,6 +25,7 @@ import numpy as np
 
 from converters.reader import DTYPES
 from vfjax import InputError
+from vfjax.files import claim, empty
 from vfjax.merge import LazyTensor, blocks
 
 NAMES = {dtype: name for name, dtype in DTYPES.items()}
@@ -92,19 +93,14 @@ def write_folder(
             left, if there is one.
 
     Raises:
-        InputError: before any work if `out` exists, another run is writing it, a path leaves it or
-            occurs twice, a file to copy is absent, a dtype has no safetensors name, the disk has
-            too little room, or there is a killed run to resume but of other tensors; during the
-            work if writing fails or a tensor is not of the shape and dtype that it claims.
+        InputError: before any work if `out` exists, another run is writing it, the name of the
+            folder beside it is taken by something else, a path leaves it or occurs twice, a file
+            to copy is absent, a dtype has no safetensors name, the disk has too little room, or
+            there is a killed run to resume but of other tensors; during the work if writing fails
+            or a tensor is not of the shape and dtype that it claims.
     """
     out = Path(out)
-    if out.exists():
-        raise InputError(
-            out,
-            found="an existing path",
-            expected="a new folder",
-            fix="remove it or choose another",
-        )
+    check_new(out)
     shards = plan_shards(weights, shard_bytes, metadata)
     others = list((files or {}).items())
     for folder in weights:
@@ -139,24 +135,14 @@ def _stage(out: Path, shards: Iterable[Shard], key: str, resume: bool) -> Iterat
     """The folder beside `out` that is written to, locked; removed at the end, if there is one, but
     not after Ctrl-C with `resume`.
     """
-    stage = out.parent / f".{out.name}.part"
+    stage = stage_of(out)
     digest = hashlib.sha256(key.encode())
     for shard in shards:
         digest.update(shard.path.encode() + shard.header)
     made = [folder for folder in (out.parent, *out.parent.parents) if not folder.exists()]
-    with _writing(out):
-        stage.mkdir(parents=True, exist_ok=True)
-        lock = os.open(stage, os.O_RDONLY)
+    lock = _lock(out, stage)
     try:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as error:
-            raise InputError(
-                out,
-                found="another run that is writing it",
-                expected="one at a time",
-                fix="wait for it, or choose another output",
-            ) from error
+        check_new(out)  # which another run may have written since
         found = stage / "key"
         if resume and found.is_file() and found.read_text() != digest.hexdigest():
             made = []  # what was found is left as it is
@@ -169,7 +155,7 @@ def _stage(out: Path, shards: Iterable[Shard], key: str, resume: bool) -> Iterat
         try:
             with _writing(out):
                 if not resume or not found.is_file():
-                    _clear(stage)
+                    empty(stage)
                 found.write_text(digest.hexdigest())
                 (stage / out.name).mkdir(exist_ok=True)
             yield stage
@@ -186,9 +172,42 @@ def _stage(out: Path, shards: Iterable[Shard], key: str, resume: bool) -> Iterat
                     folder.rmdir()
 
 
-def _clear(folder: Path) -> None:
-    for path in folder.iterdir():
-        shutil.rmtree(path) if path.is_dir() else path.unlink()
+def stage_of(out: Path) -> Path:
+    """The folder beside `out` that is written to before it takes that name."""
+    return out.parent / f".{out.name}.part"
+
+
+def check_new(out: Path) -> None:
+    """Raises InputError if something, be it a link to nowhere, has this name."""
+    if os.path.lexists(out):
+        raise InputError(
+            out,
+            found="an existing path",
+            expected="a new folder",
+            fix="remove it or choose another",
+        )
+
+
+def _lock(out: Path, stage: Path) -> int:
+    """The stage folder, claimed and opened; closing it gives the lock back."""
+    while True:
+        with _writing(out):
+            claim(stage)
+            lock = os.open(stage, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW)
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            os.close(lock)
+            raise InputError(
+                out,
+                found="another run that is writing it",
+                expected="one at a time",
+                fix="wait for it, or choose another output",
+            ) from error
+        with contextlib.suppress(FileNotFoundError):
+            if os.path.samestat(os.fstat(lock), os.lstat(stage)):
+                return lock
+        os.close(lock)  # another run removed this one at its end
 
 
 def sha256(path: str | os.PathLike[str]) -> str:

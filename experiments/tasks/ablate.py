@@ -17,7 +17,7 @@ from experiments.family import scenes
 from experiments.family.members import Quiz, load, means, score
 from experiments.family.study import WAYS, fuse
 from experiments.tasks.common import FAMILY, named
-from vfjax.files import replacing
+from vfjax.files import claim, replacing
 from vfjax.prune import RULES, Prune
 from vfjax.train import same_config
 
@@ -48,7 +48,7 @@ def run(config: ConfigDict, workdir: Path) -> None:
     scenes.ensure(workdir / "scenes", config.split, config.scenes, config.seed)
     test = Quiz.read(workdir / "scenes")
     own = workdir / "ablate"
-    same_config(own, config.to_dict())
+    same_config(claim(own), config.to_dict())
     file = own / "results.json"
     done = json.loads(file.read_text()) if file.is_file() else {}
     alone: dict[str, float] = {}

@@ -1,6 +1,5 @@
 """Fuses the shipped family, measures everybody on held-out pictures, and shows one answer each."""
 
-import shutil
 import time
 from collections.abc import Mapping
 from pathlib import Path
@@ -18,9 +17,7 @@ from experiments.family.members import Quiz, means
 from experiments.family.study import FUSED, WAYS, paired, study, table
 from experiments.tasks.common import FAMILY
 from vfjax import InputError
-
-MADE = {"scenes", "fused", "results.json", "results.png", "picture.png"}
-"""What a demo leaves in its folder."""
+from vfjax.files import empty
 
 
 def run(config: ConfigDict, workdir: Path) -> None:
@@ -31,8 +28,7 @@ def run(config: ConfigDict, workdir: Path) -> None:
             raise InputError(
                 "config.members", found=repr(name), expected=f"some of {shipped}", fix="correct it"
             )
-    if workdir.exists():
-        _clear(workdir)
+    empty(workdir)
     members = {name: FAMILY / name for name in config.members}
     scenes.write(workdir / "scenes", "test", config.scenes, config.seed, turns=1)
     test = Quiz.read(workdir / "scenes")
@@ -63,19 +59,6 @@ def run(config: ConfigDict, workdir: Path) -> None:
     (workdir / "results.json").write_bytes(to_bytes(record))
     print(f"\n{workdir}/fused is the fused model; results.json and results.png lie beside it")
     print(f"{time.perf_counter() - start:.0f} s")
-
-
-def _clear(workdir: Path) -> None:
-    """Removes the last demo; a folder with anything else is left alone."""
-    found = {path.name for path in workdir.iterdir()}
-    if found and ("scenes" not in found or found - MADE):
-        raise InputError(
-            workdir,
-            found=f"{min(found - MADE or found)}, which is not a demo's",
-            expected="a new folder, or the last demo's",
-            fix="pass another --workdir",
-        )
-    shutil.rmtree(workdir)
 
 
 def ask(members: Mapping[str, Path], workdir: Path, test: Quiz) -> dict[str, dict[str, str]]:

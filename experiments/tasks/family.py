@@ -17,7 +17,7 @@ from experiments.family import encoders, language, scenes
 from experiments.family.distil import train_distilled
 from experiments.family.members import Quiz, Recipe, load, make, means, score
 from experiments.family.study import Scores, fuse, paired, study, table, with_llm
-from vfjax.files import replacing
+from vfjax.files import empty, replacing
 from vfjax.train import Stopped
 
 MEMBERS: dict[str, dict[str, Any]] = {
@@ -138,7 +138,7 @@ def make_member(
     """
     out = member_folder(workdir, name, seed, **other)
     if not (out / "scores.npz").is_file():
-        shutil.rmtree(out, ignore_errors=True)
+        empty(out)
         recipe = dict(MEMBERS[name])
         recipe |= {key: workdir / "encoders" / recipe[key] for key in KEYS if key in recipe}
         times = recipe.pop("times", 1)
@@ -174,7 +174,7 @@ def fuse_members(
     """
     out = workdir / "fused" / f"{pair}-{seed}"
     if not (out / "scores.npz").is_file():
-        shutil.rmtree(out, ignore_errors=True)
+        empty(out)
         members = {n: workdir / "members" / f"{n}-{seed}" / "model" for n in pair.split("+")}
         best: dict[tuple[str, ...], dict[float, float]] = {}
         orders = (tuple(members), tuple(reversed(members)))
@@ -225,7 +225,7 @@ def sweep_point(
     alone = [make_member(config, workdir, name, seed, test, **other) for name in names]
     out = workdir / "sweep" / f"{steps}x{rate:g}"
     if not (out / "scores.npz").is_file():
-        shutil.rmtree(out, ignore_errors=True)
+        empty(out)
         folders = (member_folder(workdir, name, seed, **other) for name in names)
         members = {name: folder / "model" for name, folder in zip(names, folders, strict=True)}
         fused, processor, found = fuse(workdir / "base", members, test, out / "model")

@@ -1,20 +1,29 @@
-"""Files and folders as they lie on disks: links of the hub's cache."""
+"""Files and folders as they lie on disks: links of the hub's cache, names that are taken."""
 
+import contextlib
 import hashlib
 import json
 import os
+import shutil
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
+from ml_collections import ConfigDict
 from safetensors.torch import load_file
 
 import converters
 from converters.layouts import open_source
 from converters.reader import read_weights
+from converters.writer import write_folder
+from experiments.tasks import demo
 from tests import checkpoints
 from tests.checkpoints import write_json
 from vfjax import InputError
+from vfjax.eval import log
+from vfjax.files import claim, empty, replacing
+from vfjax.train.checkpoint import Checkpoints
 
 
 def hub_cache(folder: Path, root: Path) -> Path:
@@ -140,3 +149,133 @@ def test_torchs_advice_to_turn_its_check_off_is_not_handed_on(tmp_path: Path, ki
     said = {"code": "it asks for print", "TorchScript": "a TorchScript archive"}
     assert f"({said.get(kind, 'no pickle of torch.save')})" in str(error.value)
     assert "weights_only" not in str(error.value)
+
+
+def state_of(folder: Path) -> dict[str, str]:
+    """All that lies below a folder: what links lead to, what files hold."""
+    paths = sorted(folder.rglob("*"))
+    return {
+        str(x.relative_to(folder)): os.readlink(x)
+        if x.is_symlink()
+        else hashlib.sha256(x.read_bytes()).hexdigest()
+        if x.is_file()
+        else "folder"
+        for x in paths
+    }
+
+
+def taken(root: Path, family: Path, how: str) -> Path:
+    """Where fuse is to write; what lies at that name, or at that of the folder beside it."""
+    out, stage, mine = root / "out", root / ".out.part", root / "mine"
+    shutil.copytree(family / "base", mine)
+    if how == "a link at the stage":
+        stage.symlink_to(mine)
+    elif how == "a link to nowhere at the stage":
+        stage.symlink_to(root / "nowhere")
+    elif how == "a folder at the stage":
+        shutil.copytree(mine, stage)
+    elif how == "a file at the stage":
+        stage.write_text("mine")
+    elif how == "a link in the stage":
+        (stage / "out").parent.mkdir()
+        (stage / ".vfjax").touch()
+        (stage / "out").symlink_to(mine)
+    elif how == "a mark that is a link":
+        shutil.copytree(mine, stage)
+        (stage / ".vfjax").symlink_to(mine / "config.json")
+    elif how == "a link to nowhere at the output":
+        out.symlink_to(root / "nowhere")
+    elif how == "a link at the output":
+        out.symlink_to(mine)
+    return out
+
+
+@pytest.mark.parametrize("resume", [False, True])
+@pytest.mark.parametrize(
+    "how",
+    [
+        *("a link at the stage", "a link to nowhere at the stage", "a folder at the stage"),
+        *("a file at the stage", "a link in the stage", "a mark that is a link"),
+        *("a link to nowhere at the output", "a link at the output"),
+    ],
+)
+def test_what_is_not_its_own_is_left_alone(tmp_path: Path, family: Path, how: str, resume: bool):
+    out = taken(tmp_path, family, how)
+    before = state_of(tmp_path)
+    with pytest.raises(InputError, match=r"out(\.part)?(/\w+)?: found an? (exist|link|fold|file)"):
+        write_folder(out, {"": {"w": np.ones(3, np.float32)}}, resume=resume)
+    assert state_of(tmp_path) == before
+
+
+def test_a_killed_runs_folder_is_used_again(tmp_path: Path):
+    stage = tmp_path / ".out.part"
+    (stage / "out" / "sub").mkdir(parents=True)
+    (stage / ".vfjax").touch()
+    (stage / "out" / "config.json").write_text("{}")
+    write_folder(tmp_path / "out", {"": {"w": np.ones(3, np.float32)}})
+    assert set(state_of(tmp_path)) == {"out", "out/model.safetensors"}
+
+
+def test_output_in_a_source(family: Path, tmp_path: Path):
+    """Its files stay as they are; a source that a killed run left is not emptied."""
+    shutil.copytree(family, tmp_path / "family")
+    members = {name: tmp_path / "family" / name for name in ("one", "two")}
+    more = options(tmp_path / "family", family / "tower")
+    before = state_of(tmp_path)
+    converters.fuse(members, members["one"] / "fused", **more)
+    after = state_of(tmp_path)
+    assert before.items() <= after.items()
+    assert all("one/fused" in name for name in after.keys() - before.keys())
+    stage = tmp_path / ".out.part"
+    shutil.copytree(members["two"], stage / "out")
+    (stage / ".vfjax").touch()
+    before = state_of(tmp_path)
+    with pytest.raises(InputError, match=r"\.out\.part/out: found a source in the folder that"):
+        converters.fuse({**members, "two": stage / "out"}, tmp_path / "out", **more)
+    assert state_of(tmp_path) == before
+
+
+@pytest.mark.parametrize("what", ["link", "folder", "other name"])
+def test_a_file_that_is_replaced(tmp_path: Path, what: str):
+    part, mine = tmp_path / ".results.json.part", tmp_path / "mine"
+    mine.write_text("mine")
+    if what == "link":
+        part.symlink_to(mine)
+    elif what == "folder":
+        part.mkdir()
+    else:
+        part.hardlink_to(mine)
+    expected = pytest.raises(InputError, match="part: found a (link|folder)")
+    with expected if what != "other name" else contextlib.nullcontext():
+        with replacing(tmp_path / "results.json") as file:
+            file.write_text("new")
+        assert (tmp_path / "results.json").read_text() == "new"
+    assert mine.read_text() == "mine"
+
+
+def test_folders_that_tasks_empty(tmp_path: Path):
+    """Only what vfjax made, by its mark: not a folder that happens to have the right names."""
+    mine = tmp_path / "mine"
+    (mine / "scenes").mkdir(parents=True)
+    (mine / "scenes" / "1.png").write_text("mine")
+    before = state_of(tmp_path)
+    config = ConfigDict({"members": ("clip",)})
+    with pytest.raises(InputError, match="mine: found a folder with scenes that vfjax did not"):
+        demo.run(config, mine)
+    (tmp_path / "link").symlink_to(mine)
+    with pytest.raises(InputError, match="link: found a link"):
+        demo.run(config, tmp_path / "link")
+    (tmp_path / "link").unlink()
+    assert state_of(tmp_path) == before
+    made = claim(tmp_path / "made")
+    (made / "old").mkdir()
+    assert list(empty(made).iterdir()) == [made / ".vfjax"]
+    (tmp_path / "stage" / "7").mkdir(parents=True)
+    with pytest.raises(InputError, match="stage/7: found a folder that no training made"):
+        Checkpoints(tmp_path / "stage", {"seed": 1})
+    for name in ("predictions.jsonl", "predictions-0-of-2.jsonl", "predictions-old.jsonl"):
+        (tmp_path / name).touch()
+    assert [x.name for x in log.parts(tmp_path)] == [
+        "predictions-0-of-2.jsonl",
+        "predictions.jsonl",
+    ]

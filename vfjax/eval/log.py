@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from types import TracebackType
@@ -135,7 +136,8 @@ def _damaged(path: Path, number: int) -> InputError:
 
 def parts(folder: Path) -> list[Path]:
     """The files of a run: the joined one, and those of chunks."""
-    return sorted(folder.glob(NAME.replace(".", "*.")))
+    names = NAME.replace(".", r"(-\d+-of-\d+)?\.")
+    return sorted(path for path in folder.glob("*") if re.fullmatch(names, path.name))
 
 
 def part(folder: Path, chunk: int, chunks: int) -> Path:

@@ -33,9 +33,20 @@ class Checkpoints:
             keep: states that are kept.
 
         Raises:
-            InputError: the folder's states are of another config.
+            InputError: the folder's states are of another config, or it holds folders that have
+                a state's name, a number, and no config: Orbax would remove them.
         """
         self.folder = folder
+        odd = (
+            [] if (folder / CONFIG).is_file() else [x for x in folder.glob("*") if x.name.isdigit()]
+        )
+        if odd:
+            raise InputError(
+                odd[0],
+                found="a folder that no training made",
+                expected="a new folder, or a stage's",
+                fix="pass another --workdir",
+            )
         same_config(folder, config)
         decisions, latest = ocp.training.save_decision_policies, ocp.training.preservation_policies
         self.files = ocp.training.Checkpointer(

@@ -5,6 +5,7 @@ import functools
 import json
 import math
 import re
+import warnings
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from importlib.util import find_spec
@@ -18,7 +19,7 @@ from converters.card import CARD, PLOT, by_layer, card, plot
 from converters.export import to_bytes, with_dtype
 from converters.layouts import Source, assign, has_tokenizer, open_source
 from converters.load import abstract, check, float_dtype, model_config
-from converters.mergekit import read_yaml
+from converters.mergekit import layer_lists, read_yaml, widest
 from converters.tables import LAYOUTS
 from converters.tables.visionfuse import arrange, fused_config
 from converters.towers import Towers
@@ -177,6 +178,9 @@ class Fusion:
         check_request(request)
         if request.recipe is not None:
             recipe, folders, below = read_yaml(request.recipe)
+            if recipe.unread:
+                skipped = ", ".join(recipe.unread)
+                warnings.warn(f"{request.recipe}: the method does not read {skipped}", stacklevel=3)
             home = folders.pop(BASE, None)
             request = dataclasses.replace(request, members=folders, base=home)
         elif "weights" in getattr(METHODS.get(request.method), "params", ()):
@@ -234,7 +238,7 @@ class Fusion:
             raise InputError(
                 "recipe", found=f"model {missing[0]!r}", expected=", ".join(llms), fix="name it"
             )
-        layers = {name: s.table("llm").config(s.llm).layers for name, s in self.opened.items()}
+        layers = self._layers
         if len({*layers.values()}) == 1:
             (first, names), *others = ((name, list(llms[name])) for name in llms)
             for label, other in others:
@@ -242,7 +246,7 @@ class Fusion:
         plans = recipe.plan({name: list(x) for name, x in llms.items()}, layers)
         dtype = request.dtype or recipe.out_dtype or recipe.dtype
         merger = Merger(float_dtype(dtype), request.seed, request.account)
-        like = next(iter(llms.values())) if request.recipe is None else {}
+        like = next(iter(llms.values()))
         out: dict[str, Merged] = {}
         for name, plan in plans.items():
             members = [(said(label), llms[label][tensor]) for label, tensor in plan.members]
@@ -250,13 +254,20 @@ class Fusion:
             label = "" if plan.base is None else said(plan.base[0])
             origin = None if base is None else (label, base)
             own = like[name].dtype if name in like else None
+            if request.recipe is not None:
+                own = widest([x for _, x in members] + ([] if base is None else [base]))
             out[name] = merger.add(name, plan.method, plan.params, members, origin, own)
         return out
 
+    @functools.cached_property
+    def _layers(self) -> dict[str, int]:
+        return {name: s.table("llm").config(s.llm).layers for name, s in self.opened.items()}
+
     def _llm_config(self) -> dict[str, Any]:
-        config = with_dtype(self.result.llm, self.merged["model.embed_tokens.weight"].dtype)
-        numbers = [int(m[1]) for m in (re.search(r"layers\.(\d+)\.", x) for x in self.merged) if m]
-        config["num_hidden_layers"] = 1 + max(numbers)
+        config = with_dtype(self.result.llm, widest(list(self.merged.values())))
+        origins = self.recipe.origins(self._layers)
+        config["num_hidden_layers"] = len(origins)
+        config |= layer_lists({name: s.llm for name, s in self.opened.items()}, origins)
         config["vocab_size"] = self.merged["model.embed_tokens.weight"].shape[0]
         config["tie_word_embeddings"] = "lm_head.weight" not in self.merged
         return config
@@ -379,6 +390,8 @@ class Fusion:
         record: dict[str, Any] = {"method": request.method, "params": dict(request.params)}
         if request.recipe is not None:
             record = {"recipe": Path(request.recipe).read_text()}
+            if self.recipe.unread:
+                record["unread"] = list(self.recipe.unread)
         if request.rules:
             record["rules"] = [list(rule) for rule in request.rules]
         if digests:

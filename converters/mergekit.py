@@ -1,15 +1,18 @@
 """mergekit's YAML files: the recipe, and the folders that it names."""
 
+import functools
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import jax.numpy as jnp
+import numpy as np
 import yaml
 
 from converters.vocabulary import BASE
 from vfjax import InputError
-from vfjax.merge import METHODS, Recipe, from_mergekit
+from vfjax.merge import METHODS, LazyTensor, Recipe, from_mergekit
 
 REFERENCES = ("model", "base_model", "tokenizer_source")
 """Keys whose values name models."""
@@ -67,6 +70,42 @@ def read_yaml(path: str | Path) -> tuple[Recipe, dict[str, str], dict[str, str]]
     parts = {label: reference.rpartition("+") for reference, label in labels.items()}
     folders = {label: folder for label, (_, _, folder) in parts.items()}
     return recipe, folders, {label: below for label, (below, _, _) in parts.items() if below}
+
+
+def widest(tensors: Sequence[LazyTensor]) -> np.dtype:
+    """The dtype that holds all: of a result without a dtype in its recipe."""
+    return np.dtype(functools.reduce(jnp.promote_types, [x.dtype for x in tensors]))
+
+
+LISTS = ("layer_types", "no_rope_layers", "mlp_layer_types")
+"""Keys of a config.json that have one value a layer."""
+
+
+def layer_lists(
+    configs: Mapping[str, Mapping[str, Any]], origins: Sequence[Mapping[str, int]]
+) -> dict[str, list[Any]]:
+    """The `LISTS` of layers that were put together anew.
+
+    Args:
+        configs: label -> config of each LLM.
+        origins: of each layer, label -> its layer that is merged there.
+
+    Raises:
+        InputError: layers of two kinds are merged into one.
+    """
+    out: dict[str, list[Any]] = {}
+    for key in LISTS:
+        for i, layers in enumerate(origins):
+            known = {m: configs[m][key][j] for m, j in layers.items() if configs[m].get(key)}
+            if len({*known.values()}) > 1:
+                raise InputError(
+                    f"recipe: layer {i}: {key}",
+                    found=", ".join(f"{value} of {label}" for label, value in known.items()),
+                    expected="layers of one kind",
+                    fix="choose other layers",
+                )
+            out.setdefault(key, []).extend(list(known.values())[:1])
+    return {key: values for key, values in out.items() if len(values) == len(origins)}
 
 
 def _references(config: Any) -> list[str]:

@@ -18,6 +18,7 @@ from flax import nnx
 from safetensors.torch import load_file, save_file
 
 import converters
+from converters.mergekit import layer_lists
 from converters.reader import read_json, read_weights
 from tests import checkpoints
 from tests.adapters import lora_folder
@@ -592,6 +593,65 @@ slices:
     name = "model.layers.{}.mlp.up_proj.weight"
     np.testing.assert_array_equal(found[name.format(2)], three[name.format(1)])
     transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "out")
+
+
+def test_layer_types_follow_the_layers(tmp_path: Path):
+    """Of a folder of transformers 5, which refuses a list of another length."""
+    config = transformers.Qwen3Config(
+        **{**checkpoints.LLAMA, "num_hidden_layers": 4}, head_dim=8, tie_word_embeddings=False
+    )
+    for seed, name in enumerate("ab"):
+        model = checkpoints.randomize(transformers.Qwen3ForCausalLM(config), seed)
+        model.save_pretrained(tmp_path / name)
+    recipe = tmp_path / "recipe.yml"
+    piece = "  - sources: [{{model: {}, layer_range: {}}}]\n"
+    pieces = [(tmp_path / "a", [0, 3]), (tmp_path / "b", [1, 4])]
+    recipe.write_text(
+        "merge_method: passthrough\nslices:\n" + "".join(piece.format(*x) for x in pieces)
+    )
+    converters.fuse({}, tmp_path / "out", recipe=recipe, export="llm")
+    assert read_json(tmp_path / "out/config.json")["layer_types"] == ["full_attention"] * 6
+    model, report = transformers.AutoModelForCausalLM.from_pretrained(
+        tmp_path / "out", output_loading_info=True
+    )
+    assert not any(report.values()) and len(model.model.layers) == 6
+    origins = [{"a": 1}, {"a": 0, "b": 1}, {"b": 1}]
+    types = {"a": {"layer_types": ["x", "y"]}, "b": {"layer_types": ["y", "x"]}}
+    assert layer_lists(types, origins) == {"layer_types": ["y", "x", "x"]}
+    with pytest.raises(InputError, match="recipe: layer 0: layer_types: found x of a, y of b"):
+        layer_lists(types, [{"a": 0, "b": 0}])
+
+
+@pytest.mark.parametrize(
+    ("method", "base", "members", "dtype"),
+    [
+        ("linear", None, "half full", "float32"),
+        ("linear", None, "full half", "float32"),
+        ("task_arithmetic", "half", "full", "float32"),
+        ("task_arithmetic", "full", "half", "float32"),
+        ("slerp", "half", "half full", "float32"),
+        ("slerp", "half", "half other", "bfloat16"),
+    ],
+)
+def test_dtype_of_a_recipe_without_one(
+    family: Path, tmp_path: Path, method: str, base: str | None, members: str, dtype: str
+):
+    """What holds all, as mergekit 0.1.5 has it, in config.json too."""
+    llama_folder(tmp_path / "full", llm=tuned(make_llama(0), 3).float())
+    paths = {"half": family / "base", "other": family / "up2", "full": tmp_path / "full"}
+    config: dict[str, Any] = {
+        "merge_method": method,
+        "models": [{"model": str(paths[x])} for x in members.split()],
+        "parameters": {"weight": 1, "t": 0.5},
+    }
+    if base:
+        config["base_model"] = str(paths[base])
+    write_json(tmp_path / "recipe.yml", config)
+    with pytest.warns(UserWarning, match="the method does not read parameters"):
+        converters.fuse({}, tmp_path / "out", recipe=tmp_path / "recipe.yml", export="llm")
+    assert {x.dtype.name for x in llm_of(tmp_path / "out").values()} == {dtype}
+    assert read_json(tmp_path / "out" / "config.json")["dtype"] == dtype
+    assert '"unread": [' in (tmp_path / "out" / "MERGE.md").read_text()
 
 
 def test_nan_is_found_before_anything_is_written(

@@ -1,4 +1,4 @@
-"""Merges against what mergekit 0.1.4 made of the same checkpoints and the same YAML.
+"""Merges against what mergekit 0.1.5 made of the same checkpoints and the same YAML.
 
 tests/peers/mergekit.py recorded its results. Equal where mergekit is right; where it is not, a test
 says why and holds both results.
@@ -24,9 +24,8 @@ RECORD = np.load(Path(__file__).resolve().parents[1] / "data" / "mergekit.npz")
 CASES = json.loads(str(RECORD["cases"]))
 
 RANDOM = {"dare_linear", "dare_ties", "della_linear", "della", "dare_linear_beside"}
-WRONG = {"breadcrumbs_no_outliers", "sce_small", "sce_same", "ties_none", "della_thin"}
+WRONG = {"sce_small", "della_thin"}
 HALF = sorted(case.removesuffix("_bf16") for case in CASES if case.endswith("_bf16"))
-WRONG_TENSORS = {("breadcrumbs", NORM), ("breadcrumbs_ties", NORM), ("nuslerp_first", NORM)}
 EQUAL = [case for case in CASES if CASES[case]["inputs"] == "float32" if case not in RANDOM | WRONG]
 
 ROUNDINGS = 2.0**-21
@@ -97,15 +96,9 @@ def deltas(*models, name, kind="float32"):
 @pytest.mark.parametrize("case", EQUAL)
 def test_float32(case):
     want = recorded(case)
-    names = [name for name in want if (case, name) not in WRONG_TENSORS]
-    assert names
-    for name, got in merged(case, names).items():
+    assert want
+    for name, got in merged(case).items():
         assert_equal(got, want[name])
-
-
-def test_nuslerp_row_wise_of_a_vector():
-    """Along the first axis of a vector there is one vector."""
-    assert_equal(merged("nuslerp_first", [NORM])[NORM], recorded("nuslerp_first")[NORM])
 
 
 def test_slerp_took_both_paths():
@@ -144,13 +137,6 @@ def rms(x):
     return np.sqrt(np.mean(x**2))
 
 
-def test_linear_of_four_in_bfloat16():
-    """Four weighted terms, each rounded: mergekit misses the nearest value in a quarter of them."""
-    want = recorded("linear_four_exact")[DOWN].astype(BF16)
-    got, theirs = merged("linear_four_bf16")[DOWN], recorded("linear_four_bf16")[DOWN]
-    assert np.mean(got == want) > 0.99 > 0.8 > np.mean(theirs == want)
-
-
 def test_ties_keeps_the_first_of_equal_deltas():
     """Differences of bfloat16 weights repeat; mergekit's unstable sort keeps any of the equal."""
     name, models = DOWN, "abc"
@@ -160,29 +146,6 @@ def test_ties_keeps_the_first_of_equal_deltas():
     got, want = merged("ties_exact", [name])[name], recorded("ties_exact")[name]
     differ = np.abs(got - want) > ROUNDINGS * np.abs(want).max()
     assert differ.any() and not differ[~at_cut].any()
-
-
-@pytest.mark.parametrize("case", ["breadcrumbs", "breadcrumbs_ties", "breadcrumbs_no_outliers"])
-def test_breadcrumbs_without_outliers(case):
-    """With floor(gamma n) = 0 outliers, mergekit's slice [low:-0] is empty: the base comes back.
-
-    In the first two cases because gamma 0.05 of a norm of 16 is none, in the last for gamma 0.
-    """
-    name = DOWN if case.endswith("outliers") else NORM
-    base, theirs = inputs("float32")["base"][name], recorded(case)[name]
-    np.testing.assert_array_equal(theirs, base)
-    ours = merged(case, [name])[name]
-    config = yaml.safe_load(CASES[case]["yaml"])
-    models = [m["model"] for m in config["models"] if m["model"] != "base"]
-    weights = [m["parameters"]["weight"] for m in config["models"] if m["model"] != "base"]
-    terms = []
-    for weight, delta in zip(weights, deltas(*models, name=name), strict=True):
-        cut = np.sort(np.abs(delta).reshape(-1))[-int(0.6 * delta.size)]
-        terms.append(weight * np.where(np.abs(delta) >= cut, delta, 0))
-    if case == "breadcrumbs_ties":
-        sign = np.where(np.sum(terms, axis=0) >= 0, 1, -1)
-        terms = [np.where(np.sign(term) == sign, term, 0) for term in terms]
-    assert_equal(ours, np.float32(base + np.sum(terms, axis=0)))
 
 
 def sce(name, weights):
@@ -208,23 +171,6 @@ def test_sce_of_small_deltas():
         assert_equal(theirs[name], sce(name, [0.5, 0.5]))
         assert_equal(ours[name], sce(name, energy / energy.sum()))
         assert np.abs(ours[name] - theirs[name]).max() > 5e-5
-
-
-def test_sce_of_equal_members():
-    """No element varies: mergekit's mask then has the members' axis, and so has its result."""
-    ours, theirs = merged("sce_same"), recorded("sce_same")
-    for name in (DOWN, NORM):
-        base = inputs("float32")["base"][name]
-        np.testing.assert_array_equal(theirs[name], np.stack([base, base]))
-        np.testing.assert_array_equal(ours[name], base)
-
-
-def test_ties_that_keeps_nothing():
-    """floor(0.05 x 16) = 0 elements of a norm: mergekit's assertion ends the whole merge."""
-    assert CASES["ties_none"]["error"].startswith("AssertionError: not gonna zero out the whole")
-    got = merged("ties_none", [DOWN, NORM])
-    np.testing.assert_array_equal(got[NORM], inputs("float32")["base"][NORM])
-    assert 0 < (got[DOWN] != inputs("float32")["base"][DOWN]).sum() <= int(0.05 * got[DOWN].size)
 
 
 def test_della_on_rows_of_one():

@@ -336,14 +336,16 @@ SOURCE = ("slices", 0, "sources", 0)
         (LINEAR | {"models": "a"}, "models: found 'a'"),
         (LINEAR | {"dtype": 16}, "dtype: found 16"),
         (LINEAR | {"parameters": [1]}, "parameters: found [1], expected a mapping"),
-        (LINEAR | {"parameters": {"density": 1}}, "parameters: found 'density'"),
         (LINEAR | {"parameters": {"weights": 1}}, "parameters: found 'weights'"),
         (LINEAR | {"tokenizer": {"source": "a"}, "tokenizer_source": "a"}, "tokenizer_source too"),
         (change(LINEAR, FIRST, {"weigth": 1}), "models[0].parameters: found 'weigth'"),
-        (change(LINEAR, FIRST, {"normalize": True}), "models[0].parameters.normalize: found a"),
+        (
+            {"merge_method": "multislerp", "models": [{"model": "a", "parameters": {"eps": 1e-3}}]},
+            "models[0].parameters: found 'eps'",
+        ),
         (change(LINEAR, FIRST, {"weight": None}), "models[0].parameters.weight: found None"),
         (change(LINEAR, FIRST, {"weight": []}), "models[0].parameters.weight: found []"),
-        (change(LINEAR, FIRST, {"weight": {"value": 1}}), "models[0].parameters.weight: found {"),
+        (change(LINEAR, FIRST, {"weight": {"val": 1}}), "weight: found key 'val'"),
         (change(LINEAR, FIRST, {"weight": [{"values": 1}]}), "weight: found key 'values'"),
         (change(LINEAR, FIRST, {"weight": [{"value": 1}, 2]}), "weight: found 2"),
         (change(LINEAR, FIRST, {"weight": [{"filter": 3, "value": 1}]}), "weight.filter: found 3"),
@@ -354,11 +356,6 @@ SOURCE = ("slices", 0, "sources", 0)
         (change(LINEAR, ("models", 0, "model"), None), "models[0]: found no 'model'"),
         (change(LINEAR, ("models", 0, "model"), {"path": "a"}), "models[0].model: found {"),
         (change(LINEAR, ("models", 0, "model"), "b"), "models: found b twice"),
-        (change(SLERP, ("slices", 0, "residual_weight"), 1), "key 'residual_weight'"),
-        (
-            change(SLERP, (*SOURCE, "parameters"), {"t": 0}),
-            "sources[0].parameters.t: found a value",
-        ),
         (change(SLERP, (*SOURCE, "layer_range"), [3, 3]), "sources[0].layer_range: found [3, 3]"),
         (change(SLERP, (*SOURCE, "layer_range"), [0, True]), "layer_range: found [0, True]"),
         (change(SLERP, (*SOURCE, "layer_range"), None), "sources[0].layer_range: found None"),
@@ -373,6 +370,31 @@ def test_wrong_yaml(config, message):
     with pytest.raises(InputError) as error:
         from_mergekit(config)
     assert message in str(error.value) and "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("config", "path", "key", "value"),
+    [
+        (LINEAR, ("parameters",), "density", 1),
+        (LINEAR, ("parameters",), "int8_mask", True),
+        (LINEAR, (*FIRST,), "normalize", 3),
+        (SLERP, ("parameters",), "weight", "x"),
+        (SLERP, (*SOURCE, "parameters"), "t", 0),
+        (SLERP, ("slices", 0), "residual_weight", 0.5),
+        (TIES, ("models", 1, "parameters"), "gamma", [{"value": 1}]),
+    ],
+)
+def test_keys_that_a_method_does_not_read_are_skipped_and_named(config, path, key, value):
+    """As mergekit skips them: the merge is that without them."""
+    more = copy.deepcopy(config)
+    at = more
+    for step in path:
+        at = at[step] if isinstance(at, list) else at.setdefault(step, {})
+    at[key] = value
+    found = from_mergekit(more)
+    (unread,) = found.unread
+    assert unread.endswith(f".{key}") and not from_mergekit(config).unread
+    assert found.modules == from_mergekit(config).modules
 
 
 @pytest.mark.parametrize(

@@ -1,6 +1,6 @@
 """Merging of language models of one base: formulas on arrays, an engine over named tensors."""
 
-from vfjax.merge import matrix, sparse, sphere  # noqa: F401 (each registers its methods)
+from vfjax.merge import matrix, ram, sparse, sphere  # noqa: F401 (each registers its methods)
 from vfjax.merge.account import Account
 from vfjax.merge.elementwise import linear, task_arithmetic
 from vfjax.merge.engine import Merged, Merger, merge

@@ -33,7 +33,12 @@ def linear(members: Sequence[Array], *, weights: Weights, normalize: bool = True
 
 @register()
 def task_arithmetic(
-    base: Array, members: Sequence[Array], *, weights: Weights, scale: float = 1.0
+    base: Array,
+    members: Sequence[Array],
+    *,
+    weights: Weights,
+    scale: float = 1.0,
+    normalize: bool = False,
 ) -> jax.Array:
     """Base + scale * sum_i w_i (x_i - base).
 
@@ -45,12 +50,15 @@ def task_arithmetic(
         members: K arrays of its shape, fine-tuned from it.
         weights: K numbers.
         scale: multiplies the summed deltas.
+        normalize: divide by the sum of the weights.
 
     Returns:
         float32 array of that shape.
     """
     start, deltas = from_base(base, members)
-    return start + scale * weighted_sum(deltas, jnp.asarray(weights, jnp.float32))
+    scaled = jnp.asarray(weights, jnp.float32)
+    total = weighted_sum(deltas, scaled)
+    return start + scale * (total / divisor(scaled.sum()) if normalize else total)
 
 
 @register(takes=(1, 1))
@@ -96,6 +104,16 @@ def from_base(base: Array | float, members: Sequence[Array]) -> tuple[jax.Array,
     """
     start = jnp.asarray(base, jnp.float32)
     return start, [jnp.asarray(x, jnp.float32) - start for x in members]
+
+
+def select(mask: jax.Array, x: jax.Array) -> jax.Array:
+    """x, or 0 outside the mask; but NaN where x is not finite. (XLA makes x * mask a selection.)"""
+    return jnp.where(mask, x, 0.0 * x)
+
+
+def divisor(total: jax.Array) -> jax.Array:
+    """The sum of weights, or 1 where they cancel."""
+    return jnp.where(jnp.abs(total) < 1e-8, 1.0, total)
 
 
 def weighted_sum(arrays: Sequence[Array], weights: jax.Array) -> jax.Array:

@@ -1,9 +1,10 @@
 """mergekit's YAML, already parsed -> a recipe.
 
-Follows its config.py, plan.py and merge_methods; where mergekit ignores a key or drops a tensor
-silently, this raises `InputError`.
+Follows config.py, plan.py and merge_methods of mergekit 0.1.5; where it drops a tensor silently,
+this raises `InputError`.
 """
 
+import dataclasses
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -24,7 +25,8 @@ DEFAULTS: dict[str, dict[str, Any]] = {
     "model_stock": {"filter_wise": False},
     "sce": {"select_topk": 1.0},
     "ram": {"epsilon": 1e-5},
-    "task_arithmetic": {"scale": 1.0},
+    "ramplus_tl": {"r": 0.1, "alpha": 0.2, "epsilon": 1e-5},
+    "task_arithmetic": {"scale": 1.0, "normalize": False},
     "ties": FAMILY | TRIM | VOTE | {"normalize": True, "rescale": "none"},
     "breadcrumbs": CRUMBS,
     "breadcrumbs_ties": CRUMBS | VOTE,
@@ -41,8 +43,17 @@ YAML_NAMES = {
     "multislerp": {"normalize": "normalize_weights"},
 }
 """Method, or "" for any -> our parameter -> mergekit's, where it differs."""
-NO_EFFECT = ("int8_mask",)
-"""Parameters of mergekit that change its memory use only: accepted and dropped."""
+KEYS = frozenset(
+    (
+        *("weight", "density", "gamma", "epsilon", "lambda", "normalize", "rescale", "int8_mask"),
+        *("scale", "t", "filter_wise", "select_topk", "max_iter", "tol", "r", "alpha", "eps"),
+        *("nuslerp_flatten", "nuslerp_row_wise", "normalize_weights"),
+    )
+)
+"""Parameters of any of mergekit's methods. It skips those that a method doesn't read, and so do we;
+others are refused as misspelt."""
+READ = {("multislerp", "eps")}
+"""Methods' parameters that mergekit reads and we don't have."""
 RESCALE = {True: "norm", False: "none"}
 """mergekit's `rescale: true` restores the delta's L1 norm."""
 SAME_ALONE = ("slerp", "nuslerp", "multislerp", "karcher", "arcee_fusion")
@@ -55,19 +66,19 @@ TOP_KEYS = (
 
 
 def from_mergekit(config: Mapping[str, Any]) -> Recipe:
-    """The recipe of a parsed mergekit YAML.
+    """The recipe of a parsed mergekit YAML, as mergekit 0.1.5 reads it.
 
-    As in mergekit, a base among the models is no member of a method that reads the base (its own
-    parameters are then without effect), and is an ordinary member of one that does not; `models`
-    without the base have it appended. mergekit's defaults are filled in. `residual_weight`, which
-    mergekit reads nowhere, is refused. After the last slice all its sources are merged into the
-    final norm and head; mergekit drops those beyond the first slice's number of sources.
+    A base among the models is no member of a method that reads the base (its own parameters are
+    then without effect), and is an ordinary member of one that does not; `models` without the base
+    have it appended. mergekit's defaults are filled in. After the last slice all its sources are
+    merged into the final norm and head; mergekit drops those beyond the first slice's number of
+    sources.
 
     Args:
-        config: mapping with the keys of mergekit's `MergeConfiguration`.
+        config: mapping with the keys of mergekit's `MergeConfiguration`, references as strings.
 
     Returns:
-        The recipe.
+        The recipe; its `unread` names the parameters that the method does not read.
 
     Raises:
         InputError: unknown key, method or parameter; value of the wrong type; not exactly one of
@@ -79,8 +90,9 @@ def from_mergekit(config: Mapping[str, Any]) -> Recipe:
         parse.text(config, "base_model"),
     )
     form = parse.one_of("recipe", config, ("models", "slices", "modules"))
+    reader = _Reader(method, base)
     outer = (
-        _yaml_settings("parameters", config.get("parameters"), method),
+        reader.settings("parameters", config.get("parameters")),
         {key: parse.setting(key, value) for key, value in DEFAULTS.get(method, {}).items()},
     )
     if form == "modules":
@@ -88,10 +100,10 @@ def from_mergekit(config: Mapping[str, Any]) -> Recipe:
         for key, given in parse.mapping("modules", config["modules"]).items():
             where = f"modules.{key}"
             parse.keys(where, given, ("models", "slices", "parameters"))
-            own = _yaml_settings(f"{where}.parameters", given.get("parameters"), method)
-            modules[key] = _slices(f"{where}.", given, method, base, (own, *outer))
+            own = reader.settings(f"{where}.parameters", given.get("parameters"))
+            modules[key] = reader.slices(f"{where}.", given, (own, *outer))
     else:
-        modules = {"": _slices("", config, method, base, outer)}
+        modules = {"": reader.slices("", config, outer)}
     if config.get("tokenizer") and config.get("tokenizer_source"):
         parse.fail("tokenizer", "tokenizer_source too", "one of the two", "remove one")
     sources = [s.model for pieces in modules.values() for piece in pieces for s in piece.sources]
@@ -104,48 +116,86 @@ def from_mergekit(config: Mapping[str, Any]) -> Recipe:
         tokenizer_source=parse.text(config, "tokenizer_source"),
         tokenizer=parse.mapping("tokenizer", config.get("tokenizer")) or None,
         chat_template=parse.text(config, "chat_template"),
+        unread=tuple(reader.unread),
     )
 
 
-def _slices(
-    where: str, given: Mapping[str, Any], method: str, base: str | None, chain: Chain
-) -> tuple[Slice, ...]:
-    """The slices of a mapping with `models` or `slices`; whole models are one slice."""
-    if parse.one_of(where.rstrip(".") or "recipe", given, ("models", "slices")) == "models":
-        sources = _sources(f"{where}models", given["models"], method, ("model", "parameters"))
-        if base and base not in [source.model for source, _ in sources]:
-            sources.append((Source(base), {}))
-        return (_slice(f"{where}models", method, base, sources, chain),)
-    pieces = []
-    for i, piece in enumerate(parse.items(f"{where}slices", given["slices"])):
-        at = f"{where}slices[{i}]"
-        parse.keys(at, piece, ("sources", "base_model", "parameters"))
-        keys = ("model", "layer_range", "parameters")
-        sources = _sources(f"{at}.sources", piece.get("sources"), method, keys)
-        own = _yaml_settings(f"{at}.parameters", piece.get("parameters"), method)
-        start = parse.text(piece, "base_model", f"{at}.") or base
-        pieces.append(_slice(at, method, start, sources, (own, *chain)))
-    return tuple(pieces)
+@dataclasses.dataclass
+class _Reader:
+    """Reads the parts of a YAML of one method and base.
 
+    Attributes:
+        method: key of `METHODS`.
+        base: reference of the base model.
+        unread: parameters found that the method does not read.
+    """
 
-def _sources(
-    where: str, given: Any, method: str, keys: Sequence[str]
-) -> list[tuple[Source, Settings]]:
-    sources = []
-    for i, source in enumerate(parse.items(where, given)):
-        at = f"{where}[{i}]"
-        parse.keys(at, source, keys)
-        if (model := parse.text(source, "model", f"{at}.")) is None:
-            parse.fail(at, "no 'model'", "a path, or path+lora", "name the model")
-        span: Sequence[Any] = (0, None)
-        if "layer_range" in keys:
-            span = parse.items(f"{at}.layer_range", source.get("layer_range"))
-            if [type(x) for x in span] != [int, int] or not 0 <= span[0] < span[1]:
-                wanted = "[start, stop] with 0 <= start < stop"
-                parse.fail(f"{at}.layer_range", list(span), wanted, "correct it")
-        own = _yaml_settings(f"{at}.parameters", source.get("parameters"), method, one_member=True)
-        sources.append((Source(model, *span), own))
-    return sources
+    method: str
+    base: str | None
+    unread: list[str] = dataclasses.field(default_factory=list)
+
+    def slices(self, where: str, given: Mapping[str, Any], chain: Chain) -> tuple[Slice, ...]:
+        """The slices of a mapping with `models` or `slices`; whole models are one slice."""
+        if parse.one_of(where.rstrip(".") or "recipe", given, ("models", "slices")) == "models":
+            sources = self.sources(f"{where}models", given["models"], ("model", "parameters"))
+            if self.base and self.base not in [source.model for source, _ in sources]:
+                sources.append((Source(self.base), {}))
+            return (_slice(f"{where}models", self.method, self.base, sources, chain),)
+        pieces = []
+        for i, piece in enumerate(parse.items(f"{where}slices", given["slices"])):
+            at = f"{where}slices[{i}]"
+            parse.keys(at, piece, ("sources", "base_model", "parameters", "residual_weight"))
+            if piece.get("residual_weight") is not None:  # which mergekit reads nowhere
+                self.unread.append(f"{at}.residual_weight")
+            keys = ("model", "layer_range", "parameters")
+            sources = self.sources(f"{at}.sources", piece.get("sources"), keys)
+            own = self.settings(f"{at}.parameters", piece.get("parameters"))
+            start = parse.text(piece, "base_model", f"{at}.") or self.base
+            pieces.append(_slice(at, self.method, start, sources, (own, *chain)))
+        return tuple(pieces)
+
+    def sources(self, where: str, given: Any, keys: Sequence[str]) -> list[tuple[Source, Settings]]:
+        """Models, or layers of models, each with its own parameters."""
+        sources = []
+        for i, source in enumerate(parse.items(where, given)):
+            at = f"{where}[{i}]"
+            parse.keys(at, source, keys)
+            if (model := parse.text(source, "model", f"{at}.")) is None:
+                parse.fail(at, "no 'model'", "a path, or path+lora", "name the model")
+            span: Sequence[Any] = (0, None)
+            if "layer_range" in keys:
+                span = parse.items(f"{at}.layer_range", source.get("layer_range"))
+                if [type(x) for x in span] != [int, int] or not 0 <= span[0] < span[1]:
+                    wanted = "[start, stop] with 0 <= start < stop"
+                    parse.fail(f"{at}.layer_range", list(span), wanted, "correct it")
+            own = self.settings(f"{at}.parameters", source.get("parameters"), one_member=True)
+            sources.append((Source(model, *span), own))
+        return sources
+
+    def settings(self, where: str, given: Any, one_member: bool = False) -> Settings:
+        """A `parameters` mapping by our names, its values as our methods want them."""
+        renamed = YAML_NAMES[""] | YAML_NAMES.get(self.method, {})
+        known = {renamed.get(ours, ours): ours for ours in METHODS[self.method].params}
+        settings = {}
+        for key, value in parse.mapping(where, given).items():
+            if key not in known and key in KEYS and (self.method, key) not in READ:
+                self.unread.append(f"{where}.{key}")
+                continue
+            kind = parse.kind(where, key, self.method, known)
+            if one_member and not parse.is_members(self.method, kind):
+                self.unread.append(f"{where}.{key}")  # mergekit looks for it outside the models
+                continue
+
+            def convert(x: Any, ours: str = known[key], kind: Any = kind) -> Any:
+                if ours == "rescale":
+                    return RESCALE.get(x, x)
+                if kind is bool:
+                    return bool(x) if x in (0, 1) else x
+                return _number(x)
+
+            value = [value] if isinstance(value, Mapping) else value
+            settings[known[key]] = parse.setting(f"{where}.{key}", value, convert)
+        return settings
 
 
 def _slice(
@@ -168,30 +218,6 @@ def _slice(
     members = sources if use == "unread" and method != "slerp" else others
     formula = Formula(method, chain, tuple((own, *chain) for _, own in members))
     return Slice(where, formula, tuple(s for s, _ in members), start if use != "unread" else None)
-
-
-def _yaml_settings(where: str, given: Any, method: str, one_member: bool = False) -> Settings:
-    """A `parameters` mapping by our names, its values as our methods want them."""
-    renamed = YAML_NAMES[""] | YAML_NAMES.get(method, {})
-    known = {renamed.get(ours, ours): ours for ours in METHODS[method].params}
-    settings = {}
-    for key, value in parse.mapping(where, given).items():
-        if key in NO_EFFECT:
-            continue
-        kind = parse.kind(where, key, method, known)
-        if one_member and not parse.is_members(method, kind):
-            fix = "move it to the parameters of the slice, module or recipe"
-            parse.fail(f"{where}.{key}", "a value of one model", "one for all", fix)
-
-        def convert(x: Any, ours: str = known[key], kind: Any = kind) -> Any:
-            if ours == "rescale":
-                return RESCALE.get(x, x)
-            if kind is bool:
-                return bool(x) if x in (0, 1) else x
-            return _number(x)
-
-        settings[known[key]] = parse.setting(f"{where}.{key}", value, convert)
-    return settings
 
 
 def _number(x: Any) -> Any:

@@ -96,6 +96,7 @@ class Recipe:
         tokenizer_source: "union", "base" or a model reference.
         tokenizer: mergekit's `tokenizer` mapping, unread.
         chat_template: a name or a jinja template.
+        unread: parameters of the YAML that its method does not read.
     """
 
     models: tuple[str, ...]
@@ -107,6 +108,7 @@ class Recipe:
     tokenizer_source: str | None = None
     tokenizer: Mapping[str, Any] | None = None
     chat_template: str | None = None
+    unread: tuple[str, ...] = ()
 
     def plan(
         self, names: Mapping[str, Sequence[str]], layers: Mapping[str, int], module: str = ""
@@ -129,13 +131,7 @@ class Recipe:
                 that differ in number; a tensor that one source has and another lacks; a parameter
                 that is missing or ill-typed, or a number of members that the method does not take.
         """
-        if not module and len(self.modules) == 1:
-            (module,) = self.modules
-        key = "" if "" in self.modules else module
-        if key not in self.modules:
-            expected = f"one module, or one of {', '.join(self.modules)}"
-            parse.fail("modules", repr(module or list(self.modules)), expected, "keep the LLM's")
-        slices = self.modules[key]
+        slices = self._slices(module)
         models = {source.model for piece in slices for source in piece.sources}
         tensors = {m: _by_layer(m, names[m], layers[m]) for m in self.models if m in models}
         plans = self._outside(slices[0], tensors, embedding=True)
@@ -156,6 +152,23 @@ class Recipe:
                 expected = "a part of some tensor's name, as 'embed_tokens' or 'layers.0.mlp'"
                 parse.fail("rules", repr(pattern.pattern), expected, "correct the pattern")
         return {name: plans[name] for name in sorted(plans, key=_natural)}
+
+    def origins(self, layers: Mapping[str, int], module: str = "") -> list[dict[str, int]]:
+        """Of each output layer, model -> its layer that is merged there; see `plan`."""
+        return [
+            {source.model: source.start + step for source in piece.sources}
+            for piece in self._slices(module)
+            for step in range(_layer_count(piece, layers))
+        ]
+
+    def _slices(self, module: str) -> tuple[Slice, ...]:
+        if not module and len(self.modules) == 1:
+            (module,) = self.modules
+        key = "" if "" in self.modules else module
+        if key not in self.modules:
+            expected = f"one module, or one of {', '.join(self.modules)}"
+            parse.fail("modules", repr(module or list(self.modules)), expected, "keep the LLM's")
+        return self.modules[key]
 
     def _outside(
         self, piece: Slice, tensors: Mapping[str, Tensors], embedding: bool

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from vfjax.errors import InputError
-from vfjax.merge.elementwise import from_base, weighted_sum
+from vfjax.merge.elementwise import divisor, from_base, select, weighted_sum
 from vfjax.merge.methods import Array, Each, Params, Weights, register
 from vfjax.merge.passes import Answers, Block, Largest, Sorted, Steps, Sum, above
 
@@ -26,7 +26,7 @@ _DRAWS = 65536.0
 
 def _check_epsilon(params: Params) -> None:
     for density, epsilon in zip(params["density"], params["epsilon"], strict=True):
-        if density < 1 and not 0 < density - epsilon <= density + epsilon < 1:
+        if 0 < density < 1 and not 0 < density - epsilon <= density + epsilon < 1:
             raise InputError(
                 "epsilon",
                 found=f"{epsilon:g} with density {density:g}",
@@ -51,7 +51,8 @@ def ties(
 ) -> Steps:
     """Trim, elect signs, merge what agrees: TIES-Merging, arXiv 2306.01708, algorithm 1.
 
-    Of each delta the floor(density n) largest by magnitude are kept; of equal ones the first.
+    Of each delta the floor(density n) largest by magnitude are kept, at least one unless density is
+    0; of equal ones the first.
     A position's sign is that of the sum of the votes (plus if it is 0); the deltas with that sign
     are averaged by their weights.
 
@@ -278,73 +279,17 @@ def sce(base: Array, members: Sequence[Array], *, select_topk: float = 1.0, bloc
     yield Sum([(variance > 0).astype(jnp.float32)], lambda sums, params, n: np.uint32(sums[0]))
     cuts = yield Largest([variance], ranks)
     selected = above(variance, block.index, _cut(cuts, 0, 0))
-    kept = [_where(selected, d) for d in deltas]
+    kept = [select(selected, d) for d in deltas]
     shares = yield Sum([d * d for d in kept], _shares)
     agree = _agree(kept, kept)
     total = sum(w * a for w, a in zip(shares, agree, strict=True))
-    merged = weighted_sum([_where(a, d) for d, a in zip(kept, agree, strict=True)], shares)
+    merged = weighted_sum([select(a, d) for d, a in zip(kept, agree, strict=True)], shares)
     return start + merged / jnp.where(total == 0, 1.0, total)
 
 
 def _shares(sums: np.ndarray, params: Params, n: int) -> np.ndarray:
     total = sums.sum()
     return np.asarray(sums / (total or 1.0), np.float32)
-
-
-@register()
-def ram(base: Array, members: Sequence[Array], *, epsilon: float = 1e-5) -> jax.Array:
-    """Mean of the deltas that are not about 0: what one member alone learned is kept whole.
-
-    Reinforced Agent Merging, arXiv 2601.13572, as mergekit's ram.py has it.
-
-    Args:
-        base: float array.
-        members: K arrays of its shape.
-        epsilon: a delta up to this magnitude is none.
-
-    Returns:
-        float32 array of that shape.
-    """
-    start, deltas = from_base(base, members)
-    active = [~(jnp.abs(d) <= epsilon) for d in deltas]
-    count = sum(a.astype(jnp.float32) for a in active)
-    total = sum(_where(a, d) for d, a in zip(deltas, active, strict=True))
-    return start + total / jnp.maximum(count, 1.0)
-
-
-@register(rows=True, takes=(1, 1))
-def arcee_fusion(base: Array, members: Sequence[Array], *, block: Block) -> Steps:
-    """The deltas that matter: |delta| times their row's divergence, from median + 1.5 IQR upwards.
-
-    The divergence is KL(softmax(member's row) || softmax(base's row)). As mergekit's
-    arcee_fusion.py has it, with quantiles of all elements instead of a sample.
-
-    Args:
-        base: float array.
-        members: one array of its shape.
-        block: unused.
-
-    Returns:
-        float32 array of that shape.
-    """
-    start, (delta,) = from_base(base, members)
-    ours, theirs = (jax.nn.softmax(x, axis=-1) + 1e-8 for x in (start + delta, start))
-    divergence = jnp.sum(ours * jnp.log(ours / theirs), axis=-1, keepdims=True)
-    importance = jnp.abs(delta) * jnp.maximum(divergence, 0.0)
-
-    def ranks(params: Params, n: int, answers: Answers) -> np.ndarray:
-        # In float32, as the peer rounds its positions; from the largest.
-        places = (np.array([0.5, 0.25, 0.75], np.float32) * np.float32(n - 1)).astype(np.int64)
-        return n - np.minimum(places, n - 1)[None]
-
-    cuts = yield Largest([importance], ranks)
-    median, low, high = cuts[0][0]
-    return start + _where(~(importance < median + 1.5 * (high - low)), delta)
-
-
-def _where(mask: jax.Array, x: jax.Array) -> jax.Array:
-    """x, or 0 outside the mask; but NaN where x is not finite. (XLA makes x * mask a selection.)"""
-    return jnp.where(mask, x, 0.0 * x)
 
 
 def _floor(share: float, n: int) -> int:
@@ -360,7 +305,7 @@ def _trimmed(
     deltas: list[jax.Array], density: Any, rescale: Rescale, trim: Trim, block: Block
 ) -> Steps:
     def ranks(params: Params, n: int, answers: Answers) -> np.ndarray:
-        return np.array([[_floor(share, n)] for share in params["density"]])
+        return np.array([[max(share > 0, _floor(share, n))] for share in params["density"]])
 
     cuts = yield Largest([jnp.abs(d) for d in deltas], ranks, trim == "model")
     masks = [above(jnp.abs(d), block.index, _cut(cuts, i, 0)) for i, d in enumerate(deltas)]
@@ -398,7 +343,7 @@ def _pruned(
     masks, kept = [], []
     for i, d in enumerate(deltas):
         size, order = jnp.abs(d), orders[i]
-        half = jnp.where(density[i] >= 1, 0.0, epsilon[i])
+        half = jnp.where((density[i] >= 1) | (density[i] <= 0), 0.0, epsilon[i])
         least = density[i] - half
         last = size.shape[-1] - 1
         draw = block.noise(i).reshape(size.shape).astype(jnp.float32) / _DRAWS
@@ -438,7 +383,7 @@ def _rescaled(
     deltas: list[jax.Array], masks: list[jax.Array], kept: Sequence[Any], rescale: Rescale
 ) -> Steps:
     """The masked deltas, rescaled."""
-    masked = [_where(mask, d) for d, mask in zip(deltas, masks, strict=True)]
+    masked = [select(mask, d) for d, mask in zip(deltas, masks, strict=True)]
     if rescale == "density":
         return [d / jnp.maximum(p, 1e-6) for d, p in zip(masked, kept, strict=True)]
     if rescale == "norm":
@@ -454,24 +399,20 @@ def _ratios(sums: np.ndarray, params: Params, n: int) -> np.ndarray:
 
 def _add(kept: list[jax.Array], weights: Any, normalize: bool) -> Any:
     total = weighted_sum(kept, weights)
-    return total / _divisor(sum(weights[1:], weights[0])) if normalize else total
+    return total / divisor(sum(weights[1:], weights[0])) if normalize else total
 
 
 def _elect(kept: Sequence[Any], weights: Any, normalize: bool, vote: Vote) -> Any:
     terms = [w * d for w, d in zip(weights, kept, strict=True)]
     votes = terms if vote == "weighted" else kept
     agree = _agree(votes, terms)
-    total = sum(_where(a, x) for x, a in zip(terms, agree, strict=True))
+    total = sum(select(a, x) for x, a in zip(terms, agree, strict=True))
     if not normalize:
         return total
-    return total / _divisor(sum(w * a for w, a in zip(weights, agree, strict=True)))
+    return total / divisor(sum(w * a for w, a in zip(weights, agree, strict=True)))
 
 
 def _agree(votes: Sequence[Any], terms: Sequence[Any]) -> list[jax.Array]:
     """Which terms have the sign of the votes' sum, plus if it is 0."""
     positive = sum(votes[1:], votes[0]) >= 0
     return [jnp.where(positive, x > 0, x < 0) for x in terms]
-
-
-def _divisor(total: Any) -> jax.Array:
-    return jnp.where(jnp.abs(total) < 1e-8, 1.0, total)

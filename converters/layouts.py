@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from converters import adapters, tables
+from converters.adapted import completed
 from converters.rules import Table, rename
 from converters.towers import Prefixes, Tensors, Tower, Towers, pairs, tower_files
 from vfjax import InputError
@@ -209,7 +210,7 @@ def open_source(
             fix=f"add {TEMPLATE} with that which the model was trained with",
         )
     source.path, source.base, source.files = path, contents.base, contents.files
-    assign(source, layout, adapters.completed(contents, layout.prefixes(source)), tower_source)
+    assign(source, layout, completed(contents, layout.prefixes(source)), tower_source)
     settle(source)
     return source
 

@@ -104,8 +104,13 @@ class Towers:
             fix=f"put it there, or pass towers={{{name!r}: folder}}",
         )
 
-    def candidates(self, folder: Path, name: str, slot: str) -> list[Path]:
-        """Folders in which the tower, or a base LLM, is looked for, in this order."""
+    def candidates(
+        self, folder: Path, name: str, slot: str, revision: str | None = None
+    ) -> list[Path]:
+        """Folders in which the tower, or a base LLM, is looked for, in this order.
+
+        In the hub's cache it is that of a revision, by default the main one.
+        """
         if name in self.places:
             return [Path(self.places[name])]
         last = name.rstrip("/").split("/")[-1]
@@ -114,7 +119,7 @@ class Towers:
             from huggingface_hub import snapshot_download
             from huggingface_hub.errors import HFValidationError, LocalEntryNotFoundError
 
-            out.append(Path(snapshot_download(name, local_files_only=True)))
+            out.append(Path(snapshot_download(name, revision=revision, local_files_only=True)))
         except (HFValidationError, LocalEntryNotFoundError):
             pass
         return out

@@ -40,7 +40,8 @@ def peft_folder(
     rng = torch.Generator().manual_seed(seed)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # that the base is nowhere, that a setting has no effect
-        made = peft.get_peft_model(model, peft.LoraConfig(**{**wanted, **settings}))
+        config = peft.LoraConfig(**copy.deepcopy({**wanted, **settings}))  # it changes lists
+        made = peft.get_peft_model(model, config)
         for p in made.parameters():
             if p.requires_grad:
                 p.add_(0.2 * torch.randn(p.shape, generator=rng))

@@ -1,0 +1,283 @@
+"""The tensors of a base with an adapter's in their place, beside them or added to them.
+
+Names are those of PEFT's state dicts (peft/utils/save_and_load.py) and, of LLaVA's files, those of
+its llava/model/builder.py.
+"""
+
+import functools
+import re
+from collections.abc import Mapping, Sequence
+
+from converters.adapter_config import (
+    MERGE,
+    SETTINGS,
+    TRAIN,
+    kept_whole,
+    rank_and_scale,
+    refused,
+    targeted,
+    token_numbers,
+)
+from converters.adapters import ADAPTER, Contents
+from converters.lora import LoRATensor, RowsReplaced, Shifted, Transposed, factors_fit
+from converters.rules import rename
+from vfjax import InputError
+from vfjax.merge import LazyTensor
+
+STARTS = (("base_model.model.", ""), ("model.model.", "model."), ("", ""))
+"""What PEFT puts before a model's own names -> what is left of it."""
+
+Names = Sequence[tuple[str, str, str]]
+"""See `converters.layouts.Layout.prefixes`."""
+
+WRAPPER = re.compile(
+    r"\.(?:(token_adapter\.base_layer|base_layer|original_module)|modules_to_save(?:\.default)?)(?=\.)"
+)
+"""What it puts inside the names of whole tensors; of the group, those of the model below."""
+
+FACTOR = re.compile(
+    r"(.+)\.(?:lora_(A|B|embedding_A|embedding_B|magnitude_vector)|token_adapter\.(trainable_tokens)"
+    r"_delta)(?:\.default)?(?:\.weight|\.(bias))?"
+)
+"""Name of a module's own tensor: the module, what it is, whether it is a bias."""
+
+IDLE = re.compile(r".*\.lora_(velora_embed|monteclora_sampler)\b.*")
+"""Tensors that only training reads."""
+
+Found = tuple[str, LazyTensor]
+"""Where a tensor is, the tensor."""
+
+Factors = dict[str, Found]
+"""Of one module: what it is -> the tensor."""
+
+TOKENS, INDICES = "trainable_tokens", "trainable_token_indices"
+"""What PEFT's rows of single tokens are, and the setting that says of which."""
+
+EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
+"""Names in the tables of LLMs."""
+
+
+def completed(contents: Contents, names: Names) -> dict[str, LazyTensor]:
+    """The base's tensors with the folder's own in their place, beside them or added to them.
+
+    Where the base's embedding is its head too, PEFT changes the one without the other unless
+    `ensure_weight_tying` is set; whole tensors that are not in `modules_to_save` are both's.
+
+    Args:
+        contents: of the folder.
+        names: the spellings that its layout reads: an adapter has those of the code that it was
+            trained by, the base's files perhaps others.
+
+    Returns:
+        All tensors, under the base's names where it has them; with a head where it is no longer the
+        embedding.
+
+    Raises:
+        InputError: tensors that don't fit the base, or that the settings promise and that are not
+            there.
+    """
+    if contents.base is None:
+        return contents.tensors
+    return _Completion(contents, names).run()
+
+
+class _Completion:
+    """See `completed`."""
+
+    def __init__(self, contents: Contents, names: Names):
+        self.contents, self.settings = contents, contents.settings
+        self.tensors = dict(contents.tensors)
+        starts = [(old, f"{part}\0{new}") for old, part, new in names]
+        self.meanings = functools.partial(rename, prefixes=starts)
+        self.known = {new: old for old, (new, _) in self.meanings(self.tensors).items()}
+        self.embedding = self.known.get(f"llm\0{EMBEDDING}", EMBEDDING)
+        self.head = self.known.setdefault(f"llm\0{HEAD}", HEAD)
+        self.tied = self.embedding in self.tensors and self.head not in self.tensors
+        if self.tied:
+            self.tensors[self.head] = self.tensors[self.embedding]
+
+    def spelled(self, name: str) -> str:
+        """The base's name of a tensor in any spelling; itself if the base has none."""
+        meaning, _ = self.meanings([name]).get(name, (name, None))
+        return self.known.get(meaning, name)
+
+    def run(self) -> dict[str, LazyTensor]:
+        below, kept, modules = self._sorted()
+        for name in sorted(below, key=lambda name: name == self.head):  # a tied head comes last
+            self._replace(name, below[name])
+            if self.tied and name in (self.embedding, self.head):
+                self.tensors |= dict.fromkeys((self.embedding, self.head), below[name][1])
+        shared = self.tensors.get(self.head)
+        for name, found in kept.items():
+            self._replace(name, found)
+        if self.settings.get(INDICES) and not any(TOKENS in parts for parts in modules.values()):
+            expected = "tokens with rows in the files"
+            raise refused(self.contents.path, INDICES, self.settings[INDICES], expected)
+        for module, parts in modules.items():
+            self._update(module, parts)
+        self._check_rows()
+        if self.tied:
+            self._tie(shared, modules)
+        return self.tensors
+
+    def _sorted(self) -> tuple[dict[str, Found], dict[str, Found], dict[str, Factors]]:
+        """Whole tensors of the model below, of modules beside it, and what updates a module."""
+        below: dict[str, Found] = {}
+        kept: dict[str, Found] = {}
+        modules: dict[str, Factors] = {}
+        whole: set[str] = set()
+        for stem, tensors in self.contents.added.items():
+            for name, (own, _) in rename(tensors, STARTS).items():
+                found = f"{tensors[name].path}: {name}", tensors[name]
+                if stem != ADAPTER:
+                    below[self.spelled(own)] = found
+                elif IDLE.fullmatch(own):
+                    continue
+                elif match := FACTOR.fullmatch(own):
+                    kind = "_".join(word for word in match.groups()[1:] if word)
+                    modules.setdefault(match[1], {})[kind] = found
+                elif ".lora_" in own:
+                    raise InputError(
+                        found[0],
+                        found="a LoRA of another kind",
+                        expected="the tensors of PEFT's Linear, Embedding and Conv2d",
+                        fix=MERGE,
+                    )
+                else:
+                    plain, wrapper = WRAPPER.sub("", own), WRAPPER.search(own)
+                    whole.add(plain)
+                    new = self.spelled(plain)
+                    beside = kept_whole(self.settings, plain)
+                    if (wrapper and wrapper[1]) or not (wrapper or beside):
+                        below[new] = found
+                    elif not wrapper or new not in kept:  # PEFT reads the plain name
+                        kept[new] = found
+        self._check_kept(whole)
+        return below, kept, modules
+
+    def _check_kept(self, whole: set[str]) -> None:
+        """Checks that modules to save, if the base has them, are in the files."""
+        for module in self.settings.get("modules_to_save") or ():
+            last = module.rpartition(".")[2] + "."
+            if not any(f"{module}." in x for x in whole) and any(last in x for x in self.tensors):
+                expected = "modules with tensors in the files"
+                raise refused(self.contents.path, "modules_to_save", module, expected)
+
+    def _replace(self, name: str, found: Found) -> None:
+        """A whole tensor in place of the base's, or beside them."""
+        where, tensor = found
+        other, skip = self.tensors.get(name), int(name in (self.embedding, self.head))
+        if other is not None and tensor.shape[skip:] != other.shape[skip:]:
+            expected = f"{other.shape} as in {self.contents.base}"
+            raise _other_base(where, f"shape {tensor.shape}", expected)
+        self.tensors[name] = tensor
+
+    def _check_rows(self) -> None:
+        """Checks that embedding and head have one vocabulary where an adapter resized one."""
+        embedding, head = (self.tensors.get(name) for name in (self.embedding, self.head))
+        if embedding is not None and head is not None and embedding.shape[0] != head.shape[0]:
+            raise InputError(
+                f"{self.contents.path}: {HEAD}",
+                found=f"{head.shape[0]} rows, and {embedding.shape[0]} of {EMBEDDING}",
+                expected="one vocabulary",
+                fix="save the adapter with both (save_pretrained with save_embedding_layers=True)",
+            )
+
+    def _tie(self, shared: LazyTensor | None, modules: Mapping[str, Factors]) -> None:
+        """A head that is the embedding, and one that PEFT keeps so, is no tensor of its own."""
+        names = self.embedding, self.head
+        tokens = {self.spelled(f"{m}.weight") for m, parts in modules.items() if TOKENS in parts}
+        if self.settings.get("ensure_weight_tying") and self.tensors[self.head] is not shared:
+            self.tensors[self.embedding] = self.tensors[self.head]
+        elif self.settings.get("ensure_weight_tying") or tokens.intersection(names) == {names[0]}:
+            self.tensors[self.head] = self.tensors[self.embedding]
+        if self.tensors[self.head] is self.tensors[self.embedding]:
+            del self.tensors[self.head]
+
+    def _update(self, module: str, parts: Factors) -> None:
+        """Puts a module's updated weight and bias in place."""
+        name, where = self.spelled(f"{module}.weight"), next(iter(parts.values()))[0]
+        weight = self.tensors.get(name)
+        if weight is None:
+            expected = f"{module}.weight in {self.contents.base}"
+            raise _other_base(where, "a module that the base lacks", expected)
+        if TOKENS in parts:
+            self.tensors[name] = self._rows(module, weight, parts[TOKENS])
+            return
+        self._check_settings(module, where, parts)
+        rank, scale = rank_and_scale(self.contents.path, self.settings, module)
+        columns = "embedding_A" in parts
+        pair = ("embedding_B", "embedding_A") if columns else ("A", "B")
+        if not set(pair) <= set(parts):
+            fix = "download the adapter again"
+            raise InputError(where, found="one factor", expected="lora_A and lora_B", fix=fix)
+        a, b = (Transposed(parts[x][1]) if columns else parts[x][1] for x in pair)
+        if a.shape[:1] != (rank,):
+            raise refused(
+                self.contents.path,
+                "r" if self.settings["r"] == rank else "rank_pattern",
+                rank,
+                f"the rank of {module} in the file, of shape {a.shape}",
+                "correct it: the first pattern that fits a name counts, and PEFT sorts them",
+            )
+        if not factors_fit(weight.shape, a, b, rank):
+            found = f"a product of {tuple(b.shape)} and {tuple(a.shape)}"
+            expected = f"rank {rank} and {weight.shape} as in {self.contents.base}"
+            raise _other_base(where, found, expected)
+        magnitude = parts["magnitude_vector"][1] if "magnitude_vector" in parts else None
+        self.tensors[name] = LoRATensor(weight, a, b, scale, magnitude, columns)
+        if "B_bias" in parts:
+            self._shift(module, parts["B_bias"], scale)
+
+    def _check_settings(self, module: str, where: str, parts: Factors) -> None:
+        """Checks that the settings give a module these parts."""
+        fix = "take both files from one training run"
+        tying = self.tied and self.settings.get("ensure_weight_tying")
+        follows = tying and self.spelled(f"{module}.weight") == self.head  # the embedding
+        if not follows and not targeted(self.settings, module):
+            raise InputError(
+                where,
+                found=f"an update of {module}, which {SETTINGS} leaves out",
+                expected="the modules of target_modules, exclude_modules, layers_to_transform, "
+                "layers_pattern and modules_to_save",
+                fix=fix,
+            )
+        dora, bias = (bool(self.settings.get(key)) for key in ("use_dora", "lora_bias"))
+        if dora != ("magnitude_vector" in parts):
+            expected = f"as in the file, which has {'no' if dora else 'a'} magnitude of {module}"
+            raise refused(self.contents.path, "use_dora", dora, expected, fix)
+        if "B_bias" in parts and not bias:
+            expected = f"true, as in the file, which has a bias of {module}"
+            raise refused(self.contents.path, "lora_bias", bias, expected, fix)
+
+    def _rows(self, module: str, weight: LazyTensor, found: Found) -> RowsReplaced:
+        """An embedding with rows of single tokens."""
+        (where, rows), numbers = found, token_numbers(self.settings, module)
+        fits = rows.shape == (len(numbers), *weight.shape[1:])
+        if not fits or not all(0 <= number < weight.shape[0] for number in numbers):
+            counted = f"{len(numbers)} numbers, up to {max(numbers, default=None)}"
+            expected = f"those of {rows.shape[0]} rows of {where}, below {weight.shape[0]}"
+            path = self.contents.path
+            raise refused(path, INDICES, counted, expected, "correct it")
+        return RowsReplaced(weight, numbers, rows)
+
+    def _shift(self, module: str, found: Found, scale: float) -> None:
+        """Puts a module's bias with LoRA's own in place."""
+        where, bias = found
+        name = self.spelled(f"{module}.bias")
+        other = self.tensors.get(name)
+        if other is None:
+            raise InputError(
+                where,
+                found=f"a bias for {module}, which has none",
+                expected="lora_bias on layers with a bias",
+                fix=TRAIN,
+            )
+        if other.shape != bias.shape:
+            raise _other_base(where, f"shape {bias.shape}", f"{other.shape}")
+        self.tensors[name] = Shifted(other, bias, scale)
+
+
+def _other_base(where: str, found: str, expected: str) -> InputError:
+    fix = "pass base= the model that it was trained on"
+    return InputError(where, found=found, expected=expected, fix=fix)

@@ -1,0 +1,241 @@
+"""adapter_config.json, the settings that PEFT saves beside an adapter: the fate of every key.
+
+Keys and what they mean are those of PEFT's LoraConfig (peft/tuners/lora/config.py, 0.21). A key is
+used, without effect on what the saved tensors compute, or refused by name unless at a value that
+changes nothing.
+"""
+
+import math
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from converters.reader import read_json
+from vfjax import InputError
+
+SETTINGS = "adapter_config.json"
+
+USED = (
+    "alpha_pattern",
+    "base_model_name_or_path",
+    "ensure_weight_tying",
+    "exclude_modules",
+    "layers_pattern",
+    "layers_to_transform",
+    "lora_alpha",
+    "lora_bias",
+    "modules_to_save",
+    "peft_type",
+    "r",
+    "rank_pattern",
+    "revision",
+    "target_modules",
+    "trainable_token_indices",
+    "use_dora",
+    "use_rslora",
+)
+
+IDLE = (
+    "auto_mapping",
+    "bias",  # which biases were trained: those that are in the file are used
+    "corda_config",
+    "enable_lora",  # of PEFT before 0.3
+    "eva_config",
+    "fan_in_fan_out",  # has no effect on torch's Linear, Conv2d and Embedding, which all are here
+    "inference_mode",
+    "loftq_config",
+    "lora_dropout",
+    "lora_ga_config",
+    "megatron_core",
+    "merge_weights",  # of PEFT before 0.3
+    "monteclora_config",
+    "peft_version",
+    "qalora_group_size",
+    "runtime_config",
+    "task_type",
+    "velora_config",
+)
+"""Of training alone, or said by the tensors."""
+
+MERGE = "merge the adapter with PEFT (merge_and_unload) and load the result"
+TRAIN = "train an ordinary LoRA: PEFT can't merge this one into weights either"
+CONVERT = (
+    "save it as an ordinary LoRA with PEFT (save_pretrained with "
+    "path_initial_model_for_weight_conversion), or merge it (merge_and_unload)"
+)
+
+ALLOWED: dict[str, tuple[tuple[object, ...], str]] = {
+    "alora_invocation_tokens": ((), TRAIN),
+    "arrow_config": ((), TRAIN),
+    "init_lora_weights": ((True, "gaussian", "eva", "orthogonal", "mica"), CONVERT),
+    "kasa_config": ((), MERGE),
+    "layer_replication": ((), TRAIN),
+    "megatron_config": ((), MERGE),
+    "target_parameters": ((), MERGE),
+    "use_bdlora": ((), MERGE),
+    "use_qalora": ((), MERGE),
+}
+"""Key -> its values that change nothing, beside absent, null, false and empty lists (an empty
+object is a variant with its defaults); what to do about others."""
+
+PROMPTS = (
+    "ADAPTION_PROMPT",
+    "CARTRIDGE",
+    "CPT",
+    "MULTITASK_PROMPT_TUNING",
+    "POLY",
+    "PREFIX_TUNING",
+    "PROMPT_TUNING",
+    "P_TUNING",
+    "SHADOW",
+    "XLORA",
+)
+"""Values of `peft_type` whose adapters are no change of weights."""
+
+DEFAULTS = {"r": 8, "lora_alpha": 8}
+"""Of LoraConfig."""
+
+TYPES: dict[str, tuple[type, ...]] = {
+    "modules_to_save": (list,),
+    "target_modules": (list, str),
+    "exclude_modules": (list, str),
+    "target_parameters": (list,),
+    "layers_pattern": (list, str),
+    "layers_to_transform": (list, int),
+    "rank_pattern": (dict,),
+    "alpha_pattern": (dict,),
+    "trainable_token_indices": (list, dict),
+}
+"""Key -> types of its values, null apart."""
+
+
+def read_settings(path: Path) -> dict[str, Any]:
+    """The adapter_config.json of a folder; empty if there is none.
+
+    Raises:
+        InputError: a key that changes what is computed in a way that is not supported, or that is
+            not known; a value of a wrong type.
+    """
+    if not (path / SETTINGS).is_file():
+        return {}
+    settings = {**DEFAULTS, **read_json(path / SETTINGS)}
+    kind = settings.get("peft_type", "LORA")
+    if kind != "LORA":
+        raise refused(path, "peft_type", kind, "'LORA'", TRAIN if kind in PROMPTS else MERGE)
+    for key, value in settings.items():
+        if key in (*USED, *IDLE) or value in (None, False, 0, "", []):
+            continue
+        if key not in ALLOWED:
+            fix = f"remove it if PEFT does not read it, or {MERGE}"
+            raise refused(path, key, value, "a key of PEFT's LoraConfig", fix)
+        values, fix = ALLOWED[key]
+        if value not in values:
+            raise refused(path, key, value, " or ".join(map(repr, values)) or "none", fix)
+    for key, types in TYPES.items():
+        value = settings.get(key)
+        if value is not None and type(value) not in types:
+            expected = " or ".join(kind.__name__ for kind in types)
+            raise refused(path, key, value, f"a value of type {expected}", "correct it")
+    for key in ("r", "lora_alpha"):
+        _positive(path, key, settings.get(key))
+    for key in ("rank_pattern", "alpha_pattern"):
+        for pattern, value in (settings.get(key) or {}).items():
+            _positive(path, f"{key}: {pattern}", value)
+    for key in ("modules_to_save", "target_modules", "exclude_modules", "layers_pattern"):
+        value = settings.get(key) or ()
+        for pattern in [value] if isinstance(value, str) else value:
+            _pattern(path, key, pattern)
+    if settings.get("target_modules") is None:
+        raise refused(path, "target_modules", None, "names of modules", MERGE)
+    return settings
+
+
+def refused(path: Path, key: str, value: object, expected: str, fix: str = MERGE) -> InputError:
+    """The error of a setting."""
+    text = repr(value)
+    found = text if len(text) <= 100 else f"{text[:100]}..."
+    return InputError(f"{path / SETTINGS}: {key}", found=found, expected=expected, fix=fix)
+
+
+def _positive(path: Path, key: str, value: object) -> None:
+    if not isinstance(value, int | float) or isinstance(value, bool) or value <= 0:
+        raise refused(path, key, value, "a positive number")
+
+
+def _pattern(path: Path, key: str, pattern: str) -> re.Pattern[str]:
+    try:
+        return re.compile(pattern)
+    except (re.error, TypeError) as error:
+        raise refused(path, key, f"{pattern} ({error})", "names, or expressions of them") from error
+
+
+def targeted(settings: Mapping[str, Any], module: str) -> bool:
+    """Whether the settings give a module, by its name in the model, factors.
+
+    As check_target_module_exists of peft/tuners/tuners_utils.py.
+    """
+    if _named(settings.get("exclude_modules") or (), module):
+        return False
+    if any(
+        re.match(rf"(^|.*\.){kept}($|\..*)", module)
+        for kept in settings.get("modules_to_save") or ()
+    ):
+        return False
+    targets = settings.get("target_modules") or ()
+    if isinstance(targets, str):
+        every = targets.lower() == "all-linear" and not module.endswith("lm_head")
+        return every or _named(targets, module)
+    layers = settings.get("layers_to_transform")
+    if not _named(targets, module) or layers in (None, []):
+        return _named(targets, module)
+    pattern = settings.get("layers_pattern") or ()
+    starts = [pattern] if isinstance(pattern, str) else pattern
+    starts = [rf"(?:^|.*?\.){one}" for one in starts] or [r".*?\.[^.]*"]
+    found = (re.match(rf"{start}\.(\d+)\.", module) for start in starts)
+    number = next((int(match[1]) for match in found if match), None)
+    return number in (layers if isinstance(layers, list) else [layers])
+
+
+def _named(names: str | list[str] | tuple[str, ...], module: str) -> bool:
+    """Whether a module is one of a list, by the end of its name, or fits an expression."""
+    if isinstance(names, str):
+        return bool(re.fullmatch(names, module))
+    return any(f".{module}".endswith(f".{name}") for name in names)
+
+
+def kept_whole(settings: Mapping[str, Any], module: str) -> bool:
+    """Whether a module is, or is in, one of `modules_to_save`, which PEFT finds by their ends."""
+    parts = module.split(".")
+    wholes = [".".join(parts[:count]) for count in range(1, len(parts) + 1)]
+    names = tuple(settings.get("modules_to_save") or ())
+    return any(whole.endswith(names) for whole in wholes)
+
+
+def token_numbers(settings: Mapping[str, Any], module: str) -> tuple[int, ...]:
+    """Which tokens a module's rows are of: all modules', or by the end of its name."""
+    numbers = settings.get("trainable_token_indices") or ()
+    if isinstance(numbers, dict):  # no name fits a head that is tied to an embedding with a name
+        named = (value for name, value in numbers.items() if module.endswith(name))
+        numbers = next(named, next(iter(numbers.values())))
+    return tuple(numbers)
+
+
+def rank_and_scale(path: Path, settings: Mapping[str, Any], module: str) -> tuple[int, float]:
+    """A module's rank, and what its update is multiplied by.
+
+    alpha / rank, or alpha / sqrt(rank) with `use_rslora` (arXiv 2312.03732).
+    """
+    rank = _by_module(path, settings, "rank_pattern", module, settings["r"])
+    alpha = _by_module(path, settings, "alpha_pattern", module, settings["lora_alpha"])
+    return int(rank), alpha / (math.sqrt(rank) if settings.get("use_rslora") else rank)
+
+
+def _by_module(
+    path: Path, settings: Mapping[str, Any], key: str, module: str, default: float
+) -> float:
+    """A module's value: of the first pattern that its name ends with, in the file's order."""
+    for pattern, value in (settings.get(key) or {}).items():
+        if _pattern(path, key, rf"(.*\.)?({pattern})").fullmatch(module):
+            return value
+    return default

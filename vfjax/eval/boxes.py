@@ -6,7 +6,7 @@ from collections.abc import Sequence
 import numpy as np
 
 from vfjax.errors import InputError
-from vfjax.eval.data import Benchmark, Data, Options, Question, fields, read_lines
+from vfjax.eval.data import Benchmark, Data, Options, Question, fields, number, read_lines
 from vfjax.eval.stats import Metric, ratio
 
 PROMPT = "Please provide the bounding box coordinate of the region this sentence describes: "
@@ -25,13 +25,22 @@ def read_refcoco(data: Data, options: Options) -> list[Question]:
     """
     out = []
     file = data.file("*refcoco*.json", "*.json")
-    for number, row in enumerate(read_lines(file)):
+    for i, row in enumerate(read_lines(file)):
+        where = f"{file} row {i}"
         keys = ("img_id", "sents", "bbox", "width", "height")
-        image, words, (x, y, w, h), width, height = fields(row, f"{file} row {number}", *keys)
+        image, words, box, *size = fields(row, where, *keys)
+        if not isinstance(box, list) or len(box) != 4:
+            raise InputError(
+                where, found=f"bbox {ascii(box)[:60]}", expected="[x, y, w, h]", fix="correct it"
+            )
+        x, y, w, h = (number(value, where, "bbox") for value in box)
+        width, height = (
+            number(value, where, key) for value, key in zip(size, keys[3:], strict=True)
+        )
         name = "_".join(image.split("_")[:3])
         out.append(
             Question(
-                id=str(number),
+                id=str(i),
                 prompt=options["prompt"] + words,
                 images=(data.picture(f"{name}.jpg", "train2014"),),
                 answers=(f"[{x}, {y}, {x + w}, {y + h}]",),

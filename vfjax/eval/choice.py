@@ -2,6 +2,7 @@
 
 import base64
 import re
+import string
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,7 @@ from vfjax.eval.data import (
     Picture,
     Question,
     fields,
+    integer,
     labelled,
     read_json,
     read_lines,
@@ -27,7 +29,7 @@ from vfjax.eval.yesno import in_clusters
 LETTER = "\nAnswer with the option's letter from the given choices directly."
 """What LLaVA-1.5 puts behind questions with options (docs/Evaluation.md)."""
 
-LETTERS = "ABCDEFGHIJ"
+LETTERS = string.ascii_uppercase
 
 MMVP_CORRECTED = {99: "(b)", 100: "(a)", 279: "(b)", 280: "(a)"}
 """Labels that were the wrong way round (github.com/tsb0601/MMVP/issues/30; lmms-eval, too)."""
@@ -35,10 +37,10 @@ MMVP_CORRECTED = {99: "(b)", 100: "(a)", 279: "(b)", 280: "(a)"}
 _RULES = [
     re.compile(rule, re.IGNORECASE)
     for rule in (
-        r"^\(([a-j])\)",
-        r"^([a-j])(?:[.:),]|$)",
-        r"answer is:? ?\(?([a-j])(?:[.:),]|$)",
-        r"option \(?([a-j])(?:[.:),]|$)",
+        r"^\(([a-z])\)",
+        r"^([a-z])(?:[.:),]|$)",
+        r"answer is:? ?\(?([a-z])(?:[.:),]|$)",
+        r"option \(?([a-z])(?:[.:),]|$)",
     )
 ]
 
@@ -83,6 +85,35 @@ def _letters(text: str, options: Mapping[str, str]) -> list[str]:
     return sorted(found)
 
 
+def named_options(choices: Sequence[Any], where: object) -> dict[str, str]:
+    """Options under their letters.
+
+    Raises:
+        InputError: there are none, or more than letters.
+    """
+    if not isinstance(choices, list | tuple) or not 1 <= len(choices) <= len(LETTERS):
+        raise InputError(
+            where,
+            found=f"options {ascii(choices)[:60]}",
+            expected=f"a list of 1 to {len(LETTERS)}",
+            fix="use the file as it is published",
+        )
+    return dict(zip(LETTERS, map(str, choices), strict=False))
+
+
+def _labelled(answer: Any, options: Mapping[str, str], where: object) -> str:
+    """An answer's letter; raises InputError if it is of no option."""
+    letter = str(answer).strip(" ()").upper()
+    if letter not in options:
+        raise InputError(
+            where,
+            found=f"answer {ascii(answer)[:60]}",
+            expected=f"one of {', '.join(options)}",
+            fix="use the file as it is published",
+        )
+    return letter
+
+
 def listed(options: Mapping[str, str]) -> str:
     """Options as lines of `A. words`."""
     return "".join(f"\n{letter}. {words}" for letter, words in options.items())
@@ -115,8 +146,9 @@ def read_mmvp(data: Data, options: Options) -> list[Question]:
         names = ("Index", "Question", "Options", "Correct Answer")
         if file.suffix != ".csv":
             names = ("index", "question", "options", "answer")
-        index, words, choices, answer = fields(row, f"{file} row {number}", *names)
-        index = int(index)
+        where = f"{file} row {number}"
+        index, words, choices, answer = fields(row, where, *names)
+        index, named = integer(index, where, names[0]), _inline(choices)
         if not options["original_labels"]:
             answer = MMVP_CORRECTED.get(index, answer)
         image = Path(row.get("image") or f"{index}.jpg").name
@@ -125,20 +157,23 @@ def read_mmvp(data: Data, options: Options) -> list[Question]:
                 id=str(index),
                 prompt=f"{words} {choices}{LETTER}",
                 images=(data.picture(image, "MMVP Images"),),
-                answers=(answer.strip(" ()").upper(),),
+                answers=(_labelled(answer, named, where),),
                 cluster=f"pair {(index - 1) // 2}",
-                extra={"options": _inline(choices)},
+                extra={"options": named},
             )
         )
     return rows
 
 
 def _inline(choices: str) -> dict[str, str]:
-    """Letter -> words of "(a) Open (b) Closed"."""
-    _, *parts = re.split(r"\(([a-j])\)", choices)
-    return {
-        letter.upper(): words.strip() for letter, words in zip(parts[::2], parts[1::2], strict=True)
-    }
+    """Letter -> words of "(a) Open (b) Closed", the letters in their order."""
+    ends, at = list[int](), -1
+    for letter in string.ascii_lowercase:
+        if (at := choices.find(f"({letter})", at + 1)) < 0:
+            break
+        ends.append(at)
+    spans = zip(ends, [*ends[1:], len(choices)], strict=True)
+    return {LETTERS[k]: choices[first + 3 : end].strip() for k, (first, end) in enumerate(spans)}
 
 
 def score_mmvp(
@@ -166,8 +201,11 @@ def read_scienceqa(data: Data, options: Options) -> list[Question]:
     for id, row in read_json(file).items():
         if row.get("split", options["split"]) != options["split"]:
             continue
-        words, choices, answer = fields(row, f"{file} {id}", "question", "choices", "answer")
-        named = dict(zip(LETTERS, choices, strict=False))
+        where = f"{file} {id}"
+        words, choices, answer = fields(row, where, "question", "choices", "answer")
+        named = named_options(choices, where)
+        number = integer(answer, where, "answer")
+        letter = LETTERS[number] if 0 <= number < len(LETTERS) else answer
         hint = f"Context: {row['hint']}\n" if row.get("hint") else ""
         image = row.get("image")
         picture = data.picture(f"{options['split']}/{id}/{image}", "images") if image else None
@@ -176,7 +214,7 @@ def read_scienceqa(data: Data, options: Options) -> list[Question]:
                 id=id,
                 prompt=f"{hint}{words}{listed(named)}{LETTER}",
                 images=(picture,) if picture else (),
-                answers=(LETTERS[answer],),
+                answers=(_labelled(letter, named, where),),
                 cluster=id,
                 extra={"options": named},
             )
@@ -223,15 +261,16 @@ def read_seed(data: Data, options: Options) -> list[Question]:
         id, words, answer, image = fields(
             row, where, "question_id", "question", "answer", "data_id"
         )
-        choices = fields(row, where, *(f"choice_{letter}" for letter in "abcd"))
-        named = dict(zip(LETTERS, choices, strict=False))
+        fields(row, where, "choice_a", "choice_b")
+        choices = {letter: row.get(f"choice_{letter.lower()}") for letter in LETTERS}
+        named = {letter: str(option) for letter, option in choices.items() if option is not None}
         kind = str(row.get("question_type_id", ""))
         out.append(
             Question(
                 id=str(id),
                 prompt=f"{words}{listed(named)}{LETTER}",
                 images=(data.picture(image, "SEED-Bench-image"),),
-                answers=(answer,),
+                answers=(_labelled(answer, named, where),),
                 cluster=image,
                 extra={"options": named, "kind": kinds.get(kind, kind)},
             )
@@ -266,22 +305,33 @@ def read_mmbench(data: Data, options: Options) -> list[Question]:
     """
     file, out = data.file("*.tsv"), []
     rows = read_table(file, "\t")
-    pictures = {row["index"]: row["image"] for row in rows if len(row.get("image") or "") > 64}
+    places = [f"{file} row {number}" for number in range(1, len(rows) + 1)]
+    asked = [
+        fields(row, where, "index", "question") for row, where in zip(rows, places, strict=True)
+    ]
+    ids = [integer(id, where, "index") for (id, _), where in zip(asked, places, strict=True)]
+    pictures = {
+        id: row["image"]
+        for id, row in zip(ids, rows, strict=True)
+        if len(row.get("image") or "") > 64
+    }
     decoded: dict[str, bytes] = {}
     suffix = "\n请直接回答选项字母。" if options["chinese"] else LETTER
-    for number, row in enumerate(rows, 1):
-        index, words = fields(row, f"{file} row {number}", "index", "question")
-        named = {letter: row[letter] for letter in "ABCDE" if _given(row.get(letter))}
+    for id, (_, words), row, where in zip(ids, asked, rows, places, strict=True):
+        named = {letter: row[letter] for letter in LETTERS if _given(row.get(letter))}
         hint = f"{row['hint']}\n" if _given(row.get("hint")) else ""
-        base = str(int(index) % ROTATION)
-        encoded = pictures.get(index) or pictures.get(row.get("image", "")) or pictures.get(base)
+        base, answer = id % ROTATION, row.get("answer")
+        encoded = pictures.get(id)
+        if encoded is None and _given(row.get("image")):  # the index of another row
+            encoded = pictures.get(integer(row["image"], where, "image"))
+        encoded = encoded or pictures.get(base)
         out.append(
             Question(
-                id=index,
+                id=str(id),
                 prompt=f"{hint}{words}{listed(named)}{suffix}",
-                images=(_decoded(encoded, decoded, f"{file} row {number}"),),
-                answers=(row["answer"],) if _given(row.get("answer")) else (),
-                cluster=base,
+                images=(_decoded(encoded, decoded, where),),
+                answers=(_labelled(answer, named, where),) if _given(answer) else (),
+                cluster=str(base),
                 extra={"options": named, "kind": row.get("category") or ""},
             )
         )
@@ -328,8 +378,8 @@ def score_mmbench(
 
 
 BENCHMARKS = {
-    "mmvp": Benchmark(read_mmvp, score_mmvp, 16, {"original_labels": False}),
-    "scienceqa": Benchmark(read_scienceqa, score_scienceqa, 16, {"split": "test"}),
-    "seed": Benchmark(read_seed, score_kinds, 16),
-    "mmbench": Benchmark(read_mmbench, score_mmbench, 16, {"chinese": False}),
+    "mmvp": Benchmark(read_mmvp, score_mmvp, 1024, {"original_labels": False}),
+    "scienceqa": Benchmark(read_scienceqa, score_scienceqa, 1024, {"split": "test"}),
+    "seed": Benchmark(read_seed, score_kinds),
+    "mmbench": Benchmark(read_mmbench, score_mmbench, 1024, {"chinese": False}),
 }

@@ -4,7 +4,9 @@ import collections
 import csv
 import dataclasses
 import hashlib
+import io
 import json
+import math
 import sys
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
@@ -66,7 +68,9 @@ class Benchmark:
     Attributes:
         read: the files -> questions.
         score: questions and a text for each -> metrics; None if there is nothing to score by.
-        max_new_tokens: of an answer, as the authors' scripts have it.
+        max_new_tokens: of an answer, as the authors' scripts have it: of LLaVA 128 (its
+            model_vqa_loader.py) or 1024 (its other scripts). It has none for captions and
+            boxes: 64.
         options: names and defaults of what `read` and `score` can be told.
         judged: scoring asks a judge; see `vfjax.eval.judge`.
     """
@@ -148,8 +152,8 @@ def read_json(path: Path) -> Any:
         InputError: it is missing or holds something else.
     """
     try:
-        return json.loads(_text(path))
-    except ValueError as error:
+        return json.loads(read_text(path))
+    except (ValueError, RecursionError) as error:
         raise _unreadable(path, f"no JSON ({error})") from None
 
 
@@ -159,7 +163,7 @@ def read_lines(path: Path) -> list[dict[str, Any]]:
     Raises:
         InputError: it is missing or holds something else.
     """
-    text = _text(path)
+    text = read_text(path)
     if text.lstrip().startswith("["):
         rows = read_json(path)
     else:
@@ -179,12 +183,21 @@ def read_table(path: Path, delimiter: str) -> list[dict[str, str]]:
     """A file of delimited columns with a line of names.
 
     Raises:
-        InputError: it is missing or has no rows.
+        InputError: it is missing, has no rows, or a row of more columns than names.
     """
     csv.field_size_limit(sys.maxsize)  # pictures stand in columns
-    rows = list(csv.DictReader(_text(path).splitlines(keepends=True), delimiter=delimiter))
+    lines = io.StringIO(read_text(path), newline="")  # which ends lines as an open file does
+    try:
+        rows = list(csv.DictReader(lines, delimiter=delimiter))
+    except csv.Error as error:
+        raise _unreadable(path, f"no table ({error})") from None
     if not rows:
         raise _unreadable(path, "no rows")
+    for number, row in enumerate(rows, 1):
+        rest: Any = row.pop(None, ())  # type: ignore[call-overload]
+        if any(rest):
+            names = len(row)
+            raise _unreadable(f"{path} row {number}", f"{names + len(rest)} columns, {names} names")
     return rows
 
 
@@ -205,9 +218,53 @@ def fields(row: Mapping[str, Any], where: object, *keys: str) -> list[Any]:
     return [row[key] for key in keys]
 
 
-def _text(path: Path) -> str:
+def number(value: Any, where: object, key: str) -> float:
+    """A number of a row, which a table may hold as text.
+
+    Raises:
+        InputError: it is none, or not finite.
+    """
     try:
-        return path.read_text("utf-8")
+        found = math.nan if isinstance(value, bool) else float(value)
+    except (TypeError, ValueError, OverflowError):
+        found = math.nan
+    if not math.isfinite(found):
+        raise InputError(
+            where,
+            found=f"{key} {ascii(value)[:60]}",
+            expected="a number",
+            fix="use the file as it is published",
+        )
+    return found
+
+
+def integer(value: Any, where: object, key: str) -> int:
+    """A whole number of a row: 7, "7", or what pandas makes of it beside an empty cell, "7.0".
+
+    Raises:
+        InputError: it is none.
+    """
+    if isinstance(value, str) and value.strip().isdecimal():
+        return int(value)
+    found = number(value, where, key)
+    if not found.is_integer():
+        raise InputError(
+            where,
+            found=f"{key} {ascii(value)[:60]}",
+            expected="a whole number",
+            fix="use the file as it is published",
+        )
+    return int(value) if isinstance(value, int) else int(found)
+
+
+def read_text(path: Path) -> str:
+    """A file in UTF-8, its ends of lines as they are, without a byte order mark.
+
+    Raises:
+        InputError: it is missing or something else.
+    """
+    try:
+        return path.read_bytes().decode("utf-8-sig")
     except OSError as error:
         raise _unreadable(path, error.strerror or str(error)) from None
     except UnicodeDecodeError as error:

@@ -8,7 +8,16 @@ from typing import Any
 import numpy as np
 
 from vfjax.errors import InputError
-from vfjax.eval.data import Benchmark, Data, Options, Question, fields, read_json, read_lines
+from vfjax.eval.data import (
+    Benchmark,
+    Data,
+    Options,
+    Question,
+    fields,
+    integer,
+    read_json,
+    read_lines,
+)
 from vfjax.eval.judge import Messages
 from vfjax.eval.stats import Metric, ratio
 
@@ -201,6 +210,11 @@ def read_mathvista(data: Data, options: Options) -> list[Question]:
         where = f"{file} {id}"
         image, words, answer = fields(row, where, "image", "query", "answer")
         fields(row, where, "question_type", "answer_type")
+        precision = row.get("precision")
+        if precision is None or precision in ("", "nan") or precision != precision:  # pandas' none
+            row["precision"] = None
+        else:
+            row["precision"] = integer(precision, where, "precision")
         out.append(
             Question(
                 id=id,

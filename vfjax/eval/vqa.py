@@ -12,6 +12,7 @@ from vfjax.eval.data import (
     Options,
     Question,
     fields,
+    integer,
     labelled,
     read_json,
     read_lines,
@@ -45,6 +46,7 @@ def read_vqav2(data: Data, options: Options) -> list[Question]:
         id, image, words = fields(
             row, f"{file} question {number}", "question_id", "image_id", "question"
         )
+        image = integer(image, f"{file} question {number}", "image_id")
         name = f"COCO_{subtype}_{image:012d}.jpg"
         label = labels.get(id, {})
         out.append(
@@ -165,8 +167,8 @@ def score_gqa(
 
 
 BENCHMARKS = {
-    "vqav2": Benchmark(read_vqav2, score_vqav2, 16),
-    "textvqa": Benchmark(read_textvqa, score_textvqa, 16),
-    "vizwiz": Benchmark(read_vizwiz, score_textvqa, 16),
-    "gqa": Benchmark(read_gqa, score_gqa, 16),
+    "vqav2": Benchmark(read_vqav2, score_vqav2),
+    "textvqa": Benchmark(read_textvqa, score_textvqa),
+    "vizwiz": Benchmark(read_vizwiz, score_textvqa),
+    "gqa": Benchmark(read_gqa, score_gqa),
 }

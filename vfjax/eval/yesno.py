@@ -1,5 +1,6 @@
 """Questions that are answered yes or no: POPE and MME."""
 
+import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -7,7 +8,7 @@ from typing import Any
 import numpy as np
 
 from vfjax.errors import InputError
-from vfjax.eval.data import Benchmark, Data, Options, Question, fields, read_lines
+from vfjax.eval.data import Benchmark, Data, Options, Question, fields, read_lines, read_text
 from vfjax.eval.extras import needs
 from vfjax.eval.stats import Metric, ratio, total
 
@@ -106,7 +107,7 @@ def read_mme(data: Data, options: Options) -> list[Question]:
 def _mme_questions(file: Path, subtask: str, pictures: Path) -> list[Question]:
     """The two questions of a picture."""
     out = []
-    lines = [line for line in file.read_text("utf-8").splitlines() if line.strip()]
+    lines = [line for line in re.split(r"\r\n|\r|\n", read_text(file)) if line.strip()]
     image = next((p for s in (".jpg", ".png") if (p := pictures / (file.stem + s)).is_file()), None)
     for number, line in enumerate(lines, 1):
         words, _, answer = line.rpartition("\t")
@@ -178,6 +179,6 @@ def in_clusters(questions: Sequence[Question], right: np.ndarray) -> tuple[np.nd
 
 
 BENCHMARKS = {
-    "pope": Benchmark(read_pope, score_pope, 128),
-    "mme": Benchmark(read_mme, score_mme, 16),
+    "pope": Benchmark(read_pope, score_pope),
+    "mme": Benchmark(read_mme, score_mme),
 }

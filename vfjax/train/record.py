@@ -142,7 +142,7 @@ class Record:
 def read(file: Path) -> list[dict[str, Any]]:
     """The rows of a JSONL; a last one that a kill cut off is left out."""
     rows = []
-    for line in file.read_text().splitlines():
+    for line in file.read_text().split("\n")[:-1]:
         try:
             rows.append(json.loads(line))
         except json.JSONDecodeError:

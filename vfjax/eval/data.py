@@ -194,7 +194,7 @@ def read_table(path: Path, delimiter: str) -> list[dict[str, str]]:
     if not rows:
         raise _unreadable(path, "no rows")
     for number, row in enumerate(rows, 1):
-        rest: Any = row.pop(None, ())  # type: ignore[call-overload]
+        rest: Any = row.pop(None, ())
         if any(rest):
             names = len(row)
             raise _unreadable(f"{path} row {number}", f"{names + len(rest)} columns, {names} names")

@@ -5,6 +5,7 @@ its llava/model/builder.py.
 """
 
 import functools
+import itertools
 import re
 from collections.abc import Mapping, Sequence
 
@@ -13,16 +14,17 @@ from converters.adapter_config import (
     SETTINGS,
     TRAIN,
     kept_whole,
+    parameter_targeted,
     rank_and_scale,
     refused,
     targeted,
     token_numbers,
 )
 from converters.adapters import ADAPTER, Contents
-from converters.lora import LoRATensor, RowsReplaced, Shifted, Transposed, factors_fit
+from converters.lora import LoRATensor, Part, RowsReplaced, Shifted, Transposed, factors_fit
 from converters.rules import rename
 from vfjax import InputError
-from vfjax.merge import LazyTensor
+from vfjax.merge import LazyTensor, equal
 
 STARTS = (("base_model.model.", ""), ("model.model.", "model."), ("", ""))
 """What PEFT puts before a model's own names -> what is left of it."""
@@ -53,11 +55,17 @@ Factors = dict[str, Found]
 TOKENS, INDICES = "trainable_tokens", "trainable_token_indices"
 """What PEFT's rows of single tokens are, and the setting that says of which."""
 
+EXPERTS = re.compile(r"(.+)\.mlp\.experts(\.base_layer)?")
+"""Fused experts of transformers 5, perhaps of their first parameter where both have factors."""
+
+MIXTRAL = "block_sparse_moe"
+"""Its name in files."""
+
 EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
 """Names in the tables of LLMs."""
 
 
-def completed(contents: Contents, names: Names) -> dict[str, LazyTensor]:
+def completed(contents: Contents, names: Names, *, tied: bool) -> dict[str, LazyTensor]:
     """The base's tensors with the folder's own in their place, beside them or added to them.
 
     Where the base's embedding is its head too, PEFT changes the one without the other unless
@@ -67,6 +75,7 @@ def completed(contents: Contents, names: Names) -> dict[str, LazyTensor]:
         contents: of the folder.
         names: the spellings that its layout reads: an adapter has those of the code that it was
             trained by, the base's files perhaps others.
+        tied: whether the base's config ties its head to the embedding.
 
     Returns:
         All tensors, under the base's names where it has them; with a head where it is no longer the
@@ -76,37 +85,50 @@ def completed(contents: Contents, names: Names) -> dict[str, LazyTensor]:
         InputError: tensors that don't fit the base, or that the settings promise and that are not
             there.
     """
-    if contents.base is None:
-        return contents.tensors
-    return _Completion(contents, names).run()
+    return _Completion(contents, names, tied).run()
 
 
 class _Completion:
     """See `completed`."""
 
-    def __init__(self, contents: Contents, names: Names):
+    def __init__(self, contents: Contents, names: Names, tied: bool):
         self.contents, self.settings = contents, contents.settings
         self.tensors = dict(contents.tensors)
         starts = [(old, f"{part}\0{new}") for old, part, new in names]
         self.meanings = functools.partial(rename, prefixes=starts)
         self.known = {new: old for old, (new, _) in self.meanings(self.tensors).items()}
-        self.embedding = self.known.get(f"llm\0{EMBEDDING}", EMBEDDING)
+        self.embedding = self.known.setdefault(f"llm\0{EMBEDDING}", EMBEDDING)
         self.head = self.known.setdefault(f"llm\0{HEAD}", HEAD)
-        self.tied = self.embedding in self.tensors and self.head not in self.tensors
+        own = [self.tensors[x] for x in (self.embedding, self.head) if x in self.tensors]
+        self.tied = len(own) == 1 or (tied and self._adapts_words() and equal(*own))
         if self.tied:
-            self.tensors[self.head] = self.tensors[self.embedding]
+            self._set_words(own[0])
+
+    def _adapts_words(self) -> bool:
+        tensors = self.contents.added.get(ADAPTER, {})
+        return any(word in name for name in tensors for word in ("embed_tokens", "lm_head"))
+
+    def _set_words(self, tensor: LazyTensor) -> None:
+        self.tensors |= dict.fromkeys((self.embedding, self.head), tensor)
 
     def spelled(self, name: str) -> str:
-        """The base's name of a tensor in any spelling; itself if the base has none."""
-        meaning, _ = self.meanings([name]).get(name, (name, None))
-        return self.known.get(meaning, name)
+        """The base's name of a tensor in any spelling; itself if the base has none.
+
+        PEFT wraps whole models, or the one inside of another: then a start is missing.
+        """
+        for spelling in (name, f"model.{name}", name.replace(".mlp.gate.", f".{MIXTRAL}.gate.")):
+            meaning, _ = self.meanings([spelling]).get(spelling, (spelling, None))
+            if meaning in self.known:
+                return self.known[meaning]
+        inner = (self.known.get(f"llm\0{start}{name}") for start in ("", "model."))
+        return next((found for found in inner if found), name)
 
     def run(self) -> dict[str, LazyTensor]:
         below, kept, modules = self._sorted()
         for name in sorted(below, key=lambda name: name == self.head):  # a tied head comes last
             self._replace(name, below[name])
             if self.tied and name in (self.embedding, self.head):
-                self.tensors |= dict.fromkeys((self.embedding, self.head), below[name][1])
+                self._set_words(below[name][1])
         shared = self.tensors.get(self.head)
         for name, found in kept.items():
             self._replace(name, found)
@@ -114,7 +136,11 @@ class _Completion:
             expected = "tokens with rows in the files"
             raise refused(self.contents.path, INDICES, self.settings[INDICES], expected)
         for module, parts in modules.items():
-            self._update(module, parts)
+            if match := EXPERTS.fullmatch(module):
+                both = f"{match[1]}.mlp.experts.base_layer" in modules
+                self._update_experts(match[1], parts, first=bool(match[2]) if both else None)
+            else:
+                self._update(module, parts)
         self._check_rows()
         if self.tied:
             self._tie(shared, modules)
@@ -188,24 +214,28 @@ class _Completion:
         names = self.embedding, self.head
         tokens = {self.spelled(f"{m}.weight") for m, parts in modules.items() if TOKENS in parts}
         if self.settings.get("ensure_weight_tying") and self.tensors[self.head] is not shared:
-            self.tensors[self.embedding] = self.tensors[self.head]
+            self._set_words(self.tensors[self.head])
         elif self.settings.get("ensure_weight_tying") or tokens.intersection(names) == {names[0]}:
-            self.tensors[self.head] = self.tensors[self.embedding]
+            self._set_words(self.tensors[self.embedding])
         if self.tensors[self.head] is self.tensors[self.embedding]:
-            del self.tensors[self.head]
+            for name in set(names) - set(self.contents.tensors):
+                del self.tensors[name]
 
     def _update(self, module: str, parts: Factors) -> None:
         """Puts a module's updated weight and bias in place."""
         name, where = self.spelled(f"{module}.weight"), next(iter(parts.values()))[0]
         weight = self.tensors.get(name)
         if weight is None:
+            last = "." + ".".join(name.split(".")[-2:])
+            like = next((x for x in self.tensors if x.endswith(last)), None)
             expected = f"{module}.weight in {self.contents.base}"
+            expected += f", which has {like}" if like else ""
             raise _other_base(where, "a module that the base lacks", expected)
         if TOKENS in parts:
             self.tensors[name] = self._rows(module, weight, parts[TOKENS])
             return
-        self._check_settings(module, where, parts)
-        rank, scale = rank_and_scale(self.contents.path, self.settings, module)
+        key = self._key(module, where, parts)
+        rank, scale = rank_and_scale(self.contents.path, self.settings, key)
         columns = "embedding_A" in parts
         pair = ("embedding_B", "embedding_A") if columns else ("A", "B")
         if not set(pair) <= set(parts):
@@ -229,17 +259,65 @@ class _Completion:
         if "B_bias" in parts:
             self._shift(module, parts["B_bias"], scale)
 
-    def _check_settings(self, module: str, where: str, parts: Factors) -> None:
-        """Checks that the settings give a module these parts."""
+    def _update_experts(self, start: str, parts: Factors, first: bool | None) -> None:
+        """Puts the updated weights of a layer's experts in place.
+
+        PEFT's ParamWrapper (peft/tuners/lora/layer.py) has factors [rank * experts, in] and
+        [out, rank * experts]: of the first, an expert's rows are together, of the second its
+        columns lie `experts` apart. Of transformers' `gate_up_proj` the gate's rows come first.
+
+        Args:
+            start: name of the layer.
+            parts: the factors.
+            first: whether they are of `gate_up_proj` or `down_proj`; None: as the settings say.
+        """
+        where, experts = next(iter(parts.values()))[0], f"{start}.mlp.experts"
+        if first is None:
+            first = parameter_targeted(self.settings, f"{experts}.gate_up_proj")
+        key = f"{experts}.{'gate_up_proj' if first else 'down_proj'}"
+        found = (self._expert(start, number, first=first) for number in itertools.count())
+        names = list(itertools.takewhile(lambda each: each[0] in self.tensors, found))
+        if not names or set(parts) != {"A", "B"} or not parameter_targeted(self.settings, key):
+            raise InputError(
+                where,
+                found=f"factors {', '.join(sorted(parts))} of {experts}",
+                expected=f"factors A and B of parameters that {SETTINGS} targets, in a Mixtral",
+                fix=MERGE,
+            )
+        a, b = (parts[kind][1] for kind in "AB")
+        rank, scale = rank_and_scale(self.contents.path, self.settings, key)
+        count = len(names)
+        for number, each in enumerate(names):
+            for i, name in enumerate(each):
+                out, into = self.tensors[name].shape
+                if (a.shape, b.shape) != ((rank * count, into), (out * len(each), rank * count)):
+                    product = f"a product of {tuple(b.shape)} and {tuple(a.shape)}"
+                    expected = f"rank {rank} and {(out, into)} of {count} experts"
+                    raise _other_base(where, product, f"{expected} as in {self.contents.base}")
+                own = Part(a, number * rank, rank), Part(b, i * out, out, number, count)
+                self.tensors[name] = LoRATensor(self.tensors[name], *own, scale)
+
+    def _expert(self, start: str, number: int, *, first: bool) -> list[str]:
+        """Names of an expert's weights: gate and up, or down."""
+        names = ("w1", "w3") if first else ("w2",)
+        return [self.spelled(f"{start}.{MIXTRAL}.experts.{number}.{x}.weight") for x in names]
+
+    def _key(self, module: str, where: str, parts: Factors) -> str:
+        """What the settings call a module, or its weight, that they give these parts.
+
+        Raises:
+            InputError: they don't.
+        """
         fix = "take both files from one training run"
         tying = self.tied and self.settings.get("ensure_weight_tying")
         follows = tying and self.spelled(f"{module}.weight") == self.head  # the embedding
-        if not follows and not targeted(self.settings, module):
+        alone = parameter_targeted(self.settings, f"{module}.weight")
+        if not follows and not alone and not targeted(self.settings, module):
             raise InputError(
                 where,
                 found=f"an update of {module}, which {SETTINGS} leaves out",
-                expected="the modules of target_modules, exclude_modules, layers_to_transform, "
-                "layers_pattern and modules_to_save",
+                expected="the modules of target_modules, target_parameters, exclude_modules, "
+                "layers_to_transform, layers_pattern and modules_to_save",
                 fix=fix,
             )
         dora, bias = (bool(self.settings.get(key)) for key in ("use_dora", "lora_bias"))
@@ -249,6 +327,7 @@ class _Completion:
         if "B_bias" in parts and not bias:
             expected = f"true, as in the file, which has a bias of {module}"
             raise refused(self.contents.path, "lora_bias", bias, expected, fix)
+        return f"{module}.weight" if alone else module
 
     def _rows(self, module: str, weight: LazyTensor, found: Found) -> RowsReplaced:
         """An embedding with rows of single tokens."""

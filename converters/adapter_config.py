@@ -31,6 +31,7 @@ USED = (
     "rank_pattern",
     "revision",
     "target_modules",
+    "target_parameters",
     "trainable_token_indices",
     "use_dora",
     "use_rslora",
@@ -72,7 +73,6 @@ ALLOWED: dict[str, tuple[tuple[object, ...], str]] = {
     "kasa_config": ((), MERGE),
     "layer_replication": ((), TRAIN),
     "megatron_config": ((), MERGE),
-    "target_parameters": ((), MERGE),
     "use_bdlora": ((), MERGE),
     "use_qalora": ((), MERGE),
 }
@@ -110,6 +110,16 @@ TYPES: dict[str, tuple[type, ...]] = {
 """Key -> types of its values, null apart."""
 
 
+PATTERNS = (
+    "modules_to_save",
+    "target_modules",
+    "target_parameters",
+    "exclude_modules",
+    "layers_pattern",
+)
+"""Keys with names or regular expressions."""
+
+
 def read_settings(path: Path) -> dict[str, Any]:
     """The adapter_config.json of a folder; empty if there is none.
 
@@ -142,11 +152,11 @@ def read_settings(path: Path) -> dict[str, Any]:
     for key in ("rank_pattern", "alpha_pattern"):
         for pattern, value in (settings.get(key) or {}).items():
             _positive(path, f"{key}: {pattern}", value)
-    for key in ("modules_to_save", "target_modules", "exclude_modules", "layers_pattern"):
+    for key in PATTERNS:
         value = settings.get(key) or ()
         for pattern in [value] if isinstance(value, str) else value:
             _pattern(path, key, pattern)
-    if settings.get("target_modules") is None:
+    if settings.get("target_modules") is None and not settings.get("target_parameters"):
         raise refused(path, "target_modules", None, "names of modules", MERGE)
     return settings
 
@@ -195,6 +205,11 @@ def targeted(settings: Mapping[str, Any], module: str) -> bool:
     found = (re.match(rf"{start}\.(\d+)\.", module) for start in starts)
     number = next((int(match[1]) for match in found if match), None)
     return number in (layers if isinstance(layers, list) else [layers])
+
+
+def parameter_targeted(settings: Mapping[str, Any], parameter: str) -> bool:
+    """Whether the settings give a parameter, by its name in the model, factors of its own."""
+    return _named(settings.get("target_parameters") or [], parameter)
 
 
 def _named(names: str | list[str] | tuple[str, ...], module: str) -> bool:

@@ -210,7 +210,12 @@ def open_source(
             fix=f"add {TEMPLATE} with that which the model was trained with",
         )
     source.path, source.base, source.files = path, contents.base, contents.files
-    assign(source, layout, completed(contents, layout.prefixes(source)), tower_source)
+    tensors = contents.tensors
+    if contents.base is not None:
+        with reading(contents.home / "config.json"):
+            tied = source.table("llm").config(source.llm).tied
+        tensors = completed(contents, layout.prefixes(source), tied=tied)
+    assign(source, layout, tensors, tower_source)
     settle(source)
     return source
 

@@ -107,6 +107,29 @@ class Transposed:
 
 
 @dataclasses.dataclass(frozen=True)
+class Part:
+    """Some rows of a matrix, and of them every `step`-th column from `first` on."""
+
+    tensor: LazyTensor
+    skip: int
+    rows: int
+    first: int = 0
+    step: int = 1
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return self.rows, len(range(self.first, self.tensor.shape[1], self.step))
+
+    @property
+    def dtype(self) -> np.dtype:
+        return self.tensor.dtype
+
+    def __getitem__(self, rows: slice | EllipsisType) -> np.ndarray:
+        start, stop, _ = (slice(None) if rows is ... else rows).indices(self.rows)
+        return self.tensor[self.skip + start : self.skip + stop][:, self.first :: self.step]
+
+
+@dataclasses.dataclass(frozen=True)
 class Shifted(Updated):
     """A bias and what LoRA's own bias adds, base + scale * bias."""
 

@@ -1,10 +1,13 @@
 """What PEFT saves of an LLM's adapter, against the logits of what PEFT loads from it."""
 
 import dataclasses
+import itertools
+import shutil
 import warnings
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import peft
 import pytest
 import torch
@@ -16,7 +19,7 @@ import converters
 from converters import adapter_config
 from converters.reader import read_json
 from tests.adapters import peft_folder
-from tests.checkpoints import LLAMA, llama_folder, write_json
+from tests.checkpoints import LLAMA, llama_folder, published, randomize, write_json
 from vfjax import InputError
 
 IDS = torch.tensor([[1, 7, 200, 31, 319, 280]])
@@ -126,6 +129,88 @@ def test_ties_that_stay(bases: dict[bool, Path], tmp_path: Path, name: str):
     peft_folder(tmp_path, opened(bases[True], 320), 3, **TIES[name])
     assert distance(ours(tmp_path, bases[True]), theirs(tmp_path, bases[True])) <= 1e-5
     assert "lm_head.weight" not in converters.open_source(tmp_path, base=bases[True]).parts["llm"]
+
+
+STORED = {
+    "a tied head that is stored": ("lm_head.weight", "model.embed_tokens.weight"),
+    "a tied head alone": ("lm_head.weight",),
+}
+
+
+@pytest.mark.parametrize("stored", STORED)
+@pytest.mark.parametrize("name", ["kept embedding", "head", "embedding", "tokens"])
+def test_tied_bases_of_other_writers(
+    bases: dict[bool, Path], tmp_path: Path, name: str, stored: str
+):
+    shutil.copytree(bases[True], tmp_path / "base")
+    state = load_file(bases[True] / "model.safetensors")
+    embedding = state.pop("model.embed_tokens.weight")
+    state |= {tensor: embedding.clone() for tensor in STORED[stored]}
+    save_file(state, tmp_path / "base" / "model.safetensors", {"format": "pt"})
+    folder = tmp_path / "lora"
+    peft_folder(folder, opened(bases[True], 320), 3, **SETTINGS[name])
+    assert distance(ours(folder, tmp_path / "base"), theirs(folder, bases[True])) <= 1e-5
+
+
+def test_an_adapter_of_a_model_without_its_head(bases: dict[bool, Path], tmp_path: Path):
+    whole = opened(bases[False], 320)
+    adapted = peft_folder(tmp_path, transformers.AutoModel.from_pretrained(bases[False]), 3)
+    whole.model = adapted.merge_and_unload()
+    assert distance(ours(tmp_path, bases[False]), whole(IDS).logits) <= 1e-5
+
+
+EXPERTS = {
+    "all": {"target_modules": ["q_proj", "w1", "w2", "w3"]},
+    "every layer": {"target_modules": "all-linear"},
+    "one parameter": {"target_modules": [], "target_parameters": ["mlp.experts.gate_up_proj"]},
+    "patterns": {
+        "target_modules": ["q_proj"],
+        "target_parameters": ["gate_up_proj", "down_proj", "o_proj.weight", "mlp.gate.weight"],
+        "rank_pattern": {"gate_up_proj": 2},
+        "alpha_pattern": {"down_proj": 9, "o_proj.weight": 2},
+    },
+}
+
+
+@pytest.fixture(scope="module")
+def mixtral(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    config = transformers.MixtralConfig(**LLAMA, num_local_experts=4, num_experts_per_tok=2)
+    path = tmp_path_factory.mktemp("mixtral")
+    randomize(transformers.MixtralForCausalLM(config), 1).save_pretrained(path)
+    return path
+
+
+def assert_experts(folder: Path, mixtral: Path) -> None:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        adapted = peft.PeftModel.from_pretrained(opened(mixtral, 320), folder)
+    expected = published(adapted.merge_and_unload())
+    found = converters.open_source(folder, base=mixtral).parts["llm"]
+    assert found.keys() == expected.keys()
+    for name, x in expected.items():
+        np.testing.assert_allclose(found[name][...], x.numpy(), rtol=0, atol=2e-6)
+
+
+@pytest.mark.parametrize("name", EXPERTS)
+def test_experts(mixtral: Path, tmp_path: Path, name: str):
+    peft_folder(tmp_path, opened(mixtral, 320), 3, **EXPERTS[name])
+    assert_experts(tmp_path, mixtral)
+
+
+def test_experts_of_transformers_4(mixtral: Path, tmp_path: Path):
+    """Each was a module; PEFT fuses their factors on loading."""
+    peft_folder(tmp_path, opened(mixtral, 320), 3, target_modules=["q_proj"])
+    state, rng = load_file(tmp_path / "adapter_model.safetensors"), torch.manual_seed(5)
+    for layer, expert, name in itertools.product(range(2), range(4), ("w1", "w2", "w3")):
+        start = f"base_model.model.model.layers.{layer}.block_sparse_moe.experts.{expert}.{name}"
+        into, out = (48, 32) if name == "w2" else (32, 48)
+        state[f"{start}.lora_A.weight"] = torch.randn(4, into, generator=rng)
+        state[f"{start}.lora_B.weight"] = torch.randn(out, 4, generator=rng)
+    save_file(state, tmp_path / "adapter_model.safetensors")
+    settings = read_json(tmp_path / "adapter_config.json")
+    settings["target_modules"] = ["q_proj", "w1", "w2", "w3"]
+    write_json(tmp_path / "adapter_config.json", settings)
+    assert_experts(tmp_path, mixtral)
 
 
 @pytest.mark.parametrize("rows", [290, 330])
@@ -288,7 +373,7 @@ def test_tensors_that_are_refused(bases: dict[bool, Path], tmp_path: Path):
     cases = {
         f"{start}lora_C.weight": "found a LoRA of another kind",
         start.replace("q_proj", "v_proj") + "lora_A.weight": "found an update of model.layers.0",
-        start.replace("layers.0", "layers.9") + "lora_A.weight": "found a module that the base lac",
+        start.replace("rs.0", "rs.9") + "lora_A.weight": "which has model.*self_attn.q_proj.weight",
         "base_model.model.model.norm.lora_B.bias": "found an update of model.norm, which",
     }
     for name, found in cases.items():

@@ -1,5 +1,6 @@
 """A fusion loaded from its members' folders, in any of its modes, with nothing written between."""
 
+import dataclasses
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -7,13 +8,23 @@ from typing import Any
 import numpy as np
 from jax.sharding import Mesh
 
-from converters.fuse import Fusion, Request, check_request, open_member
+from converters.fuse import Fusion, open_member
 from converters.load import float_dtype, read_llm, read_model
+from converters.request import OPTIONS, Request, check_request, make_request
 from converters.vocabulary import BASE
 from vfjax import CacheFusion, InputError, LogitsFusion, MemberProcessors, Model, Processor
 
-MODES = ("tokens", "cache", "logits")
-"""How members may be combined."""
+WRITTEN = ("export", "shard_bytes", "checksums", "account")
+"""Options of what is written alone."""
+
+MERGED = tuple(name for name in OPTIONS if name not in WRITTEN)
+
+MODES = {
+    "tokens": MERGED,
+    "cache": tuple(name for name in MERGED if name not in ("positions", "mask")),
+    "logits": ("base", "dtype", "towers"),
+}
+"""How members may be combined -> the options of `Request` that it uses."""
 
 
 def load_fused(
@@ -35,17 +46,18 @@ def load_fused(
             nothing is merged and probabilities are averaged (`vfjax.LogitsFusion`).
         mesh: see `load`.
         progress: see `load`.
-        options: the other attributes of `Request`, without `out`; "cache" has positions and mask
-            of its own, and "logits" needs no more than `base`, `towers` and `dtype`.
+        options: the other attributes of `Request` that the mode uses, see `MODES`: "cache" has
+            positions and mask of its own, "logits" has `base`, `dtype` and `towers`.
 
     Raises:
-        InputError: as `fuse`; of NaN, when it is met.
+        InputError: as `fuse`; an option that the mode does not use; of NaN, when it is met.
     """
     if mode not in MODES:
         raise InputError(
             "mode", found=repr(mode), expected=" or ".join(map(repr, MODES)), fix="choose one"
         )
-    request = Request(members, "", **options)
+    request = make_request(members, "", options, MODES[mode], f"options of mode {mode!r}")
+    request = dataclasses.replace(request, account=False)
     if mode == "logits":
         return _side_by_side(request, mesh, progress)
     fusion = Fusion(request)

@@ -4,7 +4,6 @@ import dataclasses
 import functools
 import json
 import math
-import re
 import warnings
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
@@ -20,6 +19,7 @@ from converters.export import to_bytes, with_dtype
 from converters.layouts import Source, assign, has_tokenizer, open_source
 from converters.load import abstract, check, float_dtype, model_config
 from converters.mergekit import layer_lists, read_yaml, widest
+from converters.request import Request, check_request, make_request
 from converters.tables import LAYOUTS
 from converters.tables.visionfuse import arrange, fused_config
 from converters.towers import Towers
@@ -32,7 +32,7 @@ from converters.vocabulary import (
     same_vocabulary,
     tokenizer_files,
 )
-from converters.writer import Content, check_new, plan_shards, stage_of, write_folder
+from converters.writer import Content, plan_shards, stage_of, write_folder
 from vfjax import InputError, __version__
 from vfjax.merge import (
     METHODS,
@@ -45,64 +45,6 @@ from vfjax.merge import (
     from_config,
 )
 from vfjax.merge.family import check_names, check_weights
-from vfjax.places import MASKS, POSITIONS
-from vfjax.prompts import get_template
-
-
-@dataclasses.dataclass(frozen=True)
-class Request:
-    """What to fuse, and how; `fuse` and `dry_run` take these arguments.
-
-    Attributes:
-        members: name -> folder, in the order in which their visual tokens will be read.
-        out: folder to make.
-        base: folder of the LLM that all members were fine-tuned from; members that are adapters or
-            projectors are completed from the LLM that they name, or else from this one.
-        method: a key of `vfjax.merge.METHODS`.
-        params: the method's parameters, such as {"weights": (0.5, 0.5)}; each may vary over the
-            layers, see `vfjax.merge.from_config`. Weights are 1 / members each by default.
-        rules: (regex, changes) for the tensors whose names have it, see there; for example
-            ("embed_tokens|lm_head", {"take": "base"}).
-        recipe: a mergekit YAML file, in place of members, base, method, params and rules.
-        export: "model" writes merged LLM and branches; "llm" a plain Hugging Face causal LM.
-        template: prompt template; the first member's by default.
-        dtype: of the merged LLM; by default that of the base's tensors, without a base of the first
-            member's; a recipe's as mergekit has it.
-        positions: of the branches' tokens, "running" or "parallel", see `vfjax.model.ModelConfig`.
-        mask: "causal", or "block": a branch's tokens don't see another's.
-        router: embeddings of the prompt that a connector reads (SliME's router): "merged", the
-            fused LLM's, or "member", the member's own, which are then kept beside it.
-        towers: see `converters.load`.
-        vocab: where members have more tokens than the base, which must be at the end: "base" drops
-            them, a member's name keeps that member's, None is an error.
-        family: refuse members whose weights are not a fine-tune of the base (without one: of the
-            first member's origin), see `vfjax.merge.family.check_weights`. A recipe is not checked.
-        seed: of methods that draw random numbers.
-        shard_bytes: largest size of a weights file.
-        checksums: take the SHA-256 of all source files, for config.json and MERGE.md.
-        account: count what the members did to the base, for MERGE.md.
-    """
-
-    members: Mapping[str, str | Path]
-    out: str | Path
-    base: str | Path | None = None
-    method: str = "task_arithmetic"
-    params: Mapping[str, Any] = dataclasses.field(default_factory=dict)
-    rules: Sequence[Any] = ()
-    recipe: str | Path | None = None
-    export: str = "model"
-    template: str | None = None
-    dtype: Any = None
-    positions: str = "running"
-    mask: str = "causal"
-    router: str = "merged"
-    towers: Mapping[str, str | Path] | None = None
-    vocab: str | None = None
-    family: bool = True
-    seed: int = 0
-    shard_bytes: float = 5e9
-    checksums: bool = True
-    account: bool = True
 
 
 def fuse(
@@ -133,7 +75,7 @@ def fuse(
             source, a source that changes meanwhile, `out` exists, disk full; nothing is left at
             `out` then.
     """
-    fusion = Fusion(Request(members, out, **options))
+    fusion = Fusion(make_request(members, out, options))
     fusion.write(progress, resume)
     return open_source(out)
 
@@ -162,11 +104,7 @@ def dry_run(members: Mapping[str, str | Path], out: str | Path, **options: Any) 
     Raises:
         InputError: as `fuse`, but for what only the values tell.
     """
-    return Fusion(Request(members, out, **options)).describe()
-
-
-ROUTERS = ("merged", "member")
-"""Whose embeddings of the prompt a connector reads."""
+    return Fusion(make_request(members, out, options)).describe()
 
 
 class Fusion:
@@ -416,46 +354,6 @@ class Fusion:
         if wanted is not None:
             same_vocabulary(order)
         return order if named is None else [self.opened[named], *order]
-
-
-def check_request(request: Request) -> None:
-    """Raises InputError for an argument that is wrong whatever the members hold."""
-    members, out = request.members, Path(request.out)
-    bad = [name for name in members if not re.fullmatch(r"[A-Za-z0-9_-]+", name) or name == BASE]
-    if bad or bool(members) == (request.recipe is not None):
-        raise InputError(
-            "members",
-            found=f"the name {bad[0]!r}" if bad else ", ".join(members) or "none",
-            expected=f"names of letters, digits, - and _, other than {BASE!r}; none with a recipe",
-            fix="rename the member" if bad else "name members, or a recipe",
-        )
-    choices: dict[str, tuple[str, ...]] = {
-        "export": ("model", "llm"),
-        "router": ROUTERS,
-        "positions": POSITIONS,
-        "mask": MASKS,
-    }
-    if request.vocab is not None:
-        choices["vocab"] = (BASE, *members)
-    for key, allowed in choices.items():
-        if getattr(request, key) not in allowed:
-            raise InputError(
-                key,
-                found=repr(getattr(request, key)),
-                expected=" or ".join(map(repr, allowed)),
-                fix="choose one",
-            )
-    if request.recipe is not None and (request.params or request.rules or request.base):
-        raise InputError(
-            "recipe",
-            found="params, rules or base beside it",
-            expected="it alone",
-            fix="write them in the recipe",
-        )
-    if request.template is not None:
-        get_template(request.template)
-    if str(request.out):
-        check_new(out)
 
 
 def _mapped(source: Source) -> dict[str, Tensors]:

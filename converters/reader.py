@@ -119,11 +119,11 @@ def read_weights(folder: Path, stems: Sequence[str] = STEMS) -> dict[str, FileTe
             the folder, or an index that disagrees with its shards.
     """
     names = _names(stems)
-    for name in names:
-        if (index := folder / f"{name}.index.json").is_file():
-            return _sharded(index)
+    for name in names:  # in the order of transformers' from_pretrained
         if (path := folder / name).is_file():
             return read_file(path)
+        if (index := folder / f"{name}.index.json").is_file():
+            return _sharded(index)
     raise InputError(
         folder,
         found="no weights",

@@ -1,10 +1,13 @@
 """The static checks, and facts about the tree that no linter knows."""
 
 import functools
+import os
 import re
+import shutil
 import subprocess
 import sys
 import tomllib
+import zipfile
 from pathlib import Path
 
 import pytest
@@ -91,3 +94,34 @@ def test_pyproject_and_package_agree_on_the_version() -> None:
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
     assert project["version"] == vfjax.__version__
     assert f"[{project['version']}]" in (ROOT / "CHANGELOG.md").read_text()
+
+
+def test_a_checkout_does_not_shadow_its_editable_install(tmp_path: Path) -> None:
+    """Where the working directory is its parent, `vfjax` is not the checkout's folder."""
+    pytest.importorskip("setuptools", minversion="77")
+    checkout = tmp_path / "vfjax"
+    for name in ("vfjax", "converters", "experiments"):
+        (checkout / name).mkdir(parents=True)
+        (checkout / name / "__init__.py").touch()
+    for name in ("pyproject.toml", "README.md", "LICENSE"):
+        shutil.copyfile(ROOT / name, checkout / name)
+    code = "import sys; from setuptools.build_meta import build_editable as b; b(sys.argv[1])"
+    (tmp_path / "dist").mkdir()
+    subprocess.run(
+        [sys.executable, "-c", code, tmp_path / "dist"],
+        cwd=checkout,
+        capture_output=True,
+        check=True,
+    )
+    (wheel,) = (tmp_path / "dist").glob("*.whl")
+    zipfile.ZipFile(wheel).extractall(tmp_path / "site")
+    code = "import site, sys; site.addsitedir(sys.argv[1]); import vfjax; print(vfjax.__file__)"
+    done = subprocess.run(
+        [sys.executable, "-S", "-c", code, tmp_path / "site"],
+        cwd=tmp_path,
+        env={name: value for name, value in os.environ.items() if name != "PYTHONPATH"},
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    assert done.stdout.strip() == str(checkout / "vfjax" / "__init__.py")

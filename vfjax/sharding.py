@@ -134,7 +134,7 @@ def param_sharding(
 
     Raises:
         InputError: an axis does not divide, named with the parameter, or an override names a mesh
-            axis that no mesh has.
+            axis that no mesh has, or one mesh axis for two axes of the parameter.
     """
     pattern, rules = next(((p, each) for p, each in overrides if re.search(p, name)), ("", RULES))
     for named in itertools.chain(*map(_several, rules.values())):
@@ -159,6 +159,14 @@ def param_sharding(
                 fix="choose a mesh that divides it",
             )
         spec.append(over[0] if len(over) == 1 else over or None)
+    used = [each for over in spec for each in _several(over)]
+    if twice := next((each for each in used if used.count(each) > 1), None):
+        raise InputError(
+            f"shard {pattern!r}: {name}",
+            found=f"mesh axis {twice!r} for two of the axes {', '.join(map(str, variable.axes))}",
+            expected="one of the parameter's axes for each of the mesh's",
+            fix="leave one out",
+        )
     return NamedSharding(mesh, PartitionSpec(*spec))
 
 

@@ -82,7 +82,7 @@ def variants(config: ConfigDict, subsets: Sequence[str]) -> Iterator[Variant]:
 
     Args:
         config: the task's.
-        subsets: members of which one, two, three ... are fused.
+        subsets: members of which two, three ... are fused.
     """
     names = tuple(config.members)
     for weight in WEIGHTS:
@@ -102,7 +102,7 @@ def variants(config: ConfigDict, subsets: Sequence[str]) -> Iterator[Variant]:
         for keep in pruned(len(names)):
             label = " ".join(f"{share:g}" for share in keep)
             yield f"visual tokens kept, by {by}", label, names, {}, Prune(keep, by)
-    for count in range(1, len(subsets) + 1):
+    for count in range(2, len(subsets) + 1):
         for some in itertools.combinations(subsets, count):
             yield "members", " ".join(some), some, {}, None
 

@@ -259,7 +259,6 @@ class Search:
             params=params,
             dtype=self.config.dtype,
             towers=named("towers", self.config.towers),
-            account=False,
         )
         bare: Any = model
         bare.config = dataclasses.replace(bare.config, source="")  # candidates share programs

@@ -10,6 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+import transformers
 from ml_collections import ConfigDict
 from safetensors.torch import load_file
 
@@ -279,3 +280,16 @@ def test_folders_that_tasks_empty(tmp_path: Path):
         "predictions-0-of-2.jsonl",
         "predictions.jsonl",
     ]
+
+
+def test_one_file_beside_an_old_index(tmp_path: Path):
+    """As transformers' from_pretrained: the file, then the index, safetensors before `.bin`."""
+    wanted = checkpoints.make_llama(1)
+    wanted.save_pretrained(tmp_path)
+    places = {"model.norm.weight": "model-00001-of-00002.safetensors"}
+    write_json(tmp_path / "model.safetensors.index.json", {"weight_map": places})
+    torch.save({"model.norm.weight": torch.ones(32)}, tmp_path / "pytorch_model.bin")
+    model = transformers.AutoModelForCausalLM.from_pretrained(tmp_path)
+    for each in (model.state_dict(), read_weights(tmp_path)):
+        for name, tensor in wanted.state_dict().items():
+            np.testing.assert_array_equal(np.asarray(each[name][...]), tensor.numpy())

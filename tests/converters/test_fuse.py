@@ -293,10 +293,10 @@ def test_tokenizers(family: Path, tmp_path: Path):
     (tmp_path / "base" / "tokenizer.json").write_text(text + " ")
     for export, origin in (("model", family / "up2"), ("llm", tmp_path / "base")):
         converters.fuse(
-            named(family, "up2"),
+            named(family, "up2 up3"),
             tmp_path / export,
             base=tmp_path / "base",
-            params={"weights": [0.5]},
+            params={"weights": [0.5, 0.5]},
             export=export,
         )
         content = (tmp_path / export / "tokenizer.json").read_bytes()
@@ -348,7 +348,8 @@ def test_members_of_another_family(family: Path, tmp_path: Path, llama: dict, li
 def test_a_config_that_hides_its_family(family: Path, tmp_path: Path):
     """Sizes that config.json does not tell are seen in the tensors."""
     odd = changed(family / "up2", tmp_path / "odd", lambda config: config.pop("vocab_size"))
-    line = refused(tmp_path, {"odd": odd}, base=family / "base")
+    members = {"odd": odd, "up2": family / "up2"}
+    line = refused(tmp_path, members, base=family / "base")
     assert "embed_tokens.weight: found shape (320, 32), expected (32000, 32) by the config" in line
 
 
@@ -364,6 +365,13 @@ def test_a_config_that_hides_its_family(family: Path, tmp_path: Path):
         ({"dtype": "int8"}, "dtype: found int8, expected bfloat16, float16, float32; choose one"),
         ({"members": {}}, "members: found none, expected names of letters"),
         ({"members": {"base": Path()}}, "members: found the name 'base', expected names of"),
+        (
+            {"members": {"a": "A"}},
+            "members: found one, 'A', expected two or more to fuse; name the others behind a "
+            "comma, ('A', 'path/to/another');",
+        ),
+        ({"members": ["A", "B"]}, "members: found list, expected names -> folders; write {'a'"),
+        ({"densty": 0.5}, "options: found densty, expected base, method, params, rules, recipe, "),
         ({"members": {"a.b": Path()}}, "members: found the name 'a.b', expected names of letters"),
     ],
 )
@@ -383,6 +391,44 @@ def test_weights_are_even_by_default(family: Path, tmp_path: Path):
     model, _ = converters.load_fused(members, base=base)
     found = llm_of(tmp_path / "out")["model.embed_tokens.weight"]
     np.testing.assert_array_equal(model.llm.embedding[...], found)
+
+
+@pytest.mark.parametrize(
+    ("mode", "more", "line"),
+    [
+        (
+            "tokens",
+            {"densty": 0.5},
+            "options of mode 'tokens': found densty, expected base, method",
+        ),
+        ("tokens", {"export": "llm"}, "options of mode 'tokens': found export, expected base, "),
+        ("tokens", {"account": False}, "options of mode 'tokens': found account, expected base, "),
+        ("cache", {"positions": "parallel"}, "options of mode 'cache': found positions, expected"),
+        ("cache", {"mask": "block"}, "options of mode 'cache': found mask, expected base, method"),
+        (
+            "logits",
+            {"method": "ties"},
+            "options of mode 'logits': found method, expected base, dtype",
+        ),
+        (
+            "logits",
+            {"positions": "parallel"},
+            "options of mode 'logits': found positions, expected",
+        ),
+        ("logits", {"members": {"a": "A"}}, "members: found one, 'A', expected two or more"),
+        ("tokens", {"members": {"a": "A"}}, "members: found one, 'A', expected two or more"),
+    ],
+)
+def test_options_that_a_mode_does_not_use(family: Path, mode: str, more: dict[str, Any], line: str):
+    arguments = {"members": named(family, "up2 up3"), "base": family / "base", **more}
+    with pytest.raises(InputError) as error:
+        converters.load_fused(arguments.pop("members"), mode=mode, **arguments)
+    assert str(error.value).startswith(line)
+
+
+def test_a_misspelt_option_of_a_dry_run(family: Path, tmp_path: Path):
+    with pytest.raises(InputError, match="^options: found densty, expected base, method"):
+        converters.dry_run(named(family, "up2 up3"), tmp_path / "out", densty=0.5)
 
 
 def test_a_dry_run_says_what_would_be_written(family: Path, tmp_path: Path):

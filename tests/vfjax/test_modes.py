@@ -84,10 +84,12 @@ def fuse(family: SimpleNamespace, names: str = "ab", **options) -> tuple:
     """Half of each member."""
     members = {name: family.root / name for name in names}
     params = {"weights": (0.5,) * len(names)}
-    options = {"positions": "parallel", "mask": "block"} | options
-    model, processor = converters.load_fused(
-        members, base=family.root / "base", params=params, **options
-    )
+    mode = options.get("mode", "tokens")
+    if mode != "logits":
+        options["params"] = params
+    if mode == "tokens":
+        options = {"positions": "parallel", "mask": "block"} | options
+    model, processor = converters.load_fused(members, base=family.root / "base", **options)
     if isinstance(processor, MemberProcessors):
         return model, MemberProcessors(tuple(map(padded, processor.processors)))
     return model, padded(processor)

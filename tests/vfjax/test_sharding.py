@@ -272,3 +272,14 @@ def test_mesh_of_a_tree(single, sharded, mesh) -> None:
     assert mesh_of(sharded["llava"]) == mesh
     assert mesh_of(single["llava"][0]) is None
     assert mesh_of(dataclasses.asdict(make_batch(single["llava"][1], 1))) is None
+
+
+def test_two_axes_of_a_parameter_on_one_of_the_mesh(mesh) -> None:
+    variable = nnx.Param(jax.numpy.zeros((8, 16)), axes=("embed", "mlp"))
+    rules = [("up", {"embed": "model", "mlp": ("data", "model")})]
+    with pytest.raises(InputError) as error:
+        param_sharding("llm/blocks/0/mlp/up/kernel", variable, mesh, rules)
+    assert str(error.value) == (
+        "shard 'up': llm/blocks/0/mlp/up/kernel: found mesh axis 'model' for two of the axes "
+        "embed, mlp, expected one of the parameter's axes for each of the mesh's; leave one out"
+    )

@@ -143,7 +143,7 @@ def describe(
     config = _config(text, towers, kind, options, aspect)
     source = LAYOUTS.get(kind, dense.describe)(text.path, config, _Given(found=towers))
     source.llm, source.path, source.base, source.files = text.llm, text.path, text.base, text.files
-    source.created = True
+    source.created, source.seen = True, text.seen
     default = text.template if text.branches else source.template
     template = template or default
     get_template(template)

@@ -16,7 +16,7 @@ from converters.audit import audit, stat
 from converters.branches import Tensors, branch_name, branch_tensors, own_embeddings
 from converters.card import CARD, PLOT, by_layer, card, plot
 from converters.export import to_bytes, with_dtype
-from converters.layouts import Source, assign, has_tokenizer, open_source
+from converters.layouts import Source, assign, has_tokenizer, open_source, settle
 from converters.load import abstract, check, float_dtype, model_config
 from converters.mergekit import layer_lists, read_yaml, widest
 from converters.request import Request, check_request, make_request
@@ -25,7 +25,7 @@ from converters.tables.visionfuse import arrange, fused_config
 from converters.towers import Towers
 from converters.vocabulary import (
     BASE,
-    one_tying,
+    one_head,
     one_vocabulary,
     said,
     same_tokens,
@@ -145,7 +145,7 @@ class Fusion:
         rows: dict[str, Any] = {} if request.vocab is None else {"vocab_size": None}
         check_family({name: {**source.llm, **rows} for name, source in opened.items()})
         parts = {name: _mapped(source) for name, source in opened.items()}
-        self.llms = llms = one_tying({name: part["llm"] for name, part in parts.items()})
+        self.llms = llms = one_head(opened, {name: part["llm"] for name, part in parts.items()})
         if request.family and request.recipe is None:
             same_tokens(list(opened.values()), llms.values())
         self.recipe = recipe or from_config(
@@ -207,7 +207,8 @@ class Fusion:
         config["num_hidden_layers"] = len(origins)
         config |= layer_lists({name: s.llm for name, s in self.opened.items()}, origins)
         config["vocab_size"] = self.merged["model.embed_tokens.weight"].shape[0]
-        config["tie_word_embeddings"] = "lm_head.weight" not in self.merged
+        if "lm_head.weight" in self.merged:
+            config["tie_word_embeddings"] = False
         return config
 
     def write(self, progress: Callable[[int], object] | None, resume: bool) -> None:
@@ -260,6 +261,7 @@ class Fusion:
         layout = next(x for x in LAYOUTS if x.name == "visionfuse")
         source = layout.describe(home, config, Towers({}, "auto"))
         assign(source, layout, self.weights, "auto")
+        settle(source)
         return source
 
     def describe(self) -> dict[str, Any]:

@@ -24,7 +24,8 @@ def inspect(path: str | Path) -> str:
         f"{source.path}: layout {source.layout}, template {source.template}",
         f"llm: {source.llm['model_type']}, {llm.layers} layers x {llm.width}, {llm.heads} heads "
         f"({llm.kv_heads} for keys), vocabulary {llm.vocab}, context {llm.context}"
-        + (", tied head" if llm.tied else ""),
+        + (", tied head" if llm.tied else "")
+        + (", no head" if llm.headless else ""),
         f"base: {source.base or source.config.get('base_model') or 'not said in the checkpoint'}",
     ]
     if len(config.branches) > 1:

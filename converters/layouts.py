@@ -62,6 +62,7 @@ class Source:
         unread: tensors of the folder that another copy takes the place of.
         spare: component -> tensors that are known and that its model may lack, under the names of
             the folder, or of the tower's; see `Table.spares`.
+        seen: fields of the LLM's config as its tensors have them, see `settle`.
         same: tensors of the LLM that are left out -> those that they equal, see `settle`.
         files: the folder's weights files, and its base's, by name.
         base: folder of the LLM that this one adapts or adds to, see `converters.adapters`.
@@ -84,6 +85,7 @@ class Source:
     tuned: tuple[str, ...] = ()
     unread: tuple[str, ...] = ()
     spare: dict[str, Tensors] = dataclasses.field(default_factory=dict)
+    seen: dict[str, bool] = dataclasses.field(default_factory=dict)
     same: dict[str, str] = dataclasses.field(default_factory=dict)
     files: dict[str, Path] = dataclasses.field(default_factory=dict)
     base: Path | None = None
@@ -201,6 +203,8 @@ def open_source(
     with reading(contents.home / "config.json"):
         source = layout.describe(contents.home, config, places)
     source.template = config.get(TEMPLATE, source.template)
+    if all(branch.get("code") == "transformers" for branch in source.branches):
+        source.template = source.template or "plain"  # a template is not needed to open it there
     if source.branches and not source.template:
         source.table("llm")  # an LLM that is not known is said first
         raise InputError(
@@ -276,7 +280,8 @@ def assign(
         if table.spares(name):
             source.spare.setdefault(part, {})[old] = tensors[old]
         if not table.ignores(name):
-            source.parts.setdefault(part, {})[name] = tensors[old]
+            own = table.split(name, tensors[old]) or {name: tensors[old]}
+            source.parts.setdefault(part, {}).update(own)
             found.setdefault(part, []).append((prefix, target.partition("\0")[2]))
     for part, tower in source.towers.items():
         source.parts[part], source.spare[part] = tower.tensors, tower.spare
@@ -286,26 +291,32 @@ def assign(
 
 
 def settle(source: Source) -> None:
-    """Decides by values whether an LLM whose config ties its head to the embedding has its own.
+    """Decides by the tensors what head an LLM has.
 
-    As transformers does (modeling_utils.py, tie_weights): a head that equals the embedding is left
-    out, one that does not is kept, and the LLM's config in the normal form is no longer tied. Of a
-    head alone the embedding is taken.
+    Under a config that ties it to the embedding as transformers does (modeling_utils.py,
+    tie_weights), by values: a head that equals the embedding is left out, one that does not is
+    kept, and the LLM's config in the normal form is no longer tied. Of a head alone the embedding
+    is taken. Without a head or a tie (LlamaModel saved alone) there are hidden states only.
+    Whether Phi's head has a bias (PhiForCausalLM's does, LLaVA's around a Phi does not) no config
+    says.
     """
     table, tensors = source.table("llm"), source.parts.get("llm", {})
-    for name, like in ((rule.source, rule.like) for rule in table.rules if rule.like):
-        if name not in tensors:
-            continue
-        with reading(source.path / "config.json"):
-            if not table.config(source.llm).tied:
-                continue
-        if like not in tensors:
-            tensors[like] = tensors.pop(name)
-        elif equal(tensors[name], tensors[like]):
-            del tensors[name]
-            source.same[name] = like
-        else:
-            source.llm = {**source.llm, "tie_word_embeddings": False}
+    with reading(source.path / "config.json"):
+        config = table.config(source.llm)
+    (name, like) = next((rule.source, rule.like) for rule in table.rules if rule.like)
+    source.seen = {
+        "headless": not config.tied and name not in tensors and like in tensors,
+        "head_bias": config.head_bias and name.replace(".weight", ".bias") in tensors,
+    }
+    if not config.tied or name not in tensors:
+        return
+    if like not in tensors:
+        tensors[like] = tensors.pop(name)
+    elif equal(tensors[name], tensors[like]):
+        del tensors[name]
+        source.same[name] = like
+    else:
+        source.llm = {**source.llm, "tie_word_embeddings": False}
 
 
 def _held(source: Source, part: str, tower: Tower, names: Mapping[str, Any]) -> Tower:

@@ -229,7 +229,7 @@ def _component_config(source: Source, part: str, **more: Any) -> Any:
             expected=", ".join(ACTIVATIONS),
             fix="this activation is not supported yet",
         )
-    return config
+    return dataclasses.replace(config, **source.seen) if part == "llm" else config
 
 
 def abstract(build: Callable[..., nnx.Module]) -> tuple[nnx.GraphDef, Params]:

@@ -19,7 +19,7 @@ import numpy as np
 from safetensors import SafetensorError, safe_open
 
 from vfjax import InputError
-from vfjax.merge import aligned
+from vfjax.merge import Inner, LazyTensor, aligned
 
 DTYPES: dict[str, np.dtype] = {
     "F64": np.dtype(np.float64),
@@ -86,6 +86,16 @@ class FileTensor:
         finally:
             os.close(file)
         return flat.reshape(shape)
+
+
+def inner(tensor: LazyTensor, index: int, start: int, stop: int) -> LazyTensor:
+    """Rows `start` to `stop` of the `index`-th of the tensors that one holds, read when sliced."""
+    if not isinstance(tensor, FileTensor):
+        return Inner(tensor, index, start, stop)
+    _, rows, *rest = tensor.shape
+    row = int(np.prod(rest, dtype=np.int64)) * tensor.dtype.itemsize
+    place = tensor.offset + (index * rows + start) * row
+    return FileTensor(tensor.path, (stop - start, *rest), tensor.dtype, place)
 
 
 @dataclasses.dataclass(frozen=True)

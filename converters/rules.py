@@ -86,6 +86,8 @@ class Table:
         rules: every parameter's rule.
         ignore: patterns (full match) of tensors that are known and that nothing reads; they go
             where the folder is exported to, as they are.
+        split: for files that hold several of the tensors in one: (name in the file, tensor) ->
+            those tensors under the names of `rules`; {} for other names.
         prefixes: how a stand-alone checkpoint names things: (prefix there, prefix in `rules`), the
             first that fits.
         architecture: class that a causal LM's config.json names; empty for other components.
@@ -102,6 +104,7 @@ class Table:
     config: Callable[[Mapping[str, Any]], Any]
     rules: tuple[Rule, ...]
     ignore: tuple[str, ...] = ()
+    split: Callable[[str, LazyTensor], Mapping[str, LazyTensor]] = lambda name, tensor: {}
     prefixes: tuple[tuple[str, str], ...] = (("", ""),)
     architecture: str = ""
     views: Callable[[Mapping[str, Any], ImageSpec, Any, Any], Any] | None = None
@@ -200,9 +203,9 @@ def norm(source: str, path: str) -> tuple[Rule, ...]:
     return Rule(f"{source}.weight", f"{path}/scale"), Rule(f"{source}.bias", f"{path}/bias")
 
 
-def dense(source: str, path: str) -> tuple[Rule, ...]:
-    """Rules of a dense layer's kernel and bias."""
+def dense(source: str, path: str, like: str = "") -> tuple[Rule, ...]:
+    """Rules of a dense layer's kernel, which another tensor may stand for, and bias."""
     return (
-        Rule(f"{source}.weight", f"{path}/kernel", TRANSPOSE),
+        Rule(f"{source}.weight", f"{path}/kernel", TRANSPOSE, like=like),
         Rule(f"{source}.bias", f"{path}/bias"),
     )

@@ -22,9 +22,23 @@ def said(label: str) -> str:
     return BASE if label == BASE else f"member {label!r}"
 
 
-def one_tying(llms: Mapping[str, Mapping[str, LazyTensor]]) -> dict[str, dict[str, LazyTensor]]:
-    """The models with a head each, if one has its own: a tied one's is its embedding."""
+def one_head(
+    sources: Mapping[str, Source], llms: Mapping[str, Mapping[str, LazyTensor]]
+) -> dict[str, dict[str, LazyTensor]]:
+    """The models with a head each, if one has its own: a tied one's is its embedding.
+
+    Raises:
+        InputError: some have neither a head nor a tie, others have.
+    """
     out = {label: dict(llm) for label, llm in llms.items()}
+    bare = [label for label, source in sources.items() if source.seen.get("headless")]
+    if bare and len(bare) < len(out):
+        raise InputError(
+            f"{said(bare[0])}: lm_head.weight",
+            found="none, and an embedding that is not tied",
+            expected="a head in all of them, or in none",
+            fix="name the folder of the whole causal language model",
+        )
     if any("lm_head.weight" in llm for llm in llms.values()):
         for llm in out.values():
             llm.setdefault("lm_head.weight", llm["model.embed_tokens.weight"])

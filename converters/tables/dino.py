@@ -25,6 +25,7 @@ def config(hf: Mapping[str, Any]) -> DINOConfig:
         input_size=hf.get("input_size", image_size),
         act=hf.get("hidden_act", "gelu"),
         eps=hf.get("layer_norm_eps", 1e-12),
+        qkv_bias=hf.get("qkv_bias", True),
     )
 
 
@@ -46,5 +47,5 @@ TABLE = Table(
         *dense(LAYER + "output.dense", "blocks/{}/mlp/fc2"),
         *norm("layernorm", "norm"),
     ),
-    ignore=(r"pooler\..*",),
+    ignore=(r"pooler\..*", r"embeddings\.mask_token"),
 )

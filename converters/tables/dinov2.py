@@ -31,6 +31,8 @@ def config(hf: Mapping[str, Any]) -> DINOv2Config:
         act=hf.get("hidden_act", "gelu"),
         swiglu=swiglu,
         registers=registers,
+        qkv_bias=hf.get("qkv_bias", True),
+        mask_token=hf.get("use_mask_token", True) or registers > 0,
         eps=hf.get("layer_norm_eps", 1e-6),
     )
 
@@ -40,7 +42,7 @@ TABLE = Table(
     config=config,
     rules=(
         Rule("embeddings.cls_token", "cls"),
-        Rule("embeddings.mask_token", "mask"),
+        Rule("embeddings.mask_token", "mask", optional=True),
         Rule("embeddings.register_tokens", "registers"),
         Rule("embeddings.position_embeddings", "pos"),
         Rule("embeddings.patch_embeddings.projection.weight", "patch/kernel", CONV),

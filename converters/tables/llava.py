@@ -232,6 +232,7 @@ def describe_hf(path: Path, config: dict[str, Any], towers: Towers) -> Source:
             "model_type": "mlp",
             "mm_projector_type": "mlp2x_gelu",
             "act": config.get("projector_hidden_act", "gelu"),
+            "bias": config.get("multimodal_projector_bias", True),
             "din": vision.get("hidden_size", 768) * len(taps),
             "dout": llm.get("hidden_size", 4096),
             "groups": [[tap] for tap in taps],

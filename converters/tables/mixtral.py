@@ -1,13 +1,16 @@
 """Mixtral (transformers MixtralForCausalLM)."""
 
 import dataclasses
+import re
 from collections.abc import Mapping
 from typing import Any
 
+from converters.reader import inner
 from converters.rules import TRANSPOSE, Rule
 from converters.tables import llama
 from converters.tables.mistral import windowed
 from vfjax.llm import MixtralConfig
+from vfjax.merge import LazyTensor
 
 DEFAULTS = {
     "intermediate_size": 14336,
@@ -28,6 +31,34 @@ def config(hf: Mapping[str, Any]) -> MixtralConfig:
     return MixtralConfig(**vars(made), experts=experts, chosen=chosen)
 
 
+FUSED = re.compile(r"(model\.layers\.\d+\.)mlp\.(?:experts\.(gate_up_proj|down_proj)|gate\.weight)")
+
+
+def split(name: str, tensor: LazyTensor) -> dict[str, LazyTensor]:
+    """The experts as transformers 5 has them in memory, and saves them if asked to.
+
+    `gate_up_proj` [experts, 2 mlp, width] holds w1 and below it w3, `down_proj` [experts, width,
+    mlp] w2 (transformers conversion_mapping.py).
+    """
+    match = FUSED.fullmatch(name)
+    if match is None:
+        return {}
+    start = f"{match[1]}block_sparse_moe."
+    if match[2] is None:
+        return {f"{start}gate.weight": tensor}
+    if len(tensor.shape) != 3:
+        return {}
+    experts, rows, _ = tensor.shape
+    parts = {"w2": (0, rows)}
+    if match[2] == "gate_up_proj":
+        parts = {"w1": (0, rows // 2), "w3": (rows // 2, rows)}
+    return {
+        f"{start}experts.{i}.{part}.weight": inner(tensor, i, *where)
+        for i in range(experts)
+        for part, where in parts.items()
+    }
+
+
 TABLE = dataclasses.replace(
     llama.TABLE,
     types=("mixtral",),
@@ -42,4 +73,5 @@ TABLE = dataclasses.replace(
         Rule(EXPERT + "w2.weight", "blocks/{}/mlp/down", TRANSPOSE, stack=True),
     ),
     architecture="MixtralForCausalLM",
+    split=split,
 )

@@ -16,7 +16,7 @@ MOST = 8
 
 
 def projector(hf: Mapping[str, Any]) -> MLPConfig:
-    """From `mm_projector_type`, `din` and `dout`.
+    """From `mm_projector_type`, `din`, `dout`, `act` and `bias`.
 
     Raises:
         InputError: a projector of another kind.
@@ -31,7 +31,7 @@ def projector(hf: Mapping[str, Any]) -> MLPConfig:
             fix="this connector is not supported yet",
         )
     layers = int(deep[1]) if deep else 1
-    return MLPConfig(hf["din"], hf["dout"], layers, act=hf.get("act", "gelu"))
+    return MLPConfig(hf["din"], hf["dout"], layers, hf.get("act", "gelu"), hf.get("bias", True))
 
 
 def projector_rules(source: str, path: str) -> tuple[Rule, ...]:

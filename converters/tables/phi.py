@@ -61,7 +61,7 @@ TABLE = Table(
         *dense(llama.LAYER + "mlp.fc1", "blocks/{}/mlp/fc1"),
         *dense(llama.LAYER + "mlp.fc2", "blocks/{}/mlp/fc2"),
         *norm("model.final_layernorm", "norm"),
-        *dense("lm_head", "head"),
+        *dense("lm_head", "head", like="model.embed_tokens.weight"),
     ),
     architecture="PhiForCausalLM",
     ignore=llama.TABLE.ignore,

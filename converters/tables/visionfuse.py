@@ -66,6 +66,13 @@ def describe_llm(path: Path, config: dict[str, Any], towers: Towers) -> Source:
     return Source(path, "llm", config, dict(config), [], "plain", tokenizer=tokenizer_class(config))
 
 
+BARE = tuple(
+    (start, "llm", f"model.{start}")
+    for start in ("embed_tokens.", "layers.", "norm.", "final_layernorm.")
+)
+"""Names of a model that was saved without its head (LlamaModel, PhiModel)."""
+
+
 def _is_llm(config: Mapping[str, Any]) -> bool:
     table = tables.TABLES.get(str(config.get("model_type")))
     return table is not None and bool(table.architecture)
@@ -78,5 +85,5 @@ LAYOUTS = (
         describe_fused,
         fused_prefixes,
     ),
-    Layout("llm", _is_llm, describe_llm, lambda source: (("", "llm", ""),)),
+    Layout("llm", _is_llm, describe_llm, lambda source: (*BARE, ("", "llm", ""))),
 )

@@ -21,6 +21,7 @@ class MLPConfig:
     dout: int
     layers: int = 2
     act: str = "gelu"
+    bias: bool = True
 
     def build(self, *, rngs: nnx.Rngs) -> "MLP":
         return MLP(self, rngs=rngs)
@@ -32,7 +33,7 @@ class MLP(nnx.Module):
     def __init__(self, config: MLPConfig, *, rngs: nnx.Rngs):
         c = self.config = config
         self.layers = nnx.List(
-            linear(c.dout if i else c.din, c.dout, (None, "embed"), rngs=rngs)
+            linear(c.dout if i else c.din, c.dout, (None, "embed"), bias=c.bias, rngs=rngs)
             for i in range(c.layers)
         )
 

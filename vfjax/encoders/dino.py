@@ -30,6 +30,7 @@ class DINOConfig:
     input_size: int = 224
     act: str = "gelu"
     eps: float = 1e-12
+    qkv_bias: bool = True
 
     prefix = 1  # the class token stands before the patches
 
@@ -52,7 +53,14 @@ class DINO(nnx.Module):
         trained = (c.image_size // c.patch) ** 2
         self.pos = param((1, trained + 1, c.width), (None, None, None), rngs=rngs)
         self.blocks = nnx.List(
-            Block(c.width, c.heads, MLP(c.width, c.mlp, c.act, rngs=rngs), c.eps, rngs=rngs)
+            Block(
+                c.width,
+                c.heads,
+                MLP(c.width, c.mlp, c.act, rngs=rngs),
+                c.eps,
+                qkv_bias=c.qkv_bias,
+                rngs=rngs,
+            )
             for _ in range(c.layers)
         )
         self.norm = layer_norm(c.width, c.eps, rngs=rngs)

@@ -34,6 +34,8 @@ class DINOv2Config:
     act: str = "gelu"
     swiglu: bool = False
     registers: int = 0
+    qkv_bias: bool = True
+    mask_token: bool = True
     eps: float = 1e-6
 
     @property
@@ -57,13 +59,22 @@ class DINOv2(nnx.Module):
         c = self.config = config
         self.patch = patch_conv(c.width, c.patch, bias=True, rngs=rngs)
         self.cls = param((1, 1, c.width), (None, None, None), rngs=rngs)
-        self.mask = param((1, c.width), (None, None), rngs=rngs)  # for masked training only
+        if c.mask_token:
+            self.mask = param((1, c.width), (None, None), rngs=rngs)  # for masked training only
         if c.registers:
             self.registers = param((1, c.registers, c.width), (None, None, None), rngs=rngs)
         trained = (c.image_size // c.patch) ** 2
         self.pos = param((1, trained + 1, c.width), (None, None, None), rngs=rngs)
         self.blocks = nnx.List(
-            Block(c.width, c.heads, self._mlp(rngs), c.eps, layer_scale=True, rngs=rngs)
+            Block(
+                c.width,
+                c.heads,
+                self._mlp(rngs),
+                c.eps,
+                layer_scale=True,
+                qkv_bias=c.qkv_bias,
+                rngs=rngs,
+            )
             for _ in range(c.layers)
         )
         self.norm = layer_norm(c.width, c.eps, rngs=rngs)

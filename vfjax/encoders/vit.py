@@ -13,12 +13,12 @@ Array = jax.Array
 
 
 class Attention(nnx.Module):
-    """Multi-head self-attention with biases, [n, s, width] -> [n, s, width]."""
+    """Multi-head self-attention, [n, s, width] -> [n, s, width]."""
 
-    def __init__(self, width: int, heads: int, *, rngs: nnx.Rngs):
+    def __init__(self, width: int, heads: int, *, qkv_bias: bool = True, rngs: nnx.Rngs):
         self.heads = heads
         self.q, self.k, self.v = (
-            linear(width, width, ("embed", "heads"), rngs=rngs) for _ in range(3)
+            linear(width, width, ("embed", "heads"), bias=qkv_bias, rngs=rngs) for _ in range(3)
         )
         self.out = linear(width, width, ("heads", "embed"), rngs=rngs)
 
@@ -63,10 +63,11 @@ class Block(nnx.Module):
         eps: float,
         *,
         layer_scale: bool = False,
+        qkv_bias: bool = True,
         rngs: nnx.Rngs,
     ):
         self.norm1 = layer_norm(width, eps, rngs=rngs)
-        self.attn = Attention(width, heads, rngs=rngs)
+        self.attn = Attention(width, heads, qkv_bias=qkv_bias, rngs=rngs)
         self.norm2 = layer_norm(width, eps, rngs=rngs)
         self.mlp = mlp
         self.layer_scale = layer_scale

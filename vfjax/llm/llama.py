@@ -14,6 +14,7 @@ from flax import nnx
 from jax.sharding import NamedSharding
 
 from vfjax import places
+from vfjax.errors import InputError
 from vfjax.layers import ACTIVATIONS, RMSNorm, attend, linear, param, rotate
 from vfjax.llm.cache import Cache, Rows
 from vfjax.sharding import by_row, divides
@@ -37,7 +38,8 @@ class LlamaConfig:
 
     `kv_heads` below `heads` is grouped-query attention. Beyond Llama: `qk_norm` normalises queries
     and keys (Qwen3); `gemma` multiplies embeddings by sqrt(width) and keeps norms' scales as
-    offsets from one; `rotary` is the share of a head that is rotated.
+    offsets from one; `rotary` is the share of a head that is rotated. A tied head's kernel is the
+    embedding; a `headless` decoder has hidden states and no logits.
     """
 
     vocab: int
@@ -60,6 +62,7 @@ class LlamaConfig:
     gemma: bool = False
     rotary: float = 1.0
     head_bias: bool = False
+    headless: bool = False
 
     def build(self, *, rngs: nnx.Rngs) -> "Llama":
         return Llama(self, rngs=rngs)
@@ -211,6 +214,16 @@ class Block(nnx.Module):
         return x + self.mlp(self.norm2(x)), kv
 
 
+class Bias(nnx.Module):
+    """What a tied head has of its own: y + bias, of the width of y."""
+
+    def __init__(self, width: int, *, rngs: nnx.Rngs):
+        self.bias = param((width,), ("vocab",), rngs=rngs)
+
+    def __call__(self, y: Array) -> Array:
+        return y + self.bias[...]
+
+
 class Llama(nnx.Module):
     """Token embeddings -> hidden states -> logits, with an explicit cache.
 
@@ -227,8 +240,11 @@ class Llama(nnx.Module):
         self.embedding = param((c.vocab, c.width), ("vocab", "embed"), rngs=rngs)
         self.blocks = nnx.List(c.block(rngs=rngs) for _ in range(c.layers))
         self.norm = c.norm(rngs=rngs)
-        if not c.tied:
+        self.head: nnx.Linear | Bias
+        if not (c.tied or c.headless):
             self.head = linear(c.width, c.vocab, ("embed", "vocab"), bias=c.head_bias, rngs=rngs)
+        elif c.head_bias and not c.headless:
+            self.head = Bias(c.vocab, rngs=rngs)
 
     @property
     def scale(self) -> float:
@@ -303,7 +319,20 @@ class Llama(nnx.Module):
         return self.norm(x), cache
 
     def logits(self, hidden: Array) -> Array:
-        """float32[..., vocab] logits of [..., d] hidden states."""
-        if self.config.tied:
-            return (hidden @ self.embedding[...].T).astype(jnp.float32)
+        """float32[..., vocab] logits of [..., d] hidden states.
+
+        Raises:
+            InputError: the decoder is headless.
+        """
+        c = self.config
+        if c.headless:
+            raise InputError(
+                "model: lm_head",
+                found="a language model without a head, which has hidden states alone",
+                expected="a causal language model",
+                fix="load the folder of the whole model (transformers' ...ForCausalLM)",
+            )
+        if c.tied:
+            y = hidden @ self.embedding[...].T
+            return (self.head(y) if c.head_bias else y).astype(jnp.float32)
         return self.head(hidden).astype(jnp.float32)

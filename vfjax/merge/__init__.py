@@ -9,11 +9,12 @@ from vfjax.merge.mergekit import from_mergekit
 from vfjax.merge.mesh import merge_arrays
 from vfjax.merge.methods import METHODS, register
 from vfjax.merge.recipe import Recipe, from_config
-from vfjax.merge.tensors import LazyTensor, Stacked, aligned, blocks, equal
+from vfjax.merge.tensors import Inner, LazyTensor, Stacked, aligned, blocks, equal
 
 __all__ = [
     "METHODS",
     "Account",
+    "Inner",
     "LazyTensor",
     "Merged",
     "Merger",

@@ -120,6 +120,20 @@ def nonfinite_error(where: str, tensor: LazyTensor, count: int) -> InputError:
     )
 
 
+class Inner:
+    """Rows `start` to `stop` of the `index`-th of the tensors that one holds, lazily."""
+
+    def __init__(self, tensor: LazyTensor, index: int, start: int, stop: int):
+        self.tensor, self.index, self.start = tensor, index, start
+        self.dtype = tensor.dtype
+        self.shape = (stop - start, *tensor.shape[2:])
+
+    def __getitem__(self, rows: slice | EllipsisType, /) -> np.ndarray:
+        start, stop, _ = (slice(None) if rows is ... else rows).indices(self.shape[0])
+        whole = self.tensor[self.index : self.index + 1][0]
+        return whole[self.start + start : self.start + stop]
+
+
 class Stacked:
     """Tensors one after another along the first axis, lazily; or, of one, its first rows.
 

@@ -12,6 +12,7 @@ def main() -> int:
     verbs = parser.add_subparsers(dest="verb", required=True)
     look = verbs.add_parser("inspect", help="say what a checkpoint folder is (headers only)")
     look.add_argument("path")
+    look.add_argument("--base", help="the folder that an adapter or a projector is for")
     same = verbs.add_parser("verify", help="compare with recorded outputs of other code")
     same.add_argument("case", nargs="+")
     args = parser.parse_args()
@@ -19,7 +20,7 @@ def main() -> int:
         if args.verb == "inspect":
             from converters.inspect import inspect
 
-            print(inspect(args.path))
+            print(inspect(args.path, args.base))
             return 0
         from converters.verify import run
 

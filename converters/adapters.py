@@ -144,7 +144,9 @@ def _base(path: Path, base: str | Path | None, towers: Towers) -> Path:
             f"{path}: base model {name!r}",
             found="none" if found is None else f"no folder {found}",
             expected=f"a whole checkpoint in one of: {places}" if places else "its folder",
-            fix="put it there, or pass base=FOLDER" if places else "pass base=FOLDER",
+            fix=f"put it there, or pass base=FOLDER, or towers={{{name!r}: FOLDER}}"
+            if places
+            else "pass base=FOLDER",
         )
     return found
 

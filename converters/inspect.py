@@ -4,19 +4,25 @@ import re
 from collections.abc import Iterable
 from pathlib import Path
 
+from converters.adapter_config import SETTINGS, read_settings
 from converters.layouts import open_source
 from converters.load import abstract, check, model_config
+from converters.lora import Updated
 from converters.rules import restored
 from vfjax.sharding import nbytes
 
 
-def inspect(path: str | Path) -> str:
+def inspect(path: str | Path, base: str | Path | None = None) -> str:
     """A few lines: layout, LLM, base if known, branches, tensors mapped and not.
+
+    Args:
+        path: the folder.
+        base: that of its base, if it is an adapter or a projector; None: as its configs say.
 
     Raises:
         InputError: the folder is no checkpoint that `converters.load` would read.
     """
-    source = open_source(path)
+    source = open_source(path, base=base)
     config = model_config(source)
     _, params = abstract(config.build)
     llm = config.llm
@@ -28,6 +34,15 @@ def inspect(path: str | Path) -> str:
         + (", no head" if llm.headless else ""),
         f"base: {source.base or source.config.get('base_model') or 'not said in the checkpoint'}",
     ]
+    if (Path(path) / SETTINGS).is_file():
+        settings = read_settings(Path(path))
+        kind = "DoRA" if settings.get("use_dora") else "LoRA"
+        updated = [
+            x for part in source.parts.values() for x in part.values() if isinstance(x, Updated)
+        ]
+        lines.append(
+            f"adapter: {kind} of rank {settings['r']}, {len(updated)} tensors of the base updated"
+        )
     if len(config.branches) > 1:
         lines.append(f"visual tokens: {config.positions} positions, {config.mask} mask")
     for branch, parts in zip(config.branches, source.branches, strict=True):

@@ -12,14 +12,16 @@ import ml_dtypes
 import numpy as np
 import pytest
 import torch
+import transformers
 from PIL import Image
 from safetensors.torch import load_file, save_file
 from torch import nn
 
 import converters
+from converters.inspect import inspect
 from converters.lora import LoRATensor
 from converters.reader import read_json, read_weights
-from tests.adapters import llava_lora_folder, lora_folder, projector_folder
+from tests.adapters import llava_lora_folder, lora_folder, peft_folder, projector_folder
 from tests.checkpoints import (
     llama_folder,
     make_llama,
@@ -212,6 +214,51 @@ def test_fusing_adapters(llm: nn.Module, base: Path, tmp_path: Path):
     assert model(processor([Image.fromarray(PICTURE)], input_ids=[[1, -200]])).shape[0] == 1
 
 
+@torch.no_grad()
+def test_a_head_beside_a_tied_embedding(tmp_path: Path):
+    """Loaded, written as a whole model, which transformers opens untied, and fused."""
+    llama_folder(tmp_path / "base", 1, tie_word_embeddings=True)
+    tied = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "base")
+    one = peft_folder(tmp_path / "one", tied, 3, modules_to_save=["lm_head"], use_dora=True)
+    two = peft_folder(tmp_path / "two", tied, 4, target_modules=["q_proj", "embed_tokens"])
+    model, processor = converters.load(tmp_path / "one", base=tmp_path / "base")
+    ids = [1, 7, 200, 31]
+    expected = one(torch.tensor([ids])).logits[0].numpy()
+    ours = np.asarray(model(processor(None, input_ids=[ids])))[0, : len(ids)]
+    assert np.abs(ours - expected).max() <= 2e-5 * np.abs(expected).max()
+    converters.export(model, tmp_path / "out")
+    whole, report = transformers.AutoModelForCausalLM.from_pretrained(
+        tmp_path / "out", output_loading_info=True
+    )
+    assert not report["missing_keys"] and not report["unexpected_keys"]
+    assert np.abs(whole(torch.tensor([ids])).logits[0].numpy() - expected).max() <= 1e-4
+    recipe = {
+        "merge_method": "linear",
+        "models": [
+            {"model": f"{tmp_path / 'base'}+{tmp_path / name}", "parameters": {"weight": 1.0}}
+            for name in ("one", "two")
+        ],
+    }
+    (tmp_path / "recipe.yml").write_text(json.dumps(recipe))
+    options = {"recipe": tmp_path / "recipe.yml", "export": "llm"}
+    found = converters.fuse({}, tmp_path / "fused", **options).parts["llm"]
+    heads = [one.base_model.model.lm_head.weight, tied.lm_head.weight]
+    inner = two.base_model.model.model.embed_tokens(torch.arange(320))
+    for name, tensors in {
+        "lm_head.weight": heads,
+        "model.embed_tokens.weight": [tied.lm_head.weight, inner],
+    }.items():
+        mean = torch.stack(tensors).mean(dim=0).numpy()
+        np.testing.assert_allclose(found[name][...], mean, rtol=0, atol=1e-6)
+
+
+def test_inspect_of_an_adapter(llm: nn.Module, base: Path, tmp_path: Path):
+    lora_folder(tmp_path / "lora", llm, use_dora=True)
+    text = inspect(tmp_path / "lora", base)
+    assert "adapter: DoRA of rank 4, 6 tensors of the base updated" in text
+    assert f"base: {base}" in text
+
+
 def line(path: Path, **options: Any) -> str:
     """The line with which a folder is refused."""
     with pytest.raises(InputError) as error:
@@ -249,7 +296,7 @@ def test_bases_that_are_not_there(llm: nn.Module, base: Path, tmp_path: Path):
     assert line(folder) == (
         f"{folder}: base model 'someone/base': found none, expected a whole checkpoint in one of: "
         f"{folder}/base, someone/base, {folder}/someone/base, {tmp_path}/base; "
-        "put it there, or pass base=FOLDER"
+        "put it there, or pass base=FOLDER, or towers={'someone/base': FOLDER}"
     )
     assert "found no folder nowhere" in line(folder, base="nowhere")
     projector_folder(tmp_path / "projector", llm)

@@ -1,5 +1,6 @@
 """PEFT's adapters on transformers' LLaVAs, whose tensors have several spellings."""
 
+import copy
 import shutil
 from pathlib import Path
 from typing import Any
@@ -11,7 +12,7 @@ import transformers
 from safetensors.torch import load_file, save_file
 
 import converters
-from tests.adapters import lora_folder
+from tests.adapters import lora_folder, peft_folder
 from tests.checkpoints import hf_llava_folder, llava_next_folder
 
 PICTURE = np.random.default_rng(0).integers(0, 256, (40, 60, 3), dtype=np.uint8)
@@ -79,6 +80,60 @@ def test_spellings(model: Any, bases: Path, tmp_path: Path, base: str, keys: str
     found = converters.open_source(tmp_path / "lora", base=bases / base)
     assert found.layout == "llava-hf"
     assert_same(found, merged, tmp_path / "merged", bases / "hub")
+
+
+KINDS: dict[str, dict[str, Any]] = {
+    "dora": {
+        "use_dora": True,
+        "target_modules": ["q_proj", "fc2", "linear_2", "patch_embedding", "embed_tokens"],
+    },
+    "biases": {"lora_bias": True, "bias": "all", "target_modules": ["fc1", "out_proj", "linear_1"]},
+    "patterns": {
+        "target_modules": r".*language_model.*(q|v)_proj",
+        "rank_pattern": {"^model.language_model.layers.0.self_attn.q_proj": 2},
+        "alpha_pattern": {"language_model.*v_proj": 1},
+    },
+    "tokens": {"trainable_token_indices": [IMAGE, 3]},
+}
+
+
+@pytest.mark.parametrize("name", KINDS)
+def test_kinds(model: Any, bases: Path, tmp_path: Path, name: str):
+    merged = lora_folder(tmp_path / "lora", model, 3, **KINDS[name])
+    found = converters.open_source(tmp_path / "lora", base=bases / "hub")
+    assert_same(found, merged, tmp_path / "merged", bases / "hub")
+
+
+def test_a_larger_vocabulary(model: Any, bases: Path, tmp_path: Path):
+    """Written as a whole model, which transformers opens."""
+    larger = copy.deepcopy(model)
+    larger.resize_token_embeddings(330)
+    merged = lora_folder(tmp_path / "lora", larger, 3, modules_to_save=["embed_tokens", "lm_head"])
+    loaded, _ = converters.load(tmp_path / "lora", base=bases / "memory")
+    converters.export(loaded, tmp_path / "out")
+    opened, report = transformers.LlavaForConditionalGeneration.from_pretrained(
+        tmp_path / "out", output_loading_info=True
+    )
+    assert not report["missing_keys"] and not report["unexpected_keys"]
+    expected = merged.state_dict()
+    assert opened.state_dict().keys() == expected.keys()
+    for key, x in opened.state_dict().items():
+        torch.testing.assert_close(x, expected[key], rtol=0, atol=2e-6)
+
+
+@torch.no_grad()
+def test_a_tied_llava(tmp_path: Path):
+    """Its head is adapted, its embedding is not."""
+    base = tmp_path / "base"
+    tie = {"tie_word_embeddings": True}
+    tied = hf_llava_folder(base, 1, text=tie, **tie)
+    assert not any("lm_head" in name for name in load_file(base / "model.safetensors"))
+    adapted = peft_folder(tmp_path / "lora", tied, 3, target_modules=["lm_head", "q_proj"])
+    found = converters.open_source(tmp_path / "lora", base=base).parts["llm"]
+    head = adapted.base_model.model.lm_head(torch.eye(32)).T.numpy()
+    np.testing.assert_allclose(found["lm_head.weight"][...], head, rtol=0, atol=2e-6)
+    embedding = tied.get_input_embeddings().weight.numpy()
+    np.testing.assert_array_equal(found["model.embed_tokens.weight"][...], embedding)
 
 
 @torch.no_grad()

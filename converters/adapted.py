@@ -195,7 +195,7 @@ class _Completion:
         other, skip = self.tensors.get(name), int(name in (self.embedding, self.head))
         if other is not None and tensor.shape[skip:] != other.shape[skip:]:
             expected = f"{other.shape} as in {self.contents.base}"
-            raise _other_base(where, f"shape {tensor.shape}", expected)
+            raise self._other_base(where, f"shape {tensor.shape}", expected)
         self.tensors[name] = tensor
 
     def _check_rows(self) -> None:
@@ -230,7 +230,7 @@ class _Completion:
             like = next((x for x in self.tensors if x.endswith(last)), None)
             expected = f"{module}.weight in {self.contents.base}"
             expected += f", which has {like}" if like else ""
-            raise _other_base(where, "a module that the base lacks", expected)
+            raise self._other_base(where, "a module that the base lacks", expected)
         if TOKENS in parts:
             self.tensors[name] = self._rows(module, weight, parts[TOKENS])
             return
@@ -241,19 +241,27 @@ class _Completion:
         if not set(pair) <= set(parts):
             fix = "download the adapter again"
             raise InputError(where, found="one factor", expected="lora_A and lora_B", fix=fix)
+        for place, factor in (parts[kind] for kind in pair):
+            if len(factor.shape) < 2 or 0 in factor.shape:
+                raise InputError(
+                    place,
+                    found=f"shape {factor.shape}",
+                    expected="a whole matrix",
+                    fix="save the adapter again with gathered weights (DeepSpeed ZeRO-3, FSDP)",
+                )
         a, b = (Transposed(parts[x][1]) if columns else parts[x][1] for x in pair)
         if a.shape[:1] != (rank,):
             raise refused(
                 self.contents.path,
                 "r" if self.settings["r"] == rank else "rank_pattern",
                 rank,
-                f"the rank of {module} in the file, of shape {a.shape}",
+                f"{a.shape[0]}, the rank of {module} in the file",
                 "correct it: the first pattern that fits a name counts, and PEFT sorts them",
             )
         if not factors_fit(weight.shape, a, b, rank):
             found = f"a product of {tuple(b.shape)} and {tuple(a.shape)}"
             expected = f"rank {rank} and {weight.shape} as in {self.contents.base}"
-            raise _other_base(where, found, expected)
+            raise self._other_base(where, found, expected)
         magnitude = parts["magnitude_vector"][1] if "magnitude_vector" in parts else None
         self.tensors[name] = LoRATensor(weight, a, b, scale, magnitude, columns)
         if "B_bias" in parts:
@@ -293,7 +301,7 @@ class _Completion:
                 if (a.shape, b.shape) != ((rank * count, into), (out * len(each), rank * count)):
                     product = f"a product of {tuple(b.shape)} and {tuple(a.shape)}"
                     expected = f"rank {rank} and {(out, into)} of {count} experts"
-                    raise _other_base(where, product, f"{expected} as in {self.contents.base}")
+                    raise self._other_base(where, product, f"{expected} as in {self.contents.base}")
                 own = Part(a, number * rank, rank), Part(b, i * out, out, number, count)
                 self.tensors[name] = LoRATensor(self.tensors[name], *own, scale)
 
@@ -353,10 +361,10 @@ class _Completion:
                 fix=TRAIN,
             )
         if other.shape != bias.shape:
-            raise _other_base(where, f"shape {bias.shape}", f"{other.shape}")
+            raise self._other_base(where, f"shape {bias.shape}", f"{other.shape}")
         self.tensors[name] = Shifted(other, bias, scale)
 
-
-def _other_base(where: str, found: str, expected: str) -> InputError:
-    fix = "pass base= the model that it was trained on"
-    return InputError(where, found=found, expected=expected, fix=fix)
+    def _other_base(self, where: str, found: str, expected: str) -> InputError:
+        named = self.settings.get("base_model_name_or_path")
+        fix = "pass base= the model that it was trained on" + (f", {named!r}" if named else "")
+        return InputError(where, found=found, expected=expected, fix=fix)

@@ -13,7 +13,7 @@ from safetensors.torch import load_file, save_file
 
 import converters
 from tests.adapters import lora_folder, peft_folder
-from tests.checkpoints import hf_llava_folder, llava_next_folder
+from tests.checkpoints import hf_llava_folder, llama_folder, llava_next_folder, published
 
 PICTURE = np.random.default_rng(0).integers(0, 256, (40, 60, 3), dtype=np.uint8)
 IMAGE = 319
@@ -119,6 +119,30 @@ def test_a_larger_vocabulary(model: Any, bases: Path, tmp_path: Path):
     assert opened.state_dict().keys() == expected.keys()
     for key, x in opened.state_dict().items():
         torch.testing.assert_close(x, expected[key], rtol=0, atol=2e-6)
+
+
+def test_fusing_adapters(model: Any, bases: Path, tmp_path: Path):
+    """Members on the LLaVA that their settings name, merged from its LLM."""
+    state = {
+        n.replace("language_model.", ""): x for n, x in published(model).items() if "lang" in n
+    }
+    text = transformers.LlamaForCausalLM(model.config.text_config)
+    assert not any(text.load_state_dict(state, strict=False))
+    llama_folder(tmp_path / "llm", llm=text)
+    base, both = str(bases / "hub"), {"target_modules": ["q_proj", "linear_1"]}
+    merged = [
+        published(lora_folder(tmp_path / name, model, seed, base=base, use_dora=True, **both))
+        for name, seed in (("one", 3), ("two", 4))
+    ]
+    members = {name: tmp_path / name for name in ("one", "two")}
+    source = converters.fuse(members, tmp_path / "out", base=tmp_path / "llm")
+    for name in state:
+        mean = sum(one[f"language_model.{name}"].numpy() for one in merged) / 2
+        np.testing.assert_allclose(source.parts["llm"][name][...], mean, rtol=0, atol=2e-6)
+    for name, one in zip(members, merged, strict=True):
+        found = source.parts[f"branches.{name}.connector"]["0.weight"][...]
+        expected = one["multi_modal_projector.linear_1.weight"].numpy()
+        np.testing.assert_allclose(found, expected, rtol=0, atol=2e-6)
 
 
 @torch.no_grad()

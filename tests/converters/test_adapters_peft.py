@@ -375,9 +375,12 @@ def test_tensors_that_are_refused(bases: dict[bool, Path], tmp_path: Path):
         start.replace("q_proj", "v_proj") + "lora_A.weight": "found an update of model.layers.0",
         start.replace("rs.0", "rs.9") + "lora_A.weight": "which has model.*self_attn.q_proj.weight",
         "base_model.model.model.norm.lora_B.bias": "found an update of model.norm, which",
+        f"{start}lora_A.weight": "r: found 4, expected 3, the rank of model.layers.0",
+        f"{start}lora_B.weight": r"found shape \(0,\), expected a whole matrix",
     }
     for name, found in cases.items():
-        save_file({**state, name: torch.ones(4, 32)}, file)
+        shape = {"A": (3, 32), "B": (0,), "C": (4, 32)}[name.split("lora_")[1][0]]
+        save_file({**state, name: torch.ones(shape)}, file)
         with pytest.raises(InputError, match=found):
             converters.open_source(tmp_path, base=bases[False])
     peft_folder(tmp_path, opened(bases[False], 320), 3, lora_bias=True, target_modules=["up_proj"])

@@ -3,7 +3,7 @@
 import math
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 
@@ -35,7 +35,9 @@ OPTIONS = {
 }
 """Attributes of `SliMEConfig` -> keys of config.json."""
 
-OWN = ("seperator", "use_global_only", "use_local_only")
+SHOWN = ("use_global_only", "use_local_only")
+
+OWN = ("seperator", *SHOWN)
 
 
 def config(hf: Mapping[str, Any]) -> SliMEConfig:
@@ -49,9 +51,17 @@ def config(hf: Mapping[str, Any]) -> SliMEConfig:
         top_p=hf.get("mm_resampler_topp", 0.95),
         temperature=hf.get("mm_resampler_temp", 1.0),
         gate=hf.get("mm_learnable_gated", -1),
+        shown=shown(hf),
         combine=combine(hf),
         vocab=hf.get("vocab", 0),
     )
+
+
+def shown(hf: Mapping[str, Any]) -> Literal["all", "global", "local"]:
+    """Which tokens a stage's checkpoint reads (llava_arch.py, encode_images)."""
+    if hf.get("use_global_only"):
+        return "global"
+    return "local" if hf.get("use_local_only") else "all"
 
 
 def views(hf: Mapping[str, Any], images: ImageSpec, encoder: Any, connector: SliMEConfig) -> Sliced:
@@ -128,7 +138,7 @@ def describe(path: Path, config: dict[str, Any], towers: Towers) -> Source:
     for key in ("merge", "pinpoints"):  # not read by upstream
         branch["connector"].pop(key, None)
     branch["connector"] |= {"model_type": "slime"} | {
-        key: config[key] for key in OPTIONS.values() if key in config
+        key: config[key] for key in (*OPTIONS.values(), *SHOWN) if key in config
     }
     side = math.isqrt(tables.find(tower.config, str(path)).config(tower.config).tokens)
     if side != 24:

@@ -6,15 +6,18 @@ import os
 from collections import deque
 from collections.abc import Callable, Collection, Iterator, Mapping
 from concurrent.futures import Executor, ThreadPoolExecutor
+from types import EllipsisType
 
 import jax
 import numpy as np
 from flax import nnx
 from jax.sharding import Mesh, NamedSharding
 
+from converters.reader import FileTensor, TorchTensor
 from converters.rules import Rule
 from vfjax.int8 import quantize
 from vfjax.merge import LazyTensor, aligned
+from vfjax.merge.tensors import count_nonfinite, has_nonfinite, nonfinite_error
 from vfjax.sharding import Overrides, param_sharding
 
 THREADS = min(8, os.cpu_count() or 1)
@@ -137,7 +140,7 @@ def copies(tensor: LazyTensor, rule: Rule, shards: Shards) -> Iterator[Callable[
                 continue
             place, array = place[1:], array[rule.row - low]
         if not tensor.shape:
-            yield functools.partial(lambda into: np.copyto(into, tensor[...]), array)
+            yield functools.partial(copy, tensor, rule.source, ..., [((), array)])
             continue
         rows, *rest = (place[i] for i in np.argsort(rule.perm)) if rule.perm else place
         columns = tuple(slice(*each) for each in rest)
@@ -149,16 +152,28 @@ def copies(tensor: LazyTensor, rule: Rule, shards: Shards) -> Iterator[Callable[
         for start in range(low, high, count):
             stop = min(start + count, high)
             views = [(columns, array[start - low : stop - low]) for columns, array in into]
-            yield functools.partial(copy, tensor, slice(part + start, part + stop), views)
+            span = slice(part + start, part + stop)
+            yield functools.partial(copy, tensor, rule.source, span, views)
 
 
 def copy(
-    tensor: LazyTensor, rows: slice, into: Collection[tuple[tuple[slice, ...], np.ndarray]]
+    tensor: LazyTensor,
+    name: str,
+    rows: slice | EllipsisType,
+    into: Collection[tuple[tuple[slice, ...], np.ndarray]],
 ) -> None:
-    """Reads rows of a tensor, and copies of each the columns that an array takes."""
-    block = tensor[rows]
+    """Reads rows of a tensor, and copies of each the columns that an array takes.
+
+    Raises:
+        InputError: there is a NaN or infinity in them; it names the tensor.
+    """
+    block = np.asarray(tensor[rows])
+    if has_nonfinite(block):  # while it is in the processor's cache
+        if isinstance(tensor, FileTensor | TorchTensor):
+            name = f"{tensor.path}: {tensor.name}"
+        raise nonfinite_error(name, tensor, count_nonfinite(tensor))
     for columns, array in into:
-        part = block[:, *columns]
+        part = block[:, *columns] if block.ndim else block
         if part.ndim == 2 and array.strides[0] < array.strides[1]:
             transpose(part, array)
         else:

@@ -12,12 +12,12 @@ from pathlib import Path
 from typing import Any
 
 from converters.adapters import named_base
-from converters.audit import audit, stat
+from converters.audit import audit, mapped, stat, unread
 from converters.branches import Tensors, branch_name, branch_tensors, own_embeddings
 from converters.card import CARD, PLOT, by_layer, card, plot
 from converters.export import to_bytes, with_dtype
 from converters.layouts import Source, assign, has_tokenizer, open_source, settle
-from converters.load import abstract, check, float_dtype, model_config
+from converters.load import float_dtype
 from converters.mergekit import layer_lists, read_yaml, widest
 from converters.request import Request, check_request, make_request
 from converters.tables import LAYOUTS
@@ -144,7 +144,13 @@ class Fusion:
         self.before = {path: stat(path) for path in self.files.values()}
         rows: dict[str, Any] = {} if request.vocab is None else {"vocab_size": None}
         check_family({name: {**source.llm, **rows} for name, source in opened.items()})
-        parts = {name: _mapped(source) for name, source in opened.items()}
+        parts = {name: mapped(source) for name, source in opened.items()}
+        self.skip = {
+            f"{label}/{name}": names
+            for label, source in opened.items()
+            for names in [unread(source, self._read(label, parts[label]))]
+            for name in source.weight_files()
+        }
         self.llms = llms = one_head(opened, {name: part["llm"] for name, part in parts.items()})
         if request.family and request.recipe is None:
             same_tokens(list(opened.values()), llms.values())
@@ -169,6 +175,11 @@ class Fusion:
                 self.weights |= branch_tensors(name, opened[name], parts[name])
             if request.router == "member":
                 self.weights |= own_embeddings(self.result, opened, llms)
+
+    def _read(self, label: str, parts: Mapping[str, Tensors]) -> Mapping[str, Tensors]:
+        """The components that go into the output: without branches, the LLM alone."""
+        whole = self.request.export == "model" and label in self.request.members
+        return parts if whole else {"llm": parts["llm"]}
 
     def _merge(self, llms: Mapping[str, Mapping[str, LazyTensor]]) -> dict[str, Merged]:
         recipe, request = self.recipe, self.request
@@ -215,7 +226,7 @@ class Fusion:
         """Reads the sources, writes the folder."""
         request = self.request
         self._check_stage()
-        digests = audit(self.files, request.checksums)
+        digests = audit(self.files, request.checksums, self.skip)
         self._check_weights()
         config = self.result.llm
         if request.export == "model":
@@ -272,7 +283,7 @@ class Fusion:
             "files": {shard.path: shard.size for shard in shards},
             "tensors": len(self.weights),
             "parameters": sum(math.prod(x.shape) for x in self.weights.values()),
-            "read": sum(size for size, _, _ in self.before.values()),
+            "read": sum(size for size, *_ in self.before.values()),
             "methods": dict(Counter(methods)),
         }
 
@@ -356,23 +367,6 @@ class Fusion:
         if wanted is not None:
             same_vocabulary(order)
         return order if named is None else [self.opened[named], *order]
-
-
-def _mapped(source: Source) -> dict[str, Tensors]:
-    """Component -> the tensors that its parameters need; the ignorable ones are left behind.
-
-    Raises:
-        InputError: parameters and tensors don't fit one to one.
-    """
-    _, shapes = abstract(model_config(source).build)
-    return {
-        part: {
-            one.source: source.parts[part][one.source]
-            for path, rule in rules.items()
-            for one in rule.each(shapes[path].shape)
-        }
-        for part, rules in check(source, shapes).items()
-    }
 
 
 def _describe(

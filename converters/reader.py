@@ -52,6 +52,7 @@ class FileTensor:
     shape: tuple[int, ...]
     dtype: np.dtype
     offset: int
+    name: str = ""
 
     def __getitem__(self, index: slice | EllipsisType) -> np.ndarray:
         """Rows of the first axis as a new array; the file is read where they are.
@@ -106,6 +107,7 @@ class TorchTensor:
     tensor: Any
     shape: tuple[int, ...]
     dtype: np.dtype
+    name: str = ""
 
     def __getitem__(self, index: slice | EllipsisType) -> np.ndarray:
         """Rows of the first axis as a new array."""
@@ -209,7 +211,7 @@ def _safetensors(path: Path) -> Iterator[tuple[str, FileTensor | TorchTensor]]:
         if entry["dtype"] not in DTYPES:
             raise _bad_dtype(f"{path}: {name}", entry["dtype"])
         start = 8 + size + entry["data_offsets"][0]
-        yield name, FileTensor(path, tuple(entry["shape"]), DTYPES[entry["dtype"]], start)
+        yield name, FileTensor(path, tuple(entry["shape"]), DTYPES[entry["dtype"]], start, name)
 
 
 def _bad_dtype(where: str, dtype: str) -> InputError:
@@ -259,7 +261,7 @@ def _torch(path: Path) -> Iterator[tuple[str, FileTensor | TorchTensor]]:
         kind = str(tensor.dtype).removeprefix("torch.")
         if kind not in dtypes:
             raise _bad_dtype(f"{path}: {name}", kind)
-        yield name, TorchTensor(path, tensor.detach(), tuple(tensor.shape), dtypes[kind])
+        yield name, TorchTensor(path, tensor.detach(), tuple(tensor.shape), dtypes[kind], name)
 
 
 def _reason(error: Exception) -> str:

@@ -14,7 +14,7 @@ from ml_collections import ConfigDict
 from tqdm import tqdm
 
 import converters
-from converters.audit import audit
+from converters.audit import audit_source
 from converters.export import to_bytes
 from converters.writer import sha256
 from experiments.tasks.common import FAMILY, load, named, required
@@ -94,7 +94,7 @@ def answer(
     check_pictures(questions)
     folder = Path(config.model) if config.model else shipped(workdir)
     source = converters.open_source(folder, towers=named("towers", config.towers))
-    sums = audit(source.weight_files())
+    sums = audit_source(source)
     model, processor = load(config, folder)
     processor.template = config.template or processor.template
     length = config.max_new_tokens or benchmark.max_new_tokens

@@ -15,7 +15,7 @@ from typing import Any
 from ml_collections import ConfigDict
 
 import converters
-from converters.audit import audit
+from converters.audit import audit_source
 from converters.export import to_bytes
 from experiments.family import scenes
 from experiments.tasks.common import FAMILY, named, required
@@ -170,7 +170,7 @@ class Search:
             for path in self.members.values()
         ]
         opened.append(converters.open_source(self.base))
-        sums = [sum for source in opened for sum in audit(source.weight_files()).values()]
+        sums = [sum for source in opened for sum in audit_source(source).values()]
         self.length = self.config.max_new_tokens or self.benchmark.max_new_tokens
         self.settings = {
             "benchmark": self.config.benchmark or "family",

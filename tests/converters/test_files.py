@@ -15,6 +15,7 @@ from ml_collections import ConfigDict
 from safetensors.torch import load_file
 
 import converters
+from converters.audit import audit
 from converters.layouts import open_source
 from converters.reader import read_weights
 from converters.writer import write_folder
@@ -24,6 +25,7 @@ from tests.checkpoints import write_json
 from vfjax import InputError
 from vfjax.eval import log
 from vfjax.files import claim, empty, replacing
+from vfjax.sharding import make_mesh
 from vfjax.train.checkpoint import Checkpoints
 
 
@@ -293,3 +295,86 @@ def test_one_file_beside_an_old_index(tmp_path: Path):
     for each in (model.state_dict(), read_weights(tmp_path)):
         for name, tensor in wanted.state_dict().items():
             np.testing.assert_array_equal(np.asarray(each[name][...]), tensor.numpy())
+
+
+def rewrite(file: Path, at: int = -8) -> None:
+    """Changes bytes in place; size and time of the last change stay."""
+    before = file.stat()
+    with file.open("r+b") as out:
+        out.seek(at, os.SEEK_END)
+        out.write(b"\x01\x02\x03\x04")
+    os.utime(file, ns=(before.st_atime_ns, before.st_mtime_ns))
+    after = file.stat()
+    assert (after.st_size, after.st_mtime_ns) == (before.st_size, before.st_mtime_ns)
+
+
+def test_a_file_that_changed_in_place_is_read_again(tmp_path: Path, monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    file = tmp_path / "model.safetensors"
+    checkpoints.save_file({"a": torch.ones(1000)}, file)
+    for _ in range(2):
+        assert audit({"x": file})["x"] == hashlib.sha256(file.read_bytes()).hexdigest()
+        rewrite(file)
+    with file.open("r+b") as out:
+        out.seek(-4, os.SEEK_END)
+        out.write(np.float32("nan").tobytes())
+    with pytest.raises(InputError, match="model.safetensors: a: found 1 NaN or infinite of 1000"):
+        audit({"x": file})
+
+
+def test_a_source_that_changes_in_place_while_it_is_merged(family: Path, tmp_path: Path):
+    shutil.copytree(family / "base", tmp_path / "base")
+    members = dict.fromkeys("ab", tmp_path / "base")
+    (file, *_) = sorted((tmp_path / "base").glob("*.safetensors"))
+    more = {"export": "llm", "base": family / "base", "progress": lambda nbytes: rewrite(file)}
+    with pytest.raises(InputError, match="found a file that changed while it was read"):
+        converters.fuse(members, tmp_path / "out", **more)
+    assert not list(tmp_path.glob("*out*"))
+
+
+@pytest.fixture
+def odd(family: Path, tmp_path: Path) -> Path:
+    """The member `two` with an infinity where nothing reads it, in one safetensors file."""
+    out = tmp_path / "odd"
+    model, _ = converters.load(family / "two")
+    converters.export(model, out)
+    put(out, "model.layers.0.self_attn.rotary_emb.inv_freq", torch.full((4,), torch.inf))
+    return out
+
+
+def put(folder: Path, name: str, tensor: torch.Tensor) -> None:
+    (file,) = folder.glob("model.safetensors")
+    checkpoints.save_file(load_file(file) | {name: tensor}, file)
+
+
+UNREAD = "inv_freq: found 4 NaN or infinite of 4 values; nothing reads it"
+
+
+def test_infinity_in_what_nothing_reads(odd: Path, family: Path, tmp_path: Path):
+    """It is said, and does not refuse the merge; a projector's does where that is written."""
+    members = {"odd": odd, "two": family / "two"}
+    with pytest.warns(UserWarning, match=UNREAD):
+        converters.fuse(members, tmp_path / "out", base=family / "base")
+    converters.load(odd)
+    put(odd, "model.mm_projector.0.bias", torch.full((32,), torch.nan))
+    with pytest.warns(UserWarning, match=r"projector.0.bias: found 32 NaN .*; nothing reads it"):
+        converters.fuse(members, tmp_path / "llm", base=family / "base", export="llm")
+    with pytest.raises(InputError, match="projector.0.bias: found 32 NaN or infinite of 32"):
+        converters.fuse(members, tmp_path / "out2", base=family / "base")
+
+
+@pytest.mark.parametrize("how", ["plain", "int8", "sharded"])
+@pytest.mark.parametrize("end", ["layers.1.mlp.fc1.weight", "q_proj.weight", "linear_1.bias"])
+def test_nan_is_named_when_a_model_is_loaded(tmp_path: Path, how: str, end: str):
+    checkpoints.hf_llava_folder(tmp_path / "model")
+    file = tmp_path / "model" / "model.safetensors"
+    tensors = load_file(file)
+    name = max(n for n in tensors if n.endswith(end))
+    tensors[name].view(-1)[7] = torch.nan
+    checkpoints.save_file(tensors, file)
+    more = {"int8": how == "int8", "mesh": make_mesh(4, 2) if how == "sharded" else None}
+    with pytest.raises(InputError) as error:
+        converters.load(tmp_path / "model", **more)
+    count = tensors[name].numel()
+    line = f"{file}: {name}: found 1 NaN or infinite of {count} values, expected finite weights;"
+    assert str(error.value).startswith(line)

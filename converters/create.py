@@ -17,6 +17,7 @@ from converters.tables import comm, dense, find, llava, mining, slime
 from converters.tables.visionfuse import fused_config
 from converters.towers import KINDS, Tower, Towers, read_tower
 from vfjax import InputError, Model, Processor
+from vfjax.chat import CHAT_TEMPLATE
 from vfjax.encoders import ConvNeXtConfig
 from vfjax.encoders.vit import resolve_taps
 from vfjax.layers import redraw
@@ -154,7 +155,8 @@ def describe(
     source = LAYOUTS.get(kind, dense.describe)(text.path, config, _Given(found=towers))
     source.llm, source.path, source.base, source.files = text.llm, text.path, text.base, text.files
     source.created, source.seen = True, text.seen
-    default = text.template if text.branches else source.template
+    named = text.branches and text.template != CHAT_TEMPLATE
+    default = text.template if named else source.template
     template = template or default
     get_template(template)
     if template != source.template:

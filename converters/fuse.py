@@ -34,6 +34,7 @@ from converters.vocabulary import (
 )
 from converters.writer import Content, plan_shards, stage_of, write_folder
 from vfjax import InputError, __version__
+from vfjax.chat import CHAT_TEMPLATE
 from vfjax.merge import (
     METHODS,
     Account,
@@ -233,7 +234,7 @@ class Fusion:
             config = fused_config(self.result, self._record(digests))
         files: dict[str, Content] = {
             "config.json": to_bytes(config),
-            **tokenizer_files(self._tokenizers()),
+            **self._prompt_files(),
             CARD: lambda: self._card(digests),
         }
         if self._counted() and request.account and find_spec("matplotlib"):
@@ -259,6 +260,14 @@ class Fusion:
                     fix="move it, or choose another output",
                 )
 
+    def _prompt_files(self) -> dict[str, Content]:
+        """The tokenizer's, and the first member's chat template, which may be another folder's."""
+        files: dict[str, Content] = {**tokenizer_files(self._tokenizers())}
+        if self.request.export == "model" and self.result.template == CHAT_TEMPLATE:
+            files.pop("chat_template.json", None)
+            files["chat_template.jinja"] = self.result.chat_template.encode()
+        return files
+
     def _check_weights(self) -> None:
         if self.request.family and self.request.recipe is None:
             check_weights({said(label): tensors for label, tensors in self.llms.items()})
@@ -271,6 +280,7 @@ class Fusion:
         home = next((x for x in homes if has_tokenizer(x)), homes[0])
         layout = next(x for x in LAYOUTS if x.name == "visionfuse")
         source = layout.describe(home, config, Towers({}, "auto"))
+        source.chat_template = self.result.chat_template
         assign(source, layout, self.weights, "auto")
         settle(source)
         return source
@@ -380,4 +390,22 @@ def _describe(
         for branch in opened[name].branches
     ]
     llm = {**reference.llm, "architectures": [reference.table("llm").architecture]}
-    return Source(out, "visionfuse", {}, llm, branches, template or opened[members[0]].template)
+    first = opened[members[0]]
+    template = template or first.template
+    if template == CHAT_TEMPLATE and not first.chat_template:
+        raise InputError(
+            "template",
+            found=f"{CHAT_TEMPLATE!r}, and no chat template in {first.path}",
+            expected="a first member that has one, or the name of a template",
+            fix="name another",
+        )
+    return Source(
+        out,
+        "visionfuse",
+        {},
+        llm,
+        branches,
+        template,
+        chat_template=first.chat_template,
+        image_token=first.image_token,
+    )

@@ -9,6 +9,7 @@ from converters.layouts import open_source
 from converters.load import abstract, check, model_config
 from converters.lora import Updated
 from converters.rules import restored
+from vfjax.chat import CHAT_TEMPLATE
 from vfjax.sharding import nbytes
 
 
@@ -27,7 +28,8 @@ def inspect(path: str | Path, base: str | Path | None = None) -> str:
     _, params = abstract(config.build)
     llm = config.llm
     lines = [
-        f"{source.path}: layout {source.layout}, template {source.template}",
+        f"{source.path}: layout {source.layout}, template {source.template}"
+        + (", the folder's own" if source.template == CHAT_TEMPLATE else ""),
         f"llm: {source.llm['model_type']}, {llm.layers} layers x {llm.width}, {llm.heads} heads "
         f"({llm.kv_heads} for keys), vocabulary {llm.vocab}, context {llm.context}"
         + (", tied head" if llm.tied else "")

@@ -49,7 +49,9 @@ class Source:
         branches: one dict a branch: `name`; `encoder`, `connector` and perhaps `aux`, configs
             whose `model_type` names a table; `preprocessor` (preprocessor_config.json); `aspect`,
             "pad" or "crop"; `code`, whose code reads it: "transformers", or "authors" if absent.
-        template: name of the prompt template.
+        template: name of the prompt template, "chat_template" for the folder's own.
+        chat_template: the folder's own, Jinja; "" if its code does not read one.
+        image_token: see `vfjax.Processor`.
         tokenizer: of a folder of transformers' what its tokenizer's class depends on, see
             `converters.tokenizer.load_tokenizer`.
         parts: component ("llm", "branches.NAME.encoder", ...) -> its tensors under the names of the
@@ -78,6 +80,8 @@ class Source:
     branches: list[dict[str, Any]]
     template: str
     tokenizer: dict[str, str] = dataclasses.field(default_factory=dict)
+    chat_template: str = ""
+    image_token: str = ""
     parts: dict[str, Tensors] = dataclasses.field(default_factory=dict)
     prefixes: dict[str, Prefixes] = dataclasses.field(default_factory=dict)
     towers: dict[str, Tower] = dataclasses.field(default_factory=dict)

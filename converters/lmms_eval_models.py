@@ -16,7 +16,7 @@ from loguru import logger
 from tqdm import tqdm
 
 import converters
-from vfjax import InputError, generate_ids, open_video, prompts
+from vfjax import InputError, chat, generate_ids, open_video
 from vfjax.messages import Message, tokenize
 from vfjax.prompts import IMAGE_TOKEN
 from vfjax.stream import Text
@@ -73,7 +73,7 @@ class Simple(lmms):
         self.batch_size = int(batch_size)
         self.model, self.processor = converters.load(pretrained, dtype=dtype)
         if template is not None:
-            self.processor.template = prompts.get_template(template).name
+            self.processor.template = chat.known(template)
         self.max_images, self.frames, self.pool = max_images, frames, pool
 
     def generate_until(self, requests: list[Instance]) -> list[GenerationResult]:
@@ -137,9 +137,7 @@ class Simple(lmms):
         ]
         self._count(visuals)
         if visuals and text.count(IMAGE_TOKEN) == len(visuals):
-            template = prompts.get_template(self.processor.template)
-            prompt = prompts.render(template, [(text, None)])
-            return prompts.tokenize(self.processor.require_tokenizer(), prompt), visuals
+            return self.processor.tokenize(self.processor.render([(text, None)])), visuals
         return tokenize(self.processor, [Message("user", (*visuals, text))])
 
     def _picture(self, visual: Any) -> Any:

@@ -25,6 +25,7 @@ from vfjax.int8 import int8 as to_int8
 from vfjax.layers import ACTIVATIONS
 from vfjax.merge import LazyTensor
 from vfjax.model import BranchConfig, ModelConfig
+from vfjax.prompts import IMAGE_TOKEN
 from vfjax.prune import Prune
 from vfjax.sharding import Overrides
 
@@ -39,6 +40,7 @@ TOKENIZER_FILES = (
     "vocab.json",
     "merges.txt",
     "chat_template.jinja",
+    "chat_template.json",
     "generation_config.json",
 )
 """Files that travel with a language model."""
@@ -287,16 +289,57 @@ def check(source: Source, params: Params) -> dict[str, dict[str, Rule]]:
 
 
 def processor(source: Source, config: ModelConfig) -> Processor:
-    """The processor of an opened folder."""
+    """The processor of an opened folder.
+
+    Raises:
+        InputError: files of the tokenizer that can't be read, or whose picture token has another id
+            than the model's.
+    """
     tokenizer = tokenizer_of(source)
+    return Processor(
+        config,
+        tokenizer,
+        source.template,
+        _stops(source, tokenizer),
+        chat_template=source.chat_template,
+        image_token=_image_token(source, tokenizer),
+    )
+
+
+def _stops(source: Source, tokenizer: Any) -> tuple[int, ...]:
+    """Ids that end an answer.
+
+    The tokenizer's, and those of generation_config.json or else of config.json or its text_config
+    (transformers generation/configuration_utils.py, from_model_config).
+    """
     stop: set[int] = set()
     for name in ("generation_config.json", "config.json"):
-        if not stop and (source.home / name).is_file():
-            found = read_json(source.home / name).get("eos_token_id", [])
-            stop |= set(found if isinstance(found, list) else [found])
+        found = read_json(source.home / name) if (source.home / name).is_file() else {}
+        for place in (found, found.get("text_config")):
+            if not stop and isinstance(place, dict):
+                ids = place.get("eos_token_id")
+                stop |= set(ids if isinstance(ids, list) else [ids]) - {None}
     if tokenizer is not None and tokenizer.eos_token_id is not None:
         stop.add(tokenizer.eos_token_id)
-    return Processor(config, tokenizer, source.template, tuple(sorted(stop - {None})))
+    return tuple(sorted(stop))
+
+
+def _image_token(source: Source, tokenizer: Any) -> str:
+    """`Processor.image_token`; the tokenizer's own, if it names one, as transformers has it."""
+    if not source.image_token or tokenizer is None:
+        return source.image_token
+    token = getattr(tokenizer, "image_token", None) or source.image_token
+    found = tokenizer.added_tokens_encoder.get(token)
+    expected = source.config.get("image_token_id", source.config.get("image_token_index", 32000))
+    lacks = found is None and token == IMAGE_TOKEN  # pictures can be told from text all the same
+    if source.layout != "visionfuse" and found != expected and not lacks:
+        raise InputError(
+            f"{source.home}: {token}",
+            found="none in the tokenizer" if found is None else f"id {found} in the tokenizer",
+            expected=f"{expected}, as config.json says by image_token_index",
+            fix="take both files from one repository",
+        )
+    return token
 
 
 def source_of(model: Model) -> dict[str, Any]:

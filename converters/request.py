@@ -9,9 +9,9 @@ from typing import Any
 from converters.vocabulary import BASE
 from converters.writer import check_new
 from vfjax import InputError
+from vfjax.chat import known
 from vfjax.merge import METHODS
 from vfjax.places import MASKS, POSITIONS
-from vfjax.prompts import get_template
 
 ROUTERS = ("merged", "member")
 """Whose embeddings of the prompt a connector reads."""
@@ -144,6 +144,6 @@ def check_request(request: Request) -> None:
             fix="write them in the recipe",
         )
     if request.template is not None:
-        get_template(request.template)
+        known(request.template)
     if str(request.out):
         check_new(out)

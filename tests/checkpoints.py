@@ -218,8 +218,7 @@ def hf_llava_folder(
         transformers.LlavaConfig(
             vision_config=config_class(**{**sizes, **(vision or {})}),
             text_config=text_config(**(text or {})),
-            image_token_index=IMAGE_TOKEN,
-            **config,
+            **{"image_token_index": IMAGE_TOKEN} | config,
         )
     )
     randomize(model, seed).save_pretrained(path)
@@ -233,16 +232,14 @@ NEXT_PINPOINTS = [[28, 56], [56, 28], [56, 56], [84, 28], [28, 84]]
 
 
 def llava_next_folder(
-    path: Path, seed: int = 0, **config: Any
+    path: Path, seed: int = 0, *, text: Mapping[str, Any] | None = None, **config: Any
 ) -> transformers.LlavaNextForConditionalGeneration:
     """Transformers' LLaVA-1.6 as its save_pretrained writes it."""
     model = transformers.LlavaNextForConditionalGeneration(
         transformers.LlavaNextConfig(
             vision_config=transformers.CLIPVisionConfig(**CLIP),
-            text_config=transformers.LlamaConfig(**LLAMA),
-            image_token_index=IMAGE_TOKEN,
-            image_grid_pinpoints=NEXT_PINPOINTS,
-            **config,
+            text_config=text_config(**(text or {})),
+            **{"image_token_index": IMAGE_TOKEN, "image_grid_pinpoints": NEXT_PINPOINTS} | config,
         )
     )
     randomize(model, seed).save_pretrained(path)

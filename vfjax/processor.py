@@ -9,39 +9,20 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
+from vfjax import chat as own
 from vfjax import prompts as text
 from vfjax.errors import InputError
 from vfjax.images import Convert, File, open_file, open_image
 from vfjax.model import AnyArray, Batch, ModelConfig
 from vfjax.prune import Groups, marks
+from vfjax.slots import Shard, no_room, numbered, pooled, splice
 from vfjax.video import Video
-from vfjax.views import Prepared, bucket
+from vfjax.views import bucket
 
 Picture = str | os.PathLike | bytes | Image.Image | np.ndarray | File | Video
 
 LENGTHS = tuple(m << k for k in range(4, 17) for m in (4, 5, 6, 7))
 """Default sequence lengths: 64, 80, 96, 112, 128, ... each at most 1.25 x the one before."""
-
-
-@dataclasses.dataclass(frozen=True)
-class Shard:
-    """A process's share of a batch that several make together; from `Processor.shard`.
-
-    Put together on their first axes, the arrays of all shares are one batch.
-
-    Attributes:
-        index: of the process.
-        count: of the processes.
-        length: t, of all rows of the batch.
-        pictures: that each process makes room for; 0 if no row of the batch has any.
-        text: ids of a prompt that each process makes room for.
-    """
-
-    index: int
-    count: int
-    length: int
-    pictures: int
-    text: int
 
 
 @dataclasses.dataclass
@@ -51,9 +32,13 @@ class Processor:
     Attributes:
         config: the model's config.
         tokenizer: a transformers tokenizer; None takes `input_ids` only.
-        template: name of the prompt template (`vfjax.prompts.TEMPLATES`).
+        template: name of the prompt template (`vfjax.prompts.TEMPLATES`), or "chat_template", the
+            folder's own.
         stop_ids: token ids that end an answer, whatever the template.
         lengths: sequence lengths that batches are padded to; one compilation each.
+        chat_template: the folder's own, Jinja; "" if it has none.
+        image_token: what stands for a picture in prompts that are tokenised whole, as transformers'
+            processors do; "": text around each `<image>` is tokenised by itself, as authors do.
     """
 
     config: ModelConfig
@@ -61,6 +46,8 @@ class Processor:
     template: str = "vicuna_v1"
     stop_ids: tuple[int, ...] = ()
     lengths: tuple[int, ...] = LENGTHS
+    chat_template: str = ""
+    image_token: str = ""
 
     def chat(self, question: str, *, images: int | None = None) -> str:
         """A prompt for one question about `images` pictures, answer open.
@@ -69,8 +56,49 @@ class Processor:
         """
         if images is None:
             images = min(len(self.config.branches), 1)
-        turn = (text.IMAGE_TOKEN + "\n") * images + question
-        return text.render(text.get_template(self.template), [(turn, None)])
+        if self.template == own.CHAT_TEMPLATE:
+            parts = [own.PICTURE] * images + [own.words(question)]
+            return self.render_messages([{"role": "user", "content": parts}])
+        return self.render([((text.IMAGE_TOKEN + "\n") * images + question, None)])
+
+    def render(self, turns: Sequence[text.Turn]) -> str:
+        """A conversation in the template; arguments and errors as of `vfjax.prompts.render`."""
+        if self.template == own.CHAT_TEMPLATE:
+            return self.render_messages(own.from_turns(turns), answer=turns[-1][1] is None)
+        return text.render(text.get_template(self.template), turns)
+
+    def render_messages(self, messages: own.Messages, *, answer: bool = True) -> str:
+        """Messages in the folder's own chat template; errors as of `vfjax.chat.render`."""
+        if not self.chat_template:
+            raise InputError(
+                "template",
+                found=f"{own.CHAT_TEMPLATE!r}, and no chat template in the folder",
+                expected=f"one of {', '.join(text.TEMPLATES)}",
+                fix="name one, or add chat_template.jinja",
+            )
+        token = self.image_token or text.IMAGE_TOKEN
+        tokenizer = self.require_tokenizer()
+        return own.render(tokenizer, self.chat_template, messages, token, answer=answer)
+
+    def tokenize(self, prompt: str) -> list[int]:
+        """Ids of a prompt, -200 at each picture; see `vfjax.prompts.encoded`.
+
+        Raises:
+            InputError: there is no tokenizer.
+        """
+        return text.encoded(self.require_tokenizer(), prompt, self.image_token)
+
+    def labels(self, turns: Sequence[text.Turn]) -> tuple[list[int], list[int]]:
+        """Training ids and labels of a conversation; see `vfjax.prompts.labels`, `vfjax.chat`."""
+        if self.template == own.CHAT_TEMPLATE:
+            return own.labels(self, turns)
+        template = text.get_template(self.template)
+        return text.labels(self.require_tokenizer(), template, turns, self.image_token)
+
+    @property
+    def stop_texts(self) -> tuple[str, ...]:
+        """The template's stop strings; the folder's own has none but its stop tokens."""
+        return () if self.template == own.CHAT_TEMPLATE else text.get_template(self.template).stop
 
     @property
     def converts(self) -> tuple[Convert, ...]:
@@ -96,7 +124,7 @@ class Processor:
     def stops(self) -> tuple[int, ...]:
         """`stop_ids`, and the ids of the template's stops that are tokens of their own."""
         known = {} if self.tokenizer is None else self.tokenizer.added_tokens_encoder
-        own = {known[stop] for stop in text.get_template(self.template).stop if stop in known}
+        own = {known[stop] for stop in self.stop_texts if stop in known}
         return tuple(sorted({*self.stop_ids, *own}))
 
     def decode(self, ids: Sequence[int]) -> str:
@@ -108,7 +136,7 @@ class Processor:
         stops = set(self.stops)
         kept = list(itertools.takewhile(lambda i: int(i) not in stops, ids))
         out = self.require_tokenizer().decode(kept, skip_special_tokens=True)
-        for stop in text.get_template(self.template).stop:
+        for stop in self.stop_texts:
             out = out.split(stop)[0]
         return out.strip()
 
@@ -128,7 +156,7 @@ class Processor:
         Args:
             images: pictures, or videos (`vfjax.open_video`), in the order of the placeholders over
                 the whole batch; or, if any item is a list, one list a row.
-            prompts: texts with an `<image>` at each picture; see `chat`.
+            prompts: texts with an `<image>` (or `image_token`) at each picture; see `chat`.
             input_ids: in place of prompts, ids with -200 at each picture.
             labels: ids to learn, as long as each row's ids (-100 where there is none).
             padding: side on which short rows are filled, "right" or "left".
@@ -152,13 +180,13 @@ class Processor:
         spliced, owned, first = [], [], 0
         for row in rows:
             last = first + int((row == text.IMAGE_ID).sum())
-            spliced.append(tuple(a[:truncate] for a in _splice(row, seen[first:last])))
+            spliced.append(tuple(a[:truncate] for a in splice(row, seen[first:last])))
             owned.append(parts[first:last])
             first = last
         longest = max(len(s[0]) for s in spliced)
         t = self._length(longest) if shard is None else shard.length
         if longest > t:
-            raise _no_room("tokens in a row", longest, t)
+            raise no_room("tokens in a row", longest, t)
         shape = (len(rows), t)
         tokens, visual = np.zeros(shape, np.int32), np.full(shape, -1, np.int32)
         mask, learn = np.zeros(shape, bool), np.full(shape, text.IGNORE, np.int32)
@@ -262,7 +290,7 @@ class Processor:
                 fix="pass one of the two",
             )
         if prompts is not None:
-            input_ids = [text.tokenize(self.require_tokenizer(), p) for p in prompts]
+            input_ids = [self.tokenize(prompt) for prompt in prompts]
         assert input_ids is not None
         rows = [np.asarray(row, np.int64) for row in input_ids]
         for i, row in enumerate(rows):
@@ -350,7 +378,7 @@ class Processor:
         shown = {convert: _shown(pictures, convert) for convert in self.converts}
         videos = {k: p.pool for k, i in enumerate(owner) if isinstance(p := pictures[i], Video)}
         if slots is not None and (videos or len(owner) > slots):
-            raise _no_room("pictures", len(owner), slots)
+            raise no_room("pictures", len(owner), slots)
         pools = [videos.get(k, 1) for k in range(len(owner))]
         numbers: list[list[np.ndarray]] = [[] for _ in pictures]
         inputs: dict[str, dict[str, AnyArray]] = {}
@@ -361,8 +389,8 @@ class Processor:
             if branch.views.reads_text:
                 inputs[branch.name] |= self._texts([words[i] for i in owner], shard)
             if shard:
-                ready = _numbered(ready, shard)
-            seen, pool = _pooled(ready, pools)
+                ready = numbered(ready, shard)
+            seen, pool = pooled(ready, pools)
             if pool is not None:
                 inputs[branch.name]["pool"] = pool
             own: list[list[np.ndarray]] = [[] for _ in pictures]
@@ -400,74 +428,6 @@ def _shown(pictures: Sequence[Picture], convert: Convert) -> list[Image.Image]:
         p.frames if isinstance(p, Video) else (open_image(p, convert=convert),) for p in pictures
     )
     return [view for group in groups for view in group]
-
-
-def _splice(
-    row: np.ndarray, seen: Sequence[np.ndarray]
-) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """A row with each placeholder widened to its picture's visual tokens.
-
-    Args:
-        row: int64[r] ids, -200 at each picture.
-        seen: the numbers of each picture's visual tokens.
-
-    Returns:
-        int64[s] ids (0 at visual tokens), int64[s] numbers of the visual tokens (-1 at text),
-        int64[s] indices into `row`.
-    """
-    width = np.ones(len(row), np.int64)
-    places = np.flatnonzero(row == text.IMAGE_ID)
-    width[places] = [len(numbers) for numbers in seen]
-    source = np.repeat(np.arange(len(row)), width)
-    ids = np.where(row == text.IMAGE_ID, 0, row)[source]
-    where = np.full(len(source), -1)
-    if seen:
-        where[row[source] == text.IMAGE_ID] = np.concatenate(seen)
-    return ids, where, source
-
-
-def _numbered(ready: Prepared, shard: Shard) -> Prepared:
-    """A branch's share with its tokens' numbers in the memory of all processes' shares."""
-    own = ready.size - ready.shared
-    first, end = shard.index * own, shard.count * own
-    indices = [np.where(i < own, first + i, end - own + i) for i in ready.indices]
-    return dataclasses.replace(ready, indices=indices, size=end + ready.shared)
-
-
-def _no_room(what: str, found: int, room: int) -> InputError:
-    return InputError(
-        "shard",
-        found=f"{found} {what}",
-        expected=f"at most {room}, as agreed between the processes, and no video",
-        fix="make the shard from the same rows",
-    )
-
-
-def _pooled(ready: Prepared, pools: Sequence[int]) -> tuple[list[np.ndarray], np.ndarray | None]:
-    """A branch's tokens of each picture after pooling, and which of its memory make a pooled one.
-
-    Args:
-        ready: what the branch's views made.
-        pools: tokens that are pooled into one, for each view.
-
-    Returns:
-        For each picture int64[k] numbers, the pooled ones behind the memory; and int32[m, p] the
-        memory's tokens of each pooled one, m a bucket, None if nothing is pooled.
-    """
-    most = max(pools, default=1)
-    if most == 1:
-        return ready.indices, None
-    seen, groups, count = [], [], 0
-    for indices, pool in zip(ready.indices, pools, strict=True):
-        if pool > 1:
-            group = indices[: len(indices) // pool * pool].reshape(-1, pool)
-            indices = ready.size + count + np.arange(len(group))
-            groups.append(np.pad(group, ((0, 0), (0, most - pool)), mode="edge"))
-            count += len(group)
-        seen.append(indices)
-    out = np.zeros((bucket(count), most), np.int32)
-    out[:count] = np.concatenate(groups)
-    return seen, out
 
 
 def _words(rows: Sequence[np.ndarray]) -> list[np.ndarray]:

@@ -7,6 +7,7 @@ that is what the checkpoints learnt. "Upstream" below means `conversation.py`, `
 `train/train.py` of those repositories.
 """
 
+import re
 import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -279,7 +280,7 @@ def render(template: Template, turns: Sequence[Turn]) -> str:
         InputError: no turns, an empty question or answer, an unanswered turn before the last, or
             an answer where the template cannot hold one (`plain`, for which upstream fails too).
     """
-    _check_turns(turns)
+    check_turns(turns)
     text = template.head
     for i, (question, answer) in enumerate(turns):
         text += (template.again if i else "") + question + template.middle
@@ -320,8 +321,60 @@ def tokenize(tokenizer: Any, prompt: str) -> list[int]:
     return ids
 
 
+def tokenize_whole(
+    tokenizer: Any, prompt: str, image_token: str, *, special: bool = True
+) -> list[int]:
+    """Tokenises a prompt as transformers' processors do: whole, a picture being a special token.
+
+    So the text after a picture has no word-start mark of its own, unless the tokenizer puts one
+    after every special token. BOS is not added to a prompt that begins with it, as in
+    apply_chat_template. A tokenizer that lacks the token cuts the text there all the same: the end
+    of a text stands in for it.
+
+    Args:
+        tokenizer: a transformers tokenizer.
+        prompt: text with any number of pictures, as `image_token` or `<image>`.
+        image_token: of the folder's processor.
+        special: whether BOS is added.
+
+    Returns:
+        Token ids with `IMAGE_ID` at every picture.
+
+    Raises:
+        InputError: the tokenizer has no special token to stand in for a lacking one.
+    """
+    text = prompt.replace(IMAGE_TOKEN, image_token)
+    added = tokenizer.added_tokens_encoder
+    stand = image_token if image_token in added else tokenizer.eos_token
+    if stand not in added:
+        raise InputError(
+            "tokenizer",
+            found=f"neither {image_token} nor an end of text among its special tokens",
+            expected=f"{image_token}, as in the published repository",
+            fix="add the token, or pass input_ids in place of prompts",
+        )
+    places = re.findall(f"{re.escape(image_token)}|{re.escape(stand)}", text)
+    bos = tokenizer.bos_token
+    plain = tokenizer(
+        text.replace(image_token, stand),
+        add_special_tokens=special and not (bos and text.startswith(bos)),
+    )
+    ids = list(plain.input_ids)
+    found = [i for i, token in enumerate(ids) if token == added[stand]]
+    for i, place in zip(found, places, strict=False):  # one more may be added at the end
+        ids[i] = IMAGE_ID if place == image_token else ids[i]
+    return ids
+
+
+def encoded(tokenizer: Any, prompt: str, image_token: str) -> list[int]:
+    """`tokenize_whole` if there is an `image_token`, else `tokenize`."""
+    if image_token:
+        return tokenize_whole(tokenizer, prompt, image_token)
+    return tokenize(tokenizer, prompt)
+
+
 def labels(
-    tokenizer: Any, template: Template, turns: Sequence[Turn]
+    tokenizer: Any, template: Template, turns: Sequence[Turn], image_token: str = ""
 ) -> tuple[list[int], list[int]]:
     """Makes training ids and the loss mask of one conversation.
 
@@ -336,6 +389,7 @@ def labels(
         tokenizer: as for `tokenize`.
         template: one of `TEMPLATES`.
         turns: (question, answer) pairs, all answered.
+        image_token: of a model whose prompts are tokenised whole, see `tokenize_whole`.
 
     Returns:
         (input_ids, labels) of equal length; labels are the ids where trained on, else `IGNORE`.
@@ -348,14 +402,14 @@ def labels(
     text, spans = "", []
     for i, (question, answer) in enumerate(turns):
         text += _before_answer(template, question, first=i == 0)
-        start = len(tokenize(tokenizer, text))
+        start = len(encoded(tokenizer, text, image_token))
         text += f"{template.space}{answer}{template.trained_tail}"
-        ids = tokenize(tokenizer, text)
+        ids = encoded(tokenizer, text, image_token)
         spans.append((start, len(ids)))
 
     targets = [IGNORE] * len(ids)
     adds_bos = tokenizer.bos_token_id in tokenizer("").input_ids
-    if len(turns) > 1 and adds_bos != template.auto_bos:
+    if not image_token and len(turns) > 1 and adds_bos != template.auto_bos:
         warnings.warn(
             f"template {template.name!r} is trained with tokenizers that "
             f"{'add BOS by themselves' if template.auto_bos else 'do not add BOS'}, unlike this "
@@ -378,7 +432,8 @@ def _before_answer(template: Template, question: str, *, first: bool) -> str:
     return (template.head if first else template.again) + question + template.middle
 
 
-def _check_turns(turns: Sequence[Turn]) -> None:
+def check_turns(turns: Sequence[Turn]) -> None:
+    """Raises InputError for no turns, an empty one, or an unanswered one before the last."""
     if not turns:
         raise InputError("turns", found="none", expected="at least one question", fix="add one")
     for i, (question, answer) in enumerate(turns):
@@ -399,7 +454,7 @@ def _check_turns(turns: Sequence[Turn]) -> None:
 
 
 def _check_trainable(template: Template, turns: Sequence[Turn]) -> None:
-    _check_turns(turns)
+    check_turns(turns)
     if template.trained_tail is None:
         raise InputError(
             f"template {template.name!r}",

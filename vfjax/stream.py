@@ -8,7 +8,6 @@ from typing import Any
 from vfjax.generate import Batches, Generator, stream_ids
 from vfjax.modes import MemberProcessors
 from vfjax.processor import Processor
-from vfjax.prompts import get_template
 
 
 def stream(
@@ -113,7 +112,7 @@ class Text:
             text = text.rstrip("\N{REPLACEMENT CHARACTER}")  # a character's first bytes
             if tokenizer.clean_up_tokenization_spaces:  # the last word may lose its space
                 text = text[: max(text.rfind(" "), len(self.text))]
-        stops = (*get_template(processor.template).stop, *self.stop)
+        stops = (*processor.stop_texts, *self.stop)
         found = [text.index(stop) for stop in stops if stop in text]
         self.stopped = ended or bool(found)
         if found:

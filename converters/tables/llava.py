@@ -11,11 +11,14 @@ from pathlib import Path
 from typing import Any
 
 from converters import tables
+from converters.chat import read_chat_template
 from converters.layouts import Layout, Source, tokenizer_class
 from converters.preprocessor import from_preprocessor, read_preprocessor
 from converters.reader import read_json
 from converters.towers import Tower, Towers
 from vfjax import InputError
+from vfjax.chat import CHAT_TEMPLATE
+from vfjax.prompts import IMAGE_TOKEN
 
 MODELS = {"llava": "llama", "llava_llama": "llama", "llava_mistral": "mistral"}
 """Upstream's `model_type` -> its LLM's."""
@@ -240,8 +243,29 @@ def describe_hf(path: Path, config: dict[str, Any], towers: Towers) -> Source:
         },
     }
     _check_processor(path, branch)
-    template, kind = prompt_template(llm), tokenizer_class(config)
-    return Source(path, "llava-hf", config, llm, [branch], template, tokenizer=kind)
+    chat = read_chat_template(path)
+    return Source(
+        path,
+        "llava-hf",
+        config,
+        llm,
+        [branch],
+        CHAT_TEMPLATE if chat else prompt_template(llm),
+        tokenizer=tokenizer_class(config),
+        chat_template=chat,
+        image_token=_image_token(path),
+    )
+
+
+def _image_token(path: Path) -> str:
+    """What stands for a picture, unless the tokenizer says so itself."""
+    file = path / "processor_config.json"
+    found = read_json(file).get("image_token", IMAGE_TOKEN) if file.is_file() else IMAGE_TOKEN
+    if not isinstance(found, str) or not found:
+        raise InputError(
+            f"{file}: image_token", found=repr(found)[:60], expected="a text", fix="correct it"
+        )
+    return found
 
 
 def describe_next(path: Path, config: dict[str, Any], towers: Towers) -> Source:

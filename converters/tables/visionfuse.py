@@ -5,8 +5,10 @@ from pathlib import Path
 from typing import Any
 
 from converters import tables
+from converters.chat import read_chat_template
 from converters.layouts import Layout, Source, tokenizer_class
 from converters.towers import Towers
+from vfjax.chat import CHAT_TEMPLATE
 
 
 def describe_fused(path: Path, config: dict[str, Any], towers: Towers) -> Source:
@@ -20,6 +22,8 @@ def describe_fused(path: Path, config: dict[str, Any], towers: Towers) -> Source
         branches=config["branches"],
         template=config["template"],
         tokenizer=config.get("tokenizer", {}),
+        chat_template=read_chat_template(path),
+        image_token=config.get("image_token", ""),
         **{key: config[key] for key in ARRANGEMENT if key in config},
     )
 
@@ -54,6 +58,7 @@ def fused_config(source: Source, recipe: Mapping[str, Any]) -> dict[str, Any]:
         "text_config": source.llm,
         "branches": source.branches,
         "template": source.template,
+        **({"image_token": source.image_token} if source.image_token else {}),
         **({"tokenizer": source.tokenizer} if source.tokenizer else {}),
         **{key: getattr(source, key) for key in ARRANGEMENT},
         "recipe": dict(recipe),
@@ -63,7 +68,11 @@ def fused_config(source: Source, recipe: Mapping[str, Any]) -> dict[str, Any]:
 def describe_llm(path: Path, config: dict[str, Any], towers: Towers) -> Source:
     """A plain causal LM: no branch."""
     del towers
-    return Source(path, "llm", config, dict(config), [], "plain", tokenizer=tokenizer_class(config))
+    kind, chat = tokenizer_class(config), read_chat_template(path)
+    template = CHAT_TEMPLATE if chat else "plain"
+    return Source(
+        path, "llm", config, dict(config), [], template, tokenizer=kind, chat_template=chat
+    )
 
 
 BARE = tuple(

@@ -11,7 +11,7 @@ from experiments.serve.batcher import Batcher
 from experiments.serve.server import address, listen, serve
 from experiments.tasks.common import load, positive, required
 from vfjax import InputError
-from vfjax.prompts import get_template
+from vfjax.chat import known
 
 
 def run(config: ConfigDict, workdir: Path) -> None:
@@ -22,7 +22,7 @@ def run(config: ConfigDict, workdir: Path) -> None:
         model, processor = load(config, config.model)
         processor.require_tokenizer()
         if config.template:
-            processor.template = get_template(config.template).name
+            processor.template = known(config.template)
         batcher = Batcher(
             model,
             processor,

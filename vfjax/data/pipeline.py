@@ -21,7 +21,8 @@ from vfjax.data.conversations import Conversations
 from vfjax.errors import InputError
 from vfjax.images import File
 from vfjax.model import Batch
-from vfjax.processor import Processor, Shard
+from vfjax.processor import Processor
+from vfjax.slots import Shard
 from vfjax.video import Video, open_video
 
 Row = tuple[int, int]
@@ -126,9 +127,8 @@ class Batches:
         self.epoch_size = max(-(-rows // max(self.size, 1)), 1)
         self.steps = self.epoch_size if steps is None else steps
         self._check()
-        self._template = text.get_template(processor.template)
-        self._tokenizer = processor.require_tokenizer()
-        text.labels(self._tokenizer, self._template, [(text.IMAGE_TOKEN, "a")])  # has it a form?
+        processor.require_tokenizer()
+        processor.labels([(text.IMAGE_TOKEN, "a")])  # has the template a form?
         self._lock = threading.Lock()
         self._broken: set[str] = set()
         shares = [weight / max(len(data), 1) for data, weight in self.mixture]
@@ -339,16 +339,17 @@ class Batches:
         sample = data[i]
         try:
             with self._lock:  # tokenizers may not be used by two threads at once
-                ids, labels = text.labels(self._tokenizer, self._template, sample.turns)
+                ids, labels = self.processor.labels(sample.turns)
         except InputError as error:
             raise InputError(
                 data.where(i),
                 found=f"turns that can't be trained on ({error})",
-                expected=f"turns that template {self._template.name!r} can hold",
+                expected=f"turns that template {self.processor.template!r} can hold",
                 fix="correct or drop the row",
             ) from None
         counts = [q.count(text.IMAGE_TOKEN) for q, _ in sample.turns if text.IMAGE_TOKEN in q]
-        ids, labels = _widened(ids, labels, counts)
+        if ids.count(text.IMAGE_ID) < sum(counts):
+            ids, labels = _widened(ids, labels, counts)
         return _Talk(row, ids, labels, sample.pictures, sample.videos)
 
     def _decoded(self, wanted: _Talk, row: Row) -> tuple[_Talk, list[File | Video]] | None:

@@ -34,10 +34,10 @@ def prompt_ids(processor: Processor, questions: Sequence[Question]) -> list[list
     Raises:
         InputError: a question's words hold the placeholder for a picture, or the model sees none.
     """
-    tokenizer, out = processor.require_tokenizer(), []
+    out = []
     for q in questions:
         pictures = 1 if q.video else len(q.images)
-        ids = prompts.tokenize(tokenizer, processor.chat(q.prompt, images=pictures))
+        ids = processor.tokenize(processor.chat(q.prompt, images=pictures))
         if ids.count(prompts.IMAGE_ID) != pictures:
             raise InputError(
                 f"question {q.id}",

@@ -5,6 +5,7 @@ used, without effect on what the saved tensors compute, or refused by name unles
 changes nothing.
 """
 
+import itertools
 import math
 import re
 from collections.abc import Mapping
@@ -106,6 +107,8 @@ TYPES: dict[str, tuple[type, ...]] = {
     "rank_pattern": (dict,),
     "alpha_pattern": (dict,),
     "trainable_token_indices": (list, dict),
+    "base_model_name_or_path": (str,),
+    "revision": (str,),
 }
 """Key -> types of its values, null apart."""
 
@@ -147,11 +150,14 @@ def read_settings(path: Path) -> dict[str, Any]:
         if value is not None and type(value) not in types:
             expected = " or ".join(kind.__name__ for kind in types)
             raise refused(path, key, value, f"a value of type {expected}", "correct it")
-    for key in ("r", "lora_alpha"):
-        _positive(path, key, settings.get(key))
-    for key in ("rank_pattern", "alpha_pattern"):
-        for pattern, value in (settings.get(key) or {}).items():
-            _positive(path, f"{key}: {pattern}", value)
+    for key, patterns in (("r", "rank_pattern"), ("lora_alpha", "alpha_pattern")):
+        numbers = {f"{patterns}: {p}": value for p, value in (settings.get(patterns) or {}).items()}
+        for name, value in {key: settings[key], **numbers}.items():
+            _positive(path, name, value, whole=key == "r")
+    tokens = settings.get("trainable_token_indices") or []
+    for number in itertools.chain(*tokens.values()) if isinstance(tokens, dict) else tokens:
+        if type(number) is not int:
+            raise refused(path, "trainable_token_indices", number, "numbers", "correct it")
     for key in PATTERNS:
         value = settings.get(key) or ()
         for pattern in [value] if isinstance(value, str) else value:
@@ -168,9 +174,9 @@ def refused(path: Path, key: str, value: object, expected: str, fix: str = MERGE
     return InputError(f"{path / SETTINGS}: {key}", found=found, expected=expected, fix=fix)
 
 
-def _positive(path: Path, key: str, value: object) -> None:
-    if not isinstance(value, int | float) or isinstance(value, bool) or value <= 0:
-        raise refused(path, key, value, "a positive number")
+def _positive(path: Path, key: str, value: Any, *, whole: bool) -> None:
+    if type(value) not in ((int,) if whole else (int, float)) or value <= 0:
+        raise refused(path, key, value, "a positive whole number" if whole else "a positive number")
 
 
 def _pattern(path: Path, key: str, pattern: str) -> re.Pattern[str]:
@@ -243,12 +249,10 @@ def rank_and_scale(path: Path, settings: Mapping[str, Any], module: str) -> tupl
     """
     rank = _by_module(path, settings, "rank_pattern", module, settings["r"])
     alpha = _by_module(path, settings, "alpha_pattern", module, settings["lora_alpha"])
-    return int(rank), alpha / (math.sqrt(rank) if settings.get("use_rslora") else rank)
+    return rank, alpha / (math.sqrt(rank) if settings.get("use_rslora") else rank)
 
 
-def _by_module(
-    path: Path, settings: Mapping[str, Any], key: str, module: str, default: float
-) -> float:
+def _by_module(path: Path, settings: Mapping[str, Any], key: str, module: str, default: Any) -> Any:
     """A module's value: of the first pattern that its name ends with, in the file's order."""
     for pattern, value in (settings.get(key) or {}).items():
         if _pattern(path, key, rf"(.*\.)?({pattern})").fullmatch(module):

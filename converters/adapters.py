@@ -23,9 +23,6 @@ ADAPTER, EXTRA, PROJECTOR = "adapter_model", "non_lora_trainables", "mm_projecto
 EMBEDDINGS = re.compile(r".*\bembed_tokens\.([a-z_.]+\.)?(?<!lora_[AB]\.)weight")
 """Names in an adapter's file of a whole embedding."""
 
-PROCESSORS = ("preprocessor_config.json", "processor_config.json")
-"""Files of transformers' layouts that an adapter's folder may lack beside its config.json."""
-
 
 @dataclasses.dataclass(frozen=True)
 class Contents:
@@ -33,7 +30,7 @@ class Contents:
 
     Attributes:
         path: the folder.
-        config: config.json, the base's if the folder has none.
+        config: config.json, the base's if the folder has none or an adapter alone.
         home: the folder of that config.json.
         tensors: the base's; the folder's own if it is complete without.
         files: all files that tensors are read from, the base's named "base/...".
@@ -75,9 +72,8 @@ def read(path: Path, base: str | Path | None, towers: Towers) -> Contents:
     if (path / "config.json").is_file():
         own = read_json(path / "config.json")
         _check_base(path, found, _resized(config, added), _resized(own, added))
-        config = own
-        if "text_config" not in config or any((path / x).is_file() for x in PROCESSORS):
-            home = path
+        if set(added) != {ADAPTER} or own.get("model_type") != config.get("model_type"):
+            config, home = own, path  # LLaVA's code reads it, PEFT does not
     below, config = read_weights(found), _resized(config, added)
     files = {f"base/{x.path.name}": x.path for x in below.values()}
     files |= {x.path.name: x.path for tensors in added.values() for x in tensors.values()}

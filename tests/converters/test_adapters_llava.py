@@ -12,8 +12,15 @@ import transformers
 from safetensors.torch import load_file, save_file
 
 import converters
+from converters.reader import read_json
 from tests.adapters import lora_folder, peft_folder
-from tests.checkpoints import hf_llava_folder, llama_folder, llava_next_folder, published
+from tests.checkpoints import (
+    hf_llava_folder,
+    llama_folder,
+    llava_next_folder,
+    published,
+    write_json,
+)
 
 PICTURE = np.random.default_rng(0).integers(0, 256, (40, 60, 3), dtype=np.uint8)
 IMAGE = 319
@@ -191,8 +198,9 @@ def test_llava_next(tmp_path: Path):
 
 
 def test_a_folder_with_the_config_of_its_base(model: Any, bases: Path, tmp_path: Path):
-    """Trainers write config.json beside the adapter, and no preprocessor."""
+    """Trainers write config.json beside the adapter, and no preprocessor; PEFT does not read it."""
     merged = lora_folder(tmp_path / "lora", model, 3)
-    shutil.copy(bases / "hub" / "config.json", tmp_path / "lora")
+    config = read_json(bases / "hub" / "config.json")
+    write_json(tmp_path / "lora" / "config.json", config | {"quantization_config": {"bits": 4}})
     found = converters.open_source(tmp_path / "lora", base=bases / "hub")
     assert_same(found, merged, tmp_path / "merged", bases / "hub")

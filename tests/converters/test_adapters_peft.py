@@ -7,6 +7,7 @@ import warnings
 from pathlib import Path
 from typing import Any
 
+import huggingface_hub
 import numpy as np
 import peft
 import pytest
@@ -17,6 +18,7 @@ from safetensors.torch import load_file, save_file
 
 import converters
 from converters import adapter_config
+from converters.lora import LoRATensor, Part, RowsReplaced, Shifted, Transposed
 from converters.reader import read_json
 from tests.adapters import peft_folder
 from tests.checkpoints import LLAMA, llama_folder, published, randomize, write_json
@@ -338,7 +340,10 @@ def test_other_kinds_of_adapters(bases: dict[bool, Path], tmp_path: Path, kind: 
 
 REFUSED = {
     "unknown": ({"new_key": 3}, "new_key: found 3, expected a key of PEFT's LoraConfig"),
-    "rank": ({"r": 0}, "r: found 0, expected a positive number"),
+    "rank": ({"r": 0}, "r: found 0, expected a positive whole number"),
+    "half a rank": ({"r": 4.5}, "r: found 4.5, expected a positive whole number"),
+    "tokens": ({"trainable_token_indices": {"x": ["3"]}}, "trainable_token_indices: found '3'"),
+    "revision": ({"revision": 3}, "revision: found 3, expected a value of type str"),
     "text": ({"lora_alpha": "8"}, "lora_alpha: found '8', expected a positive number"),
     "an expression": ({"rank_pattern": {"(": 2}}, "rank_pattern: found "),
     "a rank of a pattern": ({"rank_pattern": {"q_proj": None}}, "rank_pattern: q_proj: found None"),
@@ -391,6 +396,53 @@ def test_tensors_that_are_refused(bases: dict[bool, Path], tmp_path: Path):
     save_file(state, file)
     with pytest.raises(InputError, match="lora_bias: found False"):
         converters.open_source(tmp_path, base=bases[False])
+
+
+def test_tensors_by_rows():
+    """A slice is that of the whole, of every kind of tensor."""
+    rng = np.random.default_rng(3)
+
+    def drawn(*shape: int) -> np.ndarray:
+        return rng.normal(size=shape).astype(np.float32)
+
+    linear, conv = (
+        (drawn(10, 6), drawn(2, 6), drawn(10, 2)),
+        (drawn(10, 3, 2, 2), drawn(4, 3, 2, 2)),
+    )
+    tensors = {
+        "plain": LoRATensor(*linear, 0.5),
+        "magnitude": LoRATensor(*linear, 0.5, drawn(10)),
+        "columns": LoRATensor(*linear, 0.5, drawn(6), columns=True),
+        "convolution": LoRATensor(*conv, drawn(10, 4, 1, 1), 0.5, drawn(1, 10, 1, 1)),
+        "transposed": Transposed(drawn(6, 10)),
+        "part": Part(drawn(15, 9), 4, 10, 1, 3),
+        "bias": Shifted(drawn(10), drawn(10), 0.5),
+        "rows": RowsReplaced(drawn(10, 6), (8, 3, 4), drawn(3, 6)),
+    }
+    for name, tensor in tensors.items():
+        whole = tensor[...]
+        assert whole.shape == tensor.shape, name
+        for start, stop in ((0, 10), (3, 5), (4, 9), (9, 10)):
+            np.testing.assert_allclose(tensor[start:stop], whole[start:stop], rtol=1e-5, atol=1e-6)
+    assert tensors["part"].shape == (10, 3)
+    rows = tensors["rows"]
+    np.testing.assert_array_equal(rows[...][[8, 3, 4]], rows.rows)
+
+
+def test_the_revision_of_a_base(
+    bases: dict[bool, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    """In the hub's cache, that which the settings name."""
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path / "cache"))
+    repository = tmp_path / "cache" / "models--someone--base"
+    (repository / "refs").mkdir(parents=True)
+    for name, tied in (("main", False), ("v2", True)):
+        (repository / "refs" / name).write_text(f"0{name}")
+        shutil.copytree(bases[tied], repository / "snapshots" / f"0{name}")
+    peft_folder(tmp_path / "lora", opened(bases[True], 320), 3, revision="v2")
+    found = converters.open_source(tmp_path / "lora").base
+    assert found is not None
+    assert found.name == "0v2"
 
 
 def test_adapters_in_folders_by_name(bases: dict[bool, Path], tmp_path: Path):

@@ -76,8 +76,8 @@ def export(
         folder: {name: _Exported(pieces) for name, pieces in tensors.items()}
         for folder, tensors in parts.items()
     }
-    for folder, name, tensor in _spare(record):
-        weights[folder].setdefault(name, tensor)
+    for folder, name, tensor in _spare(record, weights):
+        weights[folder][name] = tensor
     own = () if record["created"] else ("preprocessor_config.json", "processor_config.json")
     files = {name: origin / name for name in (*TOKENIZER_FILES, *own) if (origin / name).is_file()}
     dtype = np.dtype(params["llm/embedding"].dtype)
@@ -126,11 +126,16 @@ def _folder(record: Mapping[str, Any], part: str) -> str:
     return FOLDERS[part.split(".")[-1]] if part in record["towers"] else ""
 
 
-def _spare(record: Mapping[str, Any]) -> Iterator[tuple[str, str, LazyTensor]]:
-    """Sub-folder, name and values of each tensor that the model may lack, as its file has it."""
+def _spare(
+    record: Mapping[str, Any], weights: Mapping[str, Mapping[str, LazyTensor]]
+) -> Iterator[tuple[str, str, LazyTensor]]:
+    """Sub-folder, name and values of each tensor that the model lacks, as its file has it."""
     files: dict[str, Mapping[str, LazyTensor]] = {}
     for part, places in record["spare"].items():
+        folder = _folder(record, part)
         for name, path in places.items():
+            if name in weights[folder]:  # one that some models have, and this one has
+                continue
             if path not in files:
                 files[path] = read_file(Path(path)) if Path(path).is_file() else {}
             if name not in files[path]:
@@ -140,7 +145,7 @@ def _spare(record: Mapping[str, Any]) -> Iterator[tuple[str, str, LazyTensor]]:
                     expected="the file that the model was loaded from, to copy what it left there",
                     fix="put it back",
                 )
-            yield _folder(record, part), name, files[path][name]
+            yield folder, name, files[path][name]
 
 
 def with_dtype(config: Mapping[str, Any], dtype: np.dtype) -> dict[str, Any]:

@@ -71,7 +71,8 @@ def inspect(path: str | Path, base: str | Path | None = None) -> str:
     lines += [f"{name}: equal to {like}, not read" for name, like in source.same.items()]
     if source.unread:
         lines.append(
-            f"{len(source.unread)} tensors not read: the tower's own folder is used instead"
+            f"{len(source.unread)} tensors not read, the tower's own folder is used instead: "
+            + ", ".join(summary(source.unread))
         )
     return "\n".join(lines)
 

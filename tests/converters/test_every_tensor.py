@@ -326,3 +326,25 @@ def test_towers(tmp_path: Path, name: str):
     }
     said = inspect(tmp_path / "mllm")
     assert all(re.sub(r"\b\d+\b", "*", name) in said or name in said for name in left)
+
+
+def test_a_fusion_that_was_not_written_can_be_exported(tmp_path: Path):
+    """Tensors that only some models have are there once."""
+    for i in range(2):
+        llava_folder(tmp_path / f"m{i}", "next")
+    members = {name: tmp_path / f"m{i}" for i, name in enumerate("ab")}
+    converters.fuse(members, tmp_path / "fused", method="linear")
+    model, _ = converters.load_fused(members, method="linear")
+    converters.export(model, tmp_path / "out")
+    before, after = (load_file(tmp_path / x / "model.safetensors") for x in ("fused", "out"))
+    assert before.keys() == after.keys()
+    assert all(torch.equal(x, before[name]) for name, x in after.items())
+
+
+def test_what_was_left_in_a_file_that_is_gone(tmp_path: Path):
+    llava_folder(tmp_path / "mllm", "siglip")
+    model, _ = converters.load(tmp_path / "mllm")
+    (tmp_path / "mllm" / "model.safetensors").unlink()
+    with pytest.raises(InputError, match=r"vision_tower\.head\..*found no such tensor any more"):
+        converters.export(model, tmp_path / "out")
+    assert not (tmp_path / "out").exists()

@@ -10,10 +10,11 @@ from typing import Any
 
 import pytest
 
-from converters.export import _file_name, _places
+from converters.export import _places
 from converters.fuse import _describe
 from converters.layouts import Source, open_source
 from converters.load import Params, abstract, check, model_config
+from converters.rules import restored
 from converters.tables import find
 from converters.towers import Tower, read_tower
 from tests.checkpoints import header_file, write_json
@@ -237,7 +238,7 @@ def test_model(specs: Mapping[str, Any], tmp_path: Path, name: str):
     written: dict[str, dict[str, list[int]]] = {folder: {} for folder in expected}
     for path, (rule, prefixes, folder) in _places(json.loads(source.to_json()), params).items():
         for one in rule.each(params[path].shape):
-            name_there = _file_name(one.source, prefixes)
+            name_there = restored(one.source, prefixes)
             written[folder][name_there] = list(one.source_shape(params[path].shape))
     assert written == expected
     assert sum(math.prod(p.shape) for p in params.values()) == sum(

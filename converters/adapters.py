@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from converters.adapter_config import SETTINGS, read_settings
-from converters.reader import has_weights, read_json, read_weights
+from converters.reader import has_weights, read_config, read_json, read_weights
 from converters.towers import Towers
 from vfjax import InputError
 from vfjax.merge import LazyTensor, check_family
@@ -63,14 +63,14 @@ def read(path: Path, base: str | Path | None, towers: Towers) -> Contents:
     """
     if not _is_part(path):
         _check_inner(path)
-        config, own = read_json(path / "config.json"), read_weights(path)
+        config, own = read_config(path / "config.json"), read_weights(path)
         return Contents(path, config, path, dict(own), {x.path.name: x.path for x in own.values()})
     settings = read_settings(path)
     added = _own_tensors(path, settings)
     found = _base(path, base, towers)
-    config, home = read_json(found / "config.json"), found
+    config, home = read_config(found / "config.json"), found
     if (path / "config.json").is_file():
-        own = read_json(path / "config.json")
+        own = read_config(path / "config.json")
         _check_base(path, found, _resized(config, added), _resized(own, added))
         if set(added) != {ADAPTER} or own.get("model_type") != config.get("model_type"):
             config, home = own, path  # LLaVA's code reads it, PEFT does not

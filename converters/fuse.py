@@ -279,7 +279,7 @@ class Fusion:
         homes = [source.home for source in self._tokenizers()]
         home = next((x for x in homes if has_tokenizer(x)), homes[0])
         layout = next(x for x in LAYOUTS if x.name == "visionfuse")
-        source = layout.describe(home, config, Towers({}, "auto"))
+        source = layout.open(home, config, Towers({}, "auto"))
         source.chat_template = self.result.chat_template
         assign(source, layout, self.weights, "auto")
         settle(source)

@@ -4,11 +4,10 @@ A layout turns a folder into a `Source`: the same normal form whatever wrote the
 merging, inspecting and exporting know only the normal form.
 """
 
-import contextlib
 import dataclasses
 import json
 import re
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +15,9 @@ from converters import adapters, tables
 from converters.adapted import completed
 from converters.rules import Table, rename
 from converters.towers import Prefixes, Tensors, Tower, Towers, pairs, tower_files
+from converters.values import Unused, Values
 from vfjax import InputError
+from vfjax.errors import cut
 from vfjax.merge import LazyTensor, equal
 
 TOKENIZERS = ("tokenizer.json", "tokenizer.model")
@@ -118,6 +119,17 @@ class Source:
         """The table of a component."""
         return tables.find(self.component(part), f"{self.path}: {part}")
 
+    def config_of(self, part: str, **more: Any) -> Any:
+        """The config of a component, read by its table.
+
+        Args:
+            part: the component.
+            more: keys beside, or in place of, its own.
+        """
+        folder = (self.towers[part].path if part in self.towers else None) or self.path
+        config = self.table(part).config({**self.component(part), **more}, f"{folder}: {part}")
+        return dataclasses.replace(config, **self.seen) if part == "llm" else config
+
     def weight_files(self) -> dict[str, Path]:
         """All files that tensors are read from; a tower's are named after its component."""
         files = dict(self.files)
@@ -154,17 +166,39 @@ class Layout:
     Attributes:
         name: unique.
         matches: whether a config.json is of this kind.
-        describe: (folder, config.json) -> the normal form without tensors.
+        describe: (folder, config.json, towers) -> the normal form without tensors.
         prefixes: (prefix in the folder, component, prefix in the component's table), the first that
             fits.
+        unused: keys of config.json, outside its sections, that are known to have no effect on what
+            is computed here.
         general: other layouts that match come first.
     """
 
     name: str
     matches: Callable[[Mapping[str, Any]], bool]
-    describe: Callable[[Path, dict[str, Any], Towers], Source]
+    describe: Callable[[Path, Values, Towers], Source]
     prefixes: Callable[[Source], tuple[tuple[str, str, str], ...]]
+    unused: Unused
     general: bool = False
+
+    def open(self, path: Path, config: Mapping[str, Any], towers: Towers) -> Source:
+        """The normal form of a folder, without tensors.
+
+        Args:
+            path: the folder.
+            config: its config.json.
+            towers: where its towers are.
+
+        Raises:
+            InputError: a key of the wrong type, one that is missing, or one that asks for what is
+                not supported; a tower that is nowhere to be found.
+        """
+        values = Values(config, str(path / "config.json"))
+        template = values.text(TEMPLATE, None)
+        source = self.describe(path, values, towers)
+        values.done(self.unused)
+        source.template = template or source.template
+        return source
 
 
 def open_source(
@@ -194,19 +228,18 @@ def open_source(
     places = Towers(towers or {}, tower_source)
     contents = adapters.read(path, base, places)
     config = contents.config
+    Values(config, str(contents.home / "config.json")).text("model_type", None)
     known = sorted(tables.LAYOUTS, key=lambda layout: layout.general)
     layout = next((x for x in known if x.matches(config)), None)
     if layout is None:
         kinds = ", ".join(sorted(x.name for x in tables.LAYOUTS))
         raise InputError(
             contents.home / "config.json",
-            found=f"model_type {config.get('model_type')!r}",
+            found=f"model_type {cut(repr(config.get('model_type')))}",
             expected=f"one of the layouts {kinds}",
             fix="this kind of checkpoint is not supported",
         )
-    with reading(contents.home / "config.json"):
-        source = layout.describe(contents.home, config, places)
-    source.template = config.get(TEMPLATE, source.template)
+    source = layout.open(contents.home, config, places)
     if all(branch.get("code") == "transformers" for branch in source.branches):
         source.template = source.template or "plain"  # a template is not needed to open it there
     if source.branches and not source.template:
@@ -220,23 +253,11 @@ def open_source(
     source.path, source.base, source.files = path, contents.base, contents.files
     tensors = contents.tensors
     if contents.base is not None:
-        with reading(contents.home / "config.json"):
-            tied = source.table("llm").config(source.llm).tied
+        tied = source.config_of("llm").tied
         tensors = completed(contents, layout.prefixes(source), tied=tied)
     assign(source, layout, tensors, tower_source)
     settle(source)
     return source
-
-
-@contextlib.contextmanager
-def reading(path: Path) -> Iterator[None]:
-    """Turns the lack of a key in a config.json into an InputError."""
-    try:
-        yield
-    except KeyError as error:
-        raise InputError(
-            path, found=f"no key {error}", expected="it", fix="complete the file"
-        ) from error
 
 
 def assign(
@@ -305,8 +326,7 @@ def settle(source: Source) -> None:
     says.
     """
     table, tensors = source.table("llm"), source.parts.get("llm", {})
-    with reading(source.path / "config.json"):
-        config = table.config(source.llm)
+    config = source.config_of("llm")
     (name, like) = next((rule.source, rule.like) for rule in table.rules if rule.like)
     source.seen = {
         "headless": not config.tied and name not in tensors and like in tensors,
@@ -331,7 +351,7 @@ def _held(source: Source, part: str, tower: Tower, names: Mapping[str, Any]) -> 
     pattern = re.compile(re.escape(part) + r"\0encoder\.layers\.(\d+)\.")
     count = len({m[1] for new, _ in names.values() if (m := pattern.match(new))})
     taps = [tap for group in source.branch(part)["connector"]["groups"] for tap in group]
-    layers = tower.config.get("num_hidden_layers", 0)
+    layers = source.config_of(part).layers
     if part.endswith(".encoder") and 0 <= min(taps) <= max(taps) <= count < layers:
         config = {**tower.config, "num_hidden_layers": count}
         source.branch(part)["encoder"] = config

@@ -12,7 +12,7 @@ from flax import nnx
 from jax.sharding import Mesh
 
 from converters.fill import fill
-from converters.layouts import TOKENIZERS, Source, open_source, reading
+from converters.layouts import TOKENIZERS, Source, open_source
 from converters.preprocessor import from_preprocessor
 from converters.reader import read_json
 from converters.rules import FLOATS, Rule, Table
@@ -22,7 +22,6 @@ from converters.tokenizer import tokenizer_of
 from converters.towers import KINDS, read_tower
 from vfjax import InputError, Model, Processor
 from vfjax.int8 import int8 as to_int8
-from vfjax.layers import ACTIVATIONS
 from vfjax.merge import LazyTensor
 from vfjax.model import BranchConfig, ModelConfig
 from vfjax.prompts import IMAGE_TOKEN
@@ -126,8 +125,7 @@ def read_llm(
     progress: Callable[[int], object] = lambda nbytes: None,
 ) -> Any:
     """The language model alone of an opened source; arguments and errors as `load`."""
-    with reading(source.path / "config.json"):
-        config = _component_config(source, "llm")
+    config = source.config_of("llm")
     table, tensors = source.table("llm"), source.parts["llm"]
     return _read_module(config, table, tensors, f"{source.path}: llm", mesh, dtype, progress)
 
@@ -142,7 +140,7 @@ def load_encoder(path: str | Path, *, mesh: Mesh | None = None, dtype: Any = Non
     path, dtype = Path(path), float_dtype(dtype)
     tower = read_tower(path, next((f for f in KINDS if (path / f).is_file()), "config.json"))
     table = find(tower.config, str(path))
-    config = table.config(tower.config)
+    config = table.config(tower.config, str(path))
     return _read_module(config, table, tower.tensors, str(path), mesh, dtype)
 
 
@@ -184,9 +182,8 @@ def model_config(source: Source) -> ModelConfig:
         InputError: a component that vfjax has no table for, a config that lacks a key or names an
             unknown activation, or pictures that don't fit an encoder.
     """
-    with reading(source.path / "config.json"):
-        branches = tuple(_branch_config(source, branch) for branch in source.branches)
-        llm = _component_config(source, "llm")
+    branches = tuple(_branch_config(source, branch) for branch in source.branches)
+    llm = source.config_of("llm")
     return ModelConfig(branches, llm, source.to_json(), source.positions, source.mask)
 
 
@@ -197,7 +194,7 @@ def _branch_config(source: Source, branch: Mapping[str, Any]) -> BranchConfig:
     images = from_preprocessor(
         branch["preprocessor"], aspect=branch["aspect"], code=code, name=where
     )
-    encoder = _component_config(source, f"{part}.encoder", input_size=images.size)
+    encoder = source.config_of(f"{part}.encoder", input_size=images.size)
     if images.size != getattr(encoder, "input_size", encoder.image_size):
         raise InputError(
             f"{where}: preprocessor",
@@ -207,31 +204,19 @@ def _branch_config(source: Source, branch: Mapping[str, Any]) -> BranchConfig:
         )
     aux = None
     if "aux" in branch:
-        fed = {"input_size": images.size} if "preprocessor_aux" in branch["connector"] else {}
-        aux = _component_config(source, f"{part}.aux", **fed)
-    connector = _component_config(source, f"{part}.connector")
-    views = source.table(f"{part}.connector").views
-    assert views is not None, f"the table of {part}.connector has no views"
+        size = {"input_size": images.size} if "preprocessor_aux" in branch["connector"] else {}
+        aux = source.config_of(f"{part}.aux", **size)
+    table = source.table(f"{part}.connector")
+    fed = {**branch["connector"], "aux": aux}
+    connector, views = table.connector(fed, f"{where}.connector", images, encoder)
     return BranchConfig(
         name=branch["name"],
         encoder=encoder,
         connector=connector,
-        views=views({**branch["connector"], "aux": aux}, images, encoder, connector),
+        views=views,
         aux=aux,
         scaled=code == "authors",
     )
-
-
-def _component_config(source: Source, part: str, **more: Any) -> Any:
-    config = source.table(part).config({**source.component(part), **more})
-    if config.act not in ACTIVATIONS:
-        raise InputError(
-            f"{source.path}: {part}: activation",
-            found=repr(config.act),
-            expected=", ".join(ACTIVATIONS),
-            fix="this activation is not supported yet",
-        )
-    return dataclasses.replace(config, **source.seen) if part == "llm" else config
 
 
 def abstract(build: Callable[..., nnx.Module]) -> tuple[nnx.GraphDef, Params]:

@@ -19,6 +19,7 @@ import numpy as np
 from safetensors import SafetensorError, safe_open
 
 from vfjax import InputError
+from vfjax.errors import cut
 from vfjax.merge import Inner, LazyTensor, aligned
 
 DTYPES: dict[str, np.dtype] = {
@@ -278,6 +279,33 @@ def first_line(error: Exception) -> str:
     return (str(error).splitlines() or [type(error).__name__])[0]
 
 
+QUANTISED = ("quantization_config", "compression_config", "quantization")
+"""Keys of a config.json beside quantised weights: transformers', older ones', MLX's."""
+
+
+def read_config(path: Path) -> dict[str, Any]:
+    """A config.json, or another model's config; errors as `read_json`.
+
+    Raises:
+        InputError: its weights are quantised.
+    """
+    config = read_json(path)
+    for part in (config, *(value for value in config.values() if isinstance(value, dict))):
+        for key in QUANTISED:
+            if found := part.get(key):
+                method = found.get("quant_method") if isinstance(found, dict) else None
+                name = cut(str(method or key))
+                raise InputError(
+                    f"{path}: {key}",
+                    found=f"weights quantised by {name}",
+                    expected="plain ones",
+                    fix=f"{name} is not supported: dequantise them first (in transformers "
+                    "model.dequantize(), then save_pretrained), or take the model they were made "
+                    "from",
+                )
+    return config
+
+
 def read_json(path: Path) -> dict[str, Any]:
     """A JSON object of a checkpoint folder.
 
@@ -285,12 +313,14 @@ def read_json(path: Path) -> dict[str, Any]:
         InputError: no such file, or not a JSON object.
     """
     try:
+        if path.exists() and not path.is_file():  # a pipe would be waited for
+            raise ValueError("not a regular file")
         value = json.loads(path.read_text())
     except FileNotFoundError as error:
         raise InputError(
             path, found="no file", expected="a JSON file", fix="check the path"
         ) from error
-    except (ValueError, OSError) as error:
+    except (ValueError, OSError, RecursionError) as error:
         raise InputError(
             path, found=f"no readable JSON ({error})", expected="JSON", fix="download it again"
         ) from error

@@ -9,6 +9,7 @@ from typing import Any
 import ml_dtypes
 import numpy as np
 
+from converters.values import Unused, Values
 from vfjax import InputError
 from vfjax.images import ImageSpec
 from vfjax.merge import LazyTensor
@@ -20,6 +21,9 @@ TRANSPOSE = (1, 0)
 
 CONV = (2, 3, 1, 0)
 """torch Conv2d (out, in, h, w) -> kernel (h, w, in, out)."""
+
+LM = "ForCausalLM"
+"""How the names of causal LMs' classes end."""
 
 FLOATS = tuple(map(np.dtype, (ml_dtypes.bfloat16, np.float16, np.float32)))
 """Dtypes that parameters have."""
@@ -82,16 +86,18 @@ class Table:
 
     Attributes:
         types: the `model_type` values of the configs it is for.
-        config: Hugging Face config dict -> the component's config.
+        read: Hugging Face config -> the component's config.
         rules: every parameter's rule.
+        unused: keys of that config that are known to have no effect on what is computed here.
         ignore: patterns (full match) of tensors that are known and that nothing reads; they go
             where the folder is exported to, as they are.
         split: for files that hold several of the tensors in one: (name in the file, tensor) ->
             those tensors under the names of `rules`; {} for other names.
         prefixes: how a stand-alone checkpoint names things: (prefix there, prefix in `rules`), the
             first that fits.
+        around: such keys beside the `vision_config` of a larger model that a tower is part of.
         architecture: class that a causal LM's config.json names; empty for other components.
-        views: for connectors: (branch of the normal form, preprocessing, encoder's config,
+        views: for connectors: (their Hugging Face config, preprocessing, encoder's config,
             connector's config) -> what the encoders are shown (`vfjax.views`).
         recorded: for connectors: (connector's config, the branch's inputs, its stages) -> the
             stages under the names of the authors' code, for `converters verify`.
@@ -101,16 +107,54 @@ class Table:
     """
 
     types: tuple[str, ...]
-    config: Callable[[Mapping[str, Any]], Any]
+    read: Callable[[Values], Any]
     rules: tuple[Rule, ...]
+    unused: Unused
     ignore: tuple[str, ...] = ()
     split: Callable[[str, LazyTensor], Mapping[str, LazyTensor]] = lambda name, tensor: {}
     prefixes: tuple[tuple[str, str], ...] = (("", ""),)
+    around: Unused = dataclasses.field(default_factory=dict)
     architecture: str = ""
-    views: Callable[[Mapping[str, Any], ImageSpec, Any, Any], Any] | None = None
+    views: Callable[[Values, ImageSpec, Any, Any], Any] | None = None
     recorded: Callable[[Any, Arrays, Arrays], Arrays] | None = None
     limits: Mapping[str, float] = dataclasses.field(default_factory=dict)
     published: Mapping[str, "Published"] = dataclasses.field(default_factory=dict)
+
+    def config(self, hf: Mapping[str, Any], where: str = "config.json") -> Any:
+        """The component's config; missing keys have the defaults of its transformers class.
+
+        Args:
+            hf: its Hugging Face config.
+            where: what to call that in errors.
+
+        Raises:
+            InputError: a key of the wrong type, one that is missing, or one that asks for what is
+                not supported.
+        """
+        values = Values(hf, where)
+        made = self.read(values)
+        if self.architecture:
+            _check_class(values, self.architecture.removesuffix(LM))
+        values.done(self.unused)
+        return made
+
+    def connector(
+        self, hf: Mapping[str, Any], where: str, images: ImageSpec, encoder: Any
+    ) -> tuple[Any, Any]:
+        """A connector's config, as `config`, and what its encoders are shown.
+
+        Args:
+            hf: as of `config`; `aux` is the second encoder's config.
+            where: as there.
+            images: how pictures are prepared.
+            encoder: config of the encoder.
+        """
+        assert self.views is not None, f"the table of {where} has no views"
+        values = Values(hf, where)
+        made = self.read(values)
+        views = self.views(values, images, encoder, made)
+        values.done(self.unused)
+        return made, views
 
     def match(self, shapes: Mapping[str, tuple[int, ...]]) -> dict[str, Rule]:
         """Parameter path -> its rule, with the layer's number filled in.
@@ -169,6 +213,15 @@ class Table:
                     fix="convert the checkpoint first (dequantise it if it is quantised)",
                 )
         return rules
+
+
+def _check_class(values: Values, family: str) -> None:
+    """Checks that `architectures`, if given, names a family's causal LM, or its headless model."""
+    known = (family + LM, f"{family}Model")
+    for name in values.names("architectures"):
+        if name.lower() not in map(str.lower, known):  # early folders write LLaMA
+            fix = f"{name} is not supported"
+            raise values.error("architectures", " or ".join(known), fix)
 
 
 def _match_one(path: str, patterns: Iterable[tuple[re.Pattern[str], Rule]]) -> Rule:

@@ -7,8 +7,9 @@ from typing import Any
 
 from converters import tables
 from converters.preprocessor import read_preprocessor
-from converters.reader import has_weights, read_json, read_weights
+from converters.reader import has_weights, read_config, read_json, read_weights
 from converters.rules import rename
+from converters.values import ANY, Values
 from vfjax import InputError
 from vfjax.merge import LazyTensor
 
@@ -132,8 +133,8 @@ def read_tower(path: Path, file: str, slot: str = "", *, weights: bool = True) -
         InputError: a file is absent or unreadable, or there is no table for it.
     """
     start = f"{slot}_" if slot else ""
-    whole = read_json(path / f"{start}{file}")
-    config = vision_config(whole)
+    whole = read_config(path / f"{start}{file}")
+    config = vision_config(whole, str(path / f"{start}{file}"))
     preprocessor = read_preprocessor(path)
     if slot:
         beside = path / f"{start}{PREPROCESSOR}"
@@ -165,11 +166,34 @@ def tower_files(
     return {"config.json": dict(config), PREPROCESSOR: dict(preprocessor)}
 
 
-def vision_config(config: Mapping[str, Any]) -> dict[str, Any]:
-    """The vision half of a CLIP-like config, or of an OpenCLIP one, with a `model_type`."""
+def vision_config(config: Mapping[str, Any], where: str) -> dict[str, Any]:
+    """The vision half of a CLIP-like config, or of an OpenCLIP one, with a `model_type`.
+
+    Raises:
+        InputError: a key beside it that is not known.
+    """
+    values = Values(config, where)
     if "model_cfg" in config:
-        return {"model_type": "open_clip_convnext", **config["model_cfg"]["vision_cfg"]}
-    return {"model_type": config.get("model_type"), **config.get("vision_config", config)}
+        values.section("model_cfg").mapping("vision_cfg")
+        values.done({"preprocess_cfg": ANY})
+        values = values.section("model_cfg")
+        found = {"model_type": "open_clip_convnext", **values.mapping("vision_cfg")}
+    elif "vision_config" in config:
+        kind = values.text("model_type", None)
+        found = {"model_type": kind, **values.mapping("vision_config")}
+        same = values.mapping("vision_config_dict", None)
+        if same is not None and _differ({"model_type": kind, **same}, found, where):
+            raise values.error("vision_config_dict", "null, or vision_config once more")
+    else:
+        return {"model_type": None, **config}
+    values.done(tables.find(found, where).around)
+    return found
+
+
+def _differ(one: Mapping[str, Any], other: Mapping[str, Any], where: str) -> bool:
+    """Whether two configs are of different towers."""
+    made = [tables.find(config, where).config(config, where) for config in (one, other)]
+    return made[0] != made[1]
 
 
 def pairs(found: Iterable[tuple[str, str]]) -> Prefixes:

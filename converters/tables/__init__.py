@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from converters.rules import Table
 from vfjax import InputError
+from vfjax.errors import cut
 
 if TYPE_CHECKING:
     from converters.layouts import Layout
@@ -25,10 +26,10 @@ def find(config: Mapping[str, Any], where: str) -> Table:
         InputError: there is none.
     """
     kind = config.get("model_type")
-    if kind not in TABLES:
+    if not isinstance(kind, str) or kind not in TABLES:
         raise InputError(
             where,
-            found=f"model_type {kind!r}",
+            found=f"model_type {cut(repr(kind))}",
             expected=", ".join(sorted(TABLES)),
             fix="this architecture is not supported yet",
         )

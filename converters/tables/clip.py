@@ -1,9 +1,7 @@
 """CLIP's vision tower (transformers CLIPVisionModel, CLIPModel)."""
 
-from collections.abc import Mapping
-from typing import Any
-
 from converters.rules import CONV, Published, Rule, Table, dense, norm
+from converters.values import ANY, DEEPEST, PRETRAINED, Unused, Values
 from vfjax.encoders import CLIPConfig
 
 LAYER = "encoder.layers.{}."
@@ -21,23 +19,63 @@ BLOCK = (
 """A transformer block; SigLIP's has the same names."""
 
 
-def config(hf: Mapping[str, Any]) -> CLIPConfig:
-    """Missing keys have the defaults of transformers' CLIPVisionConfig."""
+def read(hf: Values) -> CLIPConfig:
+    """From the keys of transformers' CLIPVisionConfig."""
     return CLIPConfig(
-        width=hf.get("hidden_size", 768),
-        layers=hf.get("num_hidden_layers", 12),
-        heads=hf.get("num_attention_heads", 12),
-        mlp=hf.get("intermediate_size", 3072),
-        patch=hf.get("patch_size", 32),
-        image_size=hf.get("image_size", 224),
-        act=hf.get("hidden_act", "quick_gelu"),
-        eps=hf.get("layer_norm_eps", 1e-5),
+        **sizes(hf),
+        mlp=hf.whole("intermediate_size", 3072),
+        patch=hf.side("patch_size", 32),
+        image_size=hf.side("image_size", 224),
+        act=hf.activation("hidden_act", "quick_gelu"),
+        eps=hf.number("layer_norm_eps", 1e-5),
     )
 
 
+def sizes(hf: Values, width: int = 768, heads: int = 12) -> dict[str, int]:
+    """Width, layers and heads of a vision transformer.
+
+    Args:
+        hf: its config.
+        width: default of `hidden_size`.
+        heads: default of `num_attention_heads`.
+
+    Raises:
+        InputError: heads that do not divide the width.
+    """
+    width = hf.whole("hidden_size", width)
+    heads = hf.whole("num_attention_heads", heads)
+    if width % heads:
+        raise hf.error("num_attention_heads", f"a divisor of hidden_size, {width}")
+    layers = hf.whole("num_hidden_layers", 12, most=DEEPEST)
+    return {"width": width, "layers": layers, "heads": heads}
+
+
+TOWER: Unused = {
+    **PRETRAINED,
+    "attention_dropout": ANY,
+    "dropout": ANY,
+    "input_size": ANY,  # ours: the side of the pictures that are fed
+    "num_channels": (3,),
+    "tie_word_embeddings": ANY,
+}
+"""Keys without effect on any vision tower."""
+
+AROUND: Unused = {
+    **PRETRAINED,
+    "initializer_factor": ANY,
+    "logit_scale_init_value": ANY,
+    "projection_dim": ANY,
+    "text_config": ANY,
+    "text_config_dict": ANY,
+    "tie_word_embeddings": ANY,
+}
+"""Beside the vision tower of a larger model."""
+
 TABLE = Table(
     types=("clip_vision_model", "clip"),
-    config=config,
+    read=read,
+    unused={**TOWER, "projection_dim": ANY},
+    around=AROUND,
     rules=(
         Rule("embeddings.class_embedding", "cls"),
         Rule("embeddings.patch_embedding.weight", "patch/kernel", CONV),

@@ -5,7 +5,6 @@ LLaVA's layout with a second tower under Mini-Gemini's key (`mm_vision_tower_aux
 """
 
 import dataclasses
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +12,7 @@ from converters import tables
 from converters.layouts import Layout, Source
 from converters.preprocessor import from_preprocessor
 from converters.rules import Rule, Table, dense, norm
+from converters.tables import llava
 from converters.tables.llava import (
     is_upstream,
     upstream_branch,
@@ -20,7 +20,9 @@ from converters.tables.llava import (
     upstream_source,
     upstream_tower,
 )
+from converters.tables.mlp import groups
 from converters.towers import Towers
+from converters.values import ANY, DEEPEST, Values
 from vfjax import InputError
 from vfjax.connectors import COMMConfig, MergeConfig
 from vfjax.images import ImageSpec
@@ -30,26 +32,29 @@ OPTIONS = ("layers", "layers_aux", "merge", "blocks", "ratio", "join")
 """Keys of `mm_comm`; see `vfjax.connectors.MergeConfig` and `COMMConfig`."""
 
 
-def config(hf: Mapping[str, Any]) -> COMMConfig:
+def read(hf: Values) -> COMMConfig:
     """Layers and widths of both encoders; the MLPs stand behind the second one only."""
-    merge = hf["merge"]
-    encoder = MergeConfig(hf["din"], tuple(hf["groups"][0]), hf["drop"], merge)
+    merge, join = hf.text("merge"), hf.text("join")
+    encoder = MergeConfig(hf.whole("din"), groups(hf)[0], hf.whole("drop", least=0), merge)
     aux = None
     if "layers_aux" in hf:
-        layers = tuple(hf["layers_aux"])
-        aux = MergeConfig(hf["din_aux"], layers, hf["drop_aux"], merge, hf["blocks"], hf["ratio"])
-    return COMMConfig(encoder, hf["dout"], aux, hf["join"])
+        layers, drop = hf.wholes("layers_aux", **LAYERS), hf.whole("drop_aux", least=0)
+        blocks, ratio = hf.whole("blocks", least=0, most=DEEPEST), hf.whole("ratio")
+        aux = MergeConfig(hf.whole("din_aux"), layers, drop, merge, blocks, ratio)
+    return COMMConfig(encoder, hf.whole("dout"), aux, join)
 
 
-def views(
-    hf: Mapping[str, Any], images: ImageSpec, encoder: Any, connector: COMMConfig
-) -> Whole | Pair:
+LAYERS = {"least": -DEEPEST, "most": DEEPEST}
+"""Bounds of hidden states' numbers."""
+
+
+def views(hf: Values, images: ImageSpec, encoder: Any, connector: COMMConfig) -> Whole | Pair:
     """The same pixels for both encoders, each with the mean and deviation it was trained on.
 
     Raises:
         InputError: the second encoder takes no pictures of this size, or has other tokens.
     """
-    aux = hf["aux"]
+    aux = hf.any("aux")
     if aux is None:
         return Whole(images, connector.tokens(encoder.tokens))
     if images.size != getattr(aux, "input_size", aux.image_size):
@@ -60,7 +65,9 @@ def views(
             fix="choose another",
         )
     own = from_preprocessor(
-        hf["preprocessor_aux"], aspect=images.aspect, name="second vision tower: preprocessor"
+        hf.mapping("preprocessor_aux"),
+        aspect=images.aspect,
+        name="second vision tower: preprocessor",
     )
     shown = dataclasses.replace(images, mean=own.mean, std=own.std)
     return Pair(images, shown, connector.tokens(encoder.tokens, aux.tokens))
@@ -81,7 +88,8 @@ def merge_rules(part: str) -> tuple[Rule, ...]:
 
 TABLE = Table(
     types=("comm",),
-    config=config,
+    read=read,
+    unused=dict.fromkeys(("act", "blocks", "mm_projector_type", "ratio"), ANY),
     views=views,
     rules=(
         *merge_rules("encoder"),
@@ -91,7 +99,7 @@ TABLE = Table(
 )
 
 
-def describe(path: Path, config: dict[str, Any], towers: Towers) -> Source:
+def describe(path: Path, config: Values, towers: Towers) -> Source:
     """Normal form; options that `mm_comm` lacks have the paper's values, or else ours.
 
     Layers: all of the first encoder, the last quarter of the second (1..24 and 19..24 of 24). One
@@ -100,36 +108,36 @@ def describe(path: Path, config: dict[str, Any], towers: Towers) -> Source:
     Raises:
         InputError: an unknown option.
     """
-    options = config.get("mm_comm", {})
-    if unknown := sorted(set(options) - set(OPTIONS)):
+    options = config.section("mm_comm", None)
+    if unknown := sorted(set(options.data) - set(OPTIONS)):
         raise InputError(
-            f"{path / 'config.json'}: mm_comm",
+            f"{options.where}",
             found=repr(unknown[0]),
             expected=", ".join(OPTIONS),
             fix="remove it",
         )
     tower = upstream_tower(path, config, towers)
     encoder = tables.find(tower.config, str(path)).config(tower.config)
-    branch = upstream_branch(path, config, tower)
+    branch = upstream_branch(config, tower)
     connector = branch["connector"]
     connector |= {
         "model_type": "comm",
         "din": encoder.width,
-        "groups": [options.get("layers") or list(range(1, encoder.layers + 1))],
+        "groups": [list(options.wholes("layers", None, **LAYERS) or range(1, encoder.layers + 1))],
         "drop": encoder.prefix,
-        "merge": options.get("merge", "lln_layerscale"),
-        "blocks": options.get("blocks", 1),
-        "ratio": options.get("ratio", 4),
-        "join": options.get("join", "channels"),
+        "merge": options.text("merge", "lln_layerscale"),
+        "blocks": options.whole("blocks", 1, least=0, most=DEEPEST),
+        "ratio": options.whole("ratio", 4),
+        "join": options.text("join", "channels"),
     }
     source = upstream_source(path, "comm", config, branch, tower)
-    if config.get("mm_vision_tower_aux"):
-        second = towers.find(path, config["mm_vision_tower_aux"], "vision_tower_aux")
+    if name := config.text("mm_vision_tower_aux", None):
+        second = towers.find(path, name, "vision_tower_aux")
         aux = tables.find(second.config, str(path)).config(second.config)
         last = range(aux.layers - max(1, aux.layers // 4) + 1, aux.layers + 1)
         connector |= {
             "din_aux": aux.width,
-            "layers_aux": options.get("layers_aux") or list(last),
+            "layers_aux": list(options.wholes("layers_aux", None, **LAYERS) or last),
             "drop_aux": aux.prefix,
             "preprocessor_aux": second.preprocessor,
         }
@@ -144,5 +152,6 @@ LAYOUTS = (
         lambda config: is_upstream(config) and config.get("mm_projector_type") == "comm",
         describe,
         upstream_names,
+        unused=llava.UNUSED,
     ),
 )

@@ -1,10 +1,7 @@
 """OpenCLIP's ConvNeXt towers (open_clip TimmModel around timm's ConvNeXt)."""
 
-from collections.abc import Mapping
-from typing import Any
-
 from converters.rules import CONV, Published, Rule, Table, dense, norm
-from vfjax import InputError
+from converters.values import ANY, DEEPEST, Values
 from vfjax.encoders import ConvNeXtConfig
 
 STAGE = "stages.{}."
@@ -21,28 +18,24 @@ SIZES = {
 """Depths and widths by timm's name (arXiv 2201.03545, section 3)."""
 
 
-def config(hf: Mapping[str, Any]) -> ConvNeXtConfig:
+def read(hf: Values) -> ConvNeXtConfig:
     """From the `vision_cfg` of an open_clip_config.json, `model_type` added.
 
     `golden_depths` and `golden_dims`, which only models of toy size have, take the place of the
     sizes by name. `input_size`, which no such file has, is the side of the pictures that are fed.
 
     Raises:
-        InputError: a timm model of another kind.
+        InputError: a timm model of another kind, or stages without widths.
     """
-    name = hf.get("timm_model_name")
-    if name not in SIZES:
-        raise InputError(
-            "open_clip_config.json: timm_model_name",
-            found=repr(name),
-            expected=", ".join(SIZES),
-            fix="this tower is not supported yet",
-        )
-    depths, widths = SIZES[name]
+    depths, widths = SIZES[hf.choice("timm_model_name", tuple(SIZES))]
+    depths = hf.wholes("golden_depths", depths, least=1, most=DEEPEST)
+    widths = hf.wholes("golden_dims", widths, least=1)
+    if len(widths) != len(depths):
+        raise hf.error("golden_dims", f"{len(depths)} widths, as golden_depths")
     return ConvNeXtConfig(
-        depths=tuple(hf.get("golden_depths", depths)),
-        widths=tuple(hf.get("golden_dims", widths)),
-        image_size=hf.get("input_size", hf.get("image_size", 224)),
+        depths=depths,
+        widths=widths,
+        image_size=hf.whole("input_size", hf.side("image_size", 224)),
     )
 
 
@@ -68,7 +61,22 @@ LARGE_320 = Published(
 
 TABLE = Table(
     types=("open_clip_convnext",),
-    config=config,
+    read=read,
+    unused={
+        "timm_drop": ANY,  # in training
+        "timm_drop_path": ANY,
+        "timm_model_pretrained": ANY,
+        "timm_pool": ANY,  # of the head, which is not read
+        "timm_proj": ANY,
+        "timm_proj_bias": ANY,
+        "torch_dtype": ANY,
+    },
+    around={
+        "custom_text": ANY,
+        "embed_dim": ANY,
+        "quick_gelu": ANY,  # of OpenCLIP's own towers
+        "text_cfg": ANY,
+    },
     rules=(
         *conv("stem.0", "stem"),
         *norm("stem.1", "stem_norm"),

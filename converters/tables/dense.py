@@ -5,8 +5,8 @@ from pathlib import Path
 from typing import Any
 
 from converters.layouts import Layout, Source
+from converters.tables import llava
 from converters.tables.llava import (
-    choice,
     is_upstream,
     upstream_branch,
     upstream_names,
@@ -14,22 +14,23 @@ from converters.tables.llava import (
     upstream_tower,
 )
 from converters.towers import Towers
-from vfjax import InputError
+from converters.values import DEEPEST, Unused, Values
 from vfjax.connectors import dense
 
 KINDS = ("sti", "sci", "dci")
 
 
-def groups(path: Path, config: Mapping[str, Any], encoder: Mapping[str, Any]) -> dict[str, Any]:
+def groups(config: Values, encoder: Mapping[str, Any]) -> dict[str, Any]:
     """What the connector reads, by the kind and the tower; see `vfjax.connectors.dense`.
 
     The published code has fixed layers, those of CLIP-L and SigLIP-so400m (DenseConnector
     llava/model/multimodal_encoder). CLIP's second mean includes the plain feature, SigLIP's does
     not. SigLIP has no class token. `mm_dense_connector_layers` is ours, for towers of other depths.
     """
-    kind = choice(path, config, "mm_dense_connector_type", "", KINDS)
+    kind = config.choice("mm_dense_connector_type", KINDS)
     siglip = is_siglip(encoder)
-    layers, plain = config.get(LAYERS, PUBLISHED[siglip]), config.get("mm_vision_select_layer", -2)
+    layers = config.whole(LAYERS, PUBLISHED[siglip], most=DEEPEST)
+    plain = llava.select_layer(config)
     if siglip and LAYERS not in config:
         plain = layers  # fixed there
     combine = dense(kind, layers, plain, drop=0 if siglip else 1)
@@ -40,6 +41,9 @@ def groups(path: Path, config: Mapping[str, Any], encoder: Mapping[str, Any]) ->
         "drop": combine.drop,
     }
 
+
+UNUSED: Unused = {**llava.UNUSED, "is_video": (False, None)}
+"""Its code pools the tokens of videos."""
 
 LAYERS = "mm_dense_connector_layers"
 
@@ -60,7 +64,7 @@ def config_of(kind: str, encoder: Mapping[str, Any], layers: int, select: int) -
     return {"mm_dense_connector_type": kind} | ({} if fixed else {LAYERS: shared})
 
 
-def describe(path: Path, config: dict[str, Any], towers: Towers) -> Source:
+def describe(path: Path, config: Values, towers: Towers) -> Source:
     """Normal form: LLaVA's, with more layers read.
 
     `mm_dense_connector_side` is ours: the published code lacks the paper's efficient variant (12
@@ -70,20 +74,17 @@ def describe(path: Path, config: dict[str, Any], towers: Towers) -> Source:
         InputError: a side for tokens that are not on a grid, or one that is no positive number.
     """
     tower = upstream_tower(path, config, towers)
-    branch = upstream_branch(path, config, tower)
-    branch["connector"] |= groups(path, config, tower.config)
+    branch = upstream_branch(config, tower)
+    branch["connector"] |= groups(config, tower.config)
     if "mm_dense_connector_side" in config:
-        side = config["mm_dense_connector_side"]
-        if branch["connector"]["axis"] == "tokens" or type(side) is not int or side < 1:
-            raise InputError(
-                f"{path / 'config.json'}: mm_dense_connector_side",
-                found=f"{side!r} with {config['mm_dense_connector_type']!r}",
-                expected="a positive whole number with 'sci' or 'dci'",
-                fix="correct the config",
-            )
+        side = config.whole("mm_dense_connector_side")
+        if branch["connector"]["axis"] == "tokens":
+            raise config.error("mm_dense_connector_side", "none without 'sci' or 'dci'")
         branch["connector"]["side"] = side
-    template = "llama_3_dc" if config.get("vocab_size") == 128256 else ""
-    return upstream_source(path, "dense-connector", config, branch, tower, template=template)
+    template = "llama_3_dc" if config.any("vocab_size") == 128256 else ""
+    return upstream_source(
+        path, "dense-connector", config, branch, tower, template=template, own=UNUSED
+    )
 
 
 LAYOUTS = (
@@ -92,5 +93,6 @@ LAYOUTS = (
         lambda config: is_upstream(config) and config.get("mm_dense_connector_type") in KINDS,
         describe,
         upstream_names,
+        unused=UNUSED,
     ),
 )

@@ -1,37 +1,53 @@
 """DINO (transformers ViTModel)."""
 
-from collections.abc import Mapping
-from typing import Any
-
 from converters.rules import CONV, Rule, Table, dense, norm
+from converters.tables.clip import TOWER, sizes
+from converters.values import ANY, Unused, Values
 from vfjax.encoders import DINOConfig
 
 LAYER = "encoder.layer.{}."
 
 
-def config(hf: Mapping[str, Any]) -> DINOConfig:
-    """Missing keys have the defaults of transformers' ViTConfig.
+def read(hf: Values) -> DINOConfig:
+    """From the keys of transformers' ViTConfig.
 
     `input_size`, which no Hugging Face config has, is the side of the pictures that are fed.
     """
-    image_size = hf.get("image_size", 224)
+    image_size = hf.side("image_size", 224)
     return DINOConfig(
-        width=hf.get("hidden_size", 768),
-        layers=hf.get("num_hidden_layers", 12),
-        heads=hf.get("num_attention_heads", 12),
-        mlp=hf.get("intermediate_size", 3072),
-        patch=hf.get("patch_size", 16),
+        **sizes(hf),
+        mlp=hf.whole("intermediate_size", 3072),
+        patch=hf.side("patch_size", 16),
         image_size=image_size,
-        input_size=hf.get("input_size", image_size),
-        act=hf.get("hidden_act", "gelu"),
-        eps=hf.get("layer_norm_eps", 1e-12),
-        qkv_bias=hf.get("qkv_bias", True),
+        input_size=hf.whole("input_size", image_size),
+        act=hf.activation("hidden_act", "gelu"),
+        eps=hf.number("layer_norm_eps", 1e-12),
+        qkv_bias=hf.flag("qkv_bias", True),
     )
 
 
+VIT: Unused = {
+    **TOWER,
+    "attention_probs_dropout_prob": ANY,
+    "drop_path_rate": ANY,
+    "hidden_dropout_prob": ANY,
+}
+"""Keys without effect on transformers' ViT and those that grew from it."""
+
+BACKBONE: Unused = dict.fromkeys(
+    ("apply_layernorm", "out_features", "out_indices", "reshape_hidden_states", "stage_names"), ANY
+)
+"""Of the feature maps that a tower gives as a backbone."""
+
 TABLE = Table(
     types=("vit",),
-    config=config,
+    read=read,
+    unused={
+        **VIT,
+        "encoder_stride": ANY,  # of masked image modelling
+        "pooler_act": ANY,
+        "pooler_output_size": ANY,
+    },
     rules=(
         Rule("embeddings.cls_token", "cls"),
         Rule("embeddings.position_embeddings", "pos"),

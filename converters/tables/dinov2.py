@@ -1,45 +1,48 @@
 """DINOv2 (transformers Dinov2Model, Dinov2WithRegistersModel)."""
 
-from collections.abc import Mapping
-from typing import Any
-
 from converters.rules import CONV, Rule, Table, dense, norm
+from converters.tables.clip import sizes
+from converters.tables.dino import BACKBONE, VIT
+from converters.values import ANY, Values
 from vfjax.encoders import DINOv2Config
 
 LAYER = "encoder.layer.{}."
 
 
-def config(hf: Mapping[str, Any]) -> DINOv2Config:
-    """Missing keys have the defaults of transformers' Dinov2Config.
+def read(hf: Values) -> DINOv2Config:
+    """From the keys of transformers' Dinov2Config, or Dinov2WithRegistersConfig.
 
     `input_size`, which no Hugging Face config has, is the side of the pictures that are fed; the
     loader sets it from the preprocessor (tables trained at 518 are commonly fed 224).
     """
-    width = hf.get("hidden_size", 768)
-    swiglu = hf.get("use_swiglu_ffn", False)
-    mlp = int(width * hf.get("mlp_ratio", 4))
-    registers = hf.get("num_register_tokens", 4) if "registers" in hf["model_type"] else 0
-    image_size = hf.get("image_size", 224)
+    registers = "registers" in hf.text("model_type")
+    sized, swiglu = sizes(hf), hf.flag("use_swiglu_ffn", False)
+    mlp = int(sized["width"] * hf.number("mlp_ratio", 4, least=1e-3))
+    image_size = hf.side("image_size", 224)
     return DINOv2Config(
-        width=width,
-        layers=hf.get("num_hidden_layers", 12),
-        heads=hf.get("num_attention_heads", 12),
+        **sized,
         mlp=(int(mlp * 2 / 3) + 7) // 8 * 8 if swiglu else mlp,
-        patch=hf.get("patch_size", 14),
+        patch=hf.side("patch_size", 16 if registers else 14),
         image_size=image_size,
-        input_size=hf.get("input_size", image_size),
-        act=hf.get("hidden_act", "gelu"),
+        input_size=hf.whole("input_size", image_size),
+        act=hf.activation("hidden_act", "gelu"),
         swiglu=swiglu,
-        registers=registers,
-        qkv_bias=hf.get("qkv_bias", True),
-        mask_token=hf.get("use_mask_token", True) or registers > 0,
-        eps=hf.get("layer_norm_eps", 1e-6),
+        registers=hf.whole("num_register_tokens", 4, least=0) if registers else 0,
+        qkv_bias=hf.flag("qkv_bias", True),
+        mask_token=registers or hf.flag("use_mask_token", True),
+        eps=hf.number("layer_norm_eps", 1e-6),
     )
 
 
 TABLE = Table(
     types=("dinov2", "dinov2_with_registers"),
-    config=config,
+    read=read,
+    unused={
+        **VIT,
+        **BACKBONE,
+        "layerscale_value": ANY,  # where training begins
+        "use_mask_token": ANY,  # with registers it is always there
+    },
     rules=(
         Rule("embeddings.cls_token", "cls"),
         Rule("embeddings.mask_token", "mask", optional=True),

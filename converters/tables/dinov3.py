@@ -1,42 +1,55 @@
 """DINOv3 (transformers DINOv3ViTModel)."""
 
-from collections.abc import Mapping
-from typing import Any
-
 from converters.rules import CONV, Rule, Table, dense, norm
+from converters.tables.clip import TOWER, sizes
+from converters.tables.dino import BACKBONE
+from converters.values import ANY, Values
 from vfjax.encoders import DINOv3Config
 
 LAYER = "layer.{}."
 
 
-def config(hf: Mapping[str, Any]) -> DINOv3Config:
-    """Missing keys have the defaults of transformers' DINOv3ViTConfig.
+def read(hf: Values) -> DINOv3Config:
+    """From the keys of transformers' DINOv3ViTConfig.
 
     `input_size`, which no Hugging Face config has, is the side of the pictures that are fed.
+
+    Raises:
+        InputError: heads whose features are no multiple of four, which a place on a plane turns.
     """
+    sized = sizes(hf, 384, 6)
+    if sized["width"] // sized["heads"] % 4:
+        raise hf.error("num_attention_heads", "heads whose width is a multiple of 4")
     return DINOv3Config(
-        width=hf.get("hidden_size", 384),
-        layers=hf.get("num_hidden_layers", 12),
-        heads=hf.get("num_attention_heads", 6),
-        mlp=hf.get("intermediate_size", 1536),
-        patch=hf.get("patch_size", 16),
-        image_size=hf.get("input_size", hf.get("image_size", 224)),
-        act=hf.get("hidden_act", "gelu"),
-        gated=hf.get("use_gated_mlp", False),
-        registers=hf.get("num_register_tokens", 0),
-        q_bias=hf.get("query_bias", True),
-        k_bias=hf.get("key_bias", False),
-        v_bias=hf.get("value_bias", True),
-        out_bias=hf.get("proj_bias", True),
-        mlp_bias=hf.get("mlp_bias", True),
-        rope_theta=hf.get("rope_theta", 100.0),
-        eps=hf.get("layer_norm_eps", 1e-5),
+        **sized,
+        mlp=hf.whole("intermediate_size", 1536),
+        patch=hf.side("patch_size", 16),
+        image_size=hf.whole("input_size", hf.side("image_size", 224)),
+        act=hf.activation("hidden_act", "gelu"),
+        gated=hf.flag("use_gated_mlp", False),
+        registers=hf.whole("num_register_tokens", 0, least=0),
+        q_bias=hf.flag("query_bias", True),
+        k_bias=hf.flag("key_bias", False),
+        v_bias=hf.flag("value_bias", True),
+        out_bias=hf.flag("proj_bias", True),
+        mlp_bias=hf.flag("mlp_bias", True),
+        rope_theta=hf.number("rope_theta", 100.0, least=1),
+        eps=hf.number("layer_norm_eps", 1e-5),
     )
 
 
 TABLE = Table(
     types=("dinov3_vit",),
-    config=config,
+    read=read,
+    unused={
+        **TOWER,
+        **BACKBONE,
+        "drop_path_rate": ANY,
+        "layerscale_value": ANY,  # where training begins
+        "pos_embed_jitter": ANY,  # in training
+        "pos_embed_rescale": ANY,
+        "pos_embed_shift": ANY,
+    },
     rules=(
         Rule("embeddings.cls_token", "cls"),
         Rule("embeddings.mask_token", "mask"),

@@ -1,10 +1,9 @@
 """Gemma (transformers GemmaForCausalLM)."""
 
 import dataclasses
-from collections.abc import Mapping
-from typing import Any
 
 from converters.tables import llama
+from converters.values import Values
 from vfjax.llm import LlamaConfig
 
 DEFAULTS = {
@@ -15,23 +14,31 @@ DEFAULTS = {
     "num_attention_heads": 16,
     "head_dim": 256,
     "max_position_embeddings": 8192,
+    "hidden_act": "gelu_pytorch_tanh",
     "tie_word_embeddings": True,
 }
 """Of transformers' GemmaConfig, where they differ from LlamaConfig's."""
 
 
-def config(hf: Mapping[str, Any]) -> LlamaConfig:
-    """Gemma's published `hidden_act`, "gelu", means the tanh form unless `hidden_activation` says.
+def read(hf: Values) -> LlamaConfig:
+    """Gemma's published `hidden_act`, "gelu", means the tanh form; "gelu_python" the exact one.
 
-    Early transformers (4.38) took it to the letter; folders made with that say so by
-    `hidden_activation`.
+    Raises:
+        InputError: a `hidden_activation`, which transformers 4 read in place of `hidden_act` and 5
+            does not read, that is another activation.
     """
-    act = hf.get("hidden_activation") or hf.get("hidden_act", "gelu_pytorch_tanh")
-    if act == "gelu" and not hf.get("hidden_activation"):
-        act = "gelu_pytorch_tanh"
-    return dataclasses.replace(llama.config(DEFAULTS | dict(hf)), act=act, gemma=True)
+    hf = hf.over(DEFAULTS)
+    made, bias = llama.decoder(hf), hf.flag("attention_bias", False)
+    act = "gelu_pytorch_tanh" if hf.text("hidden_act") == "gelu" else made.act
+    if hf.activation("hidden_activation", act, null=True) not in (act, None):
+        raise hf.error("hidden_activation", f"{act!r}, as hidden_act")
+    return dataclasses.replace(made, act=act, qkv_bias=bias, out_bias=bias, gemma=True)
 
 
 TABLE = dataclasses.replace(
-    llama.TABLE, types=("gemma",), config=config, architecture="GemmaForCausalLM"
+    llama.TABLE,
+    types=("gemma",),
+    read=read,
+    unused={**llama.COMMON, "mlp_bias": (False,), "use_bidirectional_attention": (False, None)},
+    architecture="GemmaForCausalLM",
 )

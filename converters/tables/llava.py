@@ -6,7 +6,9 @@ nearly the same, see `describe_next`.
 """
 
 import ast
-from collections.abc import Mapping
+import contextlib
+import re
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +17,10 @@ from converters.chat import read_chat_template
 from converters.layouts import Layout, Source, tokenizer_class
 from converters.preprocessor import from_preprocessor, read_preprocessor
 from converters.reader import read_json
+from converters.rules import LM
+from converters.tables.mlp import MERGES
 from converters.towers import Tower, Towers
+from converters.values import ANY, DEEPEST, PRETRAINED, Unused, Values
 from vfjax import InputError
 from vfjax.chat import CHAT_TEMPLATE
 from vfjax.prompts import IMAGE_TOKEN
@@ -24,22 +29,43 @@ MODELS = {"llava": "llama", "llava_llama": "llama", "llava_mistral": "mistral"}
 """Upstream's `model_type` -> its LLM's."""
 
 OWN = (
-    "_name_or_path",
-    "auto_map",
-    "freeze_mm_mlp_adapter",
+    "architectures",
     "image_aspect_ratio",
-    "image_crop_resolution",
     "image_grid_pinpoints",
-    "image_split_resolution",
-    "tokenizer_model_max_length",
-    "tokenizer_padding_side",
-    "tune_mm_mlp_adapter",
-    "tune_mm_vision_resampler",
     "unfreeze_mm_vision_tower",
-    "use_mm_proj",
     "vision_tower",
 )
-"""Keys of upstream's config that are not the LLM's, beside `mm_*`."""
+"""Keys of upstream's config that are read here, beside those that begin with mm_."""
+
+UNUSED: Unused = {
+    "_name_or_path": ANY,
+    "add_faster_video": (False, None),
+    "auto_map": ANY,
+    "faster_token_stride": ANY,
+    "freeze_mm_mlp_adapter": ANY,
+    "image_crop_resolution": ANY,  # of ways to crop that no checkpoint names
+    "image_grid_pinpoints": ANY,  # without "anyres"
+    "image_split_resolution": ANY,
+    "mm_patch_merge_type": ANY,  # without "anyres"
+    "mm_projector_lr": ANY,
+    "mm_resampler_type": (None,),
+    "mm_tunable_parts": ANY,
+    "mm_use_im_patch_token": (False, None),
+    "mm_use_im_start_end": (False, None),
+    "mm_vision_tower_lr": ANY,
+    "pos_skipping_range": ANY,
+    "s2": (False, None),
+    "s2_scales": ANY,  # without s2
+    "tokenizer_model_max_length": ANY,
+    "tokenizer_padding_side": ANY,
+    "tune_mm_mlp_adapter": ANY,
+    "tune_mm_vision_resampler": ANY,
+    "use_mm_proj": ANY,
+    "use_pos_skipping": (False, None),
+    "vision_tower_pretrained": ANY,
+}
+"""Other keys that are not the LLM's. Refused: tokens around pictures and within (mm_use_im_*), S2
+features, positions that skip, frames that are left out."""
 
 _PROCESSORS = {"llava": "LlavaImageProcessor", "llava_next": "LlavaNextImageProcessor"}
 """`model_type` of transformers' folders -> the image processor of files that don't name one."""
@@ -52,52 +78,53 @@ def is_upstream(config: Mapping[str, Any]) -> bool:
     return config.get("model_type") in MODELS and "text_config" not in config
 
 
-def describe_upstream(path: Path, config: dict[str, Any], towers: Towers) -> Source:
+def describe_upstream(path: Path, config: Values, towers: Towers) -> Source:
     """Normal form of an upstream folder; the tower is the separate one unless it was tuned."""
     tower = upstream_tower(path, config, towers)
-    branch = upstream_branch(path, config, tower)
+    branch = upstream_branch(config, tower)
     return upstream_source(path, "llava", config, branch, tower)
 
 
-def _pinpoints(path: Path, found: Any) -> list[list[int]]:
+def _pinpoints(config: Values) -> list[list[int]]:
     """(width, height) of each canvas: of a list, or of its text, which mm_utils.py reads, too."""
-    try:
-        value = ast.literal_eval(found) if isinstance(found, str) else found
-        return [[int(width), int(height)] for width, height in value]
-    except (SyntaxError, TypeError, ValueError) as error:
-        raise InputError(
-            f"{path / 'config.json'}: image_grid_pinpoints",
-            found=repr(found)[:60],
-            expected="pairs of width and height, as [[336, 672], [672, 336]]",
-            fix="correct it",
-        ) from error
+    key = "image_grid_pinpoints"
+    found = config.any(key)
+    if isinstance(found, str):
+        with contextlib.suppress(SyntaxError, ValueError, MemoryError, RecursionError):
+            config = config.put({key: ast.literal_eval(found)})
+    return [list(pair) for pair in config.pairs(key)]
 
 
-def upstream_tower(path: Path, config: Mapping[str, Any], towers: Towers) -> Tower:
+def upstream_tower(path: Path, config: Values, towers: Towers) -> Tower:
     """The tower that an upstream config names."""
-    return towers.find(path, str(config.get("mm_vision_tower") or config.get("vision_tower")))
+    name = config.text("mm_vision_tower", None) or config.text("vision_tower", None)
+    return towers.find(path, name or config.text("mm_vision_tower"))
 
 
-def upstream_branch(path: Path, config: Mapping[str, Any], tower: Tower) -> dict[str, Any]:
+def select_layer(config: Values) -> int:
+    """The hidden state that is the plain feature."""
+    return config.whole("mm_vision_select_layer", -2, least=-DEEPEST, most=DEEPEST)
+
+
+def upstream_branch(config: Values, tower: Tower) -> dict[str, Any]:
     """The branch of an upstream folder, one layer through a projector.
 
     Raises:
         InputError: an image_aspect_ratio, merge or feature that upstream does not have.
     """
-    aspect = choice(path, config, "image_aspect_ratio", "square", ("pad", "square", "anyres"))
-    select = choice(path, config, "mm_vision_select_feature", "patch", ("patch", "cls_patch"))
+    aspect = config.choice("image_aspect_ratio", ("pad", "square", "anyres"), "square")
+    select = config.choice("mm_vision_select_feature", ("patch", "cls_patch"), "patch")
     connector = {
         "model_type": "mlp",
-        "mm_projector_type": config.get("mm_projector_type", "linear"),
-        "din": config["mm_hidden_size"],
-        "dout": config["hidden_size"],
-        "groups": [[config.get("mm_vision_select_layer", -2)]],
+        "mm_projector_type": config.text("mm_projector_type", "linear"),
+        "din": config.whole("mm_hidden_size"),
+        "dout": config.whole("hidden_size"),
+        "groups": [[select_layer(config)]],
         "drop": 1 if select == "patch" else 0,
     }
     if aspect == "anyres":
-        merges = ("flat", "spatial", "spatial_unpad")
-        connector["merge"] = choice(path, config, "mm_patch_merge_type", "flat", merges)
-        connector["pinpoints"] = _pinpoints(path, config["image_grid_pinpoints"])
+        connector["merge"] = config.choice("mm_patch_merge_type", MERGES, "flat")
+        connector["pinpoints"] = _pinpoints(config)
     return {
         "name": tower.config["model_type"].split("_")[0],
         "encoder": tower.config,
@@ -107,35 +134,16 @@ def upstream_branch(path: Path, config: Mapping[str, Any], tower: Tower) -> dict
     }
 
 
-def choice(
-    path: Path, config: Mapping[str, Any], key: str, default: str, known: tuple[str, ...]
-) -> str:
-    """A config value that must be one of a few.
-
-    Raises:
-        InputError: it is another.
-    """
-    value = config.get(key) or default
-    if value not in known:
-        raise InputError(
-            f"{path / 'config.json'}: {key}",
-            found=repr(value),
-            expected=", ".join(map(repr, known)),
-            fix="correct the config, or this kind of model is not supported",
-        )
-    return value
-
-
 def upstream_source(
     path: Path,
     layout: str,
-    config: dict[str, Any],
+    config: Values,
     branch: dict[str, Any],
     tower: Tower,
     *,
     llm: str = "",
     template: str = "",
-    own: tuple[str, ...] = (),
+    own: Iterable[str] = (),
 ) -> Source:
     """An upstream folder's normal form.
 
@@ -149,27 +157,34 @@ def upstream_source(
         template: name of the prompt template, by default upstream's, see `prompt_template`.
         own: more keys that are not the LLM's.
     """
-    if config.get("mm_use_im_start_end"):
-        raise InputError(
-            f"{path / 'config.json'}: mm_use_im_start_end",
-            found="true",
-            expected="false: <im_start> and <im_end> around pictures are not supported",
-            fix="load another checkpoint",
-        )
-    kept = {k: v for k, v in config.items() if k not in (*OWN, *own) and not k.startswith("mm_")}
-    kept["model_type"] = llm or MODELS[config["model_type"]]
+    kept = config.rest({*OWN, *UNUSED, *own}, "mm_")
+    kept["model_type"] = llm or MODELS[config.text("model_type")]
+    table = tables.find(kept, str(path))
+    _check_class(config, table.architecture)
+    table.config(kept, config.where)  # by its keys in this file
     encoder = f"branches.{branch['name']}.encoder"
-    tuned = (encoder,) if config.get("unfreeze_mm_vision_tower") else ()
+    tuned = (encoder,) if config.flag("unfreeze_mm_vision_tower", False, null=True) else ()
     return Source(
         path,
         layout,
-        config,
+        dict(config.data),
         kept,
         [branch],
         template or prompt_template(kept),
         towers={encoder: tower},
         tuned=tuned,
     )
+
+
+def _check_class(config: Values, llm: str) -> None:
+    """Checks that `architectures`, if given, names a class around the LLM of the `model_type`."""
+    for name in config.names("architectures"):
+        if not re.fullmatch(f"(Llava|MGM|MiniGemini)?{llm}", name):
+            raise config.error(
+                "architectures",
+                f"Llava{llm} or the like",
+                f"{name.removesuffix(LM)} is not supported as {config.text('model_type')!r}",
+            )
 
 
 def prompt_template(llm: Mapping[str, Any]) -> str:
@@ -206,7 +221,7 @@ def upstream_names(source: Source) -> Names:
     )
 
 
-def describe_hf(path: Path, config: dict[str, Any], towers: Towers) -> Source:
+def describe_hf(path: Path, config: Values, towers: Towers) -> Source:
     """Normal form of a transformers folder of LLaVA-1.5.
 
     Its image processor resizes the short edge and crops the centre, where upstream pads to a
@@ -214,30 +229,33 @@ def describe_hf(path: Path, config: dict[str, Any], towers: Towers) -> Source:
     port computes is what is computed here.
     """
     del towers  # the tower is in the folder
-    vision, llm = dict(config["vision_config"]), dict(config["text_config"])
+    vision, llm = dict(config.mapping("vision_config")), dict(config.mapping("text_config"))
     vision.setdefault("model_type", "clip_vision_model")  # the defaults of LlavaConfig
     llm.setdefault("model_type", "llama")
     for key in ("torch_dtype", "dtype"):
         if key in config:
-            llm.setdefault(key, config[key])
-    if config.get("tie_word_embeddings"):
+            llm.setdefault(key, config.any(key))
+    if config.flag("tie_word_embeddings", False):
         llm["tie_word_embeddings"] = True  # the text's own true holds beside a false one, too
-    layer = config.get("vision_feature_layer", -2)
-    taps = list(layer) if isinstance(layer, list) else [layer]
-    select = config.get("vision_feature_select_strategy", "default")
+    encoder, text = (
+        tables.find(part, f"{config.where}: {key}").config(part, f"{config.where}: {key}")
+        for key, part in (("vision_config", vision), ("text_config", llm))
+    )
+    taps = _taps(config)
+    select = config.choice("vision_feature_select_strategy", ("default", "full"), "default")
     branch = {
         "name": vision["model_type"].split("_")[0],
         "encoder": vision,
-        "preprocessor": _preprocessor(path, _PROCESSORS[config["model_type"]]),
+        "preprocessor": _preprocessor(path, _PROCESSORS[config.text("model_type")]),
         "aspect": "crop",
         "code": "transformers",
         "connector": {
             "model_type": "mlp",
             "mm_projector_type": "mlp2x_gelu",
-            "act": config.get("projector_hidden_act", "gelu"),
-            "bias": config.get("multimodal_projector_bias", True),
-            "din": vision.get("hidden_size", 768) * len(taps),
-            "dout": llm.get("hidden_size", 4096),
+            "act": config.activation("projector_hidden_act", "gelu"),
+            "bias": config.flag("multimodal_projector_bias", True),
+            "din": encoder.width * len(taps),
+            "dout": text.width,
             "groups": [[tap] for tap in taps],
             "drop": 1 if select == "default" else 0,
         },
@@ -247,11 +265,11 @@ def describe_hf(path: Path, config: dict[str, Any], towers: Towers) -> Source:
     return Source(
         path,
         "llava-hf",
-        config,
+        dict(config.data),
         llm,
         [branch],
         CHAT_TEMPLATE if chat else prompt_template(llm),
-        tokenizer=tokenizer_class(config),
+        tokenizer=tokenizer_class(config.data),
         chat_template=chat,
         image_token=_image_token(path),
     )
@@ -268,7 +286,28 @@ def _image_token(path: Path) -> str:
     return found
 
 
-def describe_next(path: Path, config: dict[str, Any], towers: Towers) -> Source:
+def _taps(config: Values) -> list[int]:
+    """The hidden states that are read: `vision_feature_layer`, one or several."""
+    key = "vision_feature_layer"
+    if isinstance(config.any(key), list):
+        if found := config.wholes(key, least=-DEEPEST, most=DEEPEST):
+            return list(found)
+        raise config.error(key, "at least one layer")
+    return [config.whole(key, -2, least=-DEEPEST, most=DEEPEST)]
+
+
+HF: Unused = {
+    **PRETRAINED,
+    "ignore_index": ANY,  # of the loss
+    "image_seq_length": ANY,  # the towers' sizes say it
+    "image_token_id": ANY,  # pictures stand where -200 does
+    "image_token_index": ANY,
+    "vocab_size": ANY,  # text_config says it
+}
+"""Keys of LlavaConfig and LlavaNextConfig without effect."""
+
+
+def describe_next(path: Path, config: Values, towers: Towers) -> Source:
     """Normal form of a transformers folder of LLaVA-1.6 (LlavaNextForConditionalGeneration).
 
     What the port computes is what is computed here; upstream's folders have upstream's form. They
@@ -282,10 +321,10 @@ def describe_next(path: Path, config: dict[str, Any], towers: Towers) -> Source:
             class token, which have no place on a grid.
     """
     source = describe_hf(path, config, towers)
-    source.llm["tie_word_embeddings"] = bool(config.get("tie_word_embeddings"))  # not the text's
+    source.llm["tie_word_embeddings"] = config.flag("tie_word_embeddings", False)  # not the text's
     (branch,) = source.branches
-    choice(path, config, "vision_feature_select_strategy", "default", ("default",))
-    pinpoints = config.get("image_grid_pinpoints") or PINPOINTS
+    config.choice("vision_feature_select_strategy", ("default",), "default")
+    pinpoints = [list(pair) for pair in config.pairs("image_grid_pinpoints", None) or PINPOINTS]
     images = branch["preprocessor"].get("image_grid_pinpoints") or pinpoints
     if images != pinpoints:
         raise InputError(
@@ -401,17 +440,19 @@ def hf_names(source: Source) -> Names:
 
 
 LAYOUTS = (
-    Layout("llava", is_upstream, describe_upstream, upstream_names, general=True),
+    Layout("llava", is_upstream, describe_upstream, upstream_names, unused=UNUSED, general=True),
     Layout(
         "llava-hf",
         lambda config: config.get("model_type") == "llava" and "text_config" in config,
         describe_hf,
         hf_names,
+        unused=HF,
     ),
     Layout(
         "llava-next-hf",
         lambda config: config.get("model_type") == "llava_next",
         describe_next,
         hf_names,
+        unused={**HF, "use_image_newline_parameter": (True,)},
     ),
 )

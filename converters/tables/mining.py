@@ -10,6 +10,7 @@ from converters import tables
 from converters.layouts import Layout, Source
 from converters.rules import Arrays, Rule, Table, dense, norm
 from converters.tables import dense as dense_connector
+from converters.tables import llava, mlp
 from converters.tables.llava import (
     Names,
     upstream_branch,
@@ -19,6 +20,7 @@ from converters.tables.llava import (
 )
 from converters.tables.mlp import combine, projector, projector_rules
 from converters.towers import Tower, Towers
+from converters.values import ANY, Unused, Values
 from vfjax import InputError
 from vfjax.connectors import MiningConfig
 from vfjax.images import ImageSpec
@@ -37,35 +39,34 @@ MODELS = {
 }
 """`model_type` -> the LLM's; early uploads are called mini_gemini."""
 
-OWN = (
-    "image_global",
-    "image_grid",
-    "image_size_aux",
-    "optimize_vision_tower",
-    "optimize_vision_tower_aux",
-)
+OWN = ("image_global", "image_grid", "image_size_aux", "optimize_vision_tower_aux")
+"""Keys that are read, beside LLaVA's and those that begin with mm_."""
+
+UNUSED: Unused = {**llava.UNUSED, "optimize_vision_tower": ANY}  # that copy is always read
 
 TEMPLATES = {"gemma": "gemma", "mixtral": "mistral_instruct_mgm", "mistral": "mistral_instruct"}
 """LLM -> template of the published models, where it is not Vicuna's or Llama-3's."""
 
 
-def config(hf: Mapping[str, Any]) -> MiningConfig:
+def read(hf: Values) -> MiningConfig:
     """Sizes from the checkpoint's config."""
     return MiningConfig(
         projector=projector(hf),
-        width=hf["width"],
-        aux_width=hf["aux_width"],
-        grid=hf["grid"],
-        whole=hf["whole"],
+        width=hf.whole("width"),
+        aux_width=hf.whole("aux_width"),
+        grid=hf.whole("grid", most=GRID),
+        whole=hf.flag("whole"),
         combine=combine(hf),
     )
 
 
-def views(
-    hf: Mapping[str, Any], images: ImageSpec, encoder: Any, connector: MiningConfig
-) -> TwoScales:
+GRID = 16
+"""Most views a side."""
+
+
+def views(hf: Values, images: ImageSpec, encoder: Any, connector: MiningConfig) -> TwoScales:
     """The high-resolution picture, and views of it for the encoder."""
-    side = hf["image_size_aux"]
+    side = hf.whole("image_size_aux")
     high = dataclasses.replace(images, size=side, edge=side)
     tokens = encoder.prefix + encoder.tokens - connector.combine.drop
     return TwoScales(high, images.size, connector.grid, connector.whole, tokens)
@@ -93,7 +94,8 @@ def asker(source: str, path: str) -> tuple[Rule, ...]:
 
 TABLE = Table(
     types=("mining",),
-    config=config,
+    read=read,
+    unused=mlp.UNUSED,
     views=views,
     recorded=recorded,
     limits={"pixel_values": 1e-5},  # resized after their normalisation
@@ -106,40 +108,47 @@ TABLE = Table(
 )
 
 
-def describe(path: Path, config: dict[str, Any], towers: Towers) -> Source:
+def describe(path: Path, config: Values, towers: Towers) -> Source:
     """Normal form. The CLIP copy in the checkpoint is the one to read, the ConvNeXt's is not."""
     tower = upstream_tower(path, config, towers)
-    aux = towers.find(path, config["mm_vision_tower_aux"], "vision_tower_aux")
-    branch = upstream_branch(path, config, tower)
+    aux = towers.find(path, config.text("mm_vision_tower_aux"), "vision_tower_aux")
+    branch = upstream_branch(config, tower)
     branch["aux"] = aux.config
-    if config.get("mm_dense_connector_type") in dense_connector.KINDS:
-        branch["connector"] |= dense_connector.groups(path, config, tower.config)
+    if config.choice("mm_dense_connector_type", dense_connector.KINDS, None):
+        branch["connector"] |= dense_connector.groups(config, tower.config)
     branch["connector"] |= {
         "model_type": "mining",
-        "width": tower.config["hidden_size"],
-        "aux_width": config["mm_hidden_size_aux"],
-        "grid": config.get("image_grid", 1),
-        "whole": bool(config.get("image_global", False)),
-        "image_size_aux": config.get("image_size_aux", 320),
+        "width": tables.find(tower.config, str(path)).config(tower.config).width,
+        "aux_width": config.whole("mm_hidden_size_aux"),
+        "grid": config.whole("image_grid", 1, most=GRID),
+        "whole": config.flag("image_global", False, null=True),
+        "image_size_aux": config.whole("image_size_aux", 320),
     }
-    llm = MODELS[config["model_type"]]
+    llm = MODELS[config.text("model_type")]
     source = upstream_source(
-        path, "mgm", config, branch, tower, llm=llm, template=template(llm, config), own=OWN
+        path,
+        "mgm",
+        config,
+        branch,
+        tower,
+        llm=llm,
+        template=template(llm, config),
+        own={*OWN, *UNUSED},
     )
-    if llm == "gemma":  # MGM's transformers takes hidden_act to the letter
-        source.llm.setdefault("hidden_activation", config.get("hidden_act"))
+    if source.llm.get("hidden_act") == "gelu" and llm == "gemma":
+        source.llm["hidden_act"] = "gelu_python"  # MGM's transformers takes it to the letter
     part = f"branches.{branch['name']}"
     source.towers[f"{part}.aux"] = aux
     source.tuned = (f"{part}.encoder",)
-    if config.get("optimize_vision_tower_aux"):
+    if config.flag("optimize_vision_tower_aux", False, null=True):
         source.tuned += (f"{part}.aux",)
     return source
 
 
-def template(llm: str, config: Mapping[str, Any]) -> str:
+def template(llm: str, config: Values) -> str:
     """What the authors' scripts pass for each published model, told apart by LLM and vocabulary."""
     by_vocabulary = {128256: "llama_3", 64000: "chatml_direct"}
-    return TEMPLATES.get(llm) or by_vocabulary.get(config.get("vocab_size", 0), "vicuna_v1")
+    return TEMPLATES.get(llm) or by_vocabulary.get(config.any("vocab_size"), "vicuna_v1")
 
 
 def config_of(name: str, aux: Tower, encoder: Any, options: Mapping[str, Any]) -> dict[str, Any]:
@@ -188,4 +197,12 @@ def names(source: Source) -> Names:
     )
 
 
-LAYOUTS = (Layout("mgm", lambda config: config.get("model_type") in MODELS, describe, names),)
+LAYOUTS = (
+    Layout(
+        "mgm",
+        lambda config: config.get("model_type") in MODELS,
+        describe,
+        names,
+        unused=UNUSED,
+    ),
+)

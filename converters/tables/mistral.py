@@ -1,24 +1,23 @@
 """Mistral (transformers MistralForCausalLM): Llama's decoder with a window."""
 
 import dataclasses
-from collections.abc import Mapping
-from typing import Any
 
 from converters.tables import llama
+from converters.values import Values
 from vfjax.llm import LlamaConfig
 
+DEFAULTS = {
+    "intermediate_size": 14336,
+    "num_key_value_heads": 8,
+    "max_position_embeddings": 4096 * 32,
+}
+"""Of transformers' MistralConfig, where they differ from LlamaConfig's."""
 
-def config(hf: Mapping[str, Any]) -> LlamaConfig:
-    """Missing keys have the defaults of transformers' MistralConfig.
 
-    Within its sliding window the model is Llama's; the context is cut to that.
-    """
-    defaults = {
-        "intermediate_size": 14336,
-        "num_key_value_heads": 8,
-        "max_position_embeddings": 4096 * 32,
-    }
-    return windowed(llama.config(defaults | dict(hf)), hf.get("sliding_window", 4096))
+def read(hf: Values) -> LlamaConfig:
+    """Within its sliding window the model is Llama's; the context is cut to that."""
+    made = llama.decoder(hf.over(DEFAULTS))
+    return windowed(made, hf.whole("sliding_window", 4096, most=llama.VOCABULARY, null=True))
 
 
 def windowed(config: LlamaConfig, window: int | None) -> LlamaConfig:
@@ -27,5 +26,9 @@ def windowed(config: LlamaConfig, window: int | None) -> LlamaConfig:
 
 
 TABLE = dataclasses.replace(
-    llama.TABLE, types=("mistral",), config=config, architecture="MistralForCausalLM"
+    llama.TABLE,
+    types=("mistral",),
+    read=read,
+    unused=llama.PLAIN,
+    architecture="MistralForCausalLM",
 )

@@ -2,13 +2,12 @@
 
 import dataclasses
 import re
-from collections.abc import Mapping
-from typing import Any
 
 from converters.reader import inner
 from converters.rules import TRANSPOSE, Rule
 from converters.tables import llama
 from converters.tables.mistral import windowed
+from converters.values import ANY, DEEPEST, Values
 from vfjax.llm import MixtralConfig
 from vfjax.merge import LazyTensor
 
@@ -24,10 +23,12 @@ DEFAULTS = {
 EXPERT = llama.LAYER + "block_sparse_moe.experts.{}."
 
 
-def config(hf: Mapping[str, Any]) -> MixtralConfig:
-    """Missing keys have the defaults of transformers' MixtralConfig."""
-    made = windowed(llama.config(DEFAULTS | dict(hf)), hf.get("sliding_window"))
-    experts, chosen = hf.get("num_local_experts", 8), hf.get("num_experts_per_tok", 2)
+def read(hf: Values) -> MixtralConfig:
+    """From the keys of transformers' MixtralConfig."""
+    window = hf.whole("sliding_window", None, most=llama.VOCABULARY)
+    made = windowed(llama.decoder(hf.over(DEFAULTS)), window)
+    experts = hf.whole("num_local_experts", 8, most=DEEPEST)
+    chosen = hf.whole("num_experts_per_tok", 2, most=experts)
     return MixtralConfig(**vars(made), experts=experts, chosen=chosen)
 
 
@@ -62,7 +63,13 @@ def split(name: str, tensor: LazyTensor) -> dict[str, LazyTensor]:
 TABLE = dataclasses.replace(
     llama.TABLE,
     types=("mixtral",),
-    config=config,
+    read=read,
+    unused={
+        **llama.PLAIN,
+        "output_router_logits": ANY,
+        "router_aux_loss_coef": ANY,  # in training
+        "router_jitter_noise": ANY,
+    },
     rules=(
         *(r for r in llama.TABLE.rules if ".mlp." not in r.source),
         Rule(

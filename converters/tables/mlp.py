@@ -2,12 +2,13 @@
 
 import math
 import re
-from collections.abc import Mapping
 from typing import Any
 
 from converters.rules import Arrays, Rule, Table, dense
+from converters.values import ANY, DEEPEST, REQUIRED, Unused, Values
 from vfjax import InputError
 from vfjax.connectors import Combine, LLaVAConfig, MLPConfig
+from vfjax.errors import cut
 from vfjax.images import ImageSpec
 from vfjax.views import Anyres, Whole
 
@@ -15,23 +16,24 @@ MOST = 8
 """Layers that a projector has at most."""
 
 
-def projector(hf: Mapping[str, Any]) -> MLPConfig:
+def projector(hf: Values) -> MLPConfig:
     """From `mm_projector_type`, `din`, `dout`, `act` and `bias`.
 
     Raises:
         InputError: a projector of another kind.
     """
-    kind = hf["mm_projector_type"]
+    kind = hf.text("mm_projector_type")
     deep = re.fullmatch(r"mlp([1-9])x_gelu", kind)
     if kind != "linear" and (deep is None or int(deep[1]) > MOST):
         raise InputError(
-            "config.json: mm_projector_type",
-            found=repr(kind),
+            f"{hf.where}: mm_projector_type",
+            found=cut(repr(kind)),
             expected=f"'linear' or 'mlpNx_gelu' with N up to {MOST}",
             fix="this connector is not supported yet",
         )
     layers = int(deep[1]) if deep else 1
-    return MLPConfig(hf["din"], hf["dout"], layers, hf.get("act", "gelu"), hf.get("bias", True))
+    act, bias = hf.activation("act", "gelu"), hf.flag("bias", True)
+    return MLPConfig(hf.whole("din"), hf.whole("dout"), layers, act, bias)
 
 
 def projector_rules(source: str, path: str) -> tuple[Rule, ...]:
@@ -41,26 +43,42 @@ def projector_rules(source: str, path: str) -> tuple[Rule, ...]:
     )
 
 
-def combine(hf: Mapping[str, Any]) -> Combine:
+def combine(hf: Values) -> Combine:
     """From `groups`, `axis`, `pool`, `drop` and `side`."""
     return Combine(
-        groups=tuple(map(tuple, hf["groups"])),
-        axis=hf.get("axis", "channels"),
-        pool=hf.get("pool", 1),
-        drop=hf["drop"],
-        side=hf.get("side", 0),
+        groups=groups(hf),
+        axis=hf.choice("axis", ("channels", "tokens"), "channels"),
+        pool=hf.whole("pool", 1),
+        drop=hf.whole("drop", least=0),
+        side=hf.whole("side", 0, least=0),
     )
 
 
-def config(hf: Mapping[str, Any]) -> LLaVAConfig:
+def groups(hf: Values) -> tuple[tuple[int, ...], ...]:
+    """`groups`: one or more lists of layers.
+
+    Raises:
+        InputError: something else.
+    """
+    found = hf.any("groups", REQUIRED)
+    parts = found if isinstance(found, list | tuple) else []
+    if not parts or not all(isinstance(x, list | tuple) and x for x in parts):
+        raise hf.error("groups", "lists of layers")
+    each = Values({str(i): part for i, part in enumerate(parts)}, f"{hf.where}: groups")
+    return tuple(each.wholes(i, least=-DEEPEST, most=DEEPEST) for i in each.data)
+
+
+def config(hf: Values) -> LLaVAConfig:
     """A projector on joined hidden states; see `projector` and `combine`."""
-    newline = hf.get("merge") == "spatial_unpad"
+    newline = hf.choice("merge", MERGES, "flat") == "spatial_unpad"
     return LLaVAConfig(projector(hf), combine(hf), newline)
 
 
-def views(
-    hf: Mapping[str, Any], images: ImageSpec, encoder: Any, connector: LLaVAConfig
-) -> Whole | Anyres:
+MERGES = ("flat", "spatial", "spatial_unpad")
+"""LLaVA's values of `mm_patch_merge_type`."""
+
+
+def views(hf: Values, images: ImageSpec, encoder: Any, connector: LLaVAConfig) -> Whole | Anyres:
     """Tiles if the connector has `pinpoints`, the whole picture otherwise."""
     tokens = connector.combine.tokens(encoder.prefix + encoder.tokens - connector.combine.drop)
     if "pinpoints" not in hf:
@@ -80,8 +98,8 @@ def views(
             expected="a square of them, without the class token",
             fix="use 'patch' with image_aspect_ratio 'anyres'",
         )
-    pinpoints = tuple((int(w), int(h)) for w, h in hf["pinpoints"])
-    return Anyres(images, pinpoints, side, hf["merge"], hf.get("unpad_decimals"))
+    merge, decimals = hf.choice("merge", MERGES), hf.whole("unpad_decimals", None, least=0)
+    return Anyres(images, hf.pairs("pinpoints"), side, merge, decimals)
 
 
 def recorded(config: Any, inputs: Arrays, stages: Arrays) -> Arrays:
@@ -90,9 +108,13 @@ def recorded(config: Any, inputs: Arrays, stages: Arrays) -> Arrays:
     return {**stages, "pixel_values": inputs["pixels"].transpose(0, 3, 1, 2)}
 
 
+UNUSED: Unused = {"aux": ANY}  # the second encoder's config, for `views` that read it
+"""On connectors."""
+
 TABLE = Table(
     types=("mlp",),
-    config=config,
+    read=config,
+    unused=UNUSED,
     views=views,
     recorded=recorded,
     rules=(*projector_rules("", "projector"), Rule("image_newline", "newline", optional=True)),

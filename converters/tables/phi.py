@@ -1,11 +1,8 @@
 """Phi-1.5 and Phi-2 (transformers PhiForCausalLM)."""
 
-from collections.abc import Mapping
-from typing import Any
-
 from converters.rules import Rule, Table, dense, norm
 from converters.tables import llama
-from vfjax import InputError
+from converters.values import ANY, Values
 from vfjax.llm import PhiConfig
 
 DEFAULTS = {
@@ -14,43 +11,33 @@ DEFAULTS = {
     "intermediate_size": 8192,
     "num_hidden_layers": 24,
     "hidden_act": "gelu_new",
+    "layer_norm_eps": 1e-5,
 }
 """Of transformers' PhiConfig, where they differ from LlamaConfig's."""
 
 
-def config(hf: Mapping[str, Any]) -> PhiConfig:
-    """Missing keys have the defaults of transformers' PhiConfig.
-
-    Raises:
-        InputError: norms on queries and keys.
-    """
-    if hf.get("qk_layernorm"):
-        raise InputError(
-            "config.json: qk_layernorm", found=True, expected=False, fix="not supported yet"
-        )
-    made = llama.config(DEFAULTS | dict(hf))
-    return PhiConfig(
-        **{
-            **vars(made),
-            "act": "gelu_pytorch_tanh" if made.act == "gelu_new" else made.act,  # one formula
-            "eps": hf.get("layer_norm_eps", 1e-5),
-            "qkv_bias": True,
-            "out_bias": True,
-            "head_bias": True,
-            "rotary": rotary(hf, 0.5),
-        }
-    )
+def read(hf: Values) -> PhiConfig:
+    """From the keys of transformers' PhiConfig."""
+    share = rotary(hf, 0.5)
+    made = llama.decoder(hf.over(DEFAULTS), eps="layer_norm_eps")
+    return PhiConfig(**{**vars(made), **BIASES, "rotary": share})
 
 
-def rotary(hf: Mapping[str, Any], default: float) -> float:
+BIASES = {"qkv_bias": True, "out_bias": True, "head_bias": True}
+
+
+def rotary(hf: Values, default: float) -> float:
     """Share of a head that is rotated, from the keys of transformers 5 or of older ones."""
-    new = hf.get("rope_parameters") or {}
-    return new.get("partial_rotary_factor", hf.get("partial_rotary_factor", default))
+    outer = hf.number("partial_rotary_factor", default)
+    share = llama.rotary(hf).number("partial_rotary_factor", outer)
+    if not 0 < share <= 1:
+        raise llama.rotary(hf).error("partial_rotary_factor", "a share, above 0 and up to 1")
+    return share
 
 
 TABLE = Table(
     types=("phi",),
-    config=config,
+    read=read,
     rules=(
         Rule("model.embed_tokens.weight", "embedding"),
         *norm(llama.LAYER + "input_layernorm", "blocks/{}/norm"),
@@ -63,6 +50,12 @@ TABLE = Table(
         *norm("model.final_layernorm", "norm"),
         *dense("lm_head", "head", like="model.embed_tokens.weight"),
     ),
+    unused={
+        **llama.PLAIN,
+        "embd_pdrop": ANY,
+        "qk_layernorm": (False,),
+        "resid_pdrop": ANY,
+    },
     architecture="PhiForCausalLM",
     ignore=llama.TABLE.ignore,
 )

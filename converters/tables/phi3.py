@@ -2,13 +2,12 @@
 
 import dataclasses
 import math
-from collections.abc import Mapping
-from typing import Any
 
 from converters.rules import TRANSPOSE, Rule
 from converters.tables import llama
 from converters.tables.mistral import windowed
 from converters.tables.phi import rotary
+from converters.values import ANY, Values
 from vfjax import InputError
 from vfjax.llm import Phi3Config
 
@@ -22,8 +21,8 @@ DEFAULTS = {
 """Of transformers' Phi3Config, where they differ from LlamaConfig's."""
 
 
-def config(hf: Mapping[str, Any]) -> Phi3Config:
-    """Missing keys have the defaults of transformers' Phi3Config.
+def read(hf: Values) -> Phi3Config:
+    """From the keys of transformers' Phi3Config.
 
     Within its sliding window, and within its original context where LongRoPE stretches that, the
     model is this one; the context is cut to them.
@@ -31,29 +30,36 @@ def config(hf: Mapping[str, Any]) -> Phi3Config:
     Raises:
         InputError: a rotary scaling other than LongRoPE, or factors of another number.
     """
-    hf = DEFAULTS | dict(hf)
-    new = hf.get("rope_parameters") or hf.get("rope_scaling") or {}
-    stretched = new.get("rope_type", new.get("type")) in ("longrope", "su")
-    theta = new.get("rope_theta", hf.get("rope_theta"))
-    unscaled = {"rope_parameters": None, "rope_scaling": None, "rope_theta": theta}
-    made = llama.config(hf | unscaled if stretched else hf)
-    made = windowed(dataclasses.replace(made, rotary=rotary(hf, 1.0)), hf.get("sliding_window"))
-    if not stretched:
+    hf, section = hf.over(DEFAULTS), llama.rotary(hf)
+    kind = section.choice("rope_type", KINDS, section.choice("type", KINDS, "default"))
+    original = hf.whole("original_max_position_embeddings", 4096, least=2, most=llama.VOCABULARY)
+    window = hf.whole("sliding_window", None, most=llama.VOCABULARY)
+    share = rotary(hf, 1.0)
+    made = llama.decoder(hf, positions=lambda hf, _: (llama.base(hf), None))
+    made = windowed(dataclasses.replace(made, rotary=share), window)
+    if kind == "default":
+        section.done(llama.UNSCALED)
         return Phi3Config(**vars(made))
-    original = int(hf.get("original_max_position_embeddings", 4096))  # not that of the scaling
-    short, features = tuple(new["short_factor"]), int(made.head_dim * made.rotary)
+    short, features = section.numbers("short_factor"), int(made.head_dim * share)
     if len(short) != features // 2:
         raise InputError(
-            "config.json: short_factor",
+            f"{section.where}: short_factor",
             found=f"{len(short)} numbers",
             expected=f"{features // 2}, half the rotated features of a head",
             fix="use the published config.json",
         )
-    factor = new.get("factor") or hf["max_position_embeddings"] / original
-    scale = math.sqrt(1 + math.log(factor) / math.log(original)) if factor > 1 else 1.0
+    longest = hf.whole("max_position_embeddings", most=llama.VOCABULARY)
+    factor = section.number("factor", None) or longest / original
+    scale = section.number("attention_factor", None)
+    if scale is None:
+        scale = math.sqrt(1 + math.log(factor) / math.log(original)) if factor > 1 else 1.0
+    section.done({"long_factor": ANY, "original_max_position_embeddings": ANY})
     made = dataclasses.replace(made, context=min(made.context, original))
-    return Phi3Config(**vars(made), stretch=short, scale=new.get("attention_factor") or scale)
+    return Phi3Config(**vars(made), stretch=short, scale=scale)
 
+
+KINDS = ("default", "longrope", "su", "yarn")
+"""Rotary scalings: all but the first are names of LongRoPE here, as in transformers."""
 
 REPLACED = ("q_proj", "k_proj", "v_proj", "gate_proj", "up_proj")
 """Llama's products that are parts of others here."""
@@ -61,7 +67,8 @@ REPLACED = ("q_proj", "k_proj", "v_proj", "gate_proj", "up_proj")
 TABLE = dataclasses.replace(
     llama.TABLE,
     types=("phi3",),
-    config=config,
+    read=read,
+    unused={**llama.PLAIN, "embd_pdrop": ANY, "resid_pdrop": ANY},
     rules=(
         *(r for r in llama.TABLE.rules if not any(name in r.source for name in REPLACED)),
         Rule(llama.LAYER + "self_attn.qkv_proj.weight", "blocks/{}/attn/qkv/kernel", TRANSPOSE),

@@ -1,12 +1,10 @@
 """Qwen2, Qwen2.5 and Qwen3 (transformers Qwen2ForCausalLM, Qwen3ForCausalLM)."""
 
 import dataclasses
-from collections.abc import Mapping
-from typing import Any
 
 from converters.rules import Rule
 from converters.tables import llama
-from vfjax import InputError
+from converters.values import ANY, Unused, Values
 from vfjax.llm import LlamaConfig
 
 DEFAULTS = {
@@ -18,40 +16,40 @@ DEFAULTS = {
 """Of transformers' Qwen2Config and Qwen3Config, where they differ from LlamaConfig's."""
 
 
-def qwen2(hf: Mapping[str, Any]) -> LlamaConfig:
-    """Biases on queries, keys and values only.
-
-    Raises:
-        InputError: a sliding window is switched on.
-    """
-    return dataclasses.replace(_config(hf), qkv_bias=True, out_bias=False)
-
-
-def qwen3(hf: Mapping[str, Any]) -> LlamaConfig:
-    """Norms on queries and keys.
-
-    Raises:
-        InputError: a sliding window is switched on.
-    """
-    return dataclasses.replace(_config({"head_dim": 128} | dict(hf)), qk_norm=True)
+UNUSED: Unused = {
+    **llama.COMMON,
+    "max_window_layers": ANY,  # of the window that is not in use
+    "mlp_bias": (False,),
+    "sliding_window": ANY,
+    "use_sliding_window": (False,),
+}
 
 
-def _config(hf: Mapping[str, Any]) -> LlamaConfig:
-    if hf.get("use_sliding_window"):
-        raise InputError(
-            "config.json: use_sliding_window", found=True, expected=False, fix="not supported yet"
-        )
-    return llama.config(DEFAULTS | dict(hf))
+def qwen2(hf: Values) -> LlamaConfig:
+    """Biases on queries, keys and values only."""
+    return dataclasses.replace(llama.decoder(hf.over(DEFAULTS)), qkv_bias=True)
+
+
+def qwen3(hf: Values) -> LlamaConfig:
+    """Norms on queries and keys."""
+    bias = hf.flag("attention_bias", False)
+    made = llama.decoder(hf.over({**DEFAULTS, "head_dim": 128}))
+    return dataclasses.replace(made, qkv_bias=bias, out_bias=bias, qk_norm=True)
 
 
 TABLES = (
     dataclasses.replace(
-        llama.TABLE, types=("qwen2",), config=qwen2, architecture="Qwen2ForCausalLM"
+        llama.TABLE,
+        types=("qwen2",),
+        read=qwen2,
+        unused={**UNUSED, "attention_bias": ANY},  # fixed in its class
+        architecture="Qwen2ForCausalLM",
     ),
     dataclasses.replace(
         llama.TABLE,
         types=("qwen3",),
-        config=qwen3,
+        read=qwen3,
+        unused=UNUSED,
         architecture="Qwen3ForCausalLM",
         rules=(
             *llama.TABLE.rules,

@@ -1,30 +1,28 @@
 """SigLIP's vision tower (transformers SiglipVisionModel, SiglipModel)."""
 
-from collections.abc import Mapping
-from typing import Any
-
 from converters.rules import CONV, Published, Rule, Table, norm
-from converters.tables.clip import BLOCK
+from converters.tables.clip import AROUND, BLOCK, TOWER, sizes
+from converters.values import ANY, Values
 from vfjax.encoders import SigLIPConfig
 
 
-def config(hf: Mapping[str, Any]) -> SigLIPConfig:
-    """Missing keys have the defaults of transformers' SiglipVisionConfig."""
+def read(hf: Values) -> SigLIPConfig:
+    """From the keys of transformers' SiglipVisionConfig."""
     return SigLIPConfig(
-        width=hf.get("hidden_size", 768),
-        layers=hf.get("num_hidden_layers", 12),
-        heads=hf.get("num_attention_heads", 12),
-        mlp=hf.get("intermediate_size", 3072),
-        patch=hf.get("patch_size", 16),
-        image_size=hf.get("image_size", 224),
-        act=hf.get("hidden_act", "gelu_pytorch_tanh"),
-        eps=hf.get("layer_norm_eps", 1e-6),
+        **sizes(hf),
+        mlp=hf.whole("intermediate_size", 3072),
+        patch=hf.side("patch_size", 16),
+        image_size=hf.side("image_size", 224),
+        act=hf.activation("hidden_act", "gelu_pytorch_tanh"),
+        eps=hf.number("layer_norm_eps", 1e-6),
     )
 
 
 TABLE = Table(
     types=("siglip_vision_model", "siglip"),
-    config=config,
+    read=read,
+    unused={**TOWER, "vision_use_head": ANY},
+    around=AROUND,
     rules=(
         Rule("embeddings.patch_embedding.weight", "patch/kernel", CONV),
         Rule("embeddings.patch_embedding.bias", "patch/bias"),

@@ -3,16 +3,16 @@
 import math
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 
 from converters import tables
 from converters.layouts import Layout, Source
 from converters.rules import TRANSPOSE, Arrays, Rule, Table, dense, norm
+from converters.tables import llama, llava, mlp
 from converters.tables.llava import (
     Names,
-    choice,
     is_upstream,
     upstream_branch,
     upstream_names,
@@ -21,6 +21,7 @@ from converters.tables.llava import (
 )
 from converters.tables.mlp import combine, projector, projector_rules
 from converters.towers import Towers
+from converters.values import Unused, Values
 from vfjax import InputError
 from vfjax.connectors import SliMEConfig
 from vfjax.images import ImageSpec
@@ -35,36 +36,40 @@ OPTIONS = {
 }
 """Attributes of `SliMEConfig` -> keys of config.json."""
 
-SHOWN = ("use_global_only", "use_local_only")
+OWN = ("seperator",)
+"""Keys that are read, beside LLaVA's and those that begin with mm_."""
 
-OWN = ("seperator", *SHOWN)
+UNUSED: Unused = {
+    **llava.UNUSED,
+    "use_global_only": (False, None),
+    "use_local_only": (False, None),
+}
 
 
-def config(hf: Mapping[str, Any]) -> SliMEConfig:
-    """Options under the checkpoint's names; missing ones as its code has them."""
+def read(hf: Values) -> SliMEConfig:
+    """Options under the checkpoint's names; missing ones as its code has them.
+
+    Raises:
+        InputError: queries that are no grid.
+    """
+    queries = hf.whole("mm_resampler_dim", 144)
+    if math.isqrt(queries) ** 2 != queries:
+        raise hf.error("mm_resampler_dim", "a square number")
     return SliMEConfig(
         projector=projector(hf),
-        width=hf["din"],
-        grid=hf.get("grid", 24),  # fixed in upstream's connector, as all its encoders have it
-        queries=hf.get("mm_resampler_dim", 144),
-        separator=hf.get("seperator", 1919),
-        top_p=hf.get("mm_resampler_topp", 0.95),
-        temperature=hf.get("mm_resampler_temp", 1.0),
-        gate=hf.get("mm_learnable_gated", -1),
-        shown=shown(hf),
+        width=hf.whole("din"),
+        grid=hf.whole("grid", 24),  # fixed in upstream's connector, as all its encoders have it
+        queries=queries,
+        separator=hf.whole("seperator", 1919, least=0, most=llama.VOCABULARY),
+        top_p=hf.number("mm_resampler_topp", 0.95),
+        temperature=hf.number("mm_resampler_temp", 1.0, least=1e-9),
+        gate=hf.whole("mm_learnable_gated", -1, least=-1, most=1),
         combine=combine(hf),
-        vocab=hf.get("vocab", 0),
+        vocab=hf.whole("vocab", 0, least=0, most=llama.VOCABULARY),
     )
 
 
-def shown(hf: Mapping[str, Any]) -> Literal["all", "global", "local"]:
-    """Which tokens a stage's checkpoint reads (llava_arch.py, encode_images)."""
-    if hf.get("use_global_only"):
-        return "global"
-    return "local" if hf.get("use_local_only") else "all"
-
-
-def views(hf: Mapping[str, Any], images: ImageSpec, encoder: Any, connector: SliMEConfig) -> Sliced:
+def views(hf: Values, images: ImageSpec, encoder: Any, connector: SliMEConfig) -> Sliced:
     """The whole picture and tiles."""
     del hf
     tokens = encoder.prefix + encoder.tokens - connector.combine.drop
@@ -111,7 +116,8 @@ def resampler(source: str, path: str) -> tuple[Rule, ...]:
 
 TABLE = Table(
     types=("slime",),
-    config=config,
+    read=read,
+    unused=mlp.UNUSED,
     views=views,
     recorded=recorded,
     rules=(
@@ -125,26 +131,28 @@ TABLE = Table(
 )
 
 
-def describe(path: Path, config: dict[str, Any], towers: Towers) -> Source:
+def describe(path: Path, config: Values, towers: Towers) -> Source:
     """Normal form.
 
     Raises:
         InputError: a router other than the published one.
     """
-    choice(path, config, "mm_resampler_type", "", ("cosine",))
+    config.choice("mm_resampler_type", ("cosine",))
     tower = upstream_tower(path, config, towers)
     own = {"mm_projector_type": "mlp2x_gelu", "image_grid_pinpoints": []}
-    branch = upstream_branch(path, config | own, tower)
+    branch = upstream_branch(config.put(own), tower)
     for key in ("merge", "pinpoints"):  # not read by upstream
         branch["connector"].pop(key, None)
     branch["connector"] |= {"model_type": "slime"} | {
-        key: config[key] for key in (*OPTIONS.values(), *SHOWN) if key in config
+        key: config.any(key) for key in OPTIONS.values() if key in config
     }
     side = math.isqrt(tables.find(tower.config, str(path)).config(tower.config).tokens)
     if side != 24:
         branch["connector"]["grid"] = side
-    template = "llama3" if config.get("vocab_size") == 128256 else "vicuna_v1"
-    return upstream_source(path, "slime", config, branch, tower, template=template, own=OWN)
+    template = "llama3" if config.any("vocab_size") == 128256 else "vicuna_v1"
+    return upstream_source(
+        path, "slime", config, branch, tower, template=template, own={*OWN, *UNUSED}
+    )
 
 
 def config_of(options: Mapping[str, Any], vocab: int) -> dict[str, Any]:
@@ -193,5 +201,6 @@ LAYOUTS = (
         lambda config: is_upstream(config) and config.get("mm_projector_type") == "gated",
         describe,
         names,
+        unused=UNUSED,
     ),
 )

@@ -1,31 +1,54 @@
 """vfjax's own folders: a fused model under the standard names, and a plain causal LM."""
 
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from converters import tables
 from converters.chat import read_chat_template
-from converters.layouts import Layout, Source, tokenizer_class
+from converters.layouts import TEMPLATE, Layout, Source, tokenizer_class
 from converters.towers import Towers
+from converters.values import ANY, REQUIRED, Values
 from vfjax.chat import CHAT_TEMPLATE
+from vfjax.places import MASKS, POSITIONS
 
 
-def describe_fused(path: Path, config: dict[str, Any], towers: Towers) -> Source:
+def describe_fused(path: Path, config: Values, towers: Towers) -> Source:
     """A fused folder's config.json is the normal form itself."""
     del towers  # branches are in the folder
+    found = config.any("branches", REQUIRED)
+    if not isinstance(found, list) or not all(isinstance(branch, Mapping) for branch in found):
+        raise config.error("branches", "a list of branches")
     return Source(
         path,
         "visionfuse",
-        config,
-        llm=config["text_config"],
-        branches=config["branches"],
-        template=config["template"],
-        tokenizer=config.get("tokenizer", {}),
+        dict(config.data),
+        llm=dict(config.mapping("text_config")),
+        branches=[
+            _branch(branch, f"{config.where}: branches[{i}]") for i, branch in enumerate(found)
+        ],
+        template=config.text("template"),
+        tokenizer=dict(config.mapping("tokenizer", {})),
         chat_template=read_chat_template(path),
-        image_token=config.get("image_token", ""),
-        **{key: config[key] for key in ARRANGEMENT if key in config},
+        image_token=config.text("image_token", ""),
+        **{key: config.choice(key, known) for key, known in ARRANGEMENT.items() if key in config},
     )
+
+
+def _branch(found: Mapping[str, Any], where: str) -> dict[str, Any]:
+    """A branch, its keys checked."""
+    branch = Values(found, where)
+    name = branch.text("name")
+    if not re.fullmatch(r"[\w-]+", name):
+        raise branch.error("name", "letters, digits, - and _")
+    branch.choice("aspect", ("pad", "crop"))
+    branch.choice("code", ("authors", "transformers"), "authors")
+    for key in ("encoder", "connector", "preprocessor"):
+        branch.mapping(key)
+    branch.mapping("aux", {})
+    branch.done({})
+    return dict(found)
 
 
 def fused_prefixes(source: Source) -> tuple[tuple[str, str, str], ...]:
@@ -37,8 +60,9 @@ def fused_prefixes(source: Source) -> tuple[tuple[str, str, str], ...]:
 KINDS = ("encoder", "aux", "connector")
 """Components of a branch."""
 
-ARRANGEMENT = ("positions", "mask")
-"""Keys, absent from older folders, that say where branches' tokens stand and who sees whom."""
+ARRANGEMENT = {"positions": POSITIONS, "mask": MASKS}
+"""Keys, absent from older folders, that say where branches' tokens stand and who sees whom, and
+their values."""
 
 
 def arrange(source: Source, positions: str | None, mask: str | None) -> None:
@@ -65,13 +89,18 @@ def fused_config(source: Source, recipe: Mapping[str, Any]) -> dict[str, Any]:
     }
 
 
-def describe_llm(path: Path, config: dict[str, Any], towers: Towers) -> Source:
+def describe_llm(path: Path, config: Values, towers: Towers) -> Source:
     """A plain causal LM: no branch."""
     del towers
-    kind, chat = tokenizer_class(config), read_chat_template(path)
+    own, kind, chat = (
+        config.rest({TEMPLATE}),
+        tokenizer_class(config.data),
+        read_chat_template(path),
+    )
+    tables.find(own, config.where).config(own, config.where)  # by its keys in this file
     template = CHAT_TEMPLATE if chat else "plain"
     return Source(
-        path, "llm", config, dict(config), [], template, tokenizer=kind, chat_template=chat
+        path, "llm", dict(config.data), own, [], template, tokenizer=kind, chat_template=chat
     )
 
 
@@ -93,6 +122,7 @@ LAYOUTS = (
         lambda config: config.get("model_type") == "visionfuse",
         describe_fused,
         fused_prefixes,
+        unused=dict.fromkeys(("architectures", "dtype", "recipe", "torch_dtype"), ANY),
     ),
-    Layout("llm", _is_llm, describe_llm, lambda source: (*BARE, ("", "llm", ""))),
+    Layout("llm", _is_llm, describe_llm, lambda source: (*BARE, ("", "llm", "")), unused={}),
 )

@@ -150,7 +150,7 @@ def test_a_folder_that_does_not_fit_its_config(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ):
     llama_folder(tmp_path)
-    config = {"model_type": "llama", "hidden_size": 32}
+    config = {"model_type": "llama", "hidden_size": 32, "num_attention_heads": 4}
     write_json(tmp_path / "config.json", config)
     monkeypatch.setattr("sys.argv", ["converters", "inspect", str(tmp_path)])
     assert main() == 2

@@ -302,7 +302,8 @@ def test_config_json_does_not_touch_the_tokenizer(tmp_path: Path, shared: Path, 
     source = open_source(tmp_path)
     ids = tokenizer_of(source)("a b").input_ids
     assert ids == load_tokenizer(tmp_path, {"model_type": "llama"})("a b").input_ids
-    plain = tables.find({"model_type": "llama"}, "").config(config)
+    rope = {key: config[key] for key in ("rope_theta", "rope_scaling")}
+    plain = tables.find({"model_type": "llama"}, "").config(rope)
     found = model_config(source).llm
     assert (found.rope_theta, found.rope_scaling) == (plain.rope_theta, plain.rope_scaling)
     assert found.rope_scaling is not None

@@ -1,0 +1,287 @@
+"""Each key of each config class of transformers, mutated by itself, beside transformers.
+
+A mutated config is refused by a line that names the key; or it is read as the same config here, and
+then transformers computes the same as before; or it is read as another, and then what is computed
+here is what transformers computes.
+"""
+
+import dataclasses
+import json
+import typing
+from collections import Counter
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import torch
+import transformers
+from transformers.initialization import no_init_weights
+
+from converters import open_source
+from converters.load import load_encoder, read_llm
+from converters.tables import TABLES, find
+from tests.checkpoints import randomize, write_json
+from vfjax import InputError
+
+DECODER = {
+    "vocab_size": 40,
+    "hidden_size": 16,
+    "intermediate_size": 24,
+    "num_hidden_layers": 1,
+    "num_attention_heads": 2,
+    "num_key_value_heads": 1,
+    "max_position_embeddings": 16,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+    "pad_token_id": 0,
+}
+SCALED = {"head_dim": 8}
+EXPERTS = {"num_local_experts": 3, "num_experts_per_tok": 2}
+VIT = {
+    "hidden_size": 16,
+    "intermediate_size": 24,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 2,
+    "image_size": 12,
+    "patch_size": 4,
+}
+DINO = {**{k: v for k, v in VIT.items() if k != "intermediate_size"}, "mlp_ratio": 2}
+
+FORMATS: dict[str, tuple[Any, Any, dict[str, Any]]] = {
+    "llama": (transformers.LlamaConfig, transformers.LlamaForCausalLM, DECODER),
+    "mistral": (transformers.MistralConfig, transformers.MistralForCausalLM, DECODER),
+    "mixtral": (
+        transformers.MixtralConfig,
+        transformers.MixtralForCausalLM,
+        {**DECODER, **EXPERTS},
+    ),
+    "qwen2": (transformers.Qwen2Config, transformers.Qwen2ForCausalLM, DECODER),
+    "qwen3": (transformers.Qwen3Config, transformers.Qwen3ForCausalLM, {**DECODER, **SCALED}),
+    "gemma": (transformers.GemmaConfig, transformers.GemmaForCausalLM, {**DECODER, **SCALED}),
+    "phi": (transformers.PhiConfig, transformers.PhiForCausalLM, DECODER),
+    "phi3": (
+        transformers.Phi3Config,
+        transformers.Phi3ForCausalLM,
+        {**DECODER, "original_max_position_embeddings": 16},
+    ),
+    "clip_vision_model": (transformers.CLIPVisionConfig, transformers.CLIPVisionModel, VIT),
+    "siglip_vision_model": (transformers.SiglipVisionConfig, transformers.SiglipVisionModel, VIT),
+    "vit": (transformers.ViTConfig, transformers.ViTModel, VIT),
+    "dinov2": (transformers.Dinov2Config, transformers.Dinov2Model, DINO),
+    "dinov2_with_registers": (
+        transformers.Dinov2WithRegistersConfig,
+        transformers.Dinov2WithRegistersModel,
+        DINO,
+    ),
+    "dinov3_vit": (transformers.DINOv3ViTConfig, transformers.DINOv3ViTModel, VIT),
+}
+"""`model_type` -> transformers' classes, a tiny config."""
+
+OTHERS = {"clip", "siglip", "open_clip_convnext", "mlp", "mining", "slime", "comm"}
+"""Tables whose configs are halves of these, not of transformers, or ours."""
+
+HIDDEN: dict[str, tuple[Any, ...]] = {
+    "is_causal": (False,),
+    "layer_types": (["sliding_attention"],),
+    "sliding_window": (3,),
+    "use_bidirectional_attention": (True,),
+    "use_sliding_window": (True,),
+    "attention_bias": (True,),
+    "mlp_bias": (True,),
+    "head_dim": (4,),
+    "partial_rotary_factor": (0.5,),
+    "original_max_position_embeddings": (8,),
+    "rope_theta": (50.0,),
+    "rope_scaling": (
+        {"rope_type": "linear", "factor": 2.0},
+        {"type": "dynamic", "factor": 2.0},
+        {"rope_type": "llama3", "factor": 4.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0},
+    ),
+    "hidden_activation": ("relu",),
+    "num_experts": (2,),
+    "per_layer_config": ({"0": {"rms_norm_eps": 0.5}},),
+    "tie_last_hidden_states": (True,),
+    "return_class_token": (True,),
+    "qkv_bias": (False,),
+    "quantization_config": ({"quant_method": "fp8"},),
+}
+"""Keys that are in no class, or another's: transformers obeys some of them all the same."""
+
+WIDEST = 2e-4
+"""Largest difference, as a share of the reference's largest value."""
+
+
+def values_of(key: str, value: Any, kind: Any) -> Iterator[Any]:
+    """Values of a key other than its own, by its type."""
+    options = typing.get_args(kind) or (kind,)
+    if value is not None and type(None) in options:
+        yield None
+    if isinstance(value, bool) or (value is None and bool in options):
+        yield not value
+    elif isinstance(value, int) or (value is None and int in options):
+        size = value or 4
+        yield from (2 * size, size // 2, size + 1, max(size - 1, 0), 3 * size)
+    elif isinstance(value, float) or (value is None and float in options):
+        yield from ((value or 0.1) * 3, 0.5)
+    elif isinstance(value, str):
+        literals = [x for x in options if isinstance(x, str)]
+        activations = ["relu", "gelu", "silu", "gelu_new", "quick_gelu"] if "act" in key else []
+        yield from (x for x in (*literals, *activations, "other") if x != value)
+    elif isinstance(value, list):
+        yield from (value[::-1], value[:1], [*value, *value])
+        if value and isinstance(value[0], str):
+            yield ["sliding_attention" if "attention" in value[0] else "other"] * len(value)
+    elif isinstance(value, dict):
+        for name, old in value.items():
+            yield from ({**value, name: new} for new in values_of(name, old, type(old)))
+        if "rope" in key:
+            yield {**value, "partial_rotary_factor": 0.5}
+            yield from ({**value, **scaling} for scaling in HIDDEN["rope_scaling"])
+            yield {**value, "rope_type": "yarn", "factor": 2.0}
+            yield {
+                **value,
+                "rope_type": "longrope",
+                "factor": 2.0,
+                "short_factor": [1.5, 1.25, 1.0, 2.0],
+                "long_factor": [3.0] * 4,
+            }
+    else:
+        yield from (["other"], {"other": 1}, "float16")
+
+
+def mutations(config_class: Any, base: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
+    """All keys of a config class, and those of others, with other values."""
+    kinds = {field.name: field.type for field in dataclasses.fields(config_class)}
+    for key in sorted({*base, *kinds} - {"model_type", "transformers_version"}):
+        for value in values_of(key, base.get(key), kinds.get(key)):
+            yield key, value
+    for key in sorted(HIDDEN.keys() - {*base, *kinds}):
+        yield from ((key, value) for value in HIDDEN[key])
+
+
+class Reference:
+    """Transformers' model of a config, or none if it refuses that."""
+
+    def __init__(self, kind: str):
+        self.kind = kind
+        self.config_class, self.model_class, sizes = FORMATS[kind]
+        config = self.config_class(**sizes)
+        self.base = json.loads(config.to_json_string(use_diff=False)) | {"model_type": kind}
+        if kind in ("dinov3_vit", "dinov2_with_registers"):
+            self.base |= {"num_register_tokens": 2}
+        self.state = self.model(self.base).state_dict()
+
+    def model(self, config: Mapping[str, Any]) -> torch.nn.Module:
+        keys = {k: v for k, v in config.items() if k not in ("model_type", "transformers_version")}
+        made = self.config_class(**json.loads(json.dumps(keys)), attn_implementation="eager")
+        with no_init_weights():
+            model = self.model_class(made)
+        model.tie_weights()
+        return randomize(model, 0)
+
+    @torch.no_grad()
+    def outputs(self, model: torch.nn.Module, count: int) -> list[np.ndarray]:
+        """Logits of `count` tokens, or hidden states."""
+        model.eval()
+        if TABLES[self.kind].architecture:
+            ids = torch.from_numpy(tokens(count))
+            return [model(input_ids=ids, return_dict=True, use_cache=False).logits.numpy()]
+        size = side(model.config.image_size)
+        pixels = torch.from_numpy(np.moveaxis(picture(size), -1, 1).copy())
+        more = {"interpolate_pos_encoding": True} if self.kind == "vit" else {}
+        out = model(pixels, output_hidden_states=True, return_dict=True, **more)
+        return [x.numpy() for x in out.hidden_states]
+
+
+def side(size: int | list[int]) -> int:
+    return size if isinstance(size, int) else size[0]
+
+
+def tokens(count: int) -> np.ndarray:
+    return np.random.default_rng(0).integers(3, 20, (1, count))
+
+
+def picture(size: int) -> np.ndarray:
+    return np.random.default_rng(1).standard_normal((1, size, size, 3), dtype=np.float32)
+
+
+def ours(kind: str, folder: Path, config: Any) -> list[np.ndarray]:
+    """What `Reference.outputs` gives, computed here, of a folder."""
+    with jax.default_matmul_precision("highest"):
+        if not TABLES[kind].architecture:
+            encoder = load_encoder(folder)
+            pixels = picture(config.image_size)
+            return [np.asarray(x) for x in encoder(jnp.asarray(pixels), range(config.layers + 1))]
+        llm = read_llm(open_source(folder), None, None)
+        ids = jnp.asarray(tokens(min(LENGTH, config.context)))
+        hidden, _ = llm(llm.embed(ids), jnp.ones(ids.shape, bool))
+        return [np.asarray(llm.logits(hidden))]
+
+
+LENGTH = 8
+"""Tokens of a text."""
+
+
+def same(found: list[np.ndarray], expected: list[np.ndarray], limit: float) -> bool:
+    if [x.shape for x in found] != [x.shape for x in expected]:
+        return False
+    return all(
+        np.abs(a - b).max() <= limit * np.abs(b).max() for a, b in zip(found, expected, strict=True)
+    )
+
+
+@pytest.mark.parametrize("kind", FORMATS)
+def test_every_key_has_a_fate(kind: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    reference, table = Reference(kind), TABLES[kind]
+    base = table.config(reference.base)
+    before = reference.outputs(reference.model(reference.base), LENGTH)
+    fates: dict[str, str] = {}
+    for number, (key, value) in enumerate(mutations(reference.config_class, reference.base)):
+        if fates.get(key) == "used" and isinstance(value, int | float):
+            continue  # one of many numbers tells
+        mutated = {**reference.base, key: value}
+        try:
+            config, error = find(mutated, "x").config(mutated), None
+        except InputError as refusal:
+            config, error = None, refusal
+        if error is not None:
+            assert key in str(error), (value, str(error))
+            fates.setdefault(key, "refused")
+            continue
+        try:
+            model = reference.model(mutated)
+            length = min(LENGTH, getattr(config, "context", LENGTH))
+            expected = reference.outputs(model, length)
+        except Exception:  # transformers takes no such value
+            continue
+        if config == base:
+            assert same(expected, before, 1e-6), f"{key}: {value!r} is read past"
+            if fates.get(key) != "used":
+                fates[key] = "without effect"
+            continue
+        folder = tmp_path / str(number)
+        model.save_pretrained(folder)
+        write_json(folder / "config.json", mutated)
+        assert same(ours(kind, folder, config), expected, WIDEST), f"{key}: {value!r}"
+        fates[key] = "used"
+    counts = Counter(fates.values())
+    with capsys.disabled():
+        print(
+            f"\n{kind}: " + ", ".join(f"{n} {fate}" for fate, n in sorted(counts.items())), end=""
+        )
+    assert counts["used"] > 5
+
+
+def test_every_table_is_compared():
+    assert set(TABLES) == {*FORMATS, *OTHERS}
+
+
+@pytest.mark.parametrize("kind", FORMATS)
+def test_defaults_are_those_of_the_class(kind: str):
+    """A key that is absent means what the class would say."""
+    whole = json.loads(FORMATS[kind][0]().to_json_string(use_diff=False))
+    assert TABLES[kind].config({"model_type": kind}) == TABLES[kind].config(whole)

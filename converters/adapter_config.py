@@ -40,7 +40,6 @@ USED = (
 
 IDLE = (
     "auto_mapping",
-    "bias",  # which biases were trained: those that are in the file are used
     "corda_config",
     "enable_lora",  # of PEFT before 0.3
     "eva_config",
@@ -70,6 +69,7 @@ CONVERT = (
 ALLOWED: dict[str, tuple[tuple[object, ...], str]] = {
     "alora_invocation_tokens": ((), TRAIN),
     "arrow_config": ((), TRAIN),
+    "bias": (("none", "all", "lora_only"), MERGE),  # those that are in the file are used
     "init_lora_weights": ((True, "gaussian", "eva", "orthogonal", "mica"), CONVERT),
     "kasa_config": ((), MERGE),
     "layer_replication": ((), TRAIN),

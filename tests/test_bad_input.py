@@ -183,12 +183,12 @@ def projector(folder: Path, **config: object) -> None:
 
 
 PARTS = {
-    "adapter without base": (adapter, False, ["base LLM 'someone/base'", "pass base="]),
-    "projector without base": (projector, False, ["base LLM ''", "pass base="]),
+    "adapter without base": (adapter, False, ["base model 'someone/base'", "pass base="]),
+    "projector without base": (projector, False, ["base model ''", "pass base="]),
     "vocabulary": (lambda f: adapter(f, vocab_size=330), True, ["config.json", "330", "320"]),
     "shape": (untold, True, ["adapter_model.safetensors", "lora_A.weight", "(32, 48)"]),
     "dora": (lambda f: adapter_with(f, use_dora=True), True, ["adapter_config.json: use_dora"]),
-    "bias": (lambda f: adapter_with(f, bias="all"), True, ["adapter_config.json: bias", "'all'"]),
+    "bias": (lambda f: adapter_with(f, bias="some"), True, ["adapter_config.json: bias", "'all'"]),
     "connector": (lambda f: projector(f, mm_projector_type="qformer"), True, ["'qformer'"]),
     "tower": (lambda f: shutil.rmtree(f / "vision_tower"), True, ["vision_tower", "towers="]),
 }

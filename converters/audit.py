@@ -5,6 +5,7 @@ that have not changed since, by size, inode and the times of the last changes to
 the second cannot be set back.
 """
 
+import dataclasses
 import json
 import os
 import warnings
@@ -34,12 +35,18 @@ def stat(path: Path) -> Stat:
     return found.st_size, found.st_mtime_ns, found.st_ctime_ns, found.st_ino
 
 
-def mapped(source: Source) -> dict[str, Tensors]:
+def mapped(source: Source, export: str = "model") -> dict[str, Tensors]:
     """Component -> the tensors that its parameters need; the ignorable ones are left behind.
+
+    Args:
+        source: an opened folder.
+        export: "llm" leaves out the branches.
 
     Raises:
         InputError: parameters and tensors don't fit one to one.
     """
+    if export == "llm":
+        source = dataclasses.replace(source, branches=[])
     _, shapes = abstract(model_config(source).build)
     return {
         part: {

@@ -15,13 +15,14 @@ from converters.adapters import named_base
 from converters.audit import audit, mapped, stat, unread
 from converters.branches import Tensors, branch_name, branch_tensors, own_embeddings
 from converters.card import CARD, PLOT, by_layer, card, plot
-from converters.export import to_bytes, with_dtype
+from converters.export import to_bytes
 from converters.layouts import Source, assign, has_tokenizer, open_source, settle
-from converters.load import float_dtype
-from converters.mergekit import layer_lists, read_yaml, widest
+from converters.mergekit import Yaml, read_yaml
+from converters.plan import llm_config, merge_llms
 from converters.request import Request, check_request, make_request
 from converters.tables import LAYOUTS
 from converters.tables.visionfuse import arrange, fused_config
+from converters.tokenizer_union import made_tokenizer
 from converters.towers import Towers
 from converters.vocabulary import (
     BASE,
@@ -29,7 +30,6 @@ from converters.vocabulary import (
     one_vocabulary,
     said,
     same_tokens,
-    same_vocabulary,
     tokenizer_files,
 )
 from converters.writer import Content, plan_shards, stage_of, write_folder
@@ -38,14 +38,11 @@ from vfjax.chat import CHAT_TEMPLATE
 from vfjax.merge import (
     METHODS,
     Account,
-    LazyTensor,
-    Merged,
-    Merger,
     Recipe,
     check_family,
     from_config,
 )
-from vfjax.merge.family import check_names, check_weights
+from vfjax.merge.family import check_weights
 
 
 def fuse(
@@ -111,12 +108,16 @@ def dry_run(members: Mapping[str, str | Path], out: str | Path, **options: Any) 
 class Fusion:
     """A request with its sources opened and its tensors planned; nothing is read but headers."""
 
-    def __init__(self, request: Request):
+    def __init__(self, request: Request, yaml: Yaml | None = None):
         recipe: Recipe | None = None
         below: dict[str, str] = {}
         check_request(request)
-        if request.recipe is not None:
-            recipe, folders, below = read_yaml(request.recipe)
+        self.yaml = yaml if request.recipe is None or yaml else read_yaml(request.recipe)
+        self.inner: dict[str, Fusion] = {}
+        if self.yaml is not None:
+            recipe, folders, below = self.yaml.recipe, dict(self.yaml.folders), self.yaml.below
+            plain = Request({}, "", recipe=request.recipe, export=request.export, seed=request.seed)
+            self.inner = {name: Fusion(plain, each) for name, each in self.yaml.merges.items()}
             if recipe.unread:
                 skipped = ", ".join(recipe.unread)
                 warnings.warn(f"{request.recipe}: the method does not read {skipped}", stacklevel=3)
@@ -128,30 +129,37 @@ class Fusion:
         self.request, self.out = request, Path(request.out)
         base = request.base
         opened = {
-            name: open_member(path, request, below.get(name))
+            name: self.inner[name].source()
+            if name in self.inner
+            else open_member(path, request, below.get(name))
             for name, path in request.members.items()
         }
         self.base = None if recipe is None else recipe.base
         if base is not None:
-            self.base, opened = BASE, {BASE: open_source(base, base=below.get(BASE)), **opened}
+            inner = self.inner.get(BASE)
+            first = inner.source() if inner else open_source(base, base=below.get(BASE))
+            self.base, opened = BASE, {BASE: first, **opened}
         elif self.base is not None:  # one of the members
             opened = {self.base: opened[self.base], **opened}
         self.opened = opened
         self.files = {
             f"{label}/{name}": path
-            for label, source in opened.items()
-            for name, path in source.weight_files().items()
+            for label in opened
+            for name, path in self._weight_files(label).items()
         }
         self.before = {path: stat(path) for path in self.files.values()}
-        rows: dict[str, Any] = {} if request.vocab is None else {"vocab_size": None}
+        union = recipe is not None and (recipe.tokenizer_source or recipe.tokenizer)
+        rows: dict[str, Any] = {"vocab_size": None} if union or request.vocab else {}
         check_family({name: {**source.llm, **rows} for name, source in opened.items()})
-        parts = {name: mapped(source) for name, source in opened.items()}
-        self.skip = {
-            f"{label}/{name}": names
-            for label, source in opened.items()
-            for names in [unread(source, self._read(label, parts[label]))]
-            for name in source.weight_files()
-        }
+        parts = {name: mapped(source, request.export) for name, source in opened.items()}
+        self.skip: dict[str, set[str]] = {}
+        for label, source in opened.items():
+            if label in self.inner:
+                inside = self.inner[label].skip
+                self.skip |= {f"{label}/{name}": names for name, names in inside.items()}
+                continue
+            names = unread(source, self._read(label, parts[label]))
+            self.skip |= {f"{label}/{name}": names for name in source.weight_files()}
         self.llms = llms = one_head(opened, {name: part["llm"] for name, part in parts.items()})
         if request.family and request.recipe is None:
             same_tokens(list(opened.values()), llms.values())
@@ -164,9 +172,12 @@ class Fusion:
                 "rules": list(request.rules),
             }
         )
-        self.merged = self._merge(one_vocabulary(llms, request.vocab))
+        others = self.yaml.tokenizers if self.yaml else {}
+        self.made = made_tokenizer(self.recipe, others, opened, llms)
+        rowed = llms if union else one_vocabulary(llms, request.vocab)
+        self.merged = merge_llms(self.recipe, request, opened, rowed, self.made)
         self.result = _describe(opened, list(request.members), self.out, request.template)
-        self.result.llm = self._llm_config()
+        self.result.llm = llm_config(self.result.llm, self.merged, self.recipe, opened)
         owner = next((x for x in self._tokenizers() if has_tokenizer(x.home)), self.result)
         self.result.tokenizer = owner.tokenizer
         arrange(self.result, request.positions, request.mask)
@@ -181,47 +192,6 @@ class Fusion:
         """The components that go into the output: without branches, the LLM alone."""
         whole = self.request.export == "model" and label in self.request.members
         return parts if whole else {"llm": parts["llm"]}
-
-    def _merge(self, llms: Mapping[str, Mapping[str, LazyTensor]]) -> dict[str, Merged]:
-        recipe, request = self.recipe, self.request
-        if missing := sorted(set(recipe.models) - set(llms)):
-            raise InputError(
-                "recipe", found=f"model {missing[0]!r}", expected=", ".join(llms), fix="name it"
-            )
-        layers = self._layers
-        if len({*layers.values()}) == 1:
-            (first, names), *others = ((name, list(llms[name])) for name in llms)
-            for label, other in others:
-                check_names(label, other, first, names)
-        plans = recipe.plan({name: list(x) for name, x in llms.items()}, layers)
-        dtype = request.dtype or recipe.out_dtype or recipe.dtype
-        merger = Merger(float_dtype(dtype), request.seed, request.account)
-        like = next(iter(llms.values()))
-        out: dict[str, Merged] = {}
-        for name, plan in plans.items():
-            members = [(said(label), llms[label][tensor]) for label, tensor in plan.members]
-            base = None if plan.base is None else llms[plan.base[0]][plan.base[1]]
-            label = "" if plan.base is None else said(plan.base[0])
-            origin = None if base is None else (label, base)
-            own = like[name].dtype if name in like else None
-            if request.recipe is not None:
-                own = widest([x for _, x in members] + ([] if base is None else [base]))
-            out[name] = merger.add(name, plan.method, plan.params, members, origin, own)
-        return out
-
-    @functools.cached_property
-    def _layers(self) -> dict[str, int]:
-        return {name: s.table("llm").config(s.llm).layers for name, s in self.opened.items()}
-
-    def _llm_config(self) -> dict[str, Any]:
-        config = with_dtype(self.result.llm, widest(list(self.merged.values())))
-        origins = self.recipe.origins(self._layers)
-        config["num_hidden_layers"] = len(origins)
-        config |= layer_lists({name: s.llm for name, s in self.opened.items()}, origins)
-        config["vocab_size"] = self.merged["model.embed_tokens.weight"].shape[0]
-        if "lm_head.weight" in self.merged:
-            config["tie_word_embeddings"] = False
-        return config
 
     def write(self, progress: Callable[[int], object] | None, resume: bool) -> None:
         """Reads the sources, writes the folder."""
@@ -301,8 +271,20 @@ class Fusion:
         """What decides the bytes, but for names and shapes; see `write_folder`."""
         options = dataclasses.asdict(dataclasses.replace(self.request, out=""))
         return json.dumps(
-            [options, repr(self.recipe), list(self.before.values()), __version__], default=str
+            [
+                options,
+                repr(self.recipe),
+                repr(self.yaml),
+                self.made and self.made.digest,
+                list(self.before.values()),
+                __version__,
+            ],
+            default=str,
         )
+
+    def _weight_files(self, label: str) -> dict[str, Path]:
+        inner = self.inner.get(label)
+        return inner.files if inner else self.opened[label].weight_files()
 
     def _check_unchanged(self) -> None:
         for path, before in self.before.items():
@@ -338,7 +320,7 @@ class Fusion:
         sources = {
             label: {
                 "path": source.path.name,
-                "files": {n: digests.get(f"{label}/{n}") for n in source.weight_files()},
+                "files": {n: digests.get(f"{label}/{n}") for n in self._weight_files(label)},
             }
             for label, source in self.opened.items()
         }
@@ -357,25 +339,22 @@ class Fusion:
             record["rules"] = [list(rule) for rule in request.rules]
         if digests:
             record["sources"] = {
-                label: {name: digests[f"{label}/{name}"] for name in source.weight_files()}
-                for label, source in self.opened.items()
+                label: {name: digests[f"{label}/{name}"] for name in self._weight_files(label)}
+                for label in self.opened
             }
         return record | {"seed": request.seed, "vfjax": __version__}
 
     def _tokenizers(self) -> list[Source]:
         """The folders to look for a tokenizer in: for a model the members', for an LLM the base's.
 
-        But if a member's added tokens are kept, or a recipe names a source, its own.
+        But if a member's added tokens are kept, its own; if a recipe makes one, that.
         """
         order = list(self.opened.values())
         if self.request.export == "model":
             order = [self.opened[name] for name in self.request.members] + order[:1]
-        wanted = self.recipe.tokenizer_source
+        if self.made is not None:
+            return [dataclasses.replace(order[0], path=self.made.folder, base=None)]
         named = self.request.vocab if self.request.vocab in self.request.members else None
-        if wanted in self.opened:
-            named = wanted
-        if wanted is not None:
-            same_vocabulary(order)
         return order if named is None else [self.opened[named], *order]
 
 

@@ -1,5 +1,6 @@
 """mergekit's YAML files: the recipe, and the folders that it names."""
 
+import dataclasses
 import functools
 import re
 from collections.abc import Mapping, Sequence
@@ -12,42 +13,103 @@ import yaml
 
 from converters.vocabulary import BASE
 from vfjax import InputError
-from vfjax.merge import METHODS, LazyTensor, Recipe, from_mergekit
-
-REFERENCES = ("model", "base_model", "tokenizer_source")
-"""Keys whose values name models."""
+from vfjax.merge import METHODS, LazyTensor, Recipe, from_mergekit, parse
 
 
-def read_yaml(path: str | Path) -> tuple[Recipe, dict[str, str], dict[str, str]]:
+@dataclasses.dataclass
+class Yaml:
+    """A mergekit recipe over labels.
+
+    Attributes:
+        recipe: the merge.
+        folders: label -> folder of each model that is merged, the adapter's of "folder+adapter".
+            The label of the base is "base", unless it is merged as a member too.
+        below: label of such an adapter -> folder of the LLM.
+        merges: label -> the recipe of the same file that makes this model; what `folders` has of it
+            is its name.
+        tokenizers: label -> folder that is named for its tokenizer alone.
+    """
+
+    recipe: Recipe
+    folders: dict[str, str]
+    below: dict[str, str]
+    merges: dict[str, "Yaml"]
+    tokenizers: dict[str, str]
+
+
+@dataclasses.dataclass(frozen=True)
+class Reference:
+    """A model of a YAML: a folder, or a folder with an adapter on it."""
+
+    path: str
+    lora: str | None = None
+
+
+def read_yaml(path: str | Path) -> Yaml:
     """Reads a mergekit YAML file as it is.
 
-    Models are folders, from the working directory; "folder+adapter" is an adapter on a folder.
+    Models are folders, from the working directory: "folder", "folder+adapter", or mergekit's
+    mappings; a revision behind @ says nothing of a folder. A file of several documents is what
+    mergekit-multi takes: models are named by the `name` of other documents, too, and the result is
+    that of the document without a name, or else of the one that no other names.
 
     Args:
         path: the file.
 
     Returns:
-        The recipe over labels; label -> folder of each model, the adapter's of "folder+adapter";
-        label of such a model -> folder of the LLM. The label of the base is "base", unless it is
-        merged as a member too.
+        The recipe, and those that it needs.
 
     Raises:
         InputError: no such file, no YAML, or no recipe.
     """
     path = Path(path)
     try:
-        config = yaml.safe_load(path.read_text())
+        found = [x for x in yaml.safe_load_all(path.read_text()) if x is not None]
     except (OSError, ValueError, yaml.YAMLError) as error:
-        found = str(error).splitlines()[0]
-        raise InputError(path, found=found, expected="a YAML file", fix="correct it") from error
-    if not isinstance(config, Mapping):
-        raise InputError(
-            path, found=type(config).__name__, expected="a mapping", fix="see mergekit's examples"
-        )
-    base = config.get("base_model")
-    listed = _references(config)
-    labels: dict[str, str] = {}
-    if isinstance(base, str) and base not in listed:
+        line = str(error).splitlines()[0]
+        raise InputError(path, found=line, expected="a YAML file", fix="correct it") from error
+    documents: dict[str | None, Mapping[str, Any]] = {}
+    for document in found or [None]:
+        if not isinstance(document, Mapping):
+            kind = type(document).__name__
+            parse.fail(str(path), kind, "a mapping", "see mergekit's examples")
+        name = document.get("name")
+        if not isinstance(name, str | None) or name in documents:
+            parse.fail(
+                f"{path}: name", repr(name), "a name of its own for each document", "name it"
+            )
+        documents[name] = {key: value for key, value in document.items() if key != "name"}
+    if len(documents) == 1:
+        (last,) = documents
+        return _read(str(path), last, documents, ())
+    used = {
+        reference.path
+        for document in documents.values()
+        for _, reference in _references("", document)
+    }
+    ends = [None] if None in documents else [name for name in documents if name not in used]
+    if len(ends) != 1 or (extra := set(documents) - used - {None, *ends}):
+        names = ", ".join(map(str, ends if len(ends) != 1 else sorted(map(str, extra))))
+        wanted = "one result: a document without a name, or one that no other names"
+        parse.fail(str(path), names or "documents that need one another", wanted, "remove the rest")
+    return _read(str(path), ends[0], documents, ())
+
+
+def _read(
+    path: str,
+    name: str | None,
+    documents: Mapping[str | None, Mapping[str, Any]],
+    above: tuple[str | None, ...],
+) -> Yaml:
+    """One document; `above` are those that it is needed for."""
+    if name in above:
+        parse.fail(path, f"{name!r} made of itself", "documents without a circle", "correct it")
+    config = documents[name]
+    found = _references("", config)
+    base = _reference("base_model", config["base_model"]) if config.get("base_model") else None
+    listed = [x for where, x in found if where == "model"]
+    labels: dict[Reference, str] = {}
+    if base is not None and base not in listed:
         method = METHODS.get(str(config.get("merge_method")))
         modules = config.get("modules")
         forms = [config, *modules.values()] if isinstance(modules, Mapping) else [config]
@@ -58,18 +120,54 @@ def read_yaml(path: str | Path) -> tuple[Recipe, dict[str, str], dict[str, str]]
             labels[base] = BASE
     for reference in listed:
         labels.setdefault(reference, _label(reference, set(labels.values())))
-    for key in ("tokenizer", "chat_template"):
-        if config.get(key) not in (None, "auto"):
-            raise InputError(
-                f"{path}: {key}",
-                found="a value",
-                expected="none: tokenizers are copied, not made",
-                fix="remove it, and change the tokenizer of the result",
-            )
-    recipe = from_mergekit(_renamed(config, labels))
-    parts = {label: reference.rpartition("+") for reference, label in labels.items()}
-    folders = {label: folder for label, (_, _, folder) in parts.items()}
-    return recipe, folders, {label: below for label, (below, _, _) in parts.items() if below}
+    merged = set(labels)
+    for where, reference in found:
+        if where == "tokenizer":
+            labels.setdefault(reference, _label(reference, set(labels.values())))
+    recipe = from_mergekit(_renamed("", config, labels))
+    folders, below, merges = {}, {}, {}
+    for reference, label in labels.items():
+        if reference.path in documents and len(documents) > 1:
+            if reference.lora or reference not in merged:
+                wanted = "a result without an adapter, among the models"
+                parse.fail(path, str(reference), wanted, "name its folder")
+            merges[label] = _read(path, reference.path, documents, (*above, name))
+        if reference in merged:
+            folders[label] = reference.lora or reference.path
+            if reference.lora:
+                below[label] = reference.path
+    others = {labels[x]: x.path for _, x in found if x not in merged}
+    return Yaml(recipe, folders, below, merges, others)
+
+
+def _reference(where: str, given: Any) -> Reference:
+    """Mergekit's ModelReference: a string, or a mapping of `model` and `lora`."""
+    if isinstance(given, str) and Path(given).exists():
+        return Reference(given)
+    if isinstance(given, str):
+        path, *lora = given.split("+")
+        if len(lora) > 1:
+            parse.fail(where, repr(given), "folder, or folder+adapter", "correct it")
+        given = {"model": path, "lora": lora[0] if lora else None}
+    parse.keys(where, given, ("model", "lora", "override_architecture"))
+    if given.get("override_architecture") is not None:
+        found = f"override_architecture {given['override_architecture']!r}"
+        parse.fail(where, found, "the architecture of config.json", "remove it")
+    path = _path(f"{where}.model", given.get("model"))
+    lora = given.get("lora")
+    return Reference(path, None if lora is None else _path(f"{where}.lora", lora))
+
+
+def _path(where: str, given: Any) -> str:
+    """The folder of mergekit's ModelPath, "folder@revision" or a mapping."""
+    if isinstance(given, Mapping):
+        parse.keys(where, given, ("path", "revision"))
+        given = given.get("path")
+    elif isinstance(given, str) and not Path(given).exists():
+        given = given.partition("@")[0]
+    if not isinstance(given, str) or not given:
+        parse.fail(where, repr(given), "a folder", "correct it")
+    return given
 
 
 def widest(tensors: Sequence[LazyTensor]) -> np.dtype:
@@ -108,29 +206,54 @@ def layer_lists(
     return {key: values for key, values in out.items() if len(values) == len(origins)}
 
 
-def _references(config: Any) -> list[str]:
-    """Names of models, in the order in which they occur."""
-    if isinstance(config, Mapping):
-        here = [config["model"]] if isinstance(config.get("model"), str) else []
-        return here + [name for value in config.values() for name in _references(value)]
-    return [name for x in config for name in _references(x)] if isinstance(config, list) else []
+MODELS = ("model", "base_model")
+"""Keys whose values are models."""
+WORDS = ("union", "base")
+"""Sources of tokenizers that are no models."""
 
 
-def _label(reference: str, taken: set[str]) -> str:
-    name = re.sub(r"[^A-Za-z0-9_-]", "-", Path(reference).name) or "model"
+def _references(where: str, config: Any) -> list[tuple[str, Reference]]:
+    """("model", "base_model" or "tokenizer", model) in the order in which they occur."""
+    found = []
+    for key, value in config.items() if isinstance(config, Mapping) else enumerate(config):
+        kind = _kind(where, key, value)
+        if kind is not None:
+            found.append((kind, _reference(f"{where}{key}", value)))
+        elif isinstance(value, Mapping | list):
+            found += _references(f"{where}{key}.", value)
+    return found
+
+
+def _kind(where: str, key: Any, value: Any) -> str | None:
+    """What a value is read as: "model", "base_model", "tokenizer", or None for no model."""
+    if value is None or where == "tokenizer.tokens.":
+        return None
+    if f"{where}{key}" in ("tokenizer_source", "tokenizer.source"):
+        return None if value in WORDS else "tokenizer"
+    if where.startswith("tokenizer."):
+        inner = isinstance(value, Mapping) and "kind" in value
+        return "tokenizer" if key in ("source", "model") and not inner else None
+    return key if key in MODELS else None
+
+
+def _label(reference: Reference, taken: set[str]) -> str:
+    name = Path(reference.lora or reference.path).name
+    name = re.sub(r"[^A-Za-z0-9_-]", "-", name) or "model"
     number = 2
     label = name
-    while label in taken or label == BASE:
+    while label in taken or label in WORDS:
         label, number = f"{name}-{number}", number + 1
     return label
 
 
-def _renamed(config: Any, labels: Mapping[str, str]) -> Any:
-    if isinstance(config, Mapping):
-        return {
-            key: labels.get(value, value)
-            if key in REFERENCES and isinstance(value, str)
-            else _renamed(value, labels)
-            for key, value in config.items()
-        }
-    return [_renamed(x, labels) for x in config] if isinstance(config, list) else config
+def _renamed(where: str, config: Any, labels: Mapping[Reference, str]) -> Any:
+    """The configuration with labels in place of references."""
+    pairs = config.items() if isinstance(config, Mapping) else enumerate(config)
+    out = []
+    for key, value in pairs:
+        if _kind(where, key, value) is not None:
+            value = labels[_reference(f"{where}{key}", value)]
+        elif isinstance(value, Mapping | list):
+            value = _renamed(f"{where}{key}.", value, labels)
+        out.append((key, value))
+    return dict(out) if isinstance(config, Mapping) else [value for _, value in out]

@@ -2,11 +2,8 @@
 
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
 
-from tokenizers import Tokenizer
-
-from converters.layouts import TOKENIZERS, Source, has_tokenizer
+from converters.layouts import Source, has_tokenizer
 from converters.load import TOKENIZER_FILES
 from converters.tokenizer import tokenizer_of
 from vfjax import InputError
@@ -75,20 +72,6 @@ def one_vocabulary(
     return dict(out)
 
 
-def same_vocabulary(sources: Sequence[Source]) -> None:
-    """Raises InputError if two tokenizers differ: embeddings are not permuted."""
-    found = [(source, _vocabulary(source.home)) for source in sources]
-    known = [(source, words) for source, words in found if words is not None]
-    for source, words in known[1:]:
-        if words != known[0][1]:
-            raise InputError(
-                f"{source.path}: tokenizer",
-                found=f"other tokens than in {known[0][0].path}",
-                expected="one vocabulary",
-                fix="leave tokenizer_source out; if only tokens at the end differ, set vocab",
-            )
-
-
 def same_tokens(sources: Sequence[Source], llms: Iterable[Mapping[str, LazyTensor]]) -> None:
     """Raises InputError if a token has one id here and another there: rows would be mixed up.
 
@@ -113,16 +96,6 @@ def same_tokens(sources: Sequence[Source], llms: Iterable[Mapping[str, LazyTenso
                 expected=f"{other}, as in {known[0].path}",
                 fix="merge models of one tokenizer, or set family to False to merge all the same",
             )
-
-
-def _vocabulary(folder: Path) -> Any:
-    """What compares equal for equal vocabularies; None without a tokenizer."""
-    for name in TOKENIZERS:
-        if (folder / name).is_file():
-            if name.endswith(".json"):
-                return Tokenizer.from_file(str(folder / name)).get_vocab()
-            return (folder / name).read_bytes()
-    return None
 
 
 def tokenizer_files(order: Sequence[Source]) -> dict[str, Path]:

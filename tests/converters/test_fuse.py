@@ -518,7 +518,6 @@ models:
 parameters: {{normalize: false}}
 dtype: float32
 out_dtype: bfloat16
-tokenizer_source: base
 """)
     converters.fuse({}, tmp_path / "yaml", recipe=recipe, export="llm")
     weights = (0.5, [{"filter": "mlp", "value": 0.7}, {"value": 0.5}])
@@ -527,8 +526,7 @@ tokenizer_source: base
     converters.fuse(named(family, "up2 up3"), tmp_path / "own", base=family / "base", **more)
     own = llm_of(tmp_path / "own")
     for name, value in llm_of(tmp_path / "yaml").items():
-        np.testing.assert_array_equal(value, own[name][: len(value)])
-    assert len(llm_of(tmp_path / "yaml")["lm_head.weight"]) == 259  # tokens of 320 rows
+        np.testing.assert_array_equal(value, own[name])
     assert (
         f"model: {family / 'up2'}"
         in json.loads(

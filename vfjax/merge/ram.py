@@ -77,6 +77,13 @@ def ramplus_tl(
     return start + sum(terms[1:], terms[0])
 
 
+def _bregman(u: jax.Array) -> jax.Array:
+    """(1 + u) log(1 + u) - u, from its series about 0, where the terms cancel."""
+    near = jnp.where(jnp.abs(u) < 0.25, u, 0.0)
+    series = sum((-near) ** k / (k * (k - 1)) for k in range(2, 12))
+    return jnp.where(jnp.abs(u) < 0.25, series, (1 + u) * jnp.log1p(u) - u)
+
+
 def _active(deltas: list[jax.Array], epsilon: Any) -> tuple[list[jax.Array], Any]:
     """Where each delta is more than epsilon, and of how many members that is so."""
     active = [~(jnp.abs(d) <= epsilon) for d in deltas]
@@ -87,8 +94,9 @@ def _active(deltas: list[jax.Array], epsilon: Any) -> tuple[list[jax.Array], Any
 def arcee_fusion(base: Array, members: Sequence[Array], *, block: Block) -> Steps:
     """The deltas that matter: |delta| times their row's divergence, from median + 1.5 IQR upwards.
 
-    The divergence is KL(softmax(member's row) || softmax(base's row)). As mergekit's
-    arcee_fusion.py has it, with quantiles of all elements instead of a sample.
+    The divergence is KL(softmax(member's row) || softmax(base's row)), of probabilities to which
+    1e-8 is added. As mergekit's arcee_fusion.py has it, with quantiles of all elements instead of a
+    sample, and without its cancellation: of the deltas of a usual fine-tune it is mostly rounding.
 
     Args:
         base: float array.
@@ -99,9 +107,12 @@ def arcee_fusion(base: Array, members: Sequence[Array], *, block: Block) -> Step
         float32 array of that shape.
     """
     start, (delta,) = from_base(base, members)
-    ours, theirs = (jax.nn.softmax(x, axis=-1) + 1e-8 for x in (start + delta, start))
-    divergence = jnp.sum(ours * jnp.log(ours / theirs), axis=-1, keepdims=True)
-    importance = jnp.abs(delta) * jnp.maximum(divergence, 0.0)
+    share = jax.nn.softmax(start, axis=-1)
+    grown = jnp.log1p(jnp.sum(share * jnp.expm1(delta), axis=-1, keepdims=True))
+    ratio = share * jnp.expm1(delta - grown) / (share + 1e-8)  # p / q - 1
+    # sum p log(p / q) = sum q ((1 + u) log(1 + u) - u), as sum p = sum q: no term is negative
+    divergence = jnp.sum((share + 1e-8) * _bregman(ratio), axis=-1, keepdims=True)
+    importance = jnp.abs(delta) * divergence
 
     def ranks(params: Params, n: int, answers: Answers) -> np.ndarray:
         # In float32, as the peer rounds its positions; from the largest.

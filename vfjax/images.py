@@ -58,6 +58,8 @@ class File:
     Attributes:
         image: Pillow's, its pixels in memory.
         name: what to call it in errors.
+        width: in pixels, before it is turned.
+        height: so, too.
     """
 
     def __init__(self, image: Image.Image, name: str):
@@ -73,6 +75,7 @@ class File:
         except _DECODER_ERRORS as error:
             raise _unreadable(name, error) from None
         self.image, self.name = image, name
+        self.width, self.height = image.size
         self._rgb: dict[str, Image.Image] = {}
 
     def rgb(self, convert: Convert) -> Image.Image:

@@ -250,7 +250,7 @@ class _Budget:
             image = read_picture(data, where, self.pixels)
         except InputError as error:
             raise Refused(400, str(error), param="messages") from None
-        self.pixels -= image.image.width * image.image.height
+        self.pixels -= image.width * image.height
         return image
 
 

@@ -1,6 +1,8 @@
 """Do these models share a base? Answered from configs and tensor headers, before any work."""
 
-from collections.abc import Mapping, Sequence
+import math
+import re
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -69,13 +71,20 @@ def _vocabulary_error(where: str, rows: int, reference: str, expected: int) -> N
     )
 
 
-ALIKE, SAMPLE = 0.5, 64
-"""Least cosine of a member's matrices with the base's, and the rows and number of matrices that it
-is taken of. Fine-tunes of one base stay above 0.9, models that were trained apart are near 0."""
+ALIKE = 0.5
+"""Least cosine of a member's weights with the base's. Fine-tunes of one base stay above 0.9, models
+that were trained apart are near 0; a delta of one and a half times the base's length leaves 0.55.
+"""
+
+SAMPLE, PIECES, LAYERS = 64, 8, 3
+"""Rows that are read of a matrix, in how many pieces, and of how many layers."""
 
 
 def check_weights(sources: Mapping[str, Mapping[str, LazyTensor]]) -> None:
     """Checks on a few rows that the weights themselves have one origin.
+
+    Of every kind of matrix (all layers' queries, say) those of a few layers, and of the tables of
+    tokens the rows that all have.
 
     Args:
         sources: label -> tensors of one family by `check_family`, the reference (base) first.
@@ -84,27 +93,53 @@ def check_weights(sources: Mapping[str, Mapping[str, LazyTensor]]) -> None:
         InputError: naming the member, the tensor and the cosine of the two.
     """
     (reference, first), *others = sources.items()
-    matrices = [
-        name for name, x in first.items() if len(x.shape) == 2 and not name.endswith(VOCABULARY)
-    ]
-    for name in matrices[:: max(1, len(matrices) // 4)]:
-        expected = _rows(first[name])
+    kinds: dict[str, list[str]] = {}
+    for name, tensor in first.items():
+        if len(tensor.shape) == 2:
+            kinds.setdefault(re.sub(r"\d+", "*", name), []).append(name)
+    for names in kinds.values():
+        some = sorted({round(i * (len(names) - 1) / (LAYERS - 1)) for i in range(LAYERS)})
         for label, tensors in others:
-            if name not in tensors or tensors[name].shape != first[name].shape:
+            pairs = [
+                _rows(first[name], tensors[name])
+                for name in (names[i] for i in some)
+                if name in tensors and _fits(name, first[name].shape, tensors[name].shape)
+            ]
+            if not pairs:
                 continue
-            found = _rows(tensors[name])
-            scale = np.linalg.norm(found) * np.linalg.norm(expected)
-            if scale and (cosine := float((found * expected).sum() / scale)) < ALIKE:
+            lengths = [_dot((x, x) for x in side) for side in zip(*pairs, strict=True)]
+            if not (scale := math.sqrt(math.prod(lengths))):
+                continue
+            cosine = _dot(pairs) / scale
+            # Of few numbers it is uncertain: by 1 / sqrt(n) where the two have nothing in common.
+            if cosine < ALIKE - 4 / math.sqrt(sum(a.size for a, _ in pairs)):
                 raise InputError(
-                    f"{label}: {name}",
+                    f"{label}: {names[some[0]]}",
                     found=f"weights with a cosine of {cosine:.2f} to those of {reference}",
                     expected=f"at least {ALIKE}: a fine-tune of that model",
                     fix=f"{REMEDY}, or set family to False to merge all the same",
                 )
 
 
-def _rows(tensor: LazyTensor) -> np.ndarray:
-    return np.asarray(tensor[: min(SAMPLE, tensor.shape[0])]).astype(np.float64)
+def _fits(name: str, shape: tuple[int, ...], other: tuple[int, ...]) -> bool:
+    return shape == other or (name.endswith(VOCABULARY) and shape[1:] == other[1:])
+
+
+def _dot(pairs: Iterable[Sequence[np.ndarray]]) -> float:
+    return sum(float((a * b).sum()) for a, b in pairs)
+
+
+def _rows(*tensors: LazyTensor) -> list[np.ndarray]:
+    """Float64 rows of tensors, the same of each: the first ones, of many rows some in all parts."""
+    height, size = min(tensor.shape[0] for tensor in tensors), SAMPLE // PIECES
+    spans = [slice(0, height)]
+    if height > SAMPLE:
+        starts = [i * (height - size) // (PIECES - 1) for i in range(PIECES)]
+        spans = [slice(i, i + size) for i in starts]
+    return [
+        np.concatenate([np.asarray(tensor[rows]).astype(np.float64) for rows in spans])
+        for tensor in tensors
+    ]
 
 
 def check_family(configs: Mapping[str, Mapping[str, Any]]) -> None:

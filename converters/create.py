@@ -3,7 +3,7 @@
 import dataclasses
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import jax
 import numpy as np
@@ -21,6 +21,7 @@ from vfjax import InputError, Model, Processor
 from vfjax.chat import CHAT_TEMPLATE
 from vfjax.encoders import ConvNeXtConfig
 from vfjax.encoders.vit import resolve_taps
+from vfjax.layers import redraw
 from vfjax.merge import LazyTensor
 from vfjax.model import BranchConfig
 from vfjax.prompts import get_template
@@ -60,6 +61,7 @@ def create(
     template: str | None = None,
     aspect: str = "pad",
     seed: int = 0,
+    init: Literal["torch", "flax"] = "torch",
     mesh: Mesh | None = None,
     dtype: Any = None,
 ) -> tuple[Model, Processor]:
@@ -90,33 +92,41 @@ def create(
         template: name of the prompt template; by default the one of the model that `llm` is, or
             what LLaVA's code would take for that LLM.
         aspect: "pad" or "crop", see `vfjax.images.ImageSpec`.
-        seed: of the connector's weights: flax's default initialisation (LeCun normal), the same on
-            every machine and mesh.
+        seed: of the connector's weights, the same on every machine and mesh.
+        init: how they are drawn: as torch's modules begin, see `vfjax.layers.redraw`, which is what
+            the authors' rates are for; or as flax's (LeCun normal, zero biases).
         mesh: see `converters.load`.
         dtype: of the parameters; None keeps the stored ones, the connector's is the LLM's then.
 
     Raises:
         InputError: a folder that cannot be read, an encoder without preprocessor or without tokens,
-            an unknown kind or option, a layer that an encoder lacks, encoders that don't fit
-            together, no such template.
+            an unknown kind, option or `init`, a layer that an encoder lacks, encoders that don't
+            fit together, no such template.
     """
     dtype = float_dtype(dtype)
+    if init not in ("torch", "flax"):
+        raise InputError("init", found=repr(init), expected="'torch', 'flax'", fix="choose one")
     source = describe(llm, encoder, connector, aux=aux, template=template, aspect=aspect)
     (branch,) = model_config(source).branches
     for part, taps in branch.connector.taps.items():
         resolve_taps(taps, getattr(branch, part).layers)
     stored = next(iter(source.parts["llm"].values())).dtype
     part = f"branches.{branch.name}.connector"
-    source.parts[part] = drawn(source, branch, seed, stored if stored in FLOATS else FLOATS[-1])
+    stored = stored if stored in FLOATS else FLOATS[-1]
+    source.parts[part] = drawn(source, branch, seed, stored, init)
     return read_model(source, mesh, dtype)
 
 
 def drawn(
-    source: Source, branch: BranchConfig, seed: int, dtype: np.dtype
+    source: Source, branch: BranchConfig, seed: int, dtype: np.dtype, init: str
 ) -> dict[str, LazyTensor]:
     """New weights of a branch's connector, under the names of its table; drawn on the CPU."""
     with jax.default_device(jax.local_devices(backend="cpu")[0]):
-        params = flatten(nnx.split(branch.connector.build(rngs=nnx.Rngs(seed)))[1])
+        rngs = nnx.Rngs(seed)
+        connector = branch.connector.build(rngs=rngs)
+        if init == "torch":
+            redraw(connector, rngs)
+        params = flatten(nnx.split(connector)[1])
     table = source.table(f"branches.{branch.name}.connector")
     rules = table.match({name: p.shape for name, p in params.items()})
     parts: dict[str, list[np.ndarray]] = {}  # a tensor may hold several parameters

@@ -37,6 +37,24 @@ def linear(din: int, dout: int, axes: Axes, *, bias: bool = True, rngs: nnx.Rngs
     )
 
 
+def redraw(module: nnx.Module, rngs: nnx.Rngs) -> None:
+    """Draws a new module's weights as torch draws them, in place.
+
+    Of torch.nn.Linear, kernel and bias are uniform within 1 / sqrt(fan-in), where flax has LeCun's
+    normal distribution, of about twice the deviation, and zeros. A module with a method `redraw` of
+    its own, for what it has besides, is asked for it.
+    """
+    for _, layer in nnx.iter_modules(module):
+        if isinstance(layer, nnx.Linear):
+            bound = layer.kernel.shape[0] ** -0.5
+            for p in (layer.kernel, layer.bias):
+                if p is not None:
+                    p[...] = jax.random.uniform(rngs.params(), p.shape, minval=-bound, maxval=bound)
+    for _, own in nnx.iter_modules(module):
+        if hasattr(own, "redraw"):
+            own.redraw(rngs)
+
+
 def layer_norm(width: int, eps: float, *, rngs: nnx.Rngs) -> nnx.LayerNorm:
     """Layer normalisation over the last axis, biased variance, reduced in float32."""
     return nnx.LayerNorm(

@@ -3,7 +3,7 @@
 import math
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 
@@ -21,7 +21,7 @@ from converters.tables.llava import (
 )
 from converters.tables.mlp import combine, projector, projector_rules
 from converters.towers import Towers
-from converters.values import Unused, Values
+from converters.values import Values
 from vfjax import InputError
 from vfjax.connectors import SliMEConfig
 from vfjax.images import ImageSpec
@@ -36,14 +36,10 @@ OPTIONS = {
 }
 """Attributes of `SliMEConfig` -> keys of config.json."""
 
-OWN = ("seperator",)
-"""Keys that are read, beside LLaVA's and those that begin with mm_."""
+SHOWN = ("use_global_only", "use_local_only")
 
-UNUSED: Unused = {
-    **llava.UNUSED,
-    "use_global_only": (False, None),
-    "use_local_only": (False, None),
-}
+OWN = ("seperator", *SHOWN)
+"""Keys that are read, beside LLaVA's and those that begin with mm_."""
 
 
 def read(hf: Values) -> SliMEConfig:
@@ -64,9 +60,16 @@ def read(hf: Values) -> SliMEConfig:
         top_p=hf.number("mm_resampler_topp", 0.95),
         temperature=hf.number("mm_resampler_temp", 1.0, least=1e-9),
         gate=hf.whole("mm_learnable_gated", -1, least=-1, most=1),
+        shown=shown(hf),
         combine=combine(hf),
         vocab=hf.whole("vocab", 0, least=0, most=llama.VOCABULARY),
     )
+
+
+def shown(hf: Values) -> Literal["all", "global", "local"]:
+    """Which tokens a stage's checkpoint reads (llava_arch.py, encode_images)."""
+    whole, tiles = (hf.flag(key, False, null=True) for key in SHOWN)
+    return "global" if whole else "local" if tiles else "all"
 
 
 def views(hf: Values, images: ImageSpec, encoder: Any, connector: SliMEConfig) -> Sliced:
@@ -144,15 +147,13 @@ def describe(path: Path, config: Values, towers: Towers) -> Source:
     for key in ("merge", "pinpoints"):  # not read by upstream
         branch["connector"].pop(key, None)
     branch["connector"] |= {"model_type": "slime"} | {
-        key: config.any(key) for key in OPTIONS.values() if key in config
+        key: config.any(key) for key in (*OPTIONS.values(), *SHOWN) if key in config
     }
     side = math.isqrt(tables.find(tower.config, str(path)).config(tower.config).tokens)
     if side != 24:
         branch["connector"]["grid"] = side
     template = "llama3" if config.any("vocab_size") == 128256 else "vicuna_v1"
-    return upstream_source(
-        path, "slime", config, branch, tower, template=template, own={*OWN, *UNUSED}
-    )
+    return upstream_source(path, "slime", config, branch, tower, template=template, own=OWN)
 
 
 def config_of(options: Mapping[str, Any], vocab: int) -> dict[str, Any]:
@@ -201,6 +202,6 @@ LAYOUTS = (
         lambda config: is_upstream(config) and config.get("mm_projector_type") == "gated",
         describe,
         names,
-        unused=UNUSED,
+        unused=llava.UNUSED,
     ),
 )

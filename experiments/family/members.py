@@ -72,6 +72,7 @@ def make(
         aux=recipe.aux,
         template=language.TEMPLATE,
         seed=recipe.seed,
+        init="flax",
         dtype="float32",
     )
     align(model, data, recipe, report=report)
@@ -91,7 +92,7 @@ def make(
             steps=steps,
             endless=True,
         )
-        options = Options(dtype="float32", remat=False, save_every=10_000, log_every=50)
+        options = Options(dtype="float32", remat=False, save_every=10_000, log_every=50, seed=None)
         optim = Optim(steps, warmup=0.05, clip=1.0)
         model = fit(model, batches.to_iter, groups, optim, workdir / name, options=options)
     return model, processor

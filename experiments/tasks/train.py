@@ -2,11 +2,13 @@
 
 import dataclasses
 import itertools
+from collections.abc import Sequence
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 import jax
+from flax import nnx
 from jax.experimental import multihost_utils
 from ml_collections import ConfigDict
 
@@ -14,6 +16,7 @@ import converters
 from experiments.tasks.common import required
 from vfjax import InputError, Model, Processor
 from vfjax.data import Batches, Conversations
+from vfjax.model import ModelConfig
 from vfjax.sharding import make_mesh, mesh_of, row_shards
 from vfjax.train import (
     Group,
@@ -23,17 +26,20 @@ from vfjax.train import (
     Stopped,
     TensorBoard,
     WandB,
+    adapters,
     add_lora,
+    check_groups,
     fit,
     merge_lora,
     report,
     same_config,
 )
+from vfjax.train.optim import name_of
 from vfjax.train.record import Tracker, missing
 
 
 def run(config: ConfigDict, workdir: Path) -> None:
-    stages = list(config.stages)
+    stages = ordered(config)
     folders = {name: workdir / name for name in stages}
     data = {name: read_data(config, name) for name in stages}  # all is checked before the first
     if config.report and find_spec("matplotlib") is None:
@@ -41,10 +47,14 @@ def run(config: ConfigDict, workdir: Path) -> None:
     done = list(itertools.takewhile(lambda name: (folders[name] / "model").is_dir(), stages))
     for name in done:
         same_config(folders[name] / "states", settings(config, name, data[name]))
+    checked = False
     for name in stages[len(done) :]:
-        model = start(config, folders[done[-1]] / "model" if done else None)
+        model, processor = start(config, folders[done[-1]] / "model" if done else None)
+        if not checked:
+            check(config, stages[len(done) :], model)
+            checked = True
         try:
-            train(config, name, *model, data[name], folders[name])
+            train(config, name, model, processor, data[name], folders[name])
         except Stopped as stopped:
             print(f"stopped at step {stopped} of {name}; the same command goes on from there")
             return
@@ -52,6 +62,15 @@ def run(config: ConfigDict, workdir: Path) -> None:
     if config.report and jax.process_index() == 0:
         report(workdir / "train_report.png", folders)
     print(f"{folders[done[-1]] / 'model'}: trained; python -m converters inspect it")
+
+
+def ordered(config: ConfigDict) -> list[str]:
+    """The stages as they are trained."""
+    if lost := sorted(set(config.stages) - set(config.order)):
+        raise InputError(
+            "config.order", found=f"no stage {lost[0]!r}", expected="all stages", fix="add it"
+        )
+    return [name for name in config.order if name in config.stages]
 
 
 def read_data(config: ConfigDict, name: str) -> list[Conversations]:
@@ -100,6 +119,58 @@ def start(config: ConfigDict, folder: Path | None) -> tuple[Model, Processor]:
     )
 
 
+def check(config: ConfigDict, stages: Sequence[str], model: Model) -> None:
+    """Raises InputError for a stage that this model can't have; before the first one is trained."""
+    names = [name_of(path) for path, _ in nnx.to_flat_state(nnx.state(model))]
+    for name in stages:
+        stage = config.stages[name]
+        adapted: list[str] = []
+        if stage.lora.rank:
+            adapted = adapters(model, LoRAConfig(**stage.lora))
+        check_groups(groups(stage), [*names, *adapted], f"config.stages.{name}.train")
+        staged(model.config, stage, name)
+        Optim(1, stage.warmup, stage.schedule, stage.clip).rate(1.0)
+
+
+def groups(stage: ConfigDict) -> list[Group]:
+    """What a stage trains."""
+    return [Group(pattern, rate, stage.weight_decay) for pattern, rate in stage.train]
+
+
+def staged(config: ModelConfig, stage: ConfigDict, name: str) -> ModelConfig:
+    """A model's config with what a stage has of its own: how pictures are cut, switches."""
+    if stage.aspect not in ("", "pad", "crop"):
+        raise InputError(
+            f"config.stages.{name}.aspect",
+            found=repr(stage.aspect),
+            expected="'pad', 'crop', or '' for the model's",
+            fix="choose one",
+        )
+    branches, switches = [], stage.connector.to_dict()
+    for branch in config.branches:
+        known = getattr(branch.connector, "switches", ())
+        if unknown := sorted(set(switches) - set(known)):
+            raise InputError(
+                f"config.stages.{name}.connector.{unknown[0]}",
+                found="no such switch",
+                expected=", ".join(known) or f"none: the connector of {branch.name!r} has none",
+                fix="remove it",
+            )
+        views = branch.views
+        if stage.aspect:
+            images = dataclasses.replace(views.images, aspect=stage.aspect)
+            views = dataclasses.replace(views, images=images)
+        connector = dataclasses.replace(branch.connector, **switches)
+        branches.append(dataclasses.replace(branch, views=views, connector=connector))
+    return dataclasses.replace(config, branches=tuple(branches))
+
+
+def switch(model: Model, config: ModelConfig) -> None:
+    """Gives the connectors the options of a config."""
+    for branch in config.branches:
+        model.branches[branch.name].connector.config = branch.connector
+
+
 def train(
     config: ConfigDict,
     name: str,
@@ -110,10 +181,12 @@ def train(
 ) -> None:
     """One stage, from its first step or where it was stopped, to a folder of its model."""
     stage, mesh = config.stages[name], mesh_of(model)
-    rows = [len(x) for x in data]
+    own, rows = model.config, [len(x) for x in data]
+    here = staged(own, stage, name)
+    switch(model, here)
     batches = Batches(
         list(zip(data, stage.weights or rows, strict=True)),
-        dataclasses.replace(processor, template=stage.template or processor.template),
+        dataclasses.replace(processor, config=here, template=stage.template or processor.template),
         batch=stage.batch,
         accumulate=stage.accumulate,
         seed=config.seed,
@@ -133,7 +206,7 @@ def train(
     model = fit(
         model,
         batches.to_iter,
-        [Group(pattern, rate, stage.weight_decay) for pattern, rate in stage.train],
+        groups(stage),
         Optim(batches.steps, stage.warmup, stage.schedule, stage.clip),
         folder,
         config=settings(config, name, data),
@@ -145,11 +218,13 @@ def train(
             keep=config.keep,
             log_every=config.log_every,
             profile=config.profile,
+            seed=config.seed,
         ),
         trackers=trackers(config, name, folder),
     )
     if batches.broken:
         print(f"{len(batches.broken)} broken rows replaced, the first: {batches.broken[0]}")
+    switch(model, own)
     converters.export(merge_lora(model), folder / "model")
     if jax.process_count() > 1:  # process 0 writes, the next stage is read by all
         multihost_utils.sync_global_devices(f"{name} is written")

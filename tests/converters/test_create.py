@@ -262,8 +262,13 @@ def test_weights_are_of_the_folders_and_the_seed(folders: Path):
     other = flatten(nnx.state(converters.create(*place, seed=4, dtype="bfloat16")[0]))
     assert {p.dtype for p in other.values()} == {np.dtype(jnp.bfloat16)}
     assert not np.array_equal(other[kernel].get_value(), sharded[kernel].get_value())
-    spread = np.asarray(params[kernel].get_value()).std() * 32**0.5  # flax: variance 1 / fan in
-    assert 0.8 < spread < 1.2
+    bias = kernel.replace("kernel", "bias")
+    for name in (kernel, bias):  # torch's Linear: uniform, kernel and bias
+        spread = np.abs(np.asarray(params[name].get_value())) * 32**0.5
+        assert spread.max() < 1 and 0.4 < spread.mean() < 0.6
+    flax = flatten(nnx.state(converters.create(*place, seed=3, init="flax")[0]))
+    spread = np.asarray(flax[kernel].get_value()).std() * 32**0.5  # variance 1 / fan in
+    assert 0.8 < spread < 1.2 and not np.asarray(flax[bias].get_value()).any()
 
 
 def test_comm_shows_both_encoders_the_same_pixels(folders: Path):

@@ -100,7 +100,7 @@ def whole(project: Path, tmp_path_factory) -> Path:
 def test_stages_train_and_export(project: Path, whole: Path) -> None:
     steps, values = zip(*losses(whole), strict=True)
     assert steps == tuple(range(1, STEPS + 1))
-    assert np.mean(values[-4:]) < values[0]
+    assert np.mean(values[-3:]) < np.mean(values[:3]), values  # the last and the first epoch
     assert (whole / "train_report.png").read_bytes()[:4] == b"\x89PNG"
 
     model, processor = converters.load(whole / "tune" / "model")

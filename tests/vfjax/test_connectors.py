@@ -1,5 +1,6 @@
 """Connectors against torch's nn.Sequential."""
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -8,7 +9,8 @@ from flax import nnx
 from transformers.activations import ACT2FN
 
 from tests.checkpoints import make_connector
-from vfjax.connectors import Combine, MiningConfig, MLPConfig
+from vfjax.connectors import Combine, MiningConfig, MLPConfig, SliMEConfig
+from vfjax.layers import redraw
 
 
 @pytest.mark.parametrize("act", ["gelu", "gelu_pytorch_tanh"])
@@ -62,3 +64,86 @@ def test_dense_connector_on_mined_features():
     first, second = (states[0][:, 1:] + states[1][:, 1:]) / 2, states[1][:, 1:]
     expected = np.concatenate([features["plain"], first, second], axis=-1)
     np.testing.assert_allclose(features["dense"], expected, atol=1e-6)
+
+
+def test_new_weights_are_torchs():
+    """A projector's output and its weights are as large as those of torch's new modules."""
+    torch.manual_seed(0)
+    theirs = torch.nn.Sequential(
+        torch.nn.Linear(256, 512), torch.nn.GELU(), torch.nn.Linear(512, 512)
+    )
+    ours = MLPConfig(256, 512).build(rngs=nnx.Rngs(0))
+    redraw(ours, nnx.Rngs(1))
+    for layer, linear in zip(ours.layers, theirs[::2], strict=True):
+        for p, q in ((layer.kernel, linear.weight), (layer.bias, linear.bias)):
+            a, b = np.abs(np.asarray(p[...])), np.abs(q.detach().numpy())
+            np.testing.assert_allclose([a.mean(), a.max()], [b.mean(), b.max()], rtol=0.1)
+    x = torch.randn(64, 256)
+    found, expected = ours(jnp.asarray(x.numpy())), theirs(x).detach()
+    rms = [float((y**2).mean() ** 0.5) for y in (found, expected)]
+    np.testing.assert_allclose(*rms, rtol=0.05)
+
+
+def slime(**options):
+    """A SliME connector, the inputs of one picture, and what it makes of them."""
+    config = SliMEConfig(
+        MLPConfig(128, 16), 128, grid=2, queries=4, separator=3, tiles=2, **options
+    )
+    connector = config.build(rngs=nnx.Rngs(0))
+    redraw(connector, nnx.Rngs(0))
+    rng = np.random.default_rng(0)
+    connector.gate[...] = jnp.asarray(rng.normal(size=(128, 2)), jnp.float32)
+    states = {"encoder": [jnp.asarray(rng.normal(size=(3, 5, 128)), jnp.float32)]}
+    inputs = {
+        "tile_mask": jnp.ones((1, 2), bool),
+        "raster": jnp.arange(8)[None],
+        "text": jnp.asarray([[1, 2]]),
+        "text_mask": jnp.ones((1, 2), bool),
+    }
+    table = jnp.asarray(rng.normal(size=(9, 16)), jnp.float32)
+    return connector, lambda **more: connector(states, inputs | more, lambda ids: table[ids])
+
+
+def test_new_resampler_is_torchs():
+    """Torch's MultiheadAttention: one uniform matrix for queries, keys and values; biases zero."""
+    torch.manual_seed(0)
+    theirs = torch.nn.MultiheadAttention(128, 1)
+    ours = slime()[0].sampler
+    found = np.concatenate([np.asarray(x.kernel[...]) for x in (ours.q, ours.k, ours.v)], axis=1)
+    expected = theirs.in_proj_weight.detach().numpy()
+    for a, b in (
+        (found, expected),
+        (ours.out.kernel[...], theirs.out_proj.weight.detach().numpy()),
+    ):
+        a, b = np.abs(np.asarray(a)), np.abs(b)
+        np.testing.assert_allclose([a.mean(), a.max()], [b.mean(), b.max()], rtol=0.05)
+    assert not any(np.asarray(x.bias[...]).any() for x in (ours.q, ours.k, ours.v, ours.out))
+
+
+def test_slime_adds_noise_in_training():
+    """softplus(logits) + 0.01 times normal numbers on the gates' logits, 0.1 on the scores."""
+    connector, run = slime()
+    key = jax.random.key(7)
+    plain, noisy = run(), run(noise=key)
+    again = run(noise=key)
+    for name in ("gates", "router_scores"):
+        np.testing.assert_array_equal(noisy[name], again[name])
+    gate, router = jax.random.split(key)
+    x = plain["vision_features"][:1]
+    logits = torch.tensor(np.asarray(x @ connector.gate[...]))
+    draws = torch.tensor(np.asarray(jax.random.normal(gate, logits.shape)))
+    logits = logits + draws * (torch.nn.functional.softplus(logits) + 0.01)
+    np.testing.assert_allclose(noisy["gates"], logits.softmax(-1).numpy(), atol=1e-5)
+    draws = jax.random.normal(router, plain["router_scores"].shape)
+    np.testing.assert_allclose(
+        noisy["router_scores"], plain["router_scores"] + 0.1 * draws, atol=1e-6
+    )
+
+
+@pytest.mark.parametrize(
+    ("shown", "kept"), [("all", [4, 1, 8]), ("global", [4, 0, 0]), ("local", [0, 0, 8])]
+)
+def test_slimes_stages_show_parts(shown: str, kept: list[int]):
+    """Whole view, separator and tiles; use_global_only and use_local_only leave one of them."""
+    keep = np.asarray(slime(shown=shown, top_p=1.0)[1]()["keep"])
+    assert [int(part.sum()) for part in np.split(keep, [4, 5])] == kept

@@ -7,6 +7,7 @@ llava/model/llava_arch.py; arXiv 2406.08487, section 3.
 import dataclasses
 import math
 from collections.abc import Callable, Mapping, Sequence
+from typing import Literal
 
 import jax
 import jax.numpy as jnp
@@ -33,6 +34,8 @@ class SliMEConfig:
         top_p: share of the router's probability that is kept (mm_resampler_topp).
         temperature: of the router (mm_resampler_temp).
         gate: -1 mixes both experts, 0 or 1 takes that one (mm_learnable_gated).
+        shown: which tokens the LLM reads: "all", or "global" or "local" ones alone, as the first
+            stages of its training do (use_global_only, use_local_only).
         tiles: most tiles of a picture; fixes the number of slots.
         vocab: rows of an embedding of the router's own, a fused member's; 0: the LLM's is read.
     """
@@ -45,9 +48,13 @@ class SliMEConfig:
     top_p: float = 0.95
     temperature: float = 1.0
     gate: int = -1
+    shown: Literal["all", "global", "local"] = "all"
     tiles: int = 7
     combine: Combine = Combine()
     vocab: int = 0
+
+    switches = ("gate", "shown", "temperature", "top_p")
+    """Fields that a stage of training may set: no weight's shape hangs on them."""
 
     @property
     def act(self) -> str:
@@ -81,6 +88,21 @@ class Resampler(nnx.Module):
             linear(width, width, ("embed", "heads"), rngs=rngs) for _ in range(3)
         )
         self.out = linear(width, width, ("heads", "embed"), rngs=rngs)
+
+    def redraw(self, rngs: nnx.Rngs) -> None:
+        """Draws the attention's weights as torch's MultiheadAttention does, in place.
+
+        Queries, keys and values are one matrix there, uniform by Xavier's rule; biases are zero.
+        """
+        width = self.q.kernel.shape[0]
+        bound = math.sqrt(6 / (4 * width))
+        for layer in (self.q, self.k, self.v):
+            shape = layer.kernel.shape
+            drawn = jax.random.uniform(rngs.params(), shape, minval=-bound, maxval=bound)
+            layer.kernel[...] = drawn
+        for layer in (self.q, self.k, self.v, self.out):
+            assert layer.bias is not None
+            layer.bias[...] = jnp.zeros(width)
 
     def __call__(self, x: Array) -> Array:
         n, s, d = x.shape
@@ -140,7 +162,9 @@ class SliME(nnx.Module):
                 whole view first, then tiles in raster order, then empty slots.
             inputs: "tile_mask" bool[n, tiles], False at empty slots; "raster" int32[n, tiles *
                 queries], where each local token stands in the raster over all tiles, empty ones
-                last; "text" int32[n, l] ids of the picture's prompt; "text_mask" bool[n, l].
+                last; "text" int32[n, l] ids of the picture's prompt; "text_mask" bool[n, l]; in
+                training "noise", a key of the random numbers that are added to the gates' logits
+                and the router's scores.
             embed: the LLM's embedding; the router has its own if the config says so.
 
         Returns:
@@ -150,7 +174,10 @@ class SliME(nnx.Module):
         c = self.config
         plain, _ = c.combine(states["encoder"])
         x = plain.reshape(-1, 1 + c.tiles, *plain.shape[1:])
-        gates = self.gates(x[:, 0])
+        gate_key, router_key = (
+            jax.random.split(inputs["noise"]) if "noise" in inputs else (None,) * 2
+        )
+        gates = self.gates(x[:, 0], gate_key)
         whole = self.mixed(x[:, 0], gates)
         small = self.sampler(x[:, 1:].reshape(-1, *x.shape[2:]))
         local = self.projector(small).reshape(len(x), c.tiles * c.queries, -1)
@@ -158,10 +185,14 @@ class SliME(nnx.Module):
         real = jnp.repeat(inputs["tile_mask"], c.queries, axis=1)  # empty slots stay last
         text = self.embedding[...][inputs["text"]] if c.vocab else embed(inputs["text"])
         scores = router(local, text, inputs["text_mask"])
-        keep = kept(jnp.where(real, scores, -jnp.inf) / c.temperature, real, c.top_p)
+        if router_key is not None:  # multimodal_resampler/builder.py, TextGuidedSampler
+            scores += 0.1 * jax.random.normal(router_key, scores.shape, scores.dtype)
+        selected = kept(jnp.where(real, scores, -jnp.inf) / c.temperature, real, c.top_p)
         n, d = len(x), whole.shape[-1]
         comma = jnp.broadcast_to(embed(jnp.asarray([c.separator])).astype(whole.dtype), (n, 1, d))
-        before = jnp.ones((n, whole.shape[1] + 1), bool)
+        before = jnp.full((n, whole.shape[1] + 1), c.shown != "local")
+        before = before.at[:, -1].set(c.shown == "all")  # the separator stands between both
+        keep = selected & (c.shown != "global")
         return {
             "vision_features": plain,
             "gates": gates,
@@ -169,14 +200,22 @@ class SliME(nnx.Module):
             "local_compressed": small,
             "local_features": local,
             "router_scores": scores,
-            "selected": keep,
+            "selected": selected,
             "tokens": jnp.concatenate([whole, comma, local], axis=1).reshape(-1, d),
             "keep": jnp.concatenate([before, keep], axis=1).reshape(-1),
         }
 
-    def gates(self, x: Array) -> Array:
-        """Shares [n, s, 2] of the two experts."""
-        p = jax.nn.softmax(x @ self.gate[...], axis=-1)
+    def gates(self, x: Array, key: Array | None = None) -> Array:
+        """Shares [n, s, 2] of the two experts; with a key, of logits with noise.
+
+        The noise's deviation is made of the logits themselves: upstream's code has a weight for it
+        (`w_noise`) that it does not read.
+        """
+        logits = x @ self.gate[...]
+        if key is not None:
+            deviation = jax.nn.softplus(logits) + 0.01
+            logits += deviation * jax.random.normal(key, logits.shape, logits.dtype)
+        p = jax.nn.softmax(logits, axis=-1)
         return p / (p.sum(axis=-1, keepdims=True) + 1e-6)
 
     def mixed(self, x: Array, gates: Array) -> Array:

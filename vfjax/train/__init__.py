@@ -2,10 +2,10 @@
 
 from vfjax.train.checkpoint import Checkpoints, same_config
 from vfjax.train.loop import Options, Stopped, fit
-from vfjax.train.lora import LoRA, LoRAConfig, add_lora, merge_lora
+from vfjax.train.lora import LoRA, LoRAConfig, adapters, add_lora, merge_lora
 from vfjax.train.optim import Group, Optim
 from vfjax.train.record import TensorBoard, WandB, report
-from vfjax.train.step import State, answer_loss, gradients, init, make_step, split
+from vfjax.train.step import State, answer_loss, check_groups, gradients, init, make_step, split
 
 __all__ = [
     "Checkpoints",
@@ -18,8 +18,10 @@ __all__ = [
     "Stopped",
     "TensorBoard",
     "WandB",
+    "adapters",
     "add_lora",
     "answer_loss",
+    "check_groups",
     "fit",
     "gradients",
     "init",

@@ -19,8 +19,8 @@ CONFIG = "config.json"
 class Checkpoints:
     """The last states of a stage, in a folder of its own.
 
-    The state is all there is: the data's order follows from the step (`vfjax.data.Batches`), and
-    the model draws no random numbers. An unfinished save has a temporary name, so that a killed
+    The state is all there is: the data's order (`vfjax.data.Batches`) and what the model draws
+    follow from the step. An unfinished save has a temporary name, so that a killed
     run leaves the ones before.
     """
 

@@ -43,6 +43,7 @@ class Options:
         keep: states that are kept.
         log_every: steps between two looks at the metrics.
         profile: (first, last) step of a profiler's trace; None takes none.
+        seed: of the noise that connectors add in training (SliME's); None: they add none.
     """
 
     dtype: Any = jnp.bfloat16
@@ -52,6 +53,7 @@ class Options:
     keep: int = 2
     log_every: int = 10
     profile: tuple[int, int] | None = None
+    seed: int | None = 0
 
 
 class Stopped(Exception):
@@ -97,7 +99,7 @@ def fit(
     tx = optim.build(groups)
     state = init(params, tx, mesh)
     del model, params  # their arrays are the state's
-    step = make_step(graph, tx, state, dtype=options.dtype, mesh=mesh)
+    step = make_step(graph, tx, state, dtype=options.dtype, mesh=mesh, seed=options.seed)
     states = Checkpoints(folder / "states", config or {}, keep=options.keep)
     with states, _stop_requested() as stop_requested, contextlib.ExitStack() as stack:
         done = states.step or 0

@@ -76,16 +76,8 @@ def add_lora(model: Model, config: LoRAConfig, *, seed: int = 0) -> Model:
     rngs = nnx.Rngs(seed)
     found = [
         (parent, key, LoRA(layer, config, rngs=rngs))
-        for name, parent, key, layer in _layers(model, nnx.Linear)
-        if re.match(config.pattern, name)
+        for _, parent, key, layer in _matched(model, config)
     ]
-    if not found:
-        raise InputError(
-            "lora.pattern",
-            found=f"{config.pattern!r}, which matches no dense layer",
-            expected="names such as llm/blocks/0/attn/q",
-            fix=f"correct it; {DENSE!r} is all of the LLM's blocks",
-        )
     mesh = mesh_of(nnx.state(model))
     for parent, key, layer in found:
         for name, p in (("a", layer.a), ("b", layer.b)):
@@ -93,6 +85,25 @@ def add_lora(model: Model, config: LoRAConfig, *, seed: int = 0) -> Model:
                 p[...] = jax.device_put(p[...], param_sharding(name, p, mesh))
         setattr(parent, key, layer)
     return model
+
+
+def adapters(model: Model, config: LoRAConfig) -> list[str]:
+    """Names of the parameters that `add_lora` would add; raises InputError as it does."""
+    layers = [name for name, *_ in _matched(model, config)]
+    return [f"{name}/{part}" for name in layers for part in ("a", "b")]
+
+
+def _matched(model: Model, config: LoRAConfig) -> list[tuple[str, nnx.Module, str, nnx.Linear]]:
+    """The dense layers that get an adapter."""
+    found = [each for each in _layers(model, nnx.Linear) if re.match(config.pattern, each[0])]
+    if not found:
+        raise InputError(
+            "lora.pattern",
+            found=f"{config.pattern!r}, which matches no dense layer",
+            expected="names such as llm/blocks/0/attn/q",
+            fix=f"correct it; {DENSE!r} is all of the LLM's blocks",
+        )
+    return found
 
 
 def merge_lora(model: Model) -> Model:

@@ -1,6 +1,7 @@
 """One compiled training step: loss of the answers, gradients of what trains, update."""
 
 import dataclasses
+import re
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -46,20 +47,42 @@ def split(model: Model, groups: Sequence[Group]) -> tuple[nnx.GraphDef, nnx.Stat
     """
     parts: Any = nnx.split(model, lambda path, _: trains(groups, name_of(path)), ...)
     graph, params, frozen = parts
-    names = [name_of(path) for path, _ in nnx.to_flat_state(params)]
-    for i, group in enumerate(groups):
-        if not any(trains([group], name) and not trains(groups[:i], name) for name in names):
-            raise InputError(
-                f"train[{i}].pattern",
-                found=f"{group.pattern!r}, which names no parameter that is left to it",
-                expected="names such as branches/clip/connector/projector/layers/0/kernel",
-                fix="correct it, or remove the group",
-            )
+    check_groups(groups, [name_of(path) for path, _ in nnx.to_flat_state(params)])
     masters = cast(params, jnp.float32)
     for old, new in zip(jax.tree.leaves(params), jax.tree.leaves(masters), strict=True):
         if isinstance(old, jax.Array) and old.dtype != new.dtype:
             old.delete()  # whoever still holds the model
     return graph, masters, frozen
+
+
+def check_groups(groups: Sequence[Group], names: Sequence[str], where: str = "train") -> None:
+    """Passes if each group has a parameter that no earlier one has.
+
+    Args:
+        groups: in their order.
+        names: of the model's parameters.
+        where: of the groups, for the message.
+
+    Raises:
+        InputError: one has none, or its pattern is no regular expression.
+    """
+    for i, group in enumerate(groups):
+        try:
+            found = any(trains([group], n) and not trains(groups[:i], n) for n in names)
+        except re.error as error:
+            raise InputError(
+                f"{where}[{i}].pattern",
+                found=f"{group.pattern!r} ({error})",
+                expected="a regular expression",
+                fix="correct it",
+            ) from None
+        if not found:
+            raise InputError(
+                f"{where}[{i}].pattern",
+                found=f"{group.pattern!r}, which names no parameter that is left to it",
+                expected="names such as branches/clip/connector/projector/layers/0/kernel",
+                fix="correct it, or remove the group",
+            )
 
 
 def cast(tree: Any, dtype: Any) -> Any:
@@ -129,8 +152,26 @@ def answer_loss(model: Model, batch: Batch) -> tuple[Array, Array]:
     return total, (labels != IGNORE).sum().astype(jnp.float32)
 
 
+def noisy(batch: Batch, key: Array | None) -> Batch:
+    """A batch with a key of random numbers beside each branch's pictures, for connectors that add
+    noise in training (SliME's); without a key, as it is.
+    """
+    if key is None:
+        return batch
+    images = {
+        name: {**batch.images[name], "noise": jax.random.fold_in(key, i)}
+        for i, name in enumerate(sorted(batch.images))
+    }
+    return dataclasses.replace(batch, images=images)
+
+
 def gradients(
-    graph: nnx.GraphDef, params: nnx.State, frozen: nnx.State, batches: Batch, dtype: Any
+    graph: nnx.GraphDef,
+    params: nnx.State,
+    frozen: nnx.State,
+    batches: Batch,
+    dtype: Any,
+    key: Array | None = None,
 ) -> tuple[Array, nnx.State]:
     """Mean loss of all labelled tokens, and its gradients in float32.
 
@@ -141,23 +182,27 @@ def gradients(
         batches: every array with a leading axis of accumulated parts, one after another; each
             token counts the same, whatever part it is in.
         dtype: of the computation.
+        key: of the noise that connectors add in training; None: they add none.
     """
 
-    def loss(params: nnx.State, batch: Batch) -> tuple[Array, Array]:
-        return answer_loss(nnx.merge(graph, cast(params, dtype), cast(frozen, dtype)), batch)
+    def loss(params: nnx.State, batch: Batch, part: Array | int) -> tuple[Array, Array]:
+        model = nnx.merge(graph, cast(params, dtype), cast(frozen, dtype))
+        return answer_loss(
+            model, noisy(batch, None if key is None else jax.random.fold_in(key, part))
+        )
 
     grad = jax.value_and_grad(loss, has_aux=True)
 
-    def add(sums: Any, batch: Batch) -> tuple[Any, None]:
-        (total, count), found = grad(params, batch)
+    def add(sums: Any, each: tuple[Batch, Array]) -> tuple[Any, None]:
+        (total, count), found = grad(params, *each)
         return jax.tree.map(jnp.add, sums, (total, count, found)), None
 
     parts = len(batches.tokens)
     if parts == 1:
-        (total, count), grads = grad(params, jax.tree.map(lambda x: x[0], batches))
+        (total, count), grads = grad(params, jax.tree.map(lambda x: x[0], batches), 0)
     else:
         zeros = (jnp.zeros(()), jnp.zeros(()), jax.tree.map(jnp.zeros_like, params))
-        (total, count, grads), _ = jax.lax.scan(add, zeros, batches)
+        (total, count, grads), _ = jax.lax.scan(add, zeros, (batches, jnp.arange(parts)))
     count = jnp.maximum(count, 1.0)
     return total / count, jax.tree.map(lambda g: g / count, grads)
 
@@ -169,6 +214,7 @@ def make_step(
     *,
     dtype: Any = jnp.float32,
     mesh: Mesh | None = None,
+    seed: int | None = None,
 ) -> Callable[[State, nnx.State, Batch], tuple[State, dict[str, Array]]]:
     """The compiled step: (state, frozen, batches) -> (state, metrics).
 
@@ -178,6 +224,7 @@ def make_step(
         state: whose shardings the new one gets; given to the step, which may overwrite it.
         dtype: of the computation.
         mesh: that everything lies on.
+        seed: of the noise that connectors add, another in each step; None: they add none.
 
     Returns:
         A jitted function. Metrics are float32[]: "loss", the mean of all labelled tokens;
@@ -185,7 +232,8 @@ def make_step(
     """
 
     def step(state: State, frozen: nnx.State, batches: Batch) -> tuple[State, dict[str, Array]]:
-        loss, grads = gradients(graph, state.params, frozen, batches, dtype)
+        key = None if seed is None else jax.random.fold_in(jax.random.key(seed), state.step)
+        loss, grads = gradients(graph, state.params, frozen, batches, dtype, key)
         updates, opt = tx.update(grads, state.opt, state.params)
         params = optax.apply_updates(state.params, updates)
         metrics = {

@@ -12,7 +12,10 @@ def main() -> int:
     verbs = parser.add_subparsers(dest="verb", required=True)
     look = verbs.add_parser("inspect", help="say what a checkpoint folder is (headers only)")
     look.add_argument("path")
-    look.add_argument("--base", help="the folder that an adapter or a projector is for")
+    look.add_argument("--base", help="folder of the model that an adapter or projector is for")
+    look.add_argument(
+        "--towers", nargs="+", type=_pair, default=[], metavar="NAME=FOLDER", help="where they are"
+    )
     same = verbs.add_parser("verify", help="compare with recorded outputs of other code")
     same.add_argument("case", nargs="+")
     args = parser.parse_args()
@@ -20,7 +23,7 @@ def main() -> int:
         if args.verb == "inspect":
             from converters.inspect import inspect
 
-            print(inspect(args.path, args.base))
+            print(inspect(args.path, towers=dict(args.towers), base=args.base))
             return 0
         from converters.verify import run
 
@@ -28,6 +31,13 @@ def main() -> int:
     except InputError as error:
         print(error, file=sys.stderr)
         return 2
+
+
+def _pair(text: str) -> tuple[str, str]:
+    name, given, folder = text.partition("=")
+    if not given:
+        raise argparse.ArgumentTypeError(f"{text}: found no =, expected NAME=FOLDER")
+    return name, folder
 
 
 if __name__ == "__main__":

@@ -61,7 +61,7 @@ def read(path: Path, base: str | Path | None, towers: Towers) -> Contents:
         InputError: a file that is absent or unreadable, LoRA settings that are not supported, a
             base that is nowhere to be found, or one that the folder's tensors don't fit.
     """
-    if not _is_part(path):
+    if not is_part(path):
         _check_inner(path)
         config, own = read_config(path / "config.json"), read_weights(path)
         return Contents(path, config, path, dict(own), {x.path.name: x.path for x in own.values()})
@@ -83,12 +83,12 @@ def read(path: Path, base: str | Path | None, towers: Towers) -> Contents:
 def named_base(path: str | Path, towers: Mapping[str, str | Path] | None = None) -> Path | None:
     """The base that a folder's configs name, if it needs one and that is found."""
     path = Path(path)
-    if not path.is_dir() or not _is_part(path):
+    if not path.is_dir() or not is_part(path):
         return None
     return _look(path, _base_name(path), Towers(towers or {}))
 
 
-def _is_part(path: Path) -> bool:
+def is_part(path: Path) -> bool:
     """Whether a folder needs a base.
 
     Raises:
@@ -136,9 +136,10 @@ def _base(path: Path, base: str | Path | None, towers: Towers) -> Path:
     found = Path(base) if base is not None else _look(path, name, towers)
     if found is None or not found.is_dir():
         places = ", ".join(map(str, towers.candidates(path, name, "base"))) if name else ""
+        kind = "a LoRA adapter" if (path / SETTINGS).is_file() else "a projector"
         raise InputError(
             f"{path}: base model {name!r}",
-            found="none" if found is None else f"no folder {found}",
+            found=f"{kind} without it" if found is None else f"no folder {found}",
             expected=f"a whole checkpoint in one of: {places}" if places else "its folder",
             fix=f"put it there, or pass base=FOLDER, or towers={{{name!r}: FOLDER}}"
             if places

@@ -45,7 +45,10 @@ def card(
     lines = ["---", *(f"{key}: {json.dumps(value)}" for key, value in head.items()), "---", ""]
     lines += ["# Merged model", "", "Made by vfjax from", ""]
     lines += [f"- `{label}`: `{source['path']}`" for label, source in sources.items()]
-    lines += ["", "## Recipe", "", "```json", json.dumps(recipe, indent=2), "```", ""]
+    shown = {key: value for key, value in recipe.items() if key != "vocabulary"}
+    lines += ["", "## Recipe", "", "```json", json.dumps(shown, indent=2), "```", ""]
+    if vocabulary := recipe.get("vocabulary"):
+        lines += ["## Vocabulary", "", *(f"- {line}" for line in vocabulary), ""]
     lines += ["## Sources", "", "| model | file | SHA-256 |", "| --- | --- | --- |"]
     for label, source in sources.items():
         lines += [f"| {label} | {n} | {h or 'not taken'} |" for n, h in source["files"].items()]

@@ -68,7 +68,10 @@ def load_fused(
     sources = [source for name, source in fusion.opened.items() if name != BASE]
     llms = [read_llm(source, mesh, dtype, progress) for source in sources]
     owners = [i for i, source in enumerate(sources) for _ in source.branches]
-    return CacheFusion(merged, llms, owners), processor
+    least = min(llm.config.vocab for llm in (merged.llm, *llms))  # each embeds the prompt itself
+    config = processor.config
+    config = dataclasses.replace(config, llm=dataclasses.replace(config.llm, vocab=least))
+    return CacheFusion(merged, llms, owners), dataclasses.replace(processor, config=config)
 
 
 def _side_by_side(

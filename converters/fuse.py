@@ -3,6 +3,7 @@
 import dataclasses
 import functools
 import json
+import logging
 import math
 import warnings
 from collections import Counter
@@ -16,7 +17,7 @@ from converters.audit import audit, mapped, stat, unread
 from converters.branches import Tensors, branch_name, branch_tensors, own_embeddings
 from converters.card import CARD, PLOT, by_layer, card, plot
 from converters.export import to_bytes
-from converters.layouts import Source, assign, has_tokenizer, open_source, settle
+from converters.layouts import Source, assign, open_source, settle
 from converters.mergekit import Yaml, read_yaml
 from converters.plan import llm_config, merge_llms
 from converters.request import Request, check_request, make_request
@@ -26,10 +27,10 @@ from converters.tokenizer_union import made_tokenizer
 from converters.towers import Towers
 from converters.vocabulary import (
     BASE,
+    Vocabularies,
     one_head,
     one_vocabulary,
     said,
-    same_tokens,
     tokenizer_files,
 )
 from converters.writer import Content, plan_shards, stage_of, write_folder
@@ -43,6 +44,8 @@ from vfjax.merge import (
     from_config,
 )
 from vfjax.merge.family import check_weights
+
+LOG = logging.getLogger(__name__)
 
 
 def fuse(
@@ -97,7 +100,8 @@ def dry_run(members: Mapping[str, str | Path], out: str | Path, **options: Any) 
 
     Returns:
         "files", name -> bytes; "tensors", how many; "parameters"; "read", bytes of the sources;
-        "methods", name -> number of tensors.
+        "methods", name -> number of tensors; "vocabulary", what becomes of rows and tokens, where
+        they differ.
 
     Raises:
         InputError: as `fuse`, but for what only the values tell.
@@ -149,8 +153,8 @@ class Fusion:
         }
         self.before = {path: stat(path) for path in self.files.values()}
         union = recipe is not None and (recipe.tokenizer_source or recipe.tokenizer)
-        rows: dict[str, Any] = {"vocab_size": None} if union or request.vocab else {}
-        check_family({name: {**source.llm, **rows} for name, source in opened.items()})
+        free: dict[str, Any] = {"vocab_size": None} if union or request.vocab else {}
+        check_family({name: {**source.llm, **free} for name, source in opened.items()})
         parts = {name: mapped(source, request.export) for name, source in opened.items()}
         self.skip: dict[str, set[str]] = {}
         for label, source in opened.items():
@@ -161,8 +165,10 @@ class Fusion:
             names = unread(source, self._read(label, parts[label]))
             self.skip |= {f"{label}/{name}": names for name in source.weight_files()}
         self.llms = llms = one_head(opened, {name: part["llm"] for name, part in parts.items()})
+        known = Vocabularies(opened)
+        rows = {name: llm["model.embed_tokens.weight"].shape[0] for name, llm in llms.items()}
         if request.family and request.recipe is None:
-            same_tokens(list(opened.values()), llms.values())
+            known.check(rows)
         self.recipe = recipe or from_config(
             {
                 "method": request.method,
@@ -174,12 +180,17 @@ class Fusion:
         )
         others = self.yaml.tokenizers if self.yaml else {}
         self.made = made_tokenizer(self.recipe, others, opened, llms)
-        rowed = llms if union else one_vocabulary(llms, request.vocab)
+        rowed = llms if union else one_vocabulary(llms, request.vocab, self.base)
         self.merged = merge_llms(self.recipe, request, opened, rowed, self.made)
         self.result = _describe(opened, list(request.members), self.out, request.template)
         self.result.llm = llm_config(self.result.llm, self.merged, self.recipe, opened)
-        owner = next((x for x in self._tokenizers() if has_tokenizer(x.home)), self.result)
-        self.result.tokenizer = owner.tokenizer
+        self.vocabulary: list[str] = []
+        if self.made is None:
+            self._keep_tokenizer(known, rows)
+        else:
+            first = next(iter(opened.values()))
+            self.owner = dataclasses.replace(first, path=self.made.folder, base=None)
+        self.result.tokenizer = self.owner.tokenizer
         arrange(self.result, request.positions, request.mask)
         self.weights: Tensors = dict(self.merged)
         if request.export == "model":
@@ -197,6 +208,7 @@ class Fusion:
         """Reads the sources, writes the folder."""
         request = self.request
         self._check_stage()
+        self._say()
         digests = audit(self.files, request.checksums, self.skip)
         self._check_weights()
         config = self.result.llm
@@ -232,11 +244,24 @@ class Fusion:
 
     def _prompt_files(self) -> dict[str, Content]:
         """The tokenizer's, and the first member's chat template, which may be another folder's."""
-        files: dict[str, Content] = {**tokenizer_files(self._tokenizers())}
+        files: dict[str, Content] = {**tokenizer_files(self.owner)}
         if self.request.export == "model" and self.result.template == CHAT_TEMPLATE:
             files.pop("chat_template.json", None)
             files["chat_template.jinja"] = self.result.chat_template.encode()
         return files
+
+    def _keep_tokenizer(self, known: Vocabularies, rows: Mapping[str, int]) -> None:
+        """Whose tokenizer is written, and what that drops or adds."""
+        total, order = self.result.llm["vocab_size"], self._tokenizers()
+        label = known.owner(order, rows, total)
+        self.owner = self.opened[order[0] if label is None else label]
+        self.vocabulary = known.changes(label, rows, total)
+        if self.request.export == "model" and not self.request.template and self.result.branches:
+            known.check_template(next(iter(self.request.members)), label, self.result.template)
+
+    def _say(self) -> None:
+        for line in self.vocabulary:
+            LOG.warning("vocabulary: %s", line)
 
     def _check_weights(self) -> None:
         if self.request.family and self.request.recipe is None:
@@ -244,12 +269,11 @@ class Fusion:
 
     def source(self) -> Source:
         """The folder that is not written, opened."""
+        self._say()
         self._check_weights()
         config = fused_config(self.result, self._record({}))
-        homes = [source.home for source in self._tokenizers()]
-        home = next((x for x in homes if has_tokenizer(x)), homes[0])
         layout = next(x for x in LAYOUTS if x.name == "visionfuse")
-        source = layout.open(home, config, Towers({}, "auto"))
+        source = layout.open(self.owner.home, config, Towers({}, "auto"))
         source.chat_template = self.result.chat_template
         assign(source, layout, self.weights, "auto")
         settle(source)
@@ -265,6 +289,7 @@ class Fusion:
             "parameters": sum(math.prod(x.shape) for x in self.weights.values()),
             "read": sum(size for size, *_ in self.before.values()),
             "methods": dict(Counter(methods)),
+            "vocabulary": self.vocabulary,
         }
 
     def _key(self) -> str:
@@ -342,20 +367,20 @@ class Fusion:
                 label: {name: digests[f"{label}/{name}"] for name in self._weight_files(label)}
                 for label in self.opened
             }
+        if self.vocabulary:
+            record["vocabulary"] = self.vocabulary
         return record | {"seed": request.seed, "vfjax": __version__}
 
-    def _tokenizers(self) -> list[Source]:
-        """The folders to look for a tokenizer in: for a model the members', for an LLM the base's.
+    def _tokenizers(self) -> list[str]:
+        """Whose tokenizer is looked for first: for a model the members', for an LLM the base's.
 
         But if a member's added tokens are kept, its own; if a recipe makes one, that.
         """
-        order = list(self.opened.values())
+        order = list(self.opened)
         if self.request.export == "model":
-            order = [self.opened[name] for name in self.request.members] + order[:1]
-        if self.made is not None:
-            return [dataclasses.replace(order[0], path=self.made.folder, base=None)]
-        named = self.request.vocab if self.request.vocab in self.request.members else None
-        return order if named is None else [self.opened[named], *order]
+            order = [*self.request.members, *order]
+        named = self.request.vocab
+        return [named, *order] if named in self.opened and named != BASE else order
 
 
 def _describe(

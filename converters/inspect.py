@@ -1,29 +1,41 @@
 """Says what a checkpoint folder is, from its configs and headers."""
 
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from pathlib import Path
+from typing import Any
 
 from converters.adapter_config import SETTINGS, read_settings
 from converters.layouts import open_source
-from converters.load import abstract, check, model_config
+from converters.load import abstract, check, model_config, processor, tower_file
 from converters.lora import Updated
+from converters.others import TOWER
 from converters.rules import restored
+from converters.tables import find
+from converters.towers import read_tower
 from vfjax.chat import CHAT_TEMPLATE
 from vfjax.sharding import nbytes
 
 
-def inspect(path: str | Path, base: str | Path | None = None) -> str:
+def inspect(
+    path: str | Path,
+    base: str | Path | None = None,
+    *,
+    towers: Mapping[str, str | Path] | None = None,
+) -> str:
     """A few lines: layout, LLM, base if known, branches, tensors mapped and not.
 
     Args:
-        path: the folder.
-        base: that of its base, if it is an adapter or a projector; None: as its configs say.
+        path: a folder that `converters.load` reads, or a vision tower's.
+        base: see `converters.load`.
+        towers: see there.
 
     Raises:
-        InputError: the folder is no checkpoint that `converters.load` would read.
+        InputError: what `converters.load`, or `load_encoder`, would say of it.
     """
-    source = open_source(path, base=base)
+    if file := tower_file(Path(path)):
+        return _tower(Path(path), file)
+    source = open_source(path, towers=towers, base=base)
     config = model_config(source)
     _, params = abstract(config.build)
     llm = config.llm
@@ -68,6 +80,8 @@ def inspect(path: str | Path, base: str | Path | None = None) -> str:
             f"{part}: {len(used)} tensors mapped, {size:,} bytes; {len(left)} known, not read"
             + (f": {', '.join(summary(left))}" if left else "")
         )
+    if words := _beyond(processor(source, config).tokenizer, llm.vocab):
+        lines.append(f"tokenizer: {len(words)} tokens without a row: {', '.join(summary(words))}")
     lines += [f"{name}: equal to {like}, not read" for name, like in source.same.items()]
     if source.unread:
         lines.append(
@@ -75,6 +89,32 @@ def inspect(path: str | Path, base: str | Path | None = None) -> str:
             + ", ".join(summary(source.unread))
         )
     return "\n".join(lines)
+
+
+def _tower(path: Path, file: str) -> str:
+    """A vision tower's own folder."""
+    tower = read_tower(path, file)
+    table = find(tower.config, str(path))
+    config = table.config(tower.config, str(path))
+    _, params = abstract(config.build)
+    rules = table.check({name: p.shape for name, p in params.items()}, tower.tensors, str(path))
+    used = {one.source for name, r in rules.items() for one in r.each(params[name].shape)}
+    size, left = sum(nbytes(tower.tensors[name]) for name in used), len(tower.tensors) - len(used)
+    shown = "with" if tower.preprocessor else "without"
+    return "\n".join(
+        [
+            f"{path}: a vision tower alone, {shown} preprocessor_config.json; {TOWER}",
+            f"encoder: {tower.config['model_type']}, {config.layers} layers x {config.width}, "
+            f"{config.image_size} px",
+            f"encoder: {len(used)} tensors mapped, {size:,} bytes; {left} known, not read",
+        ]
+    )
+
+
+def _beyond(tokenizer: Any, rows: int) -> list[str]:
+    """Tokens of a tokenizer that an embedding has no rows for."""
+    words = {} if tokenizer is None else tokenizer.get_vocab()
+    return [repr(word) for word, i in words.items() if i >= rows]
 
 
 def summary(names: Iterable[str]) -> list[str]:

@@ -13,6 +13,7 @@ from typing import Any
 
 from converters import adapters, tables
 from converters.adapted import completed
+from converters.others import TOWER, no_model
 from converters.rules import Table, rename
 from converters.towers import Prefixes, Tensors, Tower, Towers, pairs, tower_files
 from converters.values import Unused, Values
@@ -22,6 +23,10 @@ from vfjax.merge import LazyTensor, equal
 
 TOKENIZERS = ("tokenizer.json", "tokenizer.model")
 """Files that hold a vocabulary."""
+
+PAIR = ("vocab.json", "merges.txt")
+"""Files that hold one together, where transformers 4 wrote a Qwen's or GPT-2's with
+`use_fast=False`."""
 
 TEMPLATE = "mm_prompt_template"
 """Key of config.json, ours: prompt template of a model that was not trained with its layout's."""
@@ -34,8 +39,9 @@ def tokenizer_class(config: Mapping[str, Any]) -> dict[str, str]:
 
 
 def has_tokenizer(folder: Path) -> bool:
-    """Whether there is a file with a vocabulary."""
-    return any((folder / name).is_file() for name in TOKENIZERS)
+    """Whether there is a vocabulary."""
+    alone = any((folder / name).is_file() for name in TOKENIZERS)
+    return alone or all((folder / name).is_file() for name in PAIR)
 
 
 @dataclasses.dataclass
@@ -223,21 +229,21 @@ def open_source(
             or base that is nowhere to be found, or tensors that don't fit the base.
     """
     path = Path(path)
-    if not path.is_dir():
-        raise InputError(path, found="no folder", expected="a checkpoint", fix="check the path")
+    if not path.is_dir() or not adapters.is_part(path) and not (path / "config.json").exists():
+        raise no_model(path)
     places = Towers(towers or {}, tower_source)
     contents = adapters.read(path, base, places)
     config = contents.config
     Values(config, str(contents.home / "config.json")).text("model_type", None)
-    known = sorted(tables.LAYOUTS, key=lambda layout: layout.general)
-    layout = next((x for x in known if x.matches(config)), None)
+    layout = layout_of(config)
     if layout is None:
         kinds = ", ".join(sorted(x.name for x in tables.LAYOUTS))
+        tower = is_tower(config)
         raise InputError(
             contents.home / "config.json",
-            found=f"model_type {cut(repr(config.get('model_type')))}",
+            found=f"model_type {cut(repr(config.get('model_type')))}" + ", a vision tower" * tower,
             expected=f"one of the layouts {kinds}",
-            fix="this kind of checkpoint is not supported",
+            fix=TOWER if tower else "this kind of checkpoint is not supported",
         )
     source = layout.open(contents.home, config, places)
     if all(branch.get("code") == "transformers" for branch in source.branches):
@@ -258,6 +264,21 @@ def open_source(
     assign(source, layout, tensors, tower_source)
     settle(source)
     return source
+
+
+def layout_of(config: Mapping[str, Any]) -> Layout | None:
+    """The layout of a folder with this config.json, None if there is none for it."""
+    known = sorted(tables.LAYOUTS, key=lambda layout: layout.general)
+    return next((x for x in known if x.matches(config)), None)
+
+
+def is_tower(config: Mapping[str, Any]) -> bool:
+    """Whether a config.json, or OpenCLIP's, is of a vision tower that has a table."""
+    half = config.get("vision_config")
+    kind = (half if isinstance(half, dict) else config).get("model_type", config.get("model_type"))
+    table = tables.TABLES.get("open_clip_convnext" if "model_cfg" in config else str(kind))
+    model = layout_of(config) is not None
+    return not model and table is not None and not table.architecture and table.views is None
 
 
 def assign(

@@ -12,7 +12,7 @@ from flax import nnx
 from jax.sharding import Mesh
 
 from converters.fill import fill
-from converters.layouts import TOKENIZERS, Source, open_source
+from converters.layouts import TOKENIZERS, Source, is_tower, open_source
 from converters.preprocessor import from_preprocessor
 from converters.reader import read_json
 from converters.rules import FLOATS, Rule, Table
@@ -21,10 +21,12 @@ from converters.tables.visionfuse import arrange
 from converters.tokenizer import tokenizer_of
 from converters.towers import KINDS, read_tower
 from vfjax import InputError, Model, Processor
+from vfjax.chat import CHAT_TEMPLATE
+from vfjax.encoders.vit import resolve_taps
 from vfjax.int8 import int8 as to_int8
 from vfjax.merge import LazyTensor
 from vfjax.model import BranchConfig, ModelConfig
-from vfjax.prompts import IMAGE_TOKEN
+from vfjax.prompts import IMAGE_TOKEN, get_template
 from vfjax.prune import Prune
 from vfjax.sharding import Overrides
 
@@ -114,8 +116,9 @@ def read_model(
     if int8:
         graph, wanted = abstract(lambda rngs: to_int8(config.build(rngs=rngs)))
         narrow = {name for name, p in wanted.items() if p.dtype == np.int8}
+    its = processor(source, config)
     fill(params, tensors, mesh, dtype, progress, narrow, shard)
-    return join(graph, params), processor(source, config)
+    return join(graph, params), its
 
 
 def read_llm(
@@ -138,10 +141,16 @@ def load_encoder(path: str | Path, *, mesh: Mesh | None = None, dtype: Any = Non
             have.
     """
     path, dtype = Path(path), float_dtype(dtype)
-    tower = read_tower(path, next((f for f in KINDS if (path / f).is_file()), "config.json"))
+    tower = read_tower(path, tower_file(path) or "config.json")
     table = find(tower.config, str(path))
     config = table.config(tower.config, str(path))
     return _read_module(config, table, tower.tensors, str(path), mesh, dtype)
+
+
+def tower_file(path: Path) -> str | None:
+    """The config file of a folder if it is a vision tower's own, and one that is supported."""
+    file = next((f for f in KINDS if (path / f).is_file()), None)
+    return file if file is not None and is_tower(read_json(path / file)) else None
 
 
 def _read_module(
@@ -180,10 +189,13 @@ def model_config(source: Source) -> ModelConfig:
 
     Raises:
         InputError: a component that vfjax has no table for, a config that lacks a key or names an
-            unknown activation, or pictures that don't fit an encoder.
+            unknown activation, pictures that don't fit an encoder, or widths that don't fit one
+            another.
     """
     branches = tuple(_branch_config(source, branch) for branch in source.branches)
     llm = source.config_of("llm")
+    for branch in branches:
+        _check_width(source, branch, llm)
     return ModelConfig(branches, llm, source.to_json(), source.positions, source.mask)
 
 
@@ -209,6 +221,7 @@ def _branch_config(source: Source, branch: Mapping[str, Any]) -> BranchConfig:
     table = source.table(f"{part}.connector")
     fed = {**branch["connector"], "aux": aux}
     connector, views = table.connector(fed, f"{where}.connector", images, encoder)
+    _check_channels(source, part, connector, {"encoder": encoder, "aux": aux})
     return BranchConfig(
         name=branch["name"],
         encoder=encoder,
@@ -217,6 +230,44 @@ def _branch_config(source: Source, branch: Mapping[str, Any]) -> BranchConfig:
         aux=aux,
         scaled=code == "authors",
     )
+
+
+def _check_channels(source: Source, part: str, connector: Any, encoders: Mapping[str, Any]) -> None:
+    """Raises InputError if a connector reads layers or channels that an encoder doesn't have."""
+    for name, (states, channels) in connector.channels.items():
+        encoder, where = encoders[name], f"{part}.{name}"
+        resolve_taps(connector.taps[name], encoder.layers, f"{source.path}: {where}: taps")
+        if states * encoder.width != channels:
+            tower = source.towers.get(where)
+            kind = source.component(where)["model_type"]
+            raise InputError(
+                f"{source.path}: {part}.connector",
+                found=f"a connector that reads {channels} channels",
+                expected=f"{states} x {encoder.width}, the width of {kind} from "
+                f"{tower.path if tower else 'this folder'}",
+                fix="take the tower that the connector was trained with",
+            )
+
+
+def _check_width(source: Source, branch: BranchConfig, llm: Any) -> None:
+    """Raises InputError if a branch's tokens are none of the LLM's, or it embeds ids beyond it."""
+    where, connector = f"{source.path}: branches.{branch.name}.connector", branch.connector
+    if connector.dout != llm.width:
+        raise InputError(
+            where,
+            found=f"visual tokens of width {connector.dout}",
+            expected=f"{llm.width}, as the LLM's embeddings",
+            fix="check that config.json belongs to these weights",
+        )
+    rows = getattr(connector, "vocab", 0) or llm.vocab
+    separator = getattr(connector, "separator", 0)
+    if not 0 <= separator < rows:
+        raise InputError(
+            f"{where}: separator",
+            found=f"token id {separator}",
+            expected=f"one of the {rows} rows of the embedding",
+            fix="check that config.json belongs to these weights",
+        )
 
 
 def abstract(build: Callable[..., nnx.Module]) -> tuple[nnx.GraphDef, Params]:
@@ -277,10 +328,12 @@ def processor(source: Source, config: ModelConfig) -> Processor:
     """The processor of an opened folder.
 
     Raises:
-        InputError: files of the tokenizer that can't be read, or whose picture token has another id
-            than the model's.
+        InputError: files of the tokenizer that can't be read, whose picture token has another id
+            than the model's, or that have no rows for the text of prompts.
     """
     tokenizer = tokenizer_of(source)
+    if tokenizer is not None:
+        _check_tokens(source, tokenizer, config.llm.vocab)
     return Processor(
         config,
         tokenizer,
@@ -325,6 +378,21 @@ def _image_token(source: Source, tokenizer: Any) -> str:
             fix="take both files from one repository",
         )
     return token
+
+
+def _check_tokens(source: Source, tokenizer: Any, rows: int) -> None:
+    """Raises InputError if a prompt cannot be asked, as its tokens have no rows."""
+    known = source.template != CHAT_TEMPLATE
+    text = get_template(source.template).text if known else source.chat_template
+    ids = tokenizer(text.replace(source.image_token or IMAGE_TOKEN, " ")).input_ids
+    if beyond := [i for i in ids if i >= rows]:
+        token = tokenizer.convert_ids_to_tokens(beyond[0])
+        raise InputError(
+            f"{source.home}: tokenizer",
+            found=f"id {beyond[0]} of {token!r}, which prompts of template {source.template} have",
+            expected=f"ids below {rows}, the rows of the embedding",
+            fix="use the checkpoint's own tokenizer",
+        )
 
 
 def source_of(model: Model) -> dict[str, Any]:

@@ -41,8 +41,9 @@ class Request:
         router: embeddings of the prompt that a connector reads (SliME's router): "merged", the
             fused LLM's, or "member", the member's own, which are then kept beside it.
         towers: see `converters.load`.
-        vocab: where members have more tokens than the base, which must be at the end: "base" drops
-            them, a member's name keeps that member's, None is an error.
+        vocab: where the models have other numbers of tokens, which must be the same up to the end
+            of the shortest: "base" keeps the base's, a member's name that member's. None is an
+            error then. What is dropped or added is logged, and stands in MERGE.md.
         family: refuse members whose weights are not a fine-tune of the base (without one: of the
             first member's origin), see `vfjax.merge.family.check_weights`. A recipe is not checked.
         seed: of methods that draw random numbers.

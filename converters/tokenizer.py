@@ -87,7 +87,7 @@ def _load(home: Path, known: Mapping[str, Any], config: dict[str, str]) -> Any:
         config.setdefault("tokenizer_class", default := "GemmaTokenizer")
     llama = proto is not None and known.get("tokenizer_class", default) in LLAMA
     options: dict[str, Any] = {}
-    if not fast.is_file() or llama:
+    if slow.is_file() and (not fast.is_file() or llama):
         # SentencePiece alone: what transformers 4, which wrote these folders, meant by silence.
         options = {k: known.get(k) is not False for k in ("add_bos_token", "legacy")}
     settings = dict(known)

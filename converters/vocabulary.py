@@ -1,14 +1,16 @@
 """Vocabularies of the members of a fusion: tokens that some have and others lack, tokenizers."""
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from converters.layouts import Source, has_tokenizer
 from converters.load import TOKENIZER_FILES
 from converters.tokenizer import tokenizer_of
 from vfjax import InputError
+from vfjax.chat import CHAT_TEMPLATE
 from vfjax.merge import LazyTensor, Stacked
 from vfjax.merge.family import VOCABULARY
+from vfjax.prompts import IMAGE_TOKEN, get_template
 
 BASE = "base"
 """The base's label among the members."""
@@ -43,63 +45,165 @@ def one_head(
 
 
 def one_vocabulary(
-    llms: Mapping[str, Mapping[str, LazyTensor]], vocab: str | None
+    llms: Mapping[str, Mapping[str, LazyTensor]], vocab: str | None, base: str | None
 ) -> dict[str, Mapping[str, LazyTensor]]:
-    """The models with as many rows as the first, or as the member whose tokens are kept.
+    """The models with as many rows as the base, or as the member whose tokens are kept.
 
-    The others have the first model's rows of the tokens that they lack: their deltas are zero.
+    Rows beyond the base's are that member's in all. A row that a model lacks otherwise is the
+    base's, so that its delta is zero; without a base, the kept member's.
+
+    Raises:
+        InputError: the base's tokens are to be kept, and there is none.
     """
     if vocab is None:
         return dict(llms)
-    first = next(iter(llms))
+    if vocab == BASE and base is None:
+        raise InputError(
+            "vocab", found=repr(BASE), expected="a member", fix="name a base, or a member here"
+        )
+    whose = base if vocab == BASE else vocab
+    assert whose is not None
     out: dict[str, dict[str, LazyTensor]] = {label: dict(llm) for label, llm in llms.items()}
-    for name, like in llms[first].items():
+    for name, kept in llms[whose].items():
         if not name.endswith(VOCABULARY):
             continue
-        kept = llms[first if vocab == BASE else vocab][name]
-        rows, total = like.shape[0], kept.shape[0]
+        total, origin = kept.shape[0], kept if base is None else llms[base][name]
+        shared = origin.shape[0] if base else min(llm[name].shape[0] for llm in llms.values())
         for label, llm in llms.items():
-            own = llm[name]
-            if own.shape[0] < rows:
-                raise InputError(
-                    f"{said(label)}: {name}",
-                    found=f"{own.shape[0]} tokens",
-                    expected=f"at least the {rows} of {first}",
-                    fix="merge models whose added tokens are at the end",
-                )
-            extra = (kept, rows, total - rows)
-            out[label][name] = Stacked((own, 0, rows), *([extra] if total > rows else []))
+            own, parts, end = llm[name], [], 0
+            for rows, most in ((own, min(own.shape[0], shared)), (origin, shared), (kept, total)):
+                if (stop := min(most, total)) > end:
+                    parts.append((rows, end, stop - end))
+                    end = stop
+            out[label][name] = Stacked(*parts)
     return dict(out)
 
 
-def same_tokens(sources: Sequence[Source], llms: Iterable[Mapping[str, LazyTensor]]) -> None:
-    """Raises InputError if a token has one id here and another there: rows would be mixed up.
+class Vocabularies:
+    """The tokens of the models that are merged, read when they are asked for.
 
     Args:
-        sources: those that have a tokenizer are compared with the first that has.
-        llms: ids from the shortest embedding on are not merged, so they may differ.
+        opened: label -> model.
     """
-    rows = min(llm["model.embed_tokens.weight"].shape[0] for llm in llms)
-    known = [source for source in sources if has_tokenizer(source.home)]
-    files = [{n: p.read_bytes() for n, p in tokenizer_files([each]).items()} for each in known]
-    if all(each == files[0] for each in files):
-        return  # as is usual: transformers, which takes seconds, is not needed
-    first, *others = (tokenizer_of(source).get_vocab() for source in known)
-    for source, words in zip(known[1:], others, strict=True):
-        found = ((own, first.get(word, own), word) for word, own in words.items())
-        conflicts = [x for x in found if x[0] != x[1] and min(x[:2]) < rows]
-        if conflicts:
-            own, other, word = min(conflicts)
+
+    def __init__(self, opened: Mapping[str, Source]):
+        self.opened = {label: x for label, x in opened.items() if has_tokenizer(x.home)}
+        files = [
+            {name: path.read_bytes() for name, path in tokenizer_files(source).items()}
+            for source in self.opened.values()
+        ]
+        self.alike = all(each == files[0] for each in files)
+        """As is usual: transformers, which takes seconds, is not needed to compare them."""
+        self._words: dict[str, dict[str, int]] = {}
+
+    def words(self, label: str) -> dict[str, int]:
+        """Token -> id of a model that has a tokenizer."""
+        if label not in self._words:
+            self._words[label] = tokenizer_of(self.opened[label]).get_vocab()
+        return self._words[label]
+
+    def fits(self, label: str, rows: int) -> bool:
+        """Whether all ids of a model's tokenizer are below `rows`."""
+        return max(self.words(label).values(), default=0) < rows
+
+    def check(self, rows: Mapping[str, int]) -> None:
+        """Raises InputError if a token has one id here and another there: rows would be mixed up.
+
+        Args:
+            rows: label -> rows of the embedding; ids beyond one of two are not merged.
+        """
+        if self.alike:
+            return
+        first, *others = self.opened
+        for label in others:
+            one, other = self.words(first), self.words(label)
+            shared = min(rows[first], rows[label])
+            found = ((own, one.get(word, own), word) for word, own in other.items())
+            if conflicts := [x for x in found if x[0] != x[1] and min(x[:2]) < shared]:
+                own, expected, word = min(conflicts)
+                raise InputError(
+                    f"{self.opened[label].path}: tokenizer",
+                    found=f"id {own} for {word!r}",
+                    expected=f"{expected}, as in {self.opened[first].path}",
+                    fix="merge models of one tokenizer, or set family to False to merge all the "
+                    "same",
+                )
+
+    def owner(self, order: Sequence[str], rows: Mapping[str, int], total: int) -> str | None:
+        """Whose tokenizer goes with an embedding of `total` rows: the first that fits it.
+
+        Args:
+            order: labels, the preferred first.
+            rows: label -> rows of the embedding.
+            total: of the written embedding.
+
+        Returns:
+            A label; None if no model has a tokenizer.
+
+        Raises:
+            InputError: all have more tokens than rows are kept.
+        """
+        known = [label for label in order if label in self.opened]
+        for label in known:
+            if rows[label] <= total or self.fits(label, total):
+                return label
+        if known:
+            source = self.opened[known[0]]
             raise InputError(
                 f"{source.path}: tokenizer",
-                found=f"id {own} for {word!r}",
-                expected=f"{other}, as in {known[0].path}",
-                fix="merge models of one tokenizer, or set family to False to merge all the same",
+                found=f"{max(self.words(known[0]).values()) + 1} tokens",
+                expected=f"at most the {total} rows that are kept",
+                fix=f"vocab={known[0]!r} keeps its rows; or add the base's tokenizer to the base",
+            )
+        return None
+
+    def changes(self, owner: str | None, rows: Mapping[str, int], total: int) -> list[str]:
+        """A sentence for each model whose rows or tokens the result has not just as they were."""
+        out = []
+        for label, count in rows.items():
+            said_of = [f"{count - total} of {count} rows dropped"] if count > total else []
+            said_of += [f"{total - count} rows more than its {count}"] if count < total else []
+            if owner is not None and label in self.opened and (said_of or not self.alike):
+                own, kept = self.words(label), self.words(owner)
+                gone = [word for word, i in own.items() if kept.get(word) != i or i >= total]
+                said_of += [f"without its tokens {_some(gone, own)}"] if gone else []
+                new = [word for word, i in kept.items() if word not in own and i < total]
+                said_of += [f"with {_some(new, kept)} of {said(owner)}"] if new else []
+            if said_of:
+                out.append(f"{said(label)}: {', '.join(said_of)}")
+        return out
+
+    def check_template(self, label: str, owner: str | None, name: str) -> None:
+        """Raises InputError if the prompts of a member need tokens that are dropped.
+
+        Args:
+            label: the member whose template is used.
+            owner: whose tokenizer is kept.
+            name: of the template.
+        """
+        if self.alike or owner is None or label not in self.opened:
+            return
+        known, kept = name != CHAT_TEMPLATE, self.words(owner)
+        whole = get_template(name).text if known else self.opened[label].chat_template
+        whole = whole.replace(self.opened[label].image_token or IMAGE_TOKEN, "")
+        tokens = tokenizer_of(self.opened[label]).added_tokens_encoder
+        if gone := [word for word in tokens if word in whole and word not in kept]:
+            raise InputError(
+                f"{self.opened[label].path}: tokenizer",
+                found=f"{gone[0]!r}, which prompts of template {name} need, among dropped tokens",
+                expected="all of the template's tokens",
+                fix=f"vocab={label!r} keeps them",
             )
 
 
-def tokenizer_files(order: Sequence[Source]) -> dict[str, Path]:
-    """Those of the first folder that has a tokenizer."""
-    home = next((source.home for source in order if has_tokenizer(source.home)), None)
-    files = {} if home is None else {name: home / name for name in TOKENIZER_FILES}
+def _some(words: Sequence[str], ids: Mapping[str, int]) -> str:
+    """The first few of some tokens, by id."""
+    found = sorted(words, key=lambda word: ids[word])
+    shown = ", ".join(f"{word[:40]!r} ({ids[word]})" for word in found[:4])
+    return shown + (f" and {len(found) - 4} others" if len(found) > 4 else "")
+
+
+def tokenizer_files(source: Source) -> dict[str, Path]:
+    """Name -> file of those that travel with a model's LLM."""
+    files = {name: source.home / name for name in TOKENIZER_FILES}
     return {name: path for name, path in files.items() if path.is_file()}

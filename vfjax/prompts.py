@@ -54,6 +54,11 @@ class Template:
     image: str = IMAGE_TOKEN
     auto_bos: bool = True
 
+    @property
+    def text(self) -> str:
+        """All of its strings that a prompt or an answer may have."""
+        return "".join((self.head, self.middle, self.tail or "", self.again, *self.stop))
+
 
 _POLITE = "The assistant gives helpful, detailed, and polite answers to the {0}'s questions."
 _CURIOUS = "A chat between a curious {0} and an artificial intelligence assistant. " + _POLITE

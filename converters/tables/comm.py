@@ -122,7 +122,6 @@ def describe(path: Path, config: Values, towers: Towers) -> Source:
     connector = branch["connector"]
     connector |= {
         "model_type": "comm",
-        "din": encoder.width,
         "groups": [list(options.wholes("layers", None, **LAYERS) or range(1, encoder.layers + 1))],
         "drop": encoder.prefix,
         "merge": options.text("merge", "lln_layerscale"),

@@ -9,6 +9,7 @@ from ml_collections import ConfigDict
 
 import converters
 from experiments.tasks.common import bar, named, required
+from vfjax import InputError
 
 KEYS = [
     *("base", "recipe", "export", "template", "dtype", "router", "vocab", "seed"),
@@ -18,6 +19,14 @@ KEYS = [
 
 
 def run(config: ConfigDict, workdir: Path) -> None:
+    try:
+        fuse(config, workdir)
+    except InputError as error:  # Python's argument, in the words of the command line
+        error.args = (str(error).replace("vocab='", "--config.vocab='"),)
+        raise
+
+
+def fuse(config: ConfigDict, workdir: Path) -> None:
     if not config.recipe:
         required(config, "members")
     members = named("members", config.members)
@@ -63,5 +72,7 @@ def show(out: Path, found: dict[str, Any]) -> None:
         print(f"{out / name}: {count / 1e9:.3f} GB")
     methods = ", ".join(f"{count} by {name}" for name, count in found["methods"].items())
     print(f"{found['tensors']} tensors, {found['parameters']:,} parameters; LLM: {methods}")
+    for line in found["vocabulary"]:
+        print(f"vocabulary: {line}")
     print(f"reads {found['read'] / 1e9:.3f} GB, writes {size / 1e9:.3f} GB; nothing written yet")
     print(f"about {seconds:.0f} s on two cores, beside the disk's time and the sources' SHA-256")

@@ -274,6 +274,26 @@ def test_tokenizer_json_computes_what_it_says(tmp_path: Path, shared: Path):
     assert other == 2  # Llama's class puts its own rules in place of the file's
 
 
+def test_vocab_json_and_merges_txt(tmp_path: Path):
+    """As the slow classes of Qwen and GPT-2 write themselves; as transformers reads them."""
+    words = sorted(tokenizers.pre_tokenizers.ByteLevel.alphabet())
+    ids = {word: i for i, word in enumerate([*words, "hi", "Ġhi"])}
+    write_json(tmp_path / "vocab.json", ids)
+    (tmp_path / "merges.txt").write_text("#version: 0.2\nh i\nĠ hi\n")
+    specials = ("<|endoftext|>", "<|im_start|>", "<|im_end|>")
+    write_json(tmp_path / "added_tokens.json", {x: 258 + i for i, x in enumerate(specials)})
+    settings = {"tokenizer_class": "Qwen2Tokenizer", "eos_token": "<|im_end|>"}
+    write_json(tmp_path / "tokenizer_config.json", settings)
+    write_json(tmp_path / "config.json", {"model_type": "qwen2"})
+    theirs = transformers.AutoTokenizer.from_pretrained(tmp_path)
+    text = "hi<|im_start|>a hi é\n"
+    for config in (None, {"model_type": "qwen2"}):
+        ours = load_tokenizer(tmp_path, config)
+        assert ours(text).input_ids == theirs(text).input_ids
+        assert ours(text).input_ids[:4] == [256, 259, ids["a"], 257]
+        assert ours.eos_token_id == 260
+
+
 ROPE = {
     "rope_type": "llama3",
     "factor": 8.0,
@@ -307,6 +327,16 @@ def test_config_json_does_not_touch_the_tokenizer(tmp_path: Path, shared: Path, 
     found = model_config(source).llm
     assert (found.rope_theta, found.rope_scaling) == (plain.rope_theta, plain.rope_scaling)
     assert found.rope_scaling is not None
+
+
+def test_a_new_model_around_such_an_llm_reads_its_own_folder(tmp_path: Path):
+    llama_folder(tmp_path / "llm", rope_parameters={**ROPE, "rope_theta": 500000.0})
+    tower_folder(tmp_path / "clip", "clip")
+    model, own = converters.create(tmp_path / "llm", tmp_path / "clip", {"kind": "mlp"})
+    converters.export(model, tmp_path / "out")
+    again, its = converters.load(tmp_path / "out")
+    assert again.config.llm.rope_scaling == model.config.llm.rope_scaling is not None
+    assert its.tokenizer("a b").input_ids == own.tokenizer("a b").input_ids
 
 
 @pytest.mark.parametrize("content", ["", "{", "[]", '{"model_type": ["llama"]}', None])

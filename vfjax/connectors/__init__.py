@@ -1,6 +1,7 @@
 """Connectors: hidden states of the encoders -> visual tokens in the LLM's width.
 
-A connector's config is a frozen dataclass with `taps` (encoder -> hidden states that are read) and
+A connector's config is a frozen dataclass with `taps` (encoder -> hidden states that are read),
+`channels` (encoder -> how many of them are joined, their channels), `dout` (the LLM's width) and
 `build(rngs=)`; the connector is called with `(states, inputs, embed)` and names its stages.
 """
 

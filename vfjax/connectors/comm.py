@@ -141,6 +141,13 @@ class COMMConfig:
         return taps | ({"aux": self.aux.layers} if self.aux else {})
 
     @property
+    def channels(self) -> dict[str, tuple[int, int]]:
+        """Encoder -> hidden states that are joined on channels, channels of all of them."""
+        widths = {"encoder": self.encoder.width}
+        widths |= {"aux": self.aux.width} if self.aux else {}
+        return {name: (1, width) for name, width in widths.items()}
+
+    @property
     def width(self) -> int:
         """Channels of the joined feature."""
         more = self.aux.width if self.aux and self.join == "channels" else 0

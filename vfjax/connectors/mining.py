@@ -53,6 +53,16 @@ class MiningConfig:
         """Hidden states that are read of each encoder; of the ConvNeXt, all stages."""
         return {"encoder": self.combine.taps, "aux": (0, 1, 2, 3)}
 
+    @property
+    def channels(self) -> dict[str, tuple[int, int]]:
+        """Encoder -> hidden states that are joined on channels, channels of all of them."""
+        return {"encoder": (self.combine.width(1), self.projector.din), "aux": (1, self.aux_width)}
+
+    @property
+    def dout(self) -> int:
+        """The LLM's width."""
+        return self.projector.dout
+
     def build(self, *, rngs: nnx.Rngs) -> "Mining":
         return Mining(self, rngs=rngs)
 

@@ -66,6 +66,16 @@ class SliMEConfig:
         """Hidden states that are read of each encoder."""
         return {"encoder": self.combine.taps}
 
+    @property
+    def channels(self) -> dict[str, tuple[int, int]]:
+        """Encoder -> hidden states that are joined on channels, channels of all of them."""
+        return {"encoder": (self.combine.width(1), self.projector.din)}
+
+    @property
+    def dout(self) -> int:
+        """The LLM's width."""
+        return self.projector.dout
+
     def build(self, *, rngs: nnx.Rngs) -> "SliME":
         return SliME(self, rngs=rngs)
 

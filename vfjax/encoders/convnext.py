@@ -33,6 +33,11 @@ class ConvNeXtConfig:
         """The last stage that can be tapped; they count from 0."""
         return len(self.depths) - 1
 
+    @property
+    def width(self) -> int:
+        """Channels of all stages."""
+        return sum(self.widths)
+
     def build(self, *, rngs: nnx.Rngs) -> "ConvNeXt":
         return ConvNeXt(self, rngs=rngs)
 

@@ -121,12 +121,12 @@ def run(blocks: Sequence[nnx.Module], x: Array, taps: Sequence[int]) -> list[Arr
     return [states[k] for k in wanted]
 
 
-def resolve_taps(taps: Sequence[int], layers: int) -> list[int]:
-    """Taps as indices 0..layers of the hidden states; see `run`."""
+def resolve_taps(taps: Sequence[int], layers: int, where: str = "taps") -> list[int]:
+    """Taps as indices 0..layers of the hidden states; see `run`. `where` is for the error."""
     size = layers + 1
     if not taps or any(not -size <= t < size for t in taps):
         raise InputError(
-            "taps",
+            where,
             found=list(taps),
             expected=f"at least one index within -{size}..{layers}",
             fix="choose layers that the encoder has",

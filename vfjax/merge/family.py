@@ -66,8 +66,8 @@ def _vocabulary_error(where: str, rows: int, reference: str, expected: int) -> N
         where,
         found=f"vocabulary of {rows} rows, {reference} has {expected}",
         expected="one vocabulary",
-        fix="if one only has tokens added at its end, set vocab to 'base', or to the member whose "
-        "tokens are kept; otherwise " + REMEDY,
+        fix="if they differ at the end only (added tokens, padding), vocab='base' keeps the "
+        "base's, vocab='NAME' those of member NAME; otherwise " + REMEDY,
     )
 
 

@@ -20,7 +20,7 @@ from converters.tables import find
 from converters.tables.visionfuse import arrange
 from converters.tokenizer import tokenizer_of
 from converters.towers import KINDS, read_tower
-from vfjax import InputError, Model, Processor
+from vfjax import InputError, Model, Processor, Settings
 from vfjax.chat import CHAT_TEMPLATE
 from vfjax.encoders.vit import resolve_taps
 from vfjax.int8 import int8 as to_int8
@@ -331,7 +331,9 @@ def processor(source: Source, config: ModelConfig) -> Processor:
         InputError: files of the tokenizer that can't be read, whose picture token has another id
             than the model's, or that have no rows for the text of prompts.
     """
-    tokenizer = tokenizer_of(source)
+    tokenizer, file = tokenizer_of(source), source.home / "generation_config.json"
+    # Authors' code hands embeddings to transformers, which then knows no words of the prompt.
+    by_ids = not source.branches or source.layout == "visionfuse" or source.layout.endswith("-hf")
     if tokenizer is not None:
         _check_tokens(source, tokenizer, config.llm.vocab)
     return Processor(
@@ -341,6 +343,7 @@ def processor(source: Source, config: ModelConfig) -> Processor:
         _stops(source, tokenizer),
         chat_template=source.chat_template,
         image_token=_image_token(source, tokenizer),
+        settings=Settings.read(read_json(file) if file.is_file() else {}, by_ids, file),
     )
 
 

@@ -6,6 +6,7 @@ from vfjax.model import Batch, Model, encode, forward
 from vfjax.modes import CacheFusion, LogitsFusion, MemberProcessors
 from vfjax.processor import Processor
 from vfjax.prune import Prune
+from vfjax.settings import Settings
 from vfjax.stream import stream
 from vfjax.video import Video, open_video
 
@@ -20,6 +21,7 @@ __all__ = [
     "Model",
     "Processor",
     "Prune",
+    "Settings",
     "Video",
     "encode",
     "forward",

@@ -46,6 +46,7 @@ def generate(
     temperature: float | Sequence[float] = 0.0,
     top_k: int | None = None,
     top_p: float | Sequence[float] | None = None,
+    repetition_penalty: float | Sequence[float] | None = None,
     seed: int | Sequence[int] = 0,
 ) -> list[str]:
     """One text a row, cut at the tokenizer's and the template's stops.
@@ -55,15 +56,22 @@ def generate(
         processor: the one that made `batch`.
         batch: b rows; a row may be shorter than another.
         max_new_tokens: tokens to write at most; one number, or, as those below, one a row.
-        temperature: 0 takes the likeliest token; above, samples.
-        top_k: sample among the k likeliest only; one number.
+        temperature: 0 takes the likeliest token; above, samples. A folder's `do_sample`,
+            `temperature`, `top_k` and `top_p` are not read: answers are greedy unless asked.
+        top_k: sample among the k likeliest only, and those as likely as the k-th; one number. None:
+            among all (transformers' own default is 50).
         top_p: sample among the likeliest whose probabilities sum to p.
+        repetition_penalty: above 1, divides what speaks for tokens that a row has; None: the
+            folder's generation_config.json.
         seed: of the sampling; a row with a seed of its own draws what it would alone.
 
     Raises:
         InputError: the batch and the new tokens don't fit the context, a sampling parameter is out
-            of range, or the prompt's logits are NaN.
+            of range, the prompt's logits are NaN, or generation_config.json has a setting that
+            would change the answers and is not supported.
     """
+    settings = processor.settings
+    settings.check()
     ids = generate_ids(
         model,
         batch,
@@ -72,6 +80,10 @@ def generate(
         temperature=temperature,
         top_k=top_k,
         top_p=top_p,
+        repetition_penalty=(
+            settings.repetition_penalty if repetition_penalty is None else repetition_penalty
+        ),
+        penalise_prompt=settings.penalise_prompt,
         seed=seed,
     )
     return [processor.decode(row) for row in ids]
@@ -86,10 +98,16 @@ def generate_ids(
     temperature: float | Sequence[float] = 0.0,
     top_k: int | None = None,
     top_p: float | Sequence[float] | None = None,
+    repetition_penalty: float | Sequence[float] = 1.0,
+    penalise_prompt: bool = True,
     seed: int | Sequence[int] = 0,
 ) -> list[list[int]]:
-    """New token ids of each row, without the stop id that ended it; see `generate`."""
-    how = _how(model, batch, stop, max_new_tokens, temperature, top_k, top_p, seed)
+    """New token ids of each row, without the stop id that ended it; see `generate`.
+
+    `penalise_prompt`: whether the repetition penalty is for the prompt's words, too.
+    """
+    penalty = (repetition_penalty, penalise_prompt)
+    how = _how(model, batch, stop, max_new_tokens, temperature, top_k, top_p, seed, penalty)
     (state,) = _pieces(model, batch, how, None, None)
     return [row[:n].tolist() for row, n in zip(_fetch(state.out), _fetch(state.count), strict=True)]
 
@@ -105,6 +123,8 @@ def stream_ids(
     temperature: float | Sequence[float] = 0.0,
     top_k: int | None = None,
     top_p: float | Sequence[float] | None = None,
+    repetition_penalty: float | Sequence[float] = 1.0,
+    penalise_prompt: bool = True,
     seed: int | Sequence[int] = 0,
 ) -> Iterator[tuple[list[list[int]], list[bool]]]:
     """Each row's new ids since the last time, and whether it has ended, as they are written.
@@ -122,13 +142,16 @@ def stream_ids(
         temperature: as there.
         top_k: as there.
         top_p: as there.
+        repetition_penalty: as there.
+        penalise_prompt: as there.
         seed: as there.
 
     Raises:
         InputError: as there, at the call; or `every` or `room` is too small.
     """
     _require(every >= 1, "every", every, "at least 1")
-    how = _how(model, batch, stop, max_new_tokens, temperature, top_k, top_p, seed)
+    penalty = (repetition_penalty, penalise_prompt)
+    how = _how(model, batch, stop, max_new_tokens, temperature, top_k, top_p, seed, penalty)
     limit = np.asarray(how.limit)
     _require(room is None or room >= limit.max(), "room", room, f"at least {limit.max()}")
 
@@ -156,8 +179,11 @@ class _How:
         salt: int32[b], folded into the keys.
         temperature: float32[b, 1].
         top_p: float32[b, 1].
+        penalty: float32[b, 1], of repetitions.
         greedy: no row samples; a constant of the program.
         top_k: another.
+        penalised: whether any row's repetitions are; another.
+        prompt: whether those of the prompt are, too.
     """
 
     stop: AnyArray
@@ -166,8 +192,11 @@ class _How:
     salt: AnyArray
     temperature: AnyArray
     top_p: AnyArray
+    penalty: AnyArray
     greedy: bool = dataclasses.field(metadata={"static": True})
     top_k: int | None = dataclasses.field(metadata={"static": True})
+    penalised: bool = dataclasses.field(metadata={"static": True})
+    prompt: bool = dataclasses.field(metadata={"static": True})
 
 
 @jax.tree_util.register_dataclass
@@ -181,6 +210,7 @@ class _State:
         done: bool[b], where a stop was met.
         count: int32[b] tokens that belong to a row.
         out: int32[b, steps] all tokens; undefined from a row's count on.
+        seen: bool[b, vocab], the tokens that a row has; [b, 0] where none is penalised.
     """
 
     i: Array
@@ -188,6 +218,7 @@ class _State:
     done: Array
     count: Array
     out: Array
+    seen: Array
 
 
 def _how(
@@ -199,6 +230,7 @@ def _how(
     top_k: int | None,
     top_p: float | Sequence[float] | None,
     seed: int | Sequence[int],
+    penalty: tuple[float | Sequence[float], bool] = (1.0, True),
 ) -> _How:
     """The arguments of `generate_ids`, checked, one value a row."""
     batches = batch if isinstance(batch, tuple) else (batch,)
@@ -207,6 +239,7 @@ def _how(
     limit = _by_row("max_new_tokens", max_new_tokens, b)
     temperatures = _by_row("temperature", temperature, b)
     top_ps = _by_row("top_p", 1.0 if top_p is None else top_p, b)
+    penalties = _by_row("repetition_penalty", penalty[0], b)
     seeds = _by_row("seed", seed, b)
     for value in limit:
         _require(value > 0, "max_new_tokens", value, "at least 1")
@@ -222,6 +255,8 @@ def _how(
     _require(top_k is None or top_k >= 1, "top_k", top_k, "None or at least 1")
     for value in top_ps:
         _require(0 < value <= 1, "top_p", value, "None or within (0, 1]")
+    for value in penalties:
+        _require(value > 0, "repetition_penalty", value, "more than 0")
     alone = isinstance(seed, Sequence)
     return _How(
         stop=np.asarray(stop, np.int32),
@@ -230,8 +265,11 @@ def _how(
         salt=np.zeros(b, np.int32) if alone else np.arange(b, dtype=np.int32),
         temperature=np.asarray(temperatures, np.float32)[:, None],
         top_p=np.asarray(top_ps, np.float32)[:, None],
+        penalty=np.asarray(penalties, np.float32)[:, None],
         greedy=not any(temperatures),
         top_k=top_k,
+        penalised=any(value != 1 for value in penalties),
+        prompt=penalty[1],
     )
 
 
@@ -257,7 +295,7 @@ def _pieces(
     slots = max(each.read for each in batches)
     leaves, tree = jax.tree.flatten(model)  # once: some 20 microseconds an array
     logits, cache = _prefill(leaves, tree, place(batch, mesh_of(leaves)), size=slots + steps)
-    state = _first(logits, how, steps=steps)
+    state = _first(logits, how, _seen(batches, how, logits.shape[-1]), steps=steps)
     until = 0
     while True:
         start, until = until, most if every is None else min(until + every, most)
@@ -283,13 +321,27 @@ NOTHING = -1
 """In place of a row's first token where NaN is all that was computed."""
 
 
+def _seen(batches: tuple[Batch, ...], how: _How, vocab: int) -> np.ndarray | None:
+    """The words of each row's prompt, bool[b, vocab]; None where none is penalised."""
+    if not how.penalised:
+        return None
+    seen = np.zeros((len(how.limit), vocab), bool)
+    for each in batches if how.prompt else ():
+        words = _fetch(each.mask) & (_fetch(each.visual) < 0)
+        row, place = np.nonzero(words)
+        seen[row, _fetch(each.tokens)[row, place]] = True
+    return seen
+
+
 @functools.partial(jax.jit, static_argnames="steps")
-def _first(logits: Array, how: _How, *, steps: int) -> _State:
+def _first(logits: Array, how: _How, seen: AnyArray | None = None, *, steps: int) -> _State:
     """The state with each row's first token, or `NOTHING`."""
-    token = jnp.where(jnp.isnan(logits).any(axis=-1), NOTHING, _pick(jnp.int32(0), logits, how))
+    seen = jnp.zeros((len(logits), 0), bool) if seen is None else jnp.asarray(seen)
+    picked = _pick(jnp.int32(0), logits, how, seen)
+    token = jnp.where(jnp.isnan(logits).any(axis=-1), NOTHING, picked)
     done = _stops(token, how)
     out = jnp.zeros((len(token), steps), jnp.int32).at[:, 0].set(token)
-    return _State(jnp.int32(1), token, done, (~done).astype(jnp.int32), out)
+    return _State(jnp.int32(1), token, done, (~done).astype(jnp.int32), out, seen)
 
 
 @functools.partial(jax.jit, static_argnames="tree", donate_argnames="cache")
@@ -310,11 +362,14 @@ def _decode(
     def step(carry: tuple[_State, Any]) -> tuple[_State, Any]:
         state, cache = carry
         logits, cache = model.next(state.token, cache)
-        token = _pick(state.i, logits, how)
+        seen = state.seen
+        if how.penalised:
+            seen = seen.at[jnp.arange(len(seen)), state.token].set(True)
+        token = _pick(state.i, logits, how, seen)
         done = state.done | _stops(token, how)
         count = state.count + _active(done, state.i, how.limit)
         out = state.out.at[:, state.i].set(token)
-        return _State(state.i + 1, token, done, count, out), cache
+        return _State(state.i + 1, token, done, count, out, seen), cache
 
     return jax.lax.while_loop(running, step, (state, cache))
 
@@ -328,8 +383,11 @@ def _stops(token: Array, how: _How) -> Array:
     return (token[:, None] == how.stop[None]).any(axis=1)
 
 
-def _pick(i: Array, logits: Array, how: _How) -> Array:
-    """The i-th token of each row, int32[b], from float32[b, v] logits."""
+def _pick(i: Array, logits: Array, how: _How, seen: Array) -> Array:
+    """The i-th token of each row, int32[b], from float32[b, v] logits; `seen` as in `_State`."""
+    if how.penalised:  # transformers' RepetitionPenaltyLogitsProcessor (arXiv 1909.05858)
+        lower = jnp.where(logits > 0, logits / how.penalty, logits * how.penalty)
+        logits = jnp.where(seen, lower, logits)
     likeliest = logits.argmax(axis=-1).astype(jnp.int32)
     if how.greedy:
         return likeliest
@@ -357,8 +415,9 @@ def _draw(
     logits = logits / temperature
     order = jnp.argsort(-logits, axis=-1)
     ranked = jnp.take_along_axis(logits, order, axis=-1)
-    if top_k is not None:
-        ranked = jnp.where(jnp.arange(ranked.shape[-1]) < top_k, ranked, -jnp.inf)
+    if top_k is not None:  # whatever is as likely as the k-th stays, as in transformers
+        last = min(top_k, ranked.shape[-1]) - 1
+        ranked = jnp.where(ranked >= ranked[:, last : last + 1], ranked, -jnp.inf)
     p = jax.nn.softmax(ranked, axis=-1)
     ranked = jnp.where(jnp.cumsum(p, axis=-1) - p < top_p, ranked, -jnp.inf)
     drawn = jax.vmap(jax.random.categorical)(keys, ranked)

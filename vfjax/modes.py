@@ -19,6 +19,7 @@ from vfjax.llm import Cache, Llama
 from vfjax.llm.cache import Rows, wide
 from vfjax.model import Batch, Model, at_last, splice
 from vfjax.processor import Picture, Processor
+from vfjax.settings import Settings
 
 Array = jax.Array
 T = TypeVar("T")
@@ -234,6 +235,20 @@ class MemberProcessors:
     def stops(self) -> tuple[int, ...]:
         """Token ids that end any member's answer."""
         return tuple(sorted({i for p in self.processors for i in p.stops}))
+
+    @property
+    def settings(self) -> Settings:
+        """Of generation; raises InputError if members have others."""
+        first, *others = (p.settings for p in self.processors)
+        for other in others:
+            if other != first:
+                raise InputError(
+                    "members: generation_config.json",
+                    found=f"{first} and {other}",
+                    expected="the same settings in all",
+                    fix="make the files alike",
+                )
+        return first
 
     def chat(self, question: str, *, images: int | None = None) -> tuple[str, ...]:
         """Each member's prompt; see `Processor.chat`."""

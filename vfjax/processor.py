@@ -15,6 +15,7 @@ from vfjax.errors import InputError
 from vfjax.images import Convert, File, open_file, open_image
 from vfjax.model import AnyArray, Batch, ModelConfig
 from vfjax.prune import Groups, marks
+from vfjax.settings import Settings
 from vfjax.slots import Shard, no_room, numbered, pooled, splice
 from vfjax.video import Video
 from vfjax.views import bucket
@@ -39,6 +40,7 @@ class Processor:
         chat_template: the folder's own, Jinja; "" if it has none.
         image_token: what stands for a picture in prompts that are tokenised whole, as transformers'
             processors do; "": text around each `<image>` is tokenised by itself, as authors do.
+        settings: of generation, by the folder.
     """
 
     config: ModelConfig
@@ -48,6 +50,7 @@ class Processor:
     lengths: tuple[int, ...] = LENGTHS
     chat_template: str = ""
     image_token: str = ""
+    settings: Settings = Settings()
 
     def chat(self, question: str, *, images: int | None = None) -> str:
         """A prompt for one question about `images` pictures, answer open.

@@ -20,6 +20,7 @@ def stream(
     temperature: float | Sequence[float] = 0.0,
     top_k: int | None = None,
     top_p: float | Sequence[float] | None = None,
+    repetition_penalty: float | Sequence[float] | None = None,
     seed: int | Sequence[int] = 0,
 ) -> Iterator[list[str]]:
     """What is new of each row's text, as it is written; joined, the texts of `generate`.
@@ -36,11 +37,14 @@ def stream(
         temperature: as there.
         top_k: as there.
         top_p: as there.
+        repetition_penalty: as there.
         seed: as there.
 
     Raises:
         InputError: as there, at the call; or `every` is below 1.
     """
+    settings = processor.settings
+    settings.check()
     pieces = stream_ids(
         model,
         batch,
@@ -50,6 +54,10 @@ def stream(
         temperature=temperature,
         top_k=top_k,
         top_p=top_p,
+        repetition_penalty=(
+            settings.repetition_penalty if repetition_penalty is None else repetition_penalty
+        ),
+        penalise_prompt=settings.penalise_prompt,
         seed=seed,
     )
 

@@ -218,6 +218,8 @@ class Batcher:
             stop=self.processor.stops,
             temperature=[job.temperature for job in jobs] + [0.0] * spare,
             top_p=[job.top_p for job in jobs] + [1.0] * spare,
+            repetition_penalty=self.processor.settings.repetition_penalty,
+            penalise_prompt=self.processor.settings.penalise_prompt,
             seed=[job.seed for job in jobs] + [0] * spare,
         )
         live = {i: Text(self.processor, job.stop) for i, job in enumerate(jobs)}

@@ -21,6 +21,7 @@ def run(config: ConfigDict, workdir: Path) -> None:
     with listen(config.host, config.port) as listener:
         model, processor = load(config, config.model)
         processor.require_tokenizer()
+        processor.settings.check()
         if config.template:
             processor.template = known(config.template)
         batcher = Batcher(

@@ -9,12 +9,17 @@ import numpy as np
 import pytest
 import torch
 from flax import nnx
-from transformers import TemperatureLogitsWarper, TopKLogitsWarper, TopPLogitsWarper
+from transformers import (
+    GenerationConfig,
+    TemperatureLogitsWarper,
+    TopKLogitsWarper,
+    TopPLogitsWarper,
+)
 
 import converters
 from tests import checkpoints
 from tests.checkpoints import IMAGE_TOKEN
-from vfjax import Batch, InputError, generate, generate_ids, stream, stream_ids
+from vfjax import Batch, InputError, Settings, generate, generate_ids, stream, stream_ids
 from vfjax.generate import _decode, _prefill, sample
 
 PICTURE = -200
@@ -404,3 +409,75 @@ def test_streamed_text_is_the_generated(llm, greedy):
         assert sum(1 for piece in pieces if any(piece)) > 5
     with pytest.raises(InputError, match="max_new_tokens"):
         stream(model, processor, batch, max_new_tokens=0)
+
+
+# What a folder asks of every answer
+
+
+def test_ties_with_the_kth_stay() -> None:
+    """As transformers' TopKLogitsWarper: all that are as likely as the k-th."""
+    logits = np.array([[0.0, 2.0, 1.0, 1.0, 1.0, -1.0]], np.float32)
+    warped = TopKLogitsWarper(2)(None, torch.tensor(logits))
+    expected = set(torch.isfinite(warped)[0].nonzero()[:, 0].tolist())
+    rows = np.repeat(logits, 400, axis=0)
+    draws = compiled_sample(jax.random.key(0), jnp.asarray(rows), 1.0, 2, 1.0)
+    assert set(np.asarray(draws).tolist()) == expected == {1, 2, 3, 4}
+
+
+def test_repetition_penalty_equals_transformers(llm) -> None:
+    """Words of the prompt and new ones; a penalty a row; none leaves the row as it is."""
+    theirs, model, processor = llm
+    rows = [TEXTS[0], TEXTS[2][:7]]
+    expected = [
+        reference(theirs, [row], repetition_penalty=penalty)[0]
+        for row, penalty in zip(rows, (1.3, 1.0), strict=True)
+    ]
+    batch = processor(input_ids=rows)
+    found = generate_ids(model, batch, max_new_tokens=NEW, repetition_penalty=[1.3, 1.0])
+    assert found == expected
+    assert found != generate_ids(model, batch, max_new_tokens=NEW)
+    pieces = stream_ids(model, batch, max_new_tokens=NEW, repetition_penalty=[1.3, 1.0])
+    joined = [sum(parts, []) for parts in zip(*(ids for ids, _ in pieces), strict=True)]
+    assert joined == expected
+    with pytest.raises(InputError, match=r"repetition_penalty: found 0, expected more than 0"):
+        generate_ids(model, batch, repetition_penalty=0)
+
+
+def test_a_folders_generation_config(llm, tmp_path) -> None:
+    """Its penalty is used unless the caller says otherwise; authors' codes hide the prompt."""
+    theirs, model, processor = llm
+    checkpoints.llama_folder(tmp_path, 11, llm=theirs)
+    checkpoints.write_json(tmp_path / "generation_config.json", {"repetition_penalty": 1.3})
+    _, own = converters.load(tmp_path)
+    assert own.settings == Settings(1.3)
+    batch = own(input_ids=[TEXTS[0]])
+    assert generate(model, own, batch) == generate(model, processor, batch, repetition_penalty=1.3)
+    assert list(stream(model, own, batch))[0][0] and generate(
+        model, own, batch, repetition_penalty=1.0
+    ) == generate(model, processor, batch)
+    rules = {"no_repeat_ngram_size": 3, "temperature": 0.6, "top_k": 20, "do_sample": True}
+    checkpoints.write_json(tmp_path / "generation_config.json", rules)
+    _, own = converters.load(tmp_path)
+    for run in (generate, stream):
+        with pytest.raises(InputError, match="no_repeat_ngram_size: found 3, expected none"):
+            run(model, own, batch)
+    own.settings = Settings()
+    assert generate(model, own, batch) == generate(model, processor, batch)
+    checkpoints.upstream_llava_folder(tmp_path / "llava", vision={"num_hidden_layers": 2})
+    assert not converters.load(tmp_path / "llava")[1].settings.penalise_prompt
+
+
+def test_every_setting_of_transformers_has_a_fate() -> None:
+    """Of its GenerationConfig: defaults change nothing; what does is used or refused by name."""
+    defaults = GenerationConfig().to_dict()
+    Settings.read(defaults, True, "x").check()
+    others = {
+        "no_repeat_ngram_size": 2, "suppress_tokens": [5], "begin_suppress_tokens": [5],
+        "num_beams": 4, "min_new_tokens": 5, "bad_words_ids": [[5]], "forced_eos_token_id": 2,
+    }  # fmt: skip
+    for name, value in others.items():
+        with pytest.raises(InputError, match=f"generation_config.json: {name}: found "):
+            Settings.read(defaults | {name: value}, True, "x").check()
+    for value in ("1.1", 0, -1, float("nan"), True):
+        with pytest.raises(InputError, match="x: repetition_penalty: found .* a number above 0"):
+            Settings.read({"repetition_penalty": value}, True, "x")

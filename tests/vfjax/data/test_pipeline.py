@@ -323,7 +323,7 @@ def test_processes_make_one_batch(tmp_path: Path, tokenizer, multiple: int):
     data = write(tmp_path, [row(n, pictures, 1 + n) for n, pictures in enumerate((1, 2, 0, 0))])
 
     def make(**share: int) -> Batch:
-        return Batches([(data, 1)], processor, batch=4, seed=5, window=1, **share)[0]
+        return Batches([(data, 1)], processor, batch=4, seed=14, **share)[0]
 
     single = make()
     parts = [make(process_index=i, process_count=2, multiple=multiple) for i in range(2)]

@@ -203,6 +203,13 @@ def _branch_config(source: Source, branch: Mapping[str, Any]) -> BranchConfig:
     part = f"branches.{branch['name']}"
     where = f"{source.path}: {part}"
     code = branch.get("code", "authors")
+    if not branch["preprocessor"]:
+        raise InputError(
+            source.path,
+            found="no preprocessor_config.json",
+            expected="it, or processor_config.json with an image_processor",
+            fix="copy it from the published repository",
+        )
     images = from_preprocessor(
         branch["preprocessor"], aspect=branch["aspect"], code=code, name=where
     )

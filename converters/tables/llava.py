@@ -347,15 +347,13 @@ PINPOINTS = [[336, 672], [672, 336], [672, 672], [1008, 336], [336, 1008]]
 
 
 def _preprocessor(path: Path, kind: str) -> dict[str, Any]:
-    """The image processor's settings; `kind` is what transformers takes if they don't name it."""
+    """The image processor's settings; `kind` is what transformers takes if they don't name it.
+
+    None without a file: an LLM alone is merged without.
+    """
     found = read_preprocessor(path)
     if not found:
-        raise InputError(
-            path,
-            found="no preprocessor_config.json",
-            expected="it, or processor_config.json with an image_processor",
-            fix="copy it from the published repository",
-        )
+        return {}
     named = found.get("image_processor_type") or found.get("feature_extractor_type")
     return found if named else {**found, "image_processor_type": kind}
 
@@ -397,6 +395,8 @@ def _check_processor(path: Path, branch: Mapping[str, Any]) -> None:
     if patch is None:  # then transformers' processor takes no picture, and says nothing of tokens
         return
     vision = branch["encoder"]
+    if not branch["preprocessor"]:
+        return
     side = from_preprocessor(branch["preprocessor"], aspect=branch["aspect"], name=str(path)).size
     encoder = tables.find(vision, f"{path}: branches.{branch['name']}.encoder").config(
         {**vision, "input_size": side}

@@ -640,6 +640,21 @@ slices:
     transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "out")
 
 
+def test_llms_of_folders_without_a_processor(family: Path, tmp_path: Path):
+    """No picture is read for a plain LLM; for a model the file is asked for."""
+    for name in ("hf1", "hf2"):
+        shutil.copytree(family / name, tmp_path / name)
+        (tmp_path / name / "preprocessor_config.json").unlink()
+    members = named(tmp_path, "hf1 hf2")
+    line = refused(tmp_path, members, base=family / "base")
+    assert line.startswith(
+        f"{tmp_path / 'hf1'}: found no preprocessor_config.json, expected it, or"
+    )
+    options = {**PLAIN, "params": {"weights": WEIGHTS["task_arithmetic"]}}
+    converters.fuse(members, tmp_path / "out", base=family / "base", **options)
+    assert_merged(tmp_path / "out", family, "hf1 hf2")
+
+
 def test_layer_types_follow_the_layers(tmp_path: Path):
     """Of a folder of transformers 5, which refuses a list of another length."""
     config = transformers.Qwen3Config(

@@ -165,7 +165,7 @@ def test_preprocessor_of_transformers_5(folders: Path, tmp_path: Path):
     images = read_json(folder / "preprocessor_config.json")
     (folder / "preprocessor_config.json").unlink()
     with pytest.raises(InputError, match="hf: found no preprocessor_config.json, expected it, or"):
-        open_source(folder)
+        model_config(open_source(folder))
     write_json(folder / "processor_config.json", {"image_processor": images, "patch_size": 7})
     assert open_source(folder).branches[0]["preprocessor"] == images
 

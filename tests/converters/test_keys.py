@@ -7,6 +7,7 @@ here is what transformers computes.
 
 import dataclasses
 import json
+import shutil
 import typing
 from collections import Counter
 from collections.abc import Iterator, Mapping
@@ -22,9 +23,16 @@ import transformers
 from transformers.initialization import no_init_weights
 
 from converters import open_source
-from converters.load import load_encoder, read_llm
+from converters.load import load_encoder, model_config, read_llm
+from converters.reader import read_json
 from converters.tables import TABLES, find
-from tests.checkpoints import randomize, write_json
+from tests.checkpoints import (
+    hf_llava_folder,
+    llama_folder,
+    randomize,
+    upstream_llava_folder,
+    write_json,
+)
 from vfjax import InputError
 
 DECODER = {
@@ -285,3 +293,87 @@ def test_defaults_are_those_of_the_class(kind: str):
     """A key that is absent means what the class would say."""
     whole = json.loads(FORMATS[kind][0]().to_json_string(use_diff=False))
     assert TABLES[kind].config({"model_type": kind}) == TABLES[kind].config(whole)
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """`up`, `hf` and `llm`; tests change their config.json."""
+    root = tmp_path_factory.mktemp("folders")
+    upstream_llava_folder(root / "up", weights="safetensors")
+    hf_llava_folder(root / "hf")
+    llama_folder(root / "llm")
+    return root
+
+
+FP8 = {"quant_method": "compressed-tensors", "format": "float-quantized"}
+
+
+@pytest.mark.parametrize(
+    ("name", "changes", "line"),
+    [
+        ("llm", {"is_causal": False}, "config.json: is_causal: found False, expected True"),
+        ("hf", {"is_causal": False}, "config.json: is_causal: found False, expected no such key"),
+        ("up", {"is_causal": False}, "config.json: is_causal: found False, expected True"),
+        ("up", {"s2": True, "s2_scales": "336,672"}, "config.json: s2: found True, expected False"),
+        ("up", {"model_type": "llava", "architectures": ["LlavaQwenForCausalLM"]}, "LlavaQwen is"),
+        ("llm", {"architectures": ["LlamaBidirectionalModel"]}, "architectures: found ['LlamaBi"),
+        ("llm", {"quantization_config": FP8}, "quantised by compressed-tensors, expected plain"),
+        (
+            "hf",
+            {"quantization_config": {"quant_method": "awq"}},
+            "awq is not supported: dequantise",
+        ),
+        ("up", {"quantization_config": {"load_in_4bit": True}}, "quantization_config is not supp"),
+        (
+            "llm",
+            {"quantization": {"bits": 4}},
+            "config.json: quantization: found weights quantised",
+        ),
+        ("llm", {"unheard_of": "x" * 5000}, "config.json: unheard_of: found 'xxx"),
+    ],
+)
+def test_keys_that_are_refused(
+    folders: Path, tmp_path: Path, name: str, changes: dict[str, Any], line: str
+):
+    folder = shutil.copytree(folders / name, tmp_path / name)
+    write_json(folder / "config.json", read_json(folder / "config.json") | changes)
+    with pytest.raises(InputError) as error:
+        open_source(folder)
+    assert line in str(error.value)
+    assert "\n" not in str(error.value) and len(str(error.value)) < 600
+
+
+ODD = ("7", 2.5, True, [], {}, [3, "x"], {"a": 1}, -1, 10**9, float("inf"), None, [[]])
+"""Values of other types, or beyond any bounds."""
+
+
+@pytest.mark.parametrize("name", ["up", "hf", "llm"])
+def test_values_of_other_types(folders: Path, tmp_path: Path, name: str):
+    """Each key is refused by its name, or the value is as good as any."""
+    folder = shutil.copytree(folders / name, tmp_path / name)
+    config = read_json(folder / "config.json")
+    sections = [key for key, value in config.items() if key.endswith("_config") and value]
+    places = [(config, key) for key in config] + [
+        (config[section], key) for section in sections for key in config[section]
+    ]
+    refused = 0
+    for part, key in places:
+        kept = part[key]
+        for value in ODD:
+            part[key] = value
+            write_json(folder / "config.json", config)
+            try:
+                model_config(open_source(folder))
+            except InputError as error:
+                refused += 1
+                assert "\n" not in str(error)
+        part[key] = kept
+    assert refused > 50
+
+
+@pytest.mark.parametrize("text", ["[" * 100000, '{"a": ' * 100000])
+def test_json_that_is_nested_too_deep(folders: Path, tmp_path: Path, text: str):
+    folder = shutil.copytree(folders / "llm", tmp_path / "llm")
+    (folder / "config.json").write_text(text)
+    with pytest.raises(InputError, match="config.json: found no readable JSON"):
+        open_source(folder)

@@ -14,7 +14,9 @@ import json
 import math
 import os
 import shutil
+import signal
 import struct
+import threading
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import Executor, Future, ThreadPoolExecutor
@@ -76,8 +78,8 @@ def write_folder(
 
     Threads read blocks of tensors ahead of the writing, so memory is bounded by a few blocks.
     Everything goes to a folder beside `out` (`.NAME.part`), is synced to disk, then renamed. On an
-    error that folder is removed; a killed run leaves it, where nothing loads it, and a later one
-    removes it or goes on with it.
+    error, SIGTERM or SIGHUP that folder is removed; a killed run leaves it, where nothing loads it,
+    and a later one removes it or goes on with it.
 
     Args:
         out: folder to make; its parents are made too.
@@ -109,18 +111,21 @@ def write_folder(
             others.append((_join(folder, "model.safetensors.index.json"), _index(group)))
     _check_paths(out, [*(shard.path for shard in shards), *(path for path, _ in others)])
     sizes = sum(_size(source) for _, source in others)
-    with _stage(out, shards, key, resume) as stage:
+    with _ending(), _stage(out, shards, key, resume) as stage:
         root = stage / out.name  # a folder in it, as nothing there looks like a checkpoint's name
         done = {shard.path for shard in shards if (root / shard.path).is_file()}
         todo = [shard for shard in shards if shard.path not in done]
         _check_room(out, sum(shard.size for shard in todo) + sizes)
         _keep_freed_memory()
-        with ThreadPoolExecutor(_THREADS) as pool:
+        pool = ThreadPoolExecutor(_THREADS)
+        try:
             for shard in shards:
                 if shard.path not in done:
                     _write_shard(root / shard.path, out / shard.path, shard, pool, progress)
                 elif progress:
                     progress(shard.size - len(shard.header))
+        finally:  # of an error, without waiting for what is being read
+            pool.shutdown(wait=False, cancel_futures=True)
         for path, source in others:
             _write_file(root / path, out / path, source() if callable(source) else source)
         with _writing(out):
@@ -130,10 +135,38 @@ def write_folder(
             _sync(out.parent)
 
 
+class Ended(KeyboardInterrupt):
+    """SIGTERM or SIGHUP came; the signal is its argument."""
+
+
+@contextlib.contextmanager
+def _ending() -> Iterator[None]:
+    """SIGTERM and SIGHUP raise `Ended` where they would end the process at once; a second one does.
+
+    So nothing is left behind without a name. Other handlers, and signals that are ignored as by
+    nohup, stay.
+    """
+
+    def end(number: int, _: object) -> None:
+        signal.signal(number, signal.SIG_DFL)
+        raise Ended(number)
+
+    main = threading.current_thread() is threading.main_thread()
+    both = (signal.SIGTERM, signal.SIGHUP) if main else ()
+    mine = [each for each in both if signal.getsignal(each) is signal.SIG_DFL]
+    for each in mine:
+        signal.signal(each, end)
+    try:
+        yield
+    finally:
+        for each in mine:
+            signal.signal(each, signal.SIG_DFL)
+
+
 @contextlib.contextmanager
 def _stage(out: Path, shards: Iterable[Shard], key: str, resume: bool) -> Iterator[Path]:
     """The folder beside `out` that is written to, locked; removed at the end, if there is one, but
-    not after Ctrl-C with `resume`.
+    not after Ctrl-C or a signal with `resume`.
     """
     stage = stage_of(out)
     digest = hashlib.sha256(key.encode())
@@ -160,7 +193,9 @@ def _stage(out: Path, shards: Iterable[Shard], key: str, resume: bool) -> Iterat
                 (stage / out.name).mkdir(exist_ok=True)
             yield stage
         except BaseException as error:
-            if not (resume and isinstance(error, KeyboardInterrupt)):
+            if resume and isinstance(error, KeyboardInterrupt):
+                error.add_note(f"{stage} keeps what is whole; the same command goes on from there")
+            else:
                 shutil.rmtree(stage, ignore_errors=True)
             raise
         shutil.rmtree(stage, ignore_errors=True)

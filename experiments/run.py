@@ -5,6 +5,7 @@
 
 import importlib
 import os
+import signal
 import subprocess
 import sys
 import threading
@@ -22,6 +23,7 @@ from ml_collections import ConfigDict, config_flags
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+from converters.writer import Ended
 from vfjax import InputError
 
 CONFIG = config_flags.DEFINE_config_file("config", None, "What to run.", lock_config=True)
@@ -111,9 +113,15 @@ def main(argv: Sequence[str]) -> None:
         join_processes()
     try:
         task.run(config, Path(WORKDIR.value))
-    except KeyboardInterrupt:
-        print("interrupted", file=sys.stderr)
-        sys.exit(130)
+    except KeyboardInterrupt as error:
+        number = error.args[0] if isinstance(error, Ended) else signal.SIGINT
+        what = "interrupted" if number == signal.SIGINT else f"ended by {signal.strsignal(number)}"
+        print("\n".join((what, *getattr(error, "__notes__", ()))), file=sys.stderr)
+        sys.stdout.flush()
+        sys.stderr.flush()
+        if jax.process_count() == 1:
+            os._exit(128 + number)  # threads that still compute are not waited for
+        sys.exit(128 + number)
     except Exception as error:
         if jax.process_count() > 1:
             if isinstance(error, jax.errors.JaxRuntimeError):

@@ -5,6 +5,9 @@ import hashlib
 import json
 import os
 import shutil
+import signal
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -378,3 +381,48 @@ def test_nan_is_named_when_a_model_is_loaded(tmp_path: Path, how: str, end: str)
     count = tensors[name].numel()
     line = f"{file}: {name}: found 1 NaN or infinite of {count} values, expected finite weights;"
     assert str(error.value).startswith(line)
+
+
+SLOW = """
+import signal, sys, time
+sys.path.insert(0, {root!r})
+from converters import writer
+import numpy as np
+if {ignored}:
+    signal.signal(signal.SIGHUP, signal.SIG_IGN)
+def progress(nbytes):
+    print("wrote", flush=True)
+    time.sleep(0.5 if {ignored} else 30)
+tensors = {{"w": np.zeros(3_000_000, np.float32)}}
+try:
+    writer.write_folder({out!r}, {{"": tensors}}, progress=progress, resume={resume})
+except writer.Ended as error:
+    print(error.args[0] + 0, *getattr(error, "__notes__", ()))
+"""
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP])
+@pytest.mark.parametrize("resume", [False, True])
+def test_a_signal_leaves_nothing_unnamed(tmp_path: Path, number: int, resume: bool):
+    out, said = signalled(tmp_path, number, resume=resume)
+    stage = tmp_path / ".out.part"
+    note = f" {stage} keeps what is whole; the same command goes on from there" if resume else ""
+    assert said == f"{number}{note}\n"
+    assert sorted(tmp_path.iterdir()) == ([stage] if resume else [])
+
+
+def test_nohup_is_obeyed(tmp_path: Path):
+    out, said = signalled(tmp_path, signal.SIGHUP, ignored=True)
+    assert out.is_dir() and not said.replace("wrote\n", "")
+
+
+def signalled(root: Path, number: int, **more: bool) -> tuple[Path, str]:
+    """A folder that is being written when a signal comes; what is said after it."""
+    repo, out = str(Path(__file__).resolve().parents[2]), root / "out"
+    code = SLOW.format(root=repo, out=str(out), **{"ignored": False, "resume": False, **more})
+    process = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True)
+    assert process.stdout.readline() == "wrote\n"
+    process.send_signal(number)
+    said, _ = process.communicate(timeout=60)
+    assert process.returncode == 0
+    return out, said

@@ -4,7 +4,9 @@ import contextlib
 import dataclasses
 import itertools
 import math
+import os
 import signal
+import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -284,20 +286,41 @@ def _check(step: int, row: Mapping[str, Any]) -> None:
 def _stop_requested() -> Iterator[Callable[[int], bool]]:
     """Yields step -> whether SIGTERM or Ctrl-C came; on several processes, at a step that all
     agree on, SIGTERM alone.
+
+    Until it is asked first, behind the first step, they end the process at once: nothing is lost,
+    and the step's program compiles for minutes, while Python handles no signal. So does a second
+    one, whatever is going on: the thread that counts them does not wait for the main one.
     """
     if jax.process_count() > 1:  # JAX's coordination service has its own handler
         yield multihost_utils.reached_preemption_sync_point
         return
     came: list[int] = []
 
-    def asked(number: int, _: object) -> None:
-        if signal.SIGINT in came:
-            raise KeyboardInterrupt  # Ctrl-C twice does not wait for the step
-        came.append(number)
+    numbers = (signal.SIGTERM, signal.SIGINT)
+    before = {each: signal.signal(each, signal.SIG_DFL) for each in numbers}
+    reader, writer = os.pipe()
+    os.set_blocking(writer, False)
 
-    before = {each: signal.signal(each, asked) for each in (signal.SIGTERM, signal.SIGINT)}
+    def count() -> None:
+        seen = 0
+        while number := os.read(reader, 1):
+            seen += number[0] in numbers
+            if seen == 2:
+                os._exit(128 + number[0])
+        os.close(reader)
+
+    def requested(step: int) -> bool:
+        if signal.getsignal(signal.SIGTERM) is signal.SIG_DFL:
+            for each in numbers:
+                signal.signal(each, lambda number, _: came.append(number))
+        return bool(came)
+
+    threading.Thread(target=count, name="vfjax-signals", daemon=True).start()
+    others = signal.set_wakeup_fd(writer, warn_on_full_buffer=False)
     try:
-        yield lambda step: bool(came)
+        yield requested
     finally:
+        signal.set_wakeup_fd(others)
+        os.close(writer)
         for each, handler in before.items():
             signal.signal(each, handler)

@@ -4,6 +4,9 @@ import itertools
 import json
 import os
 import signal
+import subprocess
+import sys
+import time
 from collections.abc import Iterator
 
 import jax
@@ -102,6 +105,30 @@ def test_a_signal_saves(folder, whole, tmp_path, number) -> None:
     model = run(folder, tmp_path, at=0, happens=kill)  # which would be asked for at a new start
     assert losses(tmp_path) == losses(whole[0])
     assert same(model, whole[1])
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+@pytest.mark.parametrize("moment", ["before the first step", "twice"])
+def test_a_signal_that_does_not_wait(number, moment) -> None:
+    """With nothing to lose, and the second one, while the main thread runs no Python."""
+    code = f"""
+import os, signal, threading, time
+import jax
+from vfjax.train.loop import _stop_requested
+with _stop_requested() as stop:
+    if {moment == "twice"}:
+        assert not stop(1)
+        threading.Timer(1, os.kill, (os.getpid(), {int(number)})).start()
+    threading.Timer(0, os.kill, (os.getpid(), {int(number)})).start()
+    @jax.jit
+    def slow(x):
+        return jax.lax.while_loop(lambda x: x < 2, jax.numpy.sin, x)
+    slow(1.0).block_until_ready()
+"""
+    start = time.monotonic()
+    done = subprocess.run([sys.executable, "-c", code], timeout=60, check=False)
+    assert done.returncode == (128 + number if moment == "twice" else -number)
+    assert time.monotonic() - start < 50
 
 
 def test_eight_devices_then_four(folder, whole, tmp_path) -> None:

@@ -1,6 +1,7 @@
 """`python -m converters inspect|verify`."""
 
 import argparse
+import os
 import sys
 
 from vfjax import InputError
@@ -23,7 +24,7 @@ def main() -> int:
         if args.verb == "inspect":
             from converters.inspect import inspect
 
-            print(inspect(args.path, towers=dict(args.towers), base=args.base))
+            print(inspect(args.path, towers=dict(args.towers), base=args.base), flush=True)
             return 0
         from converters.verify import run
 
@@ -31,6 +32,9 @@ def main() -> int:
     except InputError as error:
         print(error, file=sys.stderr)
         return 2
+    except BrokenPipeError:  # of `| head`, which has what it wants
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1
 
 
 def _pair(text: str) -> tuple[str, str]:

@@ -426,3 +426,10 @@ def signalled(root: Path, number: int, **more: bool) -> tuple[Path, str]:
     said, _ = process.communicate(timeout=60)
     assert process.returncode == 0
     return out, said
+
+
+def test_inspect_into_a_pipe_that_closes(family: Path):
+    shell = ["bash", "-c", f"{sys.executable} -m converters inspect {family / 'base'} | true"]
+    repo = Path(__file__).resolve().parents[2]
+    done = subprocess.run(shell, cwd=repo, capture_output=True, text=True, check=False)
+    assert done.stderr == ""

@@ -345,6 +345,7 @@ PRETRAINED: Unused = {
     "tokenizer_class": ANY,
     "torch_dtype": ANY,
     "torchscript": ANY,
+    "transformers.js_config": ANY,
     "transformers_version": ANY,
     "unsloth_fixed": ANY,
     "unsloth_version": ANY,

@@ -57,6 +57,7 @@ TOWER: Unused = {
     "input_size": ANY,  # ours: the side of the pictures that are fed
     "num_channels": (3,),
     "tie_word_embeddings": ANY,
+    "vocab_size": ANY,  # in LlavaConfig's default
 }
 """Keys without effect on any vision tower."""
 

@@ -40,6 +40,8 @@ TABLE = Table(
     unused={
         **VIT,
         **BACKBONE,
+        "interpolate_antialias": (True,),
+        "interpolate_offset": (0.0,),
         "layerscale_value": ANY,  # where training begins
         "use_mask_token": ANY,  # with registers it is always there
     },

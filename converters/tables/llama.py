@@ -43,14 +43,17 @@ def decoder(
     if not head_dim or head_dim % 2:
         key = "head_dim" if hf.any("head_dim") else "hidden_size"
         raise hf.error(key, f"heads of an even width, {heads} of them")
-    if not all(kind == "full_attention" for kind in hf.names("layer_types")):
+    layers, kinds = hf.whole("num_hidden_layers", 32, most=DEEPEST), hf.names("layer_types")
+    if not all(kind == "full_attention" for kind in kinds):
         raise hf.error("layer_types", "'full_attention' alone", "other layers are not supported")
+    if kinds and len(kinds) != layers:
+        raise hf.error("layer_types", f"{layers}, one for each of num_hidden_layers")
     context = hf.whole("max_position_embeddings", 2048, most=VOCABULARY)
     theta, scaling = (positions or rope)(hf, context)
     return LlamaConfig(
         vocab=hf.whole("vocab_size", 32000, most=VOCABULARY),
         width=width,
-        layers=hf.whole("num_hidden_layers", 32, most=DEEPEST),
+        layers=layers,
         heads=heads,
         kv_heads=kv_heads,
         head_dim=head_dim,
@@ -132,8 +135,12 @@ COMMON: Unused = {
     **PRETRAINED,
     "attention_dropout": ANY,
     "is_causal": (True,),
+    "is_llama_config": ANY,  # SmolLM's, read by nothing
+    "max_sequence_length": ANY,  # LLaMA's of before transformers' own
     "partial_rotary_factor": (1.0,),
     "pretraining_tp": ANY,  # the same products in pieces
+    "rope_interleaved": (False,),
+    "seq_length": ANY,  # that of training
 }
 """Keys without effect on any decoder."""
 

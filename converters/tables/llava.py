@@ -43,6 +43,7 @@ UNUSED: Unused = {
     "auto_map": ANY,
     "faster_token_stride": ANY,
     "freeze_mm_mlp_adapter": ANY,
+    "freeze_mm_vision_resampler": ANY,
     "image_crop_resolution": ANY,  # of ways to crop that no checkpoint names
     "image_grid_pinpoints": ANY,  # without "anyres"
     "image_split_resolution": ANY,
@@ -54,8 +55,10 @@ UNUSED: Unused = {
     "mm_use_im_start_end": (False, None),
     "mm_vision_tower_lr": ANY,
     "pos_skipping_range": ANY,
+    "pretrain_mm_mlp_adapter": ANY,  # where training began
     "s2": (False, None),
     "s2_scales": ANY,  # without s2
+    "sep_image_conv_front": (False,),
     "tokenizer_model_max_length": ANY,
     "tokenizer_padding_side": ANY,
     "tune_mm_mlp_adapter": ANY,

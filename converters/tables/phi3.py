@@ -68,7 +68,14 @@ TABLE = dataclasses.replace(
     llama.TABLE,
     types=("phi3",),
     read=read,
-    unused={**llama.PLAIN, "embd_pdrop": ANY, "resid_pdrop": ANY},
+    unused={
+        **llama.PLAIN,
+        "embd_pdrop": ANY,
+        "full_attn_mod": (1,),  # Phi-4-mini's, of its own code
+        "interpolate_factor": (1,),
+        "lm_head_bias": (False,),
+        "resid_pdrop": ANY,
+    },
     rules=(
         *(r for r in llama.TABLE.rules if not any(name in r.source for name in REPLACED)),
         Rule(llama.LAYER + "self_attn.qkv_proj.weight", "blocks/{}/attn/qkv/kernel", TRANSPOSE),

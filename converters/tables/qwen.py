@@ -18,9 +18,11 @@ DEFAULTS = {
 
 UNUSED: Unused = {
     **llama.COMMON,
+    "dual_chunk_attention_config": ANY,  # of other engines, beyond the context
     "max_window_layers": ANY,  # of the window that is not in use
     "mlp_bias": (False,),
     "sliding_window": ANY,
+    "use_mrope": (False,),
     "use_sliding_window": (False,),
 }
 

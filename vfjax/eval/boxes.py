@@ -6,7 +6,16 @@ from collections.abc import Sequence
 import numpy as np
 
 from vfjax.errors import InputError
-from vfjax.eval.data import Benchmark, Data, Options, Question, fields, number, read_lines
+from vfjax.eval.data import (
+    Benchmark,
+    Data,
+    Options,
+    Question,
+    fields,
+    number,
+    read_lines,
+    text_fields,
+)
 from vfjax.eval.stats import Metric, ratio
 
 PROMPT = "Please provide the bounding box coordinate of the region this sentence describes: "
@@ -27,21 +36,22 @@ def read_refcoco(data: Data, options: Options) -> list[Question]:
     file = data.file("*refcoco*.json", "*.json")
     for i, row in enumerate(read_lines(file)):
         where = f"{file} row {i}"
-        keys = ("img_id", "sents", "bbox", "width", "height")
-        image, words, box, *size = fields(row, where, *keys)
+        keys = ("bbox", "width", "height")
+        image, sentence = text_fields(row, where, "img_id", "sents")
+        box, *size = fields(row, where, *keys)
         if not isinstance(box, list) or len(box) != 4:
             raise InputError(
                 where, found=f"bbox {ascii(box)[:60]}", expected="[x, y, w, h]", fix="correct it"
             )
         x, y, w, h = (number(value, where, "bbox") for value in box)
         width, height = (
-            number(value, where, key) for value, key in zip(size, keys[3:], strict=True)
+            number(value, where, key) for value, key in zip(size, keys[1:], strict=True)
         )
         name = "_".join(image.split("_")[:3])
         out.append(
             Question(
                 id=str(i),
-                prompt=options["prompt"] + words,
+                prompt=options["prompt"] + sentence,
                 images=(data.picture(f"{name}.jpg", "train2014"),),
                 answers=(f"[{x}, {y}, {x + w}, {y + h}]",),
                 cluster=name,

@@ -6,7 +6,16 @@ from collections.abc import Sequence
 from typing import Any
 
 from vfjax.errors import InputError
-from vfjax.eval.data import Benchmark, Data, Options, Question, fields, read_json
+from vfjax.eval.data import (
+    Benchmark,
+    Data,
+    Options,
+    Question,
+    fields,
+    objects,
+    read_json,
+    text_fields,
+)
 from vfjax.eval.extras import needs
 from vfjax.eval.stats import Metric, ratio
 
@@ -21,26 +30,31 @@ def read_captions(data: Data, options: Options) -> list[Question]:
     """
     file = data.file("captions_*.json", "dataset_*.json", "*.json")
     (images,) = fields(whole := read_json(file), file, "images")
+    images = objects(images, file, "images")
     found: dict[str, tuple[str, list[str]]] = {}
     if "annotations" in whole:
-        found = {str(row["id"]): (row["file_name"], []) for row in images}
-        for row in whole["annotations"]:
-            image, caption = fields(row, f"{file} annotations", "image_id", "caption")
-            if str(image) not in found:
+        for row in images:
+            id, name = text_fields(row, f"{file} images", "id", "file_name")
+            found[id] = (name, [])
+        for row in objects(whole["annotations"], file, "annotations"):
+            image, caption = text_fields(row, f"{file} annotations", "image_id", "caption")
+            if image not in found:
                 raise InputError(
                     file,
                     found=f"a caption of image {image}",
                     expected="one of its images",
                     fix="copy the file again",
                 )
-            found[str(image)][1].append(caption)
+            found[image][1].append(caption)
     else:
         for number, row in enumerate(images):
-            name, sentences, split = fields(
-                row, f"{file} image {number}", "filename", "sentences", "split"
-            )
+            where = f"{file} image {number}"
+            name, split = text_fields(row, where, "filename", "split")
             if split == options["split"]:
-                found[str(row.get("cocoid", name))] = (name, [s["raw"] for s in sentences])
+                (id,) = text_fields({"cocoid": name} | row, where, "cocoid")
+                (said,) = fields(row, where, "sentences")
+                said = [text_fields(s, where, "raw")[0] for s in objects(said, where, "sentences")]
+                found[id] = (name, said)
     return [
         Question(
             id=id,

@@ -16,12 +16,16 @@ from vfjax.eval.data import (
     Options,
     Picture,
     Question,
+    as_text,
     fields,
     integer,
     labelled,
+    objects,
+    read_by_id,
     read_json,
     read_lines,
     read_table,
+    text_fields,
 )
 from vfjax.eval.stats import Metric, ratio
 from vfjax.eval.yesno import in_clusters
@@ -147,15 +151,15 @@ def read_mmvp(data: Data, options: Options) -> list[Question]:
         if file.suffix != ".csv":
             names = ("index", "question", "options", "answer")
         where = f"{file} row {number}"
-        index, words, choices, answer = fields(row, where, *names)
+        index, asked, choices, answer = text_fields(row, where, *names)
         index, named = integer(index, where, names[0]), _inline(choices)
         if not options["original_labels"]:
             answer = MMVP_CORRECTED.get(index, answer)
-        image = Path(row.get("image") or f"{index}.jpg").name
+        image = Path(as_text(row.get("image") or f"{index}.jpg", where, "image")).name
         rows.append(
             Question(
                 id=str(index),
-                prompt=f"{words} {choices}{LETTER}",
+                prompt=f"{asked} {choices}{LETTER}",
                 images=(data.picture(image, "MMVP Images"),),
                 answers=(_labelled(answer, named, where),),
                 cluster=f"pair {(index - 1) // 2}",
@@ -172,7 +176,7 @@ def _inline(choices: str) -> dict[str, str]:
         if (at := choices.find(f"({letter})", at + 1)) < 0:
             break
         ends.append(at)
-    spans = zip(ends, [*ends[1:], len(choices)], strict=True)
+    spans = zip(ends, [*ends[1:], len(choices)], strict=False)  # of none, none
     return {LETTERS[k]: choices[first + 3 : end].strip() for k, (first, end) in enumerate(spans)}
 
 
@@ -198,21 +202,22 @@ def read_scienceqa(data: Data, options: Options) -> list[Question]:
     `split` is "test", "val" or "train". The prompt is LLaVA-1.5's (llava_test_CQM-A.json).
     """
     file, out = data.file("problems.json"), []
-    for id, row in read_json(file).items():
+    for id, row in read_by_id(file).items():
         if row.get("split", options["split"]) != options["split"]:
             continue
         where = f"{file} {id}"
-        words, choices, answer = fields(row, where, "question", "choices", "answer")
+        (asked,) = text_fields(row, where, "question")
+        choices, answer = fields(row, where, "choices", "answer")
         named = named_options(choices, where)
         number = integer(answer, where, "answer")
         letter = LETTERS[number] if 0 <= number < len(LETTERS) else answer
-        hint = f"Context: {row['hint']}\n" if row.get("hint") else ""
-        image = row.get("image")
+        hint, image = (as_text(row.get(key) or "", where, key) for key in ("hint", "image"))
+        hint = hint and f"Context: {hint}\n"
         picture = data.picture(f"{options['split']}/{id}/{image}", "images") if image else None
         out.append(
             Question(
                 id=id,
-                prompt=f"{hint}{words}{listed(named)}{LETTER}",
+                prompt=f"{hint}{asked}{listed(named)}{LETTER}",
                 images=(picture,) if picture else (),
                 answers=(_labelled(letter, named, where),),
                 cluster=id,
@@ -253,12 +258,13 @@ def read_seed(data: Data, options: Options) -> list[Question]:
     file, out = data.file("SEED-Bench.json", "*.json"), []
     whole = read_json(file)
     (rows,) = fields(whole, file, "questions")
-    kinds = {str(number): name for name, number in whole.get("question_type", {}).items()}
-    for number, row in enumerate(rows):
+    (types,) = objects([whole.get("question_type", {})], file, "question_type")
+    kinds = {str(number): name for name, number in types.items()}
+    for number, row in enumerate(objects(rows, file, "questions")):
         if row.get("data_type", "image") != "image":
             continue
         where = f"{file} question {number}"
-        id, words, answer, image = fields(
+        id, asked, answer, image = text_fields(
             row, where, "question_id", "question", "answer", "data_id"
         )
         fields(row, where, "choice_a", "choice_b")
@@ -267,8 +273,8 @@ def read_seed(data: Data, options: Options) -> list[Question]:
         kind = str(row.get("question_type_id", ""))
         out.append(
             Question(
-                id=str(id),
-                prompt=f"{words}{listed(named)}{LETTER}",
+                id=id,
+                prompt=f"{asked}{listed(named)}{LETTER}",
                 images=(data.picture(image, "SEED-Bench-image"),),
                 answers=(_labelled(answer, named, where),),
                 cluster=image,

@@ -201,12 +201,67 @@ def read_table(path: Path, delimiter: str) -> list[dict[str, str]]:
     return rows
 
 
+def read_by_id(path: Path) -> dict[str, dict[str, Any]]:
+    """A JSON object of rows, each under its id.
+
+    Raises:
+        InputError: it is missing or holds something else.
+    """
+    rows = _of_kind(read_json(path), dict, path, "the file", "rows by id")
+    for id, row in rows.items():
+        _of_kind(row, dict, f"{path} {id}", "a row", "an object")
+    return rows
+
+
+def objects(value: Any, where: object, key: str) -> list[dict[str, Any]]:
+    """The objects of a list; raises InputError if it is none."""
+    for found in _of_kind(value, list | tuple, where, key, "a list of objects"):
+        _of_kind(found, dict, where, f"in {key}", "an object")
+    return list(value)
+
+
+def as_texts(value: Any, where: object, key: str) -> tuple[str, ...]:
+    """The texts of a list; raises InputError if it is none."""
+    return tuple(
+        as_text(each, where, f"in {key}")
+        for each in _of_kind(value, list | tuple, where, key, "a list of texts")
+    )
+
+
+def as_text(value: Any, where: object, key: str) -> str:
+    """A text, or a number as text; raises InputError if it is neither."""
+    kind = str | int | float if not isinstance(value, bool) else str
+    return str(_of_kind(value, kind, where, key, "a text"))
+
+
+def text_fields(row: Mapping[str, Any], where: object, *keys: str) -> list[str]:
+    """Values of a row that are texts, or numbers, as an id may be.
+
+    Raises:
+        InputError: it lacks one, or one is neither.
+    """
+    found = zip(fields(row, where, *keys), keys, strict=True)
+    return [as_text(value, where, key) for value, key in found]
+
+
+def _of_kind(value: Any, kind: Any, where: object, what: str, expected: str) -> Any:
+    if not isinstance(value, kind):
+        raise InputError(
+            where,
+            found=f"{what} {ascii(value)[:60]}",
+            expected=expected,
+            fix="use the file as it is published",
+        )
+    return value
+
+
 def fields(row: Mapping[str, Any], where: object, *keys: str) -> list[Any]:
     """Values of a row.
 
     Raises:
-        InputError: it lacks one.
+        InputError: it is no object, or lacks one.
     """
+    _of_kind(row, dict, where, "the whole", f"an object with {keys[0]!r}")
     for key in keys:
         if key not in row or row[key] is None:
             raise InputError(

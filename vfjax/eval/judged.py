@@ -3,6 +3,7 @@
 import difflib
 import re
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -13,10 +14,13 @@ from vfjax.eval.data import (
     Data,
     Options,
     Question,
+    as_texts,
     fields,
     integer,
+    read_by_id,
     read_json,
     read_lines,
+    text_fields,
 )
 from vfjax.eval.judge import Messages
 from vfjax.eval.stats import Metric, ratio
@@ -57,16 +61,17 @@ def read_mmvet(data: Data, options: Options) -> list[Question]:
     """mm-vet.json: id -> imagename, question, answer, capability."""
     del options
     file, out = data.file("mm-vet.json", "*.json"), []
-    for id, row in read_json(file).items():
-        image, words, answer = fields(row, f"{file} {id}", "imagename", "question", "answer")
+    for id, row in read_by_id(file).items():
+        where = f"{file} {id}"
+        image, asked, answer = text_fields(row, where, "imagename", "question", "answer")
         out.append(
             Question(
                 id=id,
-                prompt=words,
+                prompt=asked,
                 images=(data.picture(image, "images"),),
                 answers=(answer,),
                 cluster=image,
-                extra={"kinds": tuple(row.get("capability", ()))},
+                extra={"kinds": as_texts(row.get("capability", ()), where, "capability")},
             )
         )
     return out
@@ -114,13 +119,13 @@ def read_wild(data: Data, options: Options) -> list[Question]:
     """questions.jsonl, context.jsonl and answers_gpt4.jsonl of LLaVA-Bench in the wild."""
     del options
     file = data.file("questions.jsonl")
-    captions = {row["image"]: row["caption"] for row in read_lines(data.file("context.jsonl"))}
-    known = {str(row["question_id"]): row for row in read_lines(data.file("answers_gpt4.jsonl"))}
+    captions = _pairs(data.file("context.jsonl"), "image", "caption")
+    known = _pairs(data.file("answers_gpt4.jsonl"), "question_id", "text")
     out = []
     for number, row in enumerate(read_lines(file), 1):
         where = f"{file} line {number}"
-        id, image, words, kind = fields(row, where, "question_id", "image", "text", "category")
-        if image not in captions or str(id) not in known:
+        id, image, asked, kind = text_fields(row, where, "question_id", "image", "text", "category")
+        if image not in captions or id not in known:
             raise InputError(
                 where,
                 found="no context or no answer of GPT-4",
@@ -129,15 +134,23 @@ def read_wild(data: Data, options: Options) -> list[Question]:
             )
         out.append(
             Question(
-                id=str(id),
-                prompt=words,
+                id=id,
+                prompt=asked,
                 images=(data.picture(image),),
-                answers=(known[str(id)]["text"],),
+                answers=(known[id],),
                 cluster=image,
                 extra={"context": captions[image], "kind": kind},
             )
         )
     return out
+
+
+def _pairs(file: Path, *keys: str) -> dict[str, str]:
+    """One text of each line by another."""
+    rows = enumerate(read_lines(file), 1)
+    return {
+        key: text for n, row in rows for key, text in [text_fields(row, f"{file} line {n}", *keys)]
+    }
 
 
 def score_wild(
@@ -205,11 +218,15 @@ def read_mathvista(data: Data, options: Options) -> list[Question]:
     file, out = data.file("testmini.json", "*.json"), []
     query = data.folder / "query.json"
     queries = read_json(query) if query.is_file() else {}
-    for id, row in read_json(file).items():
-        row = {**row, "query": row.get("query") or queries.get(id)}
+    for id, row in read_by_id(file).items():
         where = f"{file} {id}"
-        image, words, answer = fields(row, where, "image", "query", "answer")
-        fields(row, where, "question_type", "answer_type")
+        if not row.get("query"):
+            row["query"] = fields(queries, query, id)[0] if queries else None
+        image, asked, answer = text_fields(row, where, "image", "query", "answer")
+        kind, _ = text_fields(row, where, "question_type", "answer_type")
+        row["choices"] = list(as_texts(row.get("choices") or [], where, "choices"))
+        if kind == "multi_choice" and not row["choices"]:
+            raise InputError(where, found="no choices", expected="some", fix="copy the file again")
         precision = row.get("precision")
         if precision is None or precision in ("", "nan") or precision != precision:  # pandas' none
             row["precision"] = None
@@ -218,9 +235,9 @@ def read_mathvista(data: Data, options: Options) -> list[Question]:
         out.append(
             Question(
                 id=id,
-                prompt=words,
+                prompt=asked,
                 images=(data.picture(image.removeprefix("images/"), "images"),),
-                answers=(str(answer),),
+                answers=(answer,),
                 cluster=image,
                 extra={key: row.get(key) for key in _TYPES},
             )

@@ -5,7 +5,7 @@ import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from vfjax.eval.data import Benchmark, Data, Options, Question, fields, read_lines
+from vfjax.eval.data import Benchmark, Data, Options, Question, as_texts, read_lines, text_fields
 from vfjax.files import replacing
 
 
@@ -17,16 +17,17 @@ def read_llava(data: Data, options: Options) -> list[Question]:
     del options
     file, out = data.file("questions.jsonl", "*.jsonl"), []
     for number, row in enumerate(read_lines(file), 1):
-        id, words = fields(row, f"{file} line {number}", "question_id", "text")
+        where = f"{file} line {number}"
+        id, asked = text_fields(row, where, "question_id", "text")
         images = row.get("image") or []
-        names = [images] if isinstance(images, str) else images
+        names = as_texts([images] if isinstance(images, str) else images, where, "image")
         out.append(
             Question(
-                id=str(id),
-                prompt=words,
+                id=id,
+                prompt=asked,
                 images=tuple(data.picture(name) for name in names),
-                cluster=str(names[0]) if names else str(id),
-                extra={"question_id": id},
+                cluster=names[0] if names else id,
+                extra={"question_id": row["question_id"]},
             )
         )
     return out

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from vfjax.errors import InputError
-from vfjax.eval.data import Benchmark, Data, Options, Question, fields, read_json
+from vfjax.eval.data import Benchmark, Data, Options, Question, objects, read_json, text_fields
 from vfjax.eval.judge import Messages
 from vfjax.eval.stats import Metric, ratio
 
@@ -43,23 +43,26 @@ def read_videos(data: Data, options: Options) -> list[Question]:
     del options
     file = data.file("test_q.json", "*_q.json")
     path = file.with_name(file.name.replace("_q.json", "_a.json"))
-    answers = {str(row["question_id"]): row["answer"] for row in read_json(path)}
+    answers: dict[str, str] = {}
+    for number, row in enumerate(objects(read_json(path), path, "the file")):
+        id, answer = text_fields(row, f"{path} answer {number}", "question_id", "answer")
+        answers[id] = answer
     out = []
-    for number, row in enumerate(read_json(file)):
+    for number, row in enumerate(objects(read_json(file), file, "the file")):
         where = f"{file} question {number}"
-        id, words = fields(row, where, "question_id", "question")
-        (name,) = fields(row, where, "video_name" if "video_name" in row else "video")
-        if str(id) not in answers:
+        id, asked = text_fields(row, where, "question_id", "question")
+        (name,) = text_fields(row, where, "video_name" if "video_name" in row else "video")
+        if id not in answers:
             raise InputError(
                 path, found=f"no answer to {id}", expected="one", fix="copy the file again"
             )
         out.append(
             Question(
-                id=str(id),
-                prompt=words,
-                video=_video(data.picture(str(name), "videos")),
-                answers=(str(answers[str(id)]),),
-                cluster=str(name),
+                id=id,
+                prompt=asked,
+                video=_video(data.picture(name, "videos")),
+                answers=(answers[id],),
+                cluster=name,
             )
         )
     return out

@@ -11,11 +11,16 @@ from vfjax.eval.data import (
     Data,
     Options,
     Question,
+    as_text,
+    as_texts,
     fields,
     integer,
     labelled,
+    objects,
+    read_by_id,
     read_json,
     read_lines,
+    text_fields,
 )
 from vfjax.eval.extras import needs
 from vfjax.eval.stats import Metric, ratio
@@ -30,36 +35,45 @@ def read_vqav2(data: Data, options: Options) -> list[Question]:
     del options
     file = data.file("*OpenEnded*_questions.json", "*questions.json")
     (rows,) = fields(whole := read_json(file), file, "questions")
-    subtype = whole.get("data_subtype", "val2014").replace("-dev", "")  # test2015's pictures
-    labels: dict[Any, dict[str, Any]] = {}
+    subtype = as_text(whole.get("data_subtype", "val2014"), file, "data_subtype")
+    subtype = subtype.replace("-dev", "")  # test2015's pictures
+    labels: dict[str, dict[str, Any]] = {}
     for path in sorted(data.folder.glob("*annotations.json")):
-        labels |= {row["question_id"]: row for row in read_json(path)["annotations"]}
-    if labels and (lost := [r["question_id"] for r in rows if r["question_id"] not in labels]):
-        raise InputError(
-            data.folder,
-            found=f"annotations without question {lost[0]}",
-            expected="those of the same split",
-            fix=f"put the file that belongs to {file.name} there",
-        )
+        (found,) = fields(read_json(path), path, "annotations")
+        for number, row in enumerate(objects(found, path, "annotations")):
+            (id,) = text_fields(row, f"{path} annotation {number}", "question_id")
+            labels[id] = row
     out = []
-    for number, row in enumerate(rows):
-        id, image, words = fields(
-            row, f"{file} question {number}", "question_id", "image_id", "question"
-        )
-        image = integer(image, f"{file} question {number}", "image_id")
+    for number, row in enumerate(objects(rows, file, "questions")):
+        where = f"{file} question {number}"
+        id, asked = text_fields(row, where, "question_id", "question")
+        image = integer(*fields(row, where, "image_id"), where, "image_id")
+        if labels and id not in labels:
+            raise InputError(
+                data.folder,
+                found=f"annotations without question {id}",
+                expected="those of the same split",
+                fix=f"put the file that belongs to {file.name} there",
+            )
         name = f"COCO_{subtype}_{image:012d}.jpg"
         label = labels.get(id, {})
         out.append(
             Question(
-                id=str(id),
-                prompt=words + SHORT,
+                id=id,
+                prompt=asked + SHORT,
                 images=(data.picture(name, "val2014", "test2015"),),
-                answers=tuple(answer["answer"] for answer in label.get("answers", ())),
+                answers=_answers(label, f"annotation of question {id}"),
                 cluster=str(image),
-                extra={"kind": label.get("answer_type", "")},
+                extra={"kind": as_text(label.get("answer_type", ""), where, "answer_type")},
             )
         )
     return out
+
+
+def _answers(row: dict[str, Any], where: str) -> tuple[str, ...]:
+    """Answers of ten people, none where they are not published."""
+    said = objects(row.get("answers", ()), where, "answers")
+    return tuple(text_fields(answer, where, "answer")[0] for answer in said)
 
 
 def read_textvqa(data: Data, options: Options) -> list[Question]:
@@ -67,16 +81,16 @@ def read_textvqa(data: Data, options: Options) -> list[Question]:
     del options
     file, out = data.file("TextVQA_*_val.json", "*.json"), []
     (rows,) = fields(read_json(file), file, "data")
-    for number, row in enumerate(rows):
+    for number, row in enumerate(objects(rows, file, "data")):
         where = f"{file} row {number}"
-        id, image, words = fields(row, where, "question_id", "image_id", "question")
+        id, image, asked = text_fields(row, where, "question_id", "image_id", "question")
         out.append(
             Question(
-                id=str(id),
-                prompt=words.capitalize() + SHORT,
+                id=id,
+                prompt=asked.capitalize() + SHORT,
                 images=(data.picture(f"{image}.jpg", "train_images"),),
-                answers=tuple(row.get("answers", ())),
-                cluster=str(image),
+                answers=as_texts(row.get("answers", ()), where, "answers"),
+                cluster=image,
             )
         )
     return out
@@ -87,13 +101,14 @@ def read_vizwiz(data: Data, options: Options) -> list[Question]:
     del options
     file, out = data.file("val.json", "*.json"), []
     for number, row in enumerate(read_lines(file)):
-        image, words = fields(row, f"{file} row {number}", "image", "question")
+        where = f"{file} row {number}"
+        image, asked = text_fields(row, where, "image", "question")
         out.append(
             Question(
                 id=image,
-                prompt=words.capitalize() + UNANSWERABLE + SHORT,
+                prompt=asked.capitalize() + UNANSWERABLE + SHORT,
                 images=(data.picture(image, "val"),),
-                answers=tuple(answer["answer"] for answer in row.get("answers", ())),
+                answers=_answers(row, where),
                 cluster=image,
             )
         )
@@ -141,15 +156,15 @@ def read_gqa(data: Data, options: Options) -> list[Question]:
     """GQA's testdev_balanced_questions.json: id -> question, imageId, answer."""
     del options
     file, out = data.file("testdev_balanced_questions.json", "*questions*.json"), []
-    for id, row in read_json(file).items():
-        words, image, answer = fields(row, f"{file} {id}", "question", "imageId", "answer")
+    for id, row in read_by_id(file).items():
+        asked, image, answer = text_fields(row, f"{file} {id}", "question", "imageId", "answer")
         out.append(
             Question(
                 id=id,
-                prompt=words + SHORT,
+                prompt=asked + SHORT,
                 images=(data.picture(f"{image}.jpg", "images"),),
                 answers=(answer,),
-                cluster=str(image),
+                cluster=image,
             )
         )
     return out

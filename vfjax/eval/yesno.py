@@ -8,7 +8,16 @@ from typing import Any
 import numpy as np
 
 from vfjax.errors import InputError
-from vfjax.eval.data import Benchmark, Data, Options, Question, fields, read_lines, read_text
+from vfjax.eval.data import (
+    Benchmark,
+    Data,
+    Options,
+    Question,
+    as_text,
+    read_lines,
+    read_text,
+    text_fields,
+)
 from vfjax.eval.extras import needs
 from vfjax.eval.stats import Metric, ratio, total
 
@@ -25,10 +34,13 @@ def read_pope(data: Data, options: Options) -> list[Question]:
     for file in data.files("*_pope_[rpa]*.json*"):
         for number, row in enumerate(read_lines(file), 1):
             where = f"{file} row {number}"
-            id, image, text, label = fields(row, where, "question_id", "image", "text", "label")
+            id, image, text, label = text_fields(
+                row, where, "question_id", "image", "text", "label"
+            )
             if label not in ("yes", "no"):
                 raise InputError(where, found=f"label {label!r}", expected="yes or no", fix="mend")
-            split = row.get("category") or next((s for s in SPLITS if s in file.stem), file.stem)
+            split = as_text(row.get("category") or "", where, "category")
+            split = split or next((s for s in SPLITS if s in file.stem), file.stem)
             out.append(
                 Question(
                     id=f"{split}/{id}",
@@ -110,9 +122,9 @@ def _mme_questions(file: Path, subtask: str, pictures: Path) -> list[Question]:
     lines = [line for line in re.split(r"\r\n|\r|\n", read_text(file)) if line.strip()]
     image = next((p for s in (".jpg", ".png") if (p := pictures / (file.stem + s)).is_file()), None)
     for number, line in enumerate(lines, 1):
-        words, _, answer = line.rpartition("\t")
+        asked, _, answer = line.rpartition("\t")
         answer = answer.strip().rstrip(".")
-        if len(lines) != 2 or not words or answer not in ("Yes", "No"):
+        if len(lines) != 2 or not asked or answer not in ("Yes", "No"):
             raise InputError(
                 f"{file} line {number}",
                 found=f"{ascii(line[:60])}, of {len(lines)} lines",
@@ -122,7 +134,7 @@ def _mme_questions(file: Path, subtask: str, pictures: Path) -> list[Question]:
         out.append(
             Question(
                 id=f"{subtask}/{file.stem}/{number}",
-                prompt=words.replace(" Please answer yes or no.", "").strip() + SHORT,
+                prompt=asked.replace(" Please answer yes or no.", "").strip() + SHORT,
                 images=(image or pictures / f"{file.stem}.jpg",),
                 answers=(answer,),
                 cluster=f"{subtask}/{file.stem}",

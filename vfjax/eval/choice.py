@@ -151,8 +151,8 @@ def read_mmvp(data: Data, options: Options) -> list[Question]:
         if file.suffix != ".csv":
             names = ("index", "question", "options", "answer")
         where = f"{file} row {number}"
-        index, asked, choices, answer = text_fields(row, where, *names)
-        index, named = integer(index, where, names[0]), _inline(choices)
+        _, asked, choices, answer = text_fields(row, where, *names)
+        index, named = integer(row[names[0]], where, names[0]), _inline(choices)
         if not options["original_labels"]:
             answer = MMVP_CORRECTED.get(index, answer)
         image = Path(as_text(row.get("image") or f"{index}.jpg", where, "image")).name

@@ -47,7 +47,7 @@ def read_vqav2(data: Data, options: Options) -> list[Question]:
     for number, row in enumerate(objects(rows, file, "questions")):
         where = f"{file} question {number}"
         id, asked = text_fields(row, where, "question_id", "question")
-        image = integer(*fields(row, where, "image_id"), where, "image_id")
+        image = integer(fields(row, where, "image_id")[0], where, "image_id")
         if labels and id not in labels:
             raise InputError(
                 data.folder,

@@ -1,0 +1,167 @@
+"""YAMLs of whole folders through `fuse`, beside what mergekit 0.1.5 made of them.
+
+tests/peers/mergekit_folders.py recorded its results, and makes the folders.
+"""
+
+import json
+import os
+import runpy
+import shutil
+from pathlib import Path
+from typing import Any
+
+import ml_dtypes
+import numpy as np
+import pytest
+import torch
+from safetensors.numpy import save_file
+from safetensors.torch import save_file as save_torch
+
+import converters
+from converters.reader import read_json, read_weights
+from tests.checkpoints import hf_llava_folder, published
+from vfjax import InputError
+
+TESTS = Path(__file__).resolve().parents[1]
+RECORD = np.load(TESTS / "data" / "mergekit_folders.npz")
+CASES = json.loads(str(RECORD["cases"]))
+PEER = runpy.run_path(str(TESTS / "peers" / "mergekit_folders.py"))
+KINDS = {"F32": np.float32, "BF16": ml_dtypes.bfloat16}
+HEAD = PEER["HEAD"]
+RANDOM = {"dare_ties", "dare_linear", "della", "della_linear"}
+"""Compared by what each weight can be, and by how many are kept."""
+
+
+@pytest.fixture(scope="module")
+def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    root = tmp_path_factory.mktemp("models")
+
+    def save(found: dict[str, np.ndarray], kind: str, file: str) -> None:
+        save_file({k: x.astype(KINDS[kind]) for k, x in found.items()}, file, {"format": "pt"})
+
+    PEER["write"](root, save)
+    return root
+
+
+def fused(models: Path, out: Path, text: str, **options: Any) -> dict[str, np.ndarray]:
+    """Tensors of the folder that a YAML makes."""
+    file = out.parent / f"{out.name}.yml"
+    file.write_text(text)
+    here = Path.cwd()
+    os.chdir(models)
+    try:
+        converters.fuse({}, out, recipe=file, export="llm", account=False, **options)
+    finally:
+        os.chdir(here)
+    return {name: tensor[...] for name, tensor in read_weights(out).items()}
+
+
+def recorded(case: str) -> dict[str, np.ndarray]:
+    """Tensor -> what mergekit made."""
+    found = {}
+    for key in RECORD.files:
+        if key.startswith(f"{case}/"):
+            x = RECORD[key]
+            found[key.split("/")[1]] = x.view(ml_dtypes.bfloat16) if x.dtype == np.uint16 else x
+    return found
+
+
+def near(ours: np.ndarray, theirs: np.ndarray) -> None:
+    """Equal but for the rounding of float32."""
+    assert ours.shape == theirs.shape and ours.dtype == theirs.dtype
+    ours, theirs = ours.astype(np.float32), theirs.astype(np.float32)
+    np.testing.assert_allclose(ours, theirs, rtol=0, atol=2e-6)
+
+
+EQUAL = [x for x in CASES if x not in RANDOM | {"bf16"} and "error" not in CASES[x]]
+
+
+@pytest.mark.filterwarnings("ignore:.*the method does not read")
+@pytest.mark.parametrize("case", EQUAL)
+def test_tensors(models: Path, tmp_path: Path, case: str):
+    """The same names, and the same values."""
+    known = CASES[case]
+    found, theirs = fused(models, tmp_path / "out", known["yaml"]), recorded(case)
+    assert sorted(found) == known["names"] and theirs
+    for name, value in theirs.items():
+        near(found[name], value)
+    config = read_json(tmp_path / "out" / "config.json")
+    for key in ("num_hidden_layers", "vocab_size"):
+        assert config[key] == known["config"][key]
+    # mergekit leaves a base's `true` beside a head of its own, which transformers reads as ours.
+    assert config.get("tie_word_embeddings", False) == (HEAD not in found)
+
+
+def test_bfloat16(models: Path, tmp_path: Path):
+    """Mergekit rounds each step to bfloat16, and we the result alone."""
+    found = fused(models, tmp_path / "out", CASES["bf16"]["yaml"])
+    for name, theirs in recorded("bf16").items():
+        exact = sum(PEER["tensors"](x)[name].astype(np.float64) for x in "ab") / 2
+        np.testing.assert_array_equal(found[name], exact.astype(ml_dtypes.bfloat16))
+        assert np.abs(theirs - exact).max() >= np.abs(found[name] - exact).max()
+
+
+@pytest.mark.parametrize("case", sorted(RANDOM))
+def test_random_masks(models: Path, tmp_path: Path, case: str):
+    """Each weight is one of what its members can give it; as many are kept as there."""
+    found = fused(models, tmp_path / "out", CASES[case]["yaml"])
+    base, a, b = (PEER["tensors"](x) for x in ("base", "a", "b"))
+    moved, kept = [], []
+    for name, theirs in recorded(case).items():
+        for made, share in ((found[name], kept), (theirs, moved)):
+            share.append(np.mean(np.abs(made - base[name]) > 1e-7))
+        alone = (0.6 * (a[name] - base[name]), 0.4 * (b[name] - base[name]))
+        ours = found[name] - base[name]
+        if case == "dare_linear":  # without `rescale`: sums of what is kept, as it is
+            near_one = [np.abs(ours - x) < 1e-6 for x in (*alone, sum(alone), 0 * ours)]
+            assert np.logical_or.reduce(near_one).all()
+    assert abs(np.mean(kept) - np.mean(moved)) < 0.12
+
+
+@pytest.fixture(scope="module")
+def vlms(models: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """LLaVAs of transformers of the same LLMs, under the same names."""
+    root = tmp_path_factory.mktemp("vlms")
+    for seed, label in enumerate(("base", "a", "b", "c")):
+        text = {key: PEER["config"](label)[key] for key in SIZES}
+        vlm = hf_llava_folder(root / label, seed, text=text, image_token_index=19)
+        tensors = published(vlm) | {
+            f"language_model.{name}": torch.from_numpy(x)
+            for name, x in PEER["tensors"](label).items()
+        }
+        save_torch(tensors, root / label / "model.safetensors", {"format": "pt"})
+        for name in ("tokenizer.json", "tokenizer_config.json"):
+            shutil.copyfile(models / label / name, root / label / name)
+    return root
+
+
+SIZES = ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
+SIZES += ("num_key_value_heads", "vocab_size")
+VLMS = ("linear", "slerp", "nuslerp_base_rows", "task_arithmetic", "breadcrumbs", "ties")
+VLMS += ("model_stock", "model_stock_rows", "stack", "modules")
+
+
+@pytest.mark.filterwarnings("ignore:.*the method does not read")
+@pytest.mark.parametrize("case", VLMS)
+def test_llms_of_mllms(vlms: Path, tmp_path: Path, case: str):
+    """A YAML of MLLMs gives what mergekit makes of their LLMs alone; of MLLMs it merges no LLM."""
+    found = fused(vlms, tmp_path / "out", CASES[case]["yaml"])
+    assert sorted(found) == CASES[case]["names"]
+    for name, value in recorded(case).items():
+        near(found[name], value)
+
+
+def test_what_both_refuse(models: Path, tmp_path: Path):
+    (case,) = (x for x in CASES if "error" in CASES[x])
+    assert "density +/- epsilon" in CASES[case]["error"]
+    with pytest.raises(InputError, match="found 1.35 with density 0.66, expected density - eps"):
+        fused(models, tmp_path / "out", CASES[case]["yaml"])
+
+
+@pytest.mark.parametrize("kind", ["gpt2", "granite"])
+def test_llms_that_are_not_read(models: Path, tmp_path: Path, kind: str):
+    shutil.copytree(models / "a", tmp_path / "x")
+    (tmp_path / "x" / "config.json").write_text(json.dumps({"model_type": kind}))
+    text = "{merge_method: passthrough, models: [{model: x}]}"
+    with pytest.raises(InputError, match=f"config.json: found model_type '{kind}', expected one"):
+        fused(tmp_path, tmp_path / "out", text)

@@ -20,6 +20,7 @@ from converters.tables import find
 from converters.tables.visionfuse import arrange
 from converters.tokenizer import tokenizer_of
 from converters.towers import KINDS, read_tower
+from converters.values import Values
 from vfjax import InputError, Model, Processor, Settings
 from vfjax.chat import CHAT_TEMPLATE
 from vfjax.encoders.vit import resolve_taps
@@ -359,14 +360,16 @@ def _stops(source: Source, tokenizer: Any) -> tuple[int, ...]:
 
     The tokenizer's, and those of generation_config.json or else of config.json or its text_config
     (transformers generation/configuration_utils.py, from_model_config).
+
+    Raises:
+        InputError: something else than ids there.
     """
     stop: set[int] = set()
     for name in ("generation_config.json", "config.json"):
-        found = read_json(source.home / name) if (source.home / name).is_file() else {}
-        for place in (found, found.get("text_config")):
-            if not stop and isinstance(place, dict):
-                ids = place.get("eos_token_id")
-                stop |= set(ids if isinstance(ids, list) else [ids]) - {None}
+        file = source.home / name
+        whole = Values(read_json(file) if file.is_file() else {}, str(file))
+        for place in (whole, whole.section("text_config", None)):
+            stop = stop or set(place.ids("eos_token_id"))
     if tokenizer is not None and tokenizer.eos_token_id is not None:
         stop.add(tokenizer.eos_token_id)
     return tuple(sorted(stop))

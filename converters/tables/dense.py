@@ -14,7 +14,7 @@ from converters.tables.llava import (
     upstream_tower,
 )
 from converters.towers import Towers
-from converters.values import DEEPEST, Unused, Values
+from converters.values import ANY, DEEPEST, Unused, Values
 from vfjax.connectors import dense
 
 KINDS = ("sti", "sci", "dci")
@@ -42,8 +42,8 @@ def groups(config: Values, encoder: Mapping[str, Any]) -> dict[str, Any]:
     }
 
 
-UNUSED: Unused = {**llava.UNUSED, "is_video": (False, None)}
-"""Its code pools the tokens of videos."""
+UNUSED: Unused = {**llava.UNUSED, "if_pool": ANY, "is_video": (False, None)}
+"""Its code pools the tokens of videos, if_pool says whether."""
 
 LAYERS = "mm_dense_connector_layers"
 

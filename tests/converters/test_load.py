@@ -18,6 +18,7 @@ from sentencepiece import sentencepiece_model_pb2
 
 import converters
 from converters import tables
+from converters.inspect import inspect
 from converters.layouts import open_source
 from converters.load import model_config
 from converters.reader import read_json
@@ -92,6 +93,15 @@ def test_ids_that_end_an_answer(tmp_path: Path, files: dict, expected: tuple[int
     for name, changes in files.items():
         edit_json(tmp_path / name, **changes)
     assert load_processor(tmp_path).stop_ids == expected
+
+
+@pytest.mark.parametrize("ids", ["</s>", {"id": 2}, [2, None], 2.5])
+@pytest.mark.parametrize("file", ["config.json", "generation_config.json"])
+def test_what_is_no_id_of_a_token(tmp_path: Path, file: str, ids: object):
+    llama_folder(tmp_path)
+    edit_json(tmp_path / file, eos_token_id=ids)
+    with pytest.raises(InputError, match=f"{file}: eos_token_id: .* expected the id of a token"):
+        inspect(tmp_path)
 
 
 def load_processor(folder: Path) -> Processor:

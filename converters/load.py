@@ -364,12 +364,12 @@ def _stops(source: Source, tokenizer: Any) -> tuple[int, ...]:
     Raises:
         InputError: something else than ids there.
     """
-    stop: set[int] = set()
+    found = []
     for name in ("generation_config.json", "config.json"):
         file = source.home / name
         whole = Values(read_json(file) if file.is_file() else {}, str(file))
-        for place in (whole, whole.section("text_config", None)):
-            stop = stop or set(place.ids("eos_token_id"))
+        found += [x.ids("eos_token_id") for x in (whole, whole.section("text_config", None))]
+    stop = set(next(filter(None, found), ()))
     if tokenizer is not None and tokenizer.eos_token_id is not None:
         stop.add(tokenizer.eos_token_id)
     return tuple(sorted(stop))

@@ -102,7 +102,7 @@ def from_preprocessor(
     """
     kind = _kind(config, name)
     settings = dict(_DEFAULTS[kind])
-    rgb = config.get("do_convert_rgb")
+    rgb = config.get("do_convert_rgb", kind != "ViT")
     for key, value in config.items():
         if key in settings:
             settings[key] = settings[key] if value is None else value
@@ -133,7 +133,7 @@ def from_preprocessor(
         aspect = "pad"
     convert: Convert = "drop"
     if code == "transformers":
-        convert = "blend" if (kind != "ViT" if rgb is None else rgb) else "none"
+        convert = "blend" if rgb else "none"  # null is false there
     return ImageSpec(
         size=size,
         edge=edge,
@@ -154,12 +154,9 @@ def _unsupported(name: str, key: str, found: object, expected: str) -> InputErro
 
 def _kind(config: Mapping[str, Any], name: str) -> str:
     found = config.get("image_processor_type") or config.get("feature_extractor_type")
+    ends = ("ImageProcessor", "ImageProcessorFast", "ImageProcessorPil", "FeatureExtractor")
     for kind in _DEFAULTS:
-        if found in (
-            f"{kind}ImageProcessor",
-            f"{kind}ImageProcessorFast",
-            f"{kind}FeatureExtractor",
-        ):
+        if found in (kind + end for end in ends):
             return kind
     known = f"an image processor of {', '.join(_DEFAULTS)}, by a preprocessor_config.json"
     raise _unsupported(name, "image_processor_type", found, known)

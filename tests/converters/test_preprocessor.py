@@ -308,11 +308,14 @@ def test_pictures_of_all_modes_equal_transformers(tmp_path: Path, kind: str):
             check(open_file(path.read_bytes()), str(path), path)
 
 
-def test_pictures_that_are_not_converted():
+@pytest.mark.parametrize("convert", [False, None])
+def test_pictures_that_are_not_converted(tmp_path: Path, convert: bool | None):
     """With do_convert_rgb false transformers fails on all but RGB, by its number of means."""
-    config = {**CLIP, "do_convert_rgb": False}
+    config = {**CLIP, "image_processor_type": "CLIPImageProcessorPil", "do_convert_rgb": convert}
     spec = from_preprocessor(config, aspect="crop", code="transformers")
-    theirs = transformers.CLIPImageProcessorPil(do_convert_rgb=False)
+    (tmp_path / "preprocessor_config.json").write_text(json.dumps(config))
+    theirs = transformers.AutoImageProcessor.from_pretrained(tmp_path)
+    assert type(theirs) is transformers.CLIPImageProcessorPil
     picture = noise(40, 30)
     found = preprocess(picture, spec).transpose(2, 0, 1)
     pixels = theirs(picture, return_tensors="np").pixel_values[0]

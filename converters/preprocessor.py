@@ -90,7 +90,7 @@ def from_preprocessor(
     Args:
         config: content of a `preprocessor_config.json` of a CLIP, SigLIP, BiT (DINOv2), ViT (DINO),
             DINOv3 or LLaVA-NeXT processor, of the latter what becomes of a tile; keys it lacks have
-            transformers' defaults.
+            transformers' defaults, so have null values of keys that are no switches.
         aspect: from the model's own config (LLaVA's `image_aspect_ratio`), not in this file; but
             LlavaImageProcessor's do_pad is one.
         code: whose code the model's folder is for, see `vfjax.images.Convert`.
@@ -105,7 +105,8 @@ def from_preprocessor(
     rgb = config.get("do_convert_rgb", kind != "ViT")
     for key, value in config.items():
         if key in settings:
-            settings[key] = settings[key] if value is None else value
+            switch = isinstance(settings[key], bool)  # null turns it off
+            settings[key] = settings[key] if value is None and not switch else value
         elif key == "do_convert_rgb":
             continue
         elif key not in _NO_EFFECT and value is not None and value is not False:
@@ -156,7 +157,7 @@ def _kind(config: Mapping[str, Any], name: str) -> str:
     found = config.get("image_processor_type") or config.get("feature_extractor_type")
     ends = ("ImageProcessor", "ImageProcessorFast", "ImageProcessorPil", "FeatureExtractor")
     for kind in _DEFAULTS:
-        if found in (kind + end for end in ends):
+        if found in [kind + end for end in ends]:
             return kind
     known = f"an image processor of {', '.join(_DEFAULTS)}, by a preprocessor_config.json"
     raise _unsupported(name, "image_processor_type", found, known)

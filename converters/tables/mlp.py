@@ -93,10 +93,10 @@ def views(hf: Values, images: ImageSpec, encoder: Any, connector: LLaVAConfig) -
     side = math.isqrt(tokens)
     if side**2 != tokens:
         raise InputError(
-            "config.json: mm_vision_select_feature",
+            hf.where,
             found=f"{tokens} tokens a tile",
-            expected="a square of them, without the class token",
-            fix="use 'patch' with image_aspect_ratio 'anyres'",
+            expected="a square of them: all patches, and no class token",
+            fix="correct mm_vision_select_feature, or vision_feature_select_strategy",
         )
     merge, decimals = hf.choice("merge", MERGES), hf.whole("unpad_decimals", None, least=0)
     return Anyres(images, hf.pairs("pinpoints"), side, merge, decimals)

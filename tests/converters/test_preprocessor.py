@@ -215,6 +215,19 @@ def test_settings_that_would_change_pixels_are_refused(config: dict, key: str):
     assert "\n" not in str(error.value)
 
 
+@pytest.mark.parametrize("key", ["do_resize", "do_rescale", "do_normalize", "do_center_crop"])
+def test_a_switch_of_null_is_off(tmp_path: Path, key: str):
+    """Of what is switched off, pixels are others: not squares, not scaled."""
+    (tmp_path / "preprocessor_config.json").write_text(json.dumps({**CLIP, key: None}))
+    theirs = transformers.AutoImageProcessor.from_pretrained(tmp_path, backend="pil")
+    picture = noise(300, 250)
+    pixels = theirs(picture, return_tensors="np").pixel_values[0]
+    usual = transformers.CLIPImageProcessorPil()(picture, return_tensors="np").pixel_values[0]
+    assert pixels.shape != usual.shape or np.abs(pixels - usual).max() > 0.1
+    with pytest.raises(InputError, match=f"{key}: found (None|False), expected true"):
+        from_preprocessor({**CLIP, key: None}, aspect="crop")
+
+
 def test_settings_switched_off_are_accepted():
     config = {
         **CLIP,

@@ -51,11 +51,20 @@ _DEFAULTS: dict[str, dict[str, Any]] = {
     "Llava": _LLAVA,
     "LlavaNext": _LLAVA_NEXT,
 }
+_FILTERS = {
+    "DINOv3ViT": ((2,), "2, bilinear: of floats other filters give other values than of bytes"),
+    "LlavaNext": ((3,), "3, bicubic, with which pictures are laid on their canvas"),
+}
+"""Kinds that have one `resample` alone."""
+
 _NO_EFFECT = {
     "image_processor_type",
     "feature_extractor_type",
     "processor_class",
     "data_format",
+    "device",
+    "disable_grouping",
+    "image_seq_length",
     "return_tensors",
     "_valid_processor_keys",
 }
@@ -116,13 +125,16 @@ def from_preprocessor(
             raise _unsupported(name, key, settings[key], "true")
     if settings.get("default_to_square", True) is not True:
         raise _unsupported(name, "default_to_square", settings["default_to_square"], "true")
-    if settings["resample"] not in range(6):
-        raise _unsupported(name, "resample", settings["resample"], "a Pillow filter, 0 to 5")
+    filters, say = _FILTERS.get(kind, (range(6), "a Pillow filter, 0 to 5"))
+    if settings["resample"] not in filters:
+        raise _unsupported(name, "resample", settings["resample"], say)
     if not isinstance(settings["rescale_factor"], float | int):
         raise _unsupported(name, "rescale_factor", settings["rescale_factor"], "a number")
     edge, resize = _edge(settings["size"], kind, name)
     size = edge
     if settings["do_center_crop"]:
+        if settings["crop_size"] is None:
+            raise _unsupported(name, "crop_size", None, "one, as do_center_crop is true")
         size = _square(settings["crop_size"], name, "crop_size")
         if size > edge:
             raise _unsupported(name, "crop_size", size, f"at most the resized edge, {edge}")

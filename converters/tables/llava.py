@@ -244,7 +244,7 @@ def describe_hf(path: Path, config: Values, towers: Towers) -> Source:
         tables.find(part, f"{config.where}: {key}").config(part, f"{config.where}: {key}")
         for key, part in (("vision_config", vision), ("text_config", llm))
     )
-    taps = _taps(config)
+    taps = _taps(config, encoder.layers)
     select = config.choice("vision_feature_select_strategy", ("default", "full"), "default")
     branch = {
         "name": vision["model_type"].split("_")[0],
@@ -289,14 +289,14 @@ def _image_token(path: Path) -> str:
     return found
 
 
-def _taps(config: Values) -> list[int]:
-    """The hidden states that are read: `vision_feature_layer`, one or several."""
-    key = "vision_feature_layer"
+def _taps(config: Values, layers: int) -> list[int]:
+    """The hidden states that are read of a tower: `vision_feature_layer`, one or several."""
+    key, least = "vision_feature_layer", -layers - 1
     if isinstance(config.any(key), list):
-        if found := config.wholes(key, least=-DEEPEST, most=DEEPEST):
+        if found := config.wholes(key, least=least, most=layers):
             return list(found)
         raise config.error(key, "at least one layer")
-    return [config.whole(key, -2, least=-DEEPEST, most=DEEPEST)]
+    return [config.whole(key, -2, least=least, most=layers)]
 
 
 HF: Unused = {

@@ -189,7 +189,12 @@ class Fusion:
             self._keep_tokenizer(known, rows)
         else:
             first = next(iter(opened.values()))
-            self.owner = dataclasses.replace(first, path=self.made.folder, base=None)
+            kind = dict(self.made.tokenizer)
+            self.owner = dataclasses.replace(
+                first, path=self.made.folder, base=None, tokenizer=kind
+            )
+            total, words = self.result.llm["vocab_size"], self.made.words
+            self.vocabulary = known.changes(next(iter(opened)), rows, total, words)
         self.result.tokenizer = self.owner.tokenizer
         arrange(self.result, request.positions, request.mask)
         self.weights: Tensors = dict(self.merged)

@@ -59,14 +59,16 @@ def made_tokenizer(
     if not (recipe.tokenizer or recipe.tokenizer_source or recipe.chat_template):
         return None
     loaded = {label: tokenizer_of(source) for label, source in sources.items()}
+    classes = {label: source.tokenizer for label, source in sources.items()}
     for label, folder in others.items():
         file = Path(folder, "config.json")
-        known = tokenizer_class(read_json(file)) if file.is_file() else {}
-        loaded[label] = load_tokenizer(Path(folder), known)
+        classes[label] = tokenizer_class(read_json(file)) if file.is_file() else {}
+        loaded[label] = load_tokenizer(Path(folder), classes[label])
         if loaded[label] is None:
             fail(folder, "no tokenizer", "one, as the recipe names it", "correct the path")
     rows = {label: llm["model.embed_tokens.weight"].shape[0] for label, llm in llms.items()}
     made = Vocabulary(recipe, loaded, rows)
+    made.tokenizer = classes[made.start]
     settings = next(iter(sources.values())).home / "generation_config.json"
     if settings.is_file():
         shutil.copyfile(settings, made.folder / settings.name)
@@ -85,6 +87,9 @@ class Vocabulary:
     Attributes:
         folder: holds the made tokenizer's files, while this object lives.
         size: rows of the merged embeddings; None if the models' are kept.
+        words: token -> id.
+        start: label of the model whose tokenizer was changed to this.
+        tokenizer: what that model's folder says of its class, see `Source`.
 
     Raises:
         InputError: no tokenizer, one that tokens can't be taken out of, an unknown template, or
@@ -93,10 +98,11 @@ class Vocabulary:
 
     def __init__(self, recipe: Recipe, loaded: Mapping[str, Any], rows: Mapping[str, int]):
         self.size: int | None = None
+        self.tokenizer: Mapping[str, str] = {}
         given = recipe.tokenizer or {}
         keys("tokenizer", given, ("source", "tokens", "pad_to_multiple_of"))
         source = given.get("source", "union") if recipe.tokenizer else recipe.tokenizer_source
-        base = recipe.base or next(iter(loaded))
+        self.start = base = recipe.base or next(iter(loaded))
         if loaded[base] is None:
             wanted = f"one in {base}, for tokenizer or chat_template"
             fail("recipe", "no tokenizer", wanted, "copy its files there")
@@ -114,6 +120,7 @@ class Vocabulary:
         self._home = tempfile.TemporaryDirectory()
         self.folder = Path(self._home.name)
         made.save_pretrained(self.folder)
+        self.words = made.get_vocab()
 
     @property
     def digest(self) -> str:
@@ -127,8 +134,8 @@ class Vocabulary:
         """The tokenizer of a source: "base", "union" or a label."""
         if not isinstance(source, str) or source not in ("union", "base", *known):
             fail("tokenizer", repr(source), "union, base or a model", "name one of these")
-        start = source if source in known else base
-        made = _cut(known[start], limits[start], start)
+        self.start = source if source in known else base
+        made = _cut(known[self.start], limits[self.start], self.start)
         if source != "union" or source in known:
             return made
         added: dict[str, Any] = {}

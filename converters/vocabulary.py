@@ -157,18 +157,36 @@ class Vocabularies:
             )
         return None
 
-    def changes(self, owner: str | None, rows: Mapping[str, int], total: int) -> list[str]:
-        """A sentence for each model whose rows or tokens the result has not just as they were."""
+    def changes(
+        self,
+        owner: str | None,
+        rows: Mapping[str, int],
+        total: int,
+        made: Mapping[str, int] | None = None,
+    ) -> list[str]:
+        """A sentence for each model whose rows or tokens the result has not just as they were.
+
+        Args:
+            owner: whose tokenizer is kept, None if no model has one.
+            rows: label -> rows of the embedding.
+            total: of the written embedding.
+            made: token -> id of a tokenizer that was made in place of the owner's: rows moved with
+                their tokens.
+        """
         out = []
         for label, count in rows.items():
             said_of = [f"{count - total} of {count} rows dropped"] if count > total else []
             said_of += [f"{total - count} rows more than its {count}"] if count < total else []
-            if owner is not None and label in self.opened and (said_of or not self.alike):
-                own, kept = self.words(label), self.words(owner)
-                gone = [word for word, i in own.items() if kept.get(word) != i or i >= total]
+            differ = said_of or not self.alike or made is not None
+            if owner is not None and label in self.opened and differ:
+                own, kept = self.words(label), self.words(owner) if made is None else made
+                gone = [word for word in own if word not in kept]
+                if made is None:
+                    gone = [word for word, i in own.items() if kept.get(word) != i or i >= total]
                 said_of += [f"without its tokens {_some(gone, own)}"] if gone else []
                 new = [word for word, i in kept.items() if word not in own and i < total]
-                said_of += [f"with {_some(new, kept)} of {said(owner)}"] if new else []
+                whose = f" of {said(owner)}" if made is None else ""
+                said_of += [f"with {_some(new, kept)}{whose}"] if new else []
             if said_of:
                 out.append(f"{said(label)}: {', '.join(said_of)}")
         return out

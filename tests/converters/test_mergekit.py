@@ -77,6 +77,23 @@ def test_tokens_and_embeddings(models: Path, tmp_path: Path, case: str):
         np.testing.assert_allclose(found[name][padding], theirs[padding], rtol=0, atol=2e-6)
 
 
+def test_what_becomes_of_tokens_is_said(models: Path, tmp_path: Path):
+    """In MERGE.md, as for `vocab`: rows and tokens that a model gets or loses."""
+    fused(models, tmp_path / "out", CASES["from_other"]["yaml"])
+    said = (tmp_path / "out" / "MERGE.md").read_text().partition("## Vocabulary")[2]
+    lines = [line for line in said.partition("## Sources")[0].splitlines() if line]
+    assert lines == [
+        "- member 'base-2': 3 rows more than its 32, with 'more' (32), 'words' (33), "
+        "'<|im_end|>' (34)",
+        "- member 'chatml': 1 rows more than its 34, without its tokens '<|im_start|>' (32), "
+        "with 'more' (32), 'words' (33)",
+        "- member 'other': 5 of 40 rows dropped",
+    ]
+    fused(models, tmp_path / "same", CASES["chat_text"]["yaml"])
+    said = (tmp_path / "same" / "MERGE.md").read_text()
+    assert "'padded': without its tokens '<UNUSED_0>' (32), '<UNUSED_1>' (33)" in said
+
+
 UNORDERED = {"task", "shared", "no_base", "chat_auto"}
 """Where mergekit's ids of new tokens hang on a hash; ours are in the recipe's order."""
 

@@ -50,7 +50,8 @@ def fused(models: Path, out: Path, text: str, **options: Any) -> dict[str, np.nd
     here = Path.cwd()
     os.chdir(models)
     try:
-        converters.fuse({}, out, recipe=file, export="llm", account=False, **options)
+        options = {"export": "llm", "account": False, **options}
+        converters.fuse({}, out, recipe=file, **options)
     finally:
         os.chdir(here)
     return {name: tensor[...] for name, tensor in read_weights(out).items()}
@@ -149,6 +150,17 @@ def test_llms_of_mllms(vlms: Path, tmp_path: Path, case: str):
     assert sorted(found) == CASES[case]["names"]
     for name, value in recorded(case).items():
         near(found[name], value)
+
+
+@pytest.mark.parametrize("source", ["a", "union"])
+def test_class_of_a_made_tokenizer(vlms: Path, tmp_path: Path, source: str):
+    """A made tokenizer is read as the folder's that it was made of."""
+    models = "models: [{model: a, parameters: {weight: 1}}, {model: b, parameters: {weight: 1}}]"
+    text = f"{{merge_method: linear, tokenizer_source: {source}, {models}}}"
+    fused(vlms, tmp_path / "out", text, export="model", template="vicuna_v1")
+    kept = converters.open_source(vlms / "a").tokenizer
+    assert kept["model_type"] == "llava"
+    assert read_json(tmp_path / "out" / "config.json")["tokenizer"] == kept
 
 
 def test_what_both_refuse(models: Path, tmp_path: Path):

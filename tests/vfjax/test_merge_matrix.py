@@ -3,6 +3,7 @@ import ml_dtypes
 import numpy as np
 import pytest
 
+from vfjax.merge import merge
 from vfjax.merge.matrix import iso, iso_cts, optmerge, tsv, wudi
 
 METHODS = [wudi, optmerge, tsv, iso, iso_cts]
@@ -267,3 +268,17 @@ def test_spectra_of_the_results():
     s = np.linalg.svd(merged(tsv, base, members) - base, compute_uv=False)
     own = np.sort(np.hstack([np.linalg.svd(x, compute_uv=False)[:8] for x in taus]))[::-1]
     np.testing.assert_allclose(s, own, rtol=1e-4)
+
+
+@pytest.mark.parametrize("method", ["wudi", "optmerge", "tsv"])
+def test_the_head_is_averaged(method):
+    """By its name, as `wudi_merging` and `wudi_merging2` of MLLMerging have it; not so TSV."""
+    base, members = sources((14, 14), 2)
+    names = ("lm_head.weight", "model.layers.0.mlp.up_proj.weight")
+    given = {label: dict.fromkeys(names, x) for label, x in zip("ab", members, strict=True)}
+    steps = {} if method == "tsv" else {"steps": 2}
+    found = merge(dict.fromkeys(names, base), given, method, {"scale": 0.5, **steps})
+    head, matrix = (found[name][...] for name in names)
+    mean = base + 0.5 * (members[0] - base + members[1] - base) / 2
+    assert np.allclose(head, mean, rtol=0, atol=1e-7) == (method != "tsv")
+    assert not np.allclose(matrix, mean, rtol=0, atol=1e-3)

@@ -143,6 +143,10 @@ class Merger:
                 dtype that cannot be merged, or a share of the whole model that varies.
         """
         found, values, flags = find(method, params, len(members))
+        if found.leaves(name):
+            method, even = "task_arithmetic", [1 / len(members)] * len(members)
+            mean = {"weights": even, "scale": float(values["scale"])}
+            found, values, flags = find(method, mean, len(members))
         everything = [*members] if base is None else [base, *members]
         if found.base == "required" and base is None:
             raise InputError(

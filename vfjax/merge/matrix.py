@@ -1,7 +1,8 @@
 """Merge formulas that read whole matrices.
 
 Matrices are [out, in], as checkpoints store them. A tensor that is not a matrix gets
-base + scale * mean of the deltas, as in the official code of each method. Products run at highest
+base + scale * mean of the deltas, as in the official code of each method; so does the head under
+WUDI and OptMerge, by its name. Products run at highest
 precision: accelerators would otherwise round their operands below float32.
 """
 
@@ -17,11 +18,13 @@ from vfjax.merge.methods import Array, register
 
 COMMON = 0.8
 """Share of the rank that Iso-CTS gives to the common subspace (the paper's choice)."""
+HEAD = ("lm_head",)
+"""What WUDI and OptMerge do not optimise, though it is a matrix."""
 MIN_COSINE = 1e-5
 """Singular values of a stack of unit vectors below this are rounding."""
 
 
-@register(whole=True)
+@register(whole=True, averages=HEAD)
 def wudi(
     base: Array,
     members: Sequence[Array],
@@ -34,7 +37,8 @@ def wudi(
 
     WUDI-Merging, arXiv 2503.08099, as `wudi_merging` of WalkerWorldPeace/MLLMerging has it: tau
     starts at the sum of the deltas tau_i. A member equal to the base takes no part. A tensor that
-    is not a matrix: see the module.
+    is not a matrix, and the head: see the module. Their scripts also keep the base's embeddings,
+    norms and biases, which rules can say.
 
     Args:
         base: float array, the pretrained weights.
@@ -52,7 +56,7 @@ def wudi(
     return start + scale * _disentangle(deltas, deltas, deltas, steps, learning_rate)
 
 
-@register(whole=True)
+@register(whole=True, averages=HEAD)
 def optmerge(
     base: Array,
     members: Sequence[Array],
@@ -66,7 +70,7 @@ def optmerge(
     Minimises sum_i |(tau - t_i) (S_i V_i^T)^T|^2 / |tau_i|^2, where U_i S_i V_i^T is the rank-k SVD
     of tau_i, and t_i is the mean delta plus the rank-k SVD of tau_i - mean. OptMerge, arXiv
     2505.19892, as `wudi_merging2` of WalkerWorldPeace/MLLMerging (InternVL) has it: tau starts at
-    the sum of the deltas. A tensor that is not a matrix: see the module.
+    the sum of the deltas. The head, a tensor that is not a matrix, and their scripts: see `wudi`.
 
     Args:
         base: float array, the pretrained weights.

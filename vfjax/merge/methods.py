@@ -47,6 +47,7 @@ class Method:
             None) or "unread".
         params: its keyword parameters, with type and default.
         whole: it takes full tensors.
+        averages: parts of the names of tensors that its authors' code leaves to the mean delta.
         rows: it compares the elements of a row, so that its blocks are [rows, width].
         random: it draws random numbers.
         takes: fewest and most members.
@@ -58,6 +59,7 @@ class Method:
     base: Literal["required", "optional", "unread"]
     params: Mapping[str, inspect.Parameter]
     whole: bool = False
+    averages: tuple[str, ...] = ()
     rows: bool = False
     random: bool = False
     takes: tuple[int, int | None] = (1, None)
@@ -67,6 +69,10 @@ class Method:
     def in_passes(self) -> bool:
         """It asks for numbers of the whole tensor."""
         return inspect.isgeneratorfunction(self.fn)
+
+    def leaves(self, tensor: str) -> bool:
+        """It gives the tensor of this name the mean delta."""
+        return any(part in tensor for part in self.averages)
 
     def __call__(self, base: Array | None, members: Sequence[Array], **params: Any) -> Any:
         """The formula; the base is dropped if it reads none."""
@@ -82,6 +88,7 @@ METHODS: dict[str, Method] = {}
 def register(
     *,
     whole: bool = False,
+    averages: tuple[str, ...] = (),
     rows: bool = False,
     random: bool = False,
     takes: tuple[int, int | None] = (1, None),
@@ -100,7 +107,7 @@ def register(
         if base == "required" and signature["base"].annotation == Array | None:
             base = "optional"
         METHODS[fn.__name__] = Method(
-            fn.__name__, fn, base, params, whole, rows, random, takes, check
+            fn.__name__, fn, base, params, whole, averages, rows, random, takes, check
         )
         return fn
 

@@ -21,10 +21,12 @@ class Message:
     Attributes:
         role: "system", "user" or "assistant".
         parts: texts (str), and pictures or videos (anything else), in order.
+        name: who that is; for a folder's own chat template alone.
     """
 
     role: str
     parts: tuple[Any, ...]
+    name: str | None = None
 
 
 def tokenize(processor: Processor, messages: Sequence[Message]) -> tuple[list[int], list[Picture]]:
@@ -84,7 +86,8 @@ def _own(processor: Processor, messages: Sequence[Message]) -> tuple[list[int], 
             chat.words(_plain(part, processor)) if isinstance(part, str) else chat.PICTURE
             for part in message.parts
         ]
-        said.append({"role": message.role, "content": parts})
+        name = {} if message.name is None else {"name": message.name}
+        said.append({"role": message.role, "content": parts, **name})
     return _ids(processor, processor.render_messages(said)), pictures
 
 

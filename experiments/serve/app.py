@@ -5,9 +5,11 @@ import contextlib
 import dataclasses
 import functools
 import json
+import logging
+import re
 import secrets
 import time
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Sequence
 from typing import Any, NoReturn
 
 import anyio
@@ -22,6 +24,11 @@ from experiments.serve.batcher import Batcher, Event, Job, Piece
 from experiments.serve.openapi import describe
 from vfjax import InputError
 
+LOG = logging.getLogger(__name__)
+LOGGED: set[str] = set()
+"""Ignored keys that the log has."""
+IGNORED_HEADER = "X-Ignored"
+"""Header of an answer that names the keys of its request that were nothing to it."""
 RETRY = {"Retry-After": "1"}
 READERS = 4
 """Requests whose pictures are decoded at a time."""
@@ -149,9 +156,10 @@ class _Answer:
         gone = asyncio.create_task(_disconnected(request))
         try:
             first = await self._next(gone)
+            headers = _ignored(self.asked.ignored)
             if self.asked.stream:
                 events = self._stream(first)
-                return StreamingResponse(events, media_type="text/event-stream")
+                return StreamingResponse(events, headers=headers, media_type="text/event-stream")
             text, piece = first.text, first
             while not piece.finish:
                 piece = await self._next(gone)
@@ -163,7 +171,8 @@ class _Answer:
             gone.cancel()
         message = {"role": "assistant", "content": text, "refusal": None}
         choice = {"message": message, "finish_reason": piece.finish}
-        return _json(self._object("chat.completion", choice) | {"usage": _usage(piece)})
+        found = self._object("chat.completion", choice) | {"usage": _usage(piece)}
+        return _json(found, headers=headers)
 
     async def _next(self, gone: asyncio.Task[None] | None = None) -> Piece:
         """The next piece; raises what ended the job, or Refused where that takes too long."""
@@ -221,6 +230,19 @@ class _Answer:
             "model": self.model,
             "choices": [{"index": 0, "logprobs": None, **choice} for choice in choices],
         }
+
+
+def _ignored(keys: Sequence[str]) -> dict[str, str]:
+    """Tells the client of keys that were nothing to the answer; the log, of each once."""
+    if not keys:
+        return {}
+    names = [ascii(key)[1:-1][:60] for key in keys[:20]]
+    for key in {re.sub(r"\[\d+\]", "[]", name) for name in names} - LOGGED:
+        if len(LOGGED) < 100:  # clients choose them
+            LOGGED.add(key)
+            LOG.warning("%s: a key that is unknown or nothing to this model, not used", key)
+    more = [f"and {len(keys) - 20} more"] if len(keys) > 20 else []
+    return {IGNORED_HEADER: ", ".join(names + more)}
 
 
 def _usage(piece: Piece) -> dict[str, int]:

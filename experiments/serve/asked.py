@@ -4,6 +4,7 @@ import base64
 import binascii
 import dataclasses
 import json
+import re
 import secrets
 from collections.abc import Mapping
 from typing import Any, NoReturn
@@ -11,32 +12,12 @@ from urllib.parse import urlsplit
 
 import httpx2
 
+from experiments.serve.keys import IGNORED, MESSAGE, ONLY, PART, TEMPLATE, allowed
 from experiments.serve.pictures import read_picture
 from vfjax import InputError, Processor
+from vfjax.chat import CHAT_TEMPLATE
 from vfjax.images import File
 from vfjax.messages import Message, tokenize
-
-IGNORED = {
-    *("user", "metadata", "store", "service_tier", "parallel_tool_calls"),
-    *("safety_identifier", "prompt_cache_key"),
-}
-"""Keys that don't change an answer."""
-
-ONLY: Mapping[str, tuple[Any, ...]] = {
-    "n": (1,),
-    "best_of": (1,),
-    "frequency_penalty": (0,),
-    "presence_penalty": (0,),
-    "repetition_penalty": (1,),
-    "logit_bias": ({},),
-    "logprobs": (False,),
-    "top_logprobs": (0,),
-    "top_k": (-1, 0),
-    "tools": ([],),
-    "tool_choice": ("none", "auto"),
-    "response_format": ({"type": "text"},),
-}
-"""Keys that are taken with these values only."""
 
 
 class Refused(Exception):
@@ -93,6 +74,7 @@ class Asked:
         stream: whether the answer comes in pieces.
         usage: whether its last piece counts tokens.
         sampling: the job's remaining arguments.
+        ignored: keys that are nothing here, as paths in the body.
     """
 
     ids: list[int]
@@ -100,6 +82,7 @@ class Asked:
     stream: bool
     usage: bool
     sampling: dict[str, Any]
+    ignored: tuple[str, ...] = ()
 
 
 def read(body: bytes, limits: Limits, processor: Processor) -> Asked:
@@ -109,24 +92,25 @@ def read(body: bytes, limits: Limits, processor: Processor) -> Asked:
         Refused: anything that is wrong with it, status 400, or 404 for another model.
     """
     try:
-        found = json.loads(body, parse_constant=_constant)
+        found = json.loads(body, parse_constant=_constant, object_pairs_hook=_object)
     except (ValueError, RecursionError) as error:
         _bad("body", f"no JSON ({error})", "an object")
     if not isinstance(found, dict):
         _bad("body", f"a JSON {type(found).__name__}", "an object")
-    taken = _Taken({key: value for key, value in found.items() if value is not None})
+    taken = _Taken(_given(found))
     name = taken.text("model")
     if name != limits.model:
         message = f"model: found {name!r}, expected {limits.model!r}; ask for that one"
         raise Refused(404, message, code="model_not_found", param="model")
     stream = taken.flag("stream")
-    options = taken.get("stream_options", {}, dict, "an object")
-    if options and not stream:
-        _bad("stream_options", "it without stream", "stream: true")
-    usage = _Taken(options).flag("include_usage")
-    sampling = _sampling(taken)
-    messages = _messages(taken.get("messages", None, list, "a list"), limits)
-    _others(taken)
+    ignored: list[str] = []
+    usage = _stream_options(taken, stream, ignored)
+    sampling = _sampling(taken, ignored)
+    messages = _messages(taken.get("messages", None, list, "a list"), limits, processor, ignored)
+    _template_options(taken, processor, ignored)
+    for key in sorted(taken.rest.keys() & IGNORED):
+        del taken.rest[key]
+    ignored += _others(taken.rest, ONLY, "")
     try:
         ids, pictures = tokenize(processor, messages)
     except InputError as error:
@@ -134,7 +118,7 @@ def read(body: bytes, limits: Limits, processor: Processor) -> Asked:
     context = processor.config.llm.context
     if len(ids) >= context:
         _bad("messages", f"{len(ids)} tokens", f"fewer than {context}, the LLM's context")
-    return Asked(ids, pictures, stream, usage, sampling)
+    return Asked(ids, pictures, stream, usage, sampling, tuple(ignored))
 
 
 class _Taken:
@@ -170,9 +154,42 @@ class _Taken:
         return value
 
 
-def _sampling(taken: _Taken) -> dict[str, Any]:
+def _stream_options(taken: _Taken, stream: bool, ignored: list[str]) -> bool:
+    """Whether a stream ends with its usage."""
+    options = _Taken(_given(taken.get("stream_options", {}, dict, "an object")))
+    usage = options.flag("include_usage")
+    options.flag("include_obfuscation")  # letters that hide lengths; there are none
+    ignored += _others(options.rest, {"continuous_usage_stats": (False,)}, "stream_options.")
+    if usage and not stream:
+        _bad("stream_options.include_usage", "it without stream", "stream: true")
+    return usage
+
+
+def _template_options(taken: _Taken, processor: Processor, ignored: list[str]) -> None:
+    """Variables of a chat template: none is set, so what the template reads is refused."""
+    options = _given(taken.get("chat_template_kwargs", {}, dict, "an object"))
+    efforts = {key: taken.rest.pop(key) for key in TEMPLATE if key in taken.rest}
+    own = _own_template(processor)
+    for where, found in (("chat_template_kwargs.", options), ("", efforts)):
+        for key, value in found.items():
+            if _reads(own, key):
+                _bad(where + _cut(key), _cut(value), "none, as the model's template reads it")
+            ignored.append(where + key)
+
+
+def _own_template(processor: Processor) -> str:
+    return processor.chat_template if processor.template == CHAT_TEMPLATE else ""
+
+
+def _reads(template: str, name: str) -> bool:
+    return re.search(rf"\b{re.escape(name)}\b", template) is not None
+
+
+def _sampling(taken: _Taken, ignored: list[str]) -> dict[str, Any]:
     """OpenAI's defaults: temperature and top-p are 1."""
     counts = [taken.count(key, 1, 1 << 31) for key in ("max_completion_tokens", "max_tokens")]
+    if None not in counts and counts[0] != counts[1]:
+        ignored.append("max_tokens")
     seed = taken.count("seed", -(1 << 63), (1 << 63) - 1)
     stop = taken.get("stop", [], (str, list), "a string or a list of them")
     stops = (stop,) if isinstance(stop, str) else tuple(stop)
@@ -187,46 +204,93 @@ def _sampling(taken: _Taken) -> dict[str, Any]:
     }
 
 
-def _others(taken: _Taken) -> None:
-    """Refuses what would be asked for in vain."""
-    for key, value in taken.rest.items():
-        if key in IGNORED:
+def _others(rest: Mapping[str, Any], only: Mapping[str, tuple[Any, ...]], where: str) -> list[str]:
+    """Refuses what would be asked for in vain; the keys that nothing is known of."""
+    unknown = []
+    for key, value in rest.items():
+        if value is None:
             continue
-        if key not in ONLY:
-            _bad(key, "a key that this server does not know", "none of that name")
-        if not any(value == allowed for allowed in ONLY[key]):
-            _bad(key, json.dumps(value)[:40], " or ".join(map(json.dumps, ONLY[key])))
+        if key not in only:
+            unknown.append(where + key)
+        elif not allowed(value, only[key]) and not _no_bias(key, value):
+            values = " or ".join(map(json.dumps, only[key])) or "none"
+            _bad(where + key, _cut(value), f"{values}, as it is not supported")
+    return unknown
 
 
-def _messages(found: list[Any], limits: Limits) -> list[Message]:
+def _no_bias(key: str, value: Any) -> bool:
+    return (
+        key == "logit_bias"
+        and isinstance(value, dict)
+        and all(allowed(v, (0,)) for v in value.values())
+    )
+
+
+def _given(found: Mapping[str, Any]) -> dict[str, Any]:
+    """Without the keys that are null."""
+    return {key: value for key, value in found.items() if value is not None}
+
+
+def _cut(value: Any) -> str:
+    text = json.dumps(value)
+    return text if len(text) <= 40 else text[:37] + "..."
+
+
+def _messages(
+    found: list[Any], limits: Limits, processor: Processor, ignored: list[str]
+) -> list[Message]:
     out = []
     budget = _Budget(limits)
+    named = _reads(_own_template(processor), "name")
     for i, message in enumerate(found):
         where = f"messages[{i}]"
         role = message.get("role") if isinstance(message, dict) else None
         if not isinstance(role, str):
             _bad(where, "no role", "an object with role and content")
-        content = message.get("content")
-        parts = content if isinstance(content, list) else [{"type": "text", "text": content}]
+        rest = _given(message)
+        name = rest.pop("name", None)
+        if not isinstance(name, str | None):
+            _bad(f"{where}.name", f"a {type(name).__name__}", "a string")
+        if name is not None and not named:
+            ignored.append(f"{where}.name")
+        content = rest.pop("content", None)
+        del rest["role"]
+        ignored += _others(rest, MESSAGE, f"{where}.")
+        parts = content if isinstance(content, list) else [content]
         role = "system" if role == "developer" else role
-        read = [_part(part, f"{where}.content[{k}]", budget) for k, part in enumerate(parts)]
-        out.append(Message(role, tuple(read)))
+        read = [
+            _part(part, f"{where}.content[{k}]", budget, ignored) for k, part in enumerate(parts)
+        ]
+        out.append(Message(role, tuple(read), name))
     if not out:
         _bad("messages", "none", "at least one")
     return out
 
 
-def _part(part: Any, where: str, budget: "_Budget") -> Any:
-    kind = part.get("type") if isinstance(part, dict) else None
-    if kind == "text" and isinstance(part.get("text"), str):
-        if any(0xD800 <= ord(letter) < 0xE000 for letter in part["text"]):
+DETAILS = ("auto", "low", "high", "original")
+"""Of a picture, by OpenAI; the model alone decides how it looks at it."""
+
+
+def _part(part: Any, where: str, budget: "_Budget", ignored: list[str]) -> Any:
+    rest = {"type": "text", "text": part} if isinstance(part, str) else part
+    rest = _given(rest) if isinstance(rest, dict) else {}
+    kind = rest.pop("type", None)
+    value = rest.pop(kind, None) if kind in ("text", "image_url") else None
+    if kind == "text" and isinstance(value, str):
+        if any(0xD800 <= ord(letter) < 0xE000 for letter in value):
             _bad(where, "half of a surrogate pair", "whole characters")
-        return part["text"]
-    address = part.get("image_url") if kind == "image_url" else None
-    address = address.get("url") if isinstance(address, dict) else address
-    if not isinstance(address, str):
+        ignored += _others(rest, PART, f"{where}.")
+        return value
+    if kind == "image_url":
+        holds = _given(value) if isinstance(value, dict) else {"url": value}
+        value, detail = holds.pop("url", None), holds.pop("detail", "auto")
+        if detail not in DETAILS:
+            _bad(f"{where}.image_url.detail", _cut(detail), " or ".join(DETAILS))
+        ignored += _others(rest, PART, f"{where}.")
+        ignored += _others(holds, PART, f"{where}.image_url.")
+    if kind != "image_url" or not isinstance(value, str):
         _bad(where, f"a part of type {str(kind)[:40]!r}", "text with text, or image_url with url")
-    return budget.picture(address, where)
+    return budget.picture(value, where)
 
 
 class _Budget:
@@ -289,6 +353,16 @@ def fetch(address: str, where: str, limits: Limits) -> bytes:
     except (httpx2.HTTPError, httpx2.InvalidURL) as error:
         _bad(where, f"no answer from {host} ({type(error).__name__})", "a picture")
     return b"".join(parts)
+
+
+def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """A JSON object; of two values for a key one would be lost."""
+    found: dict[str, Any] = {}
+    for key, value in pairs:
+        if key in found:
+            raise ValueError(f"the key {_cut(key)} is there twice")
+        found[key] = value
+    return found
 
 
 def _constant(name: str) -> NoReturn:

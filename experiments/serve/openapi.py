@@ -1,8 +1,10 @@
 """The OpenAPI description of what the server takes, as far as a schema can say it."""
 
+from collections.abc import Mapping
 from typing import Any
 
-from experiments.serve.asked import IGNORED, ONLY
+from experiments.serve.asked import DETAILS
+from experiments.serve.keys import IGNORED, MESSAGE, ONLY, PART, TEMPLATE
 
 
 def _object(required: tuple[str, ...] = (), **properties: Any) -> dict[str, Any]:
@@ -17,6 +19,11 @@ def _answer(description: str, schema: dict[str, Any]) -> dict[str, Any]:
     return {"description": description, "content": {"application/json": {"schema": schema}}}
 
 
+def _only(keys: Mapping[str, tuple[Any, ...]]) -> dict[str, Any]:
+    """Keys that are taken at some values alone."""
+    return {key: {"enum": [*values, None]} for key, values in keys.items()}
+
+
 def _or_null(schema: dict[str, Any]) -> dict[str, Any]:
     return {"anyOf": [schema, {"type": "null"}]}
 
@@ -24,17 +31,25 @@ def _or_null(schema: dict[str, Any]) -> dict[str, Any]:
 STRING, INTEGER, FLAG = {"type": "string"}, {"type": "integer"}, {"type": "boolean"}
 COUNT = _or_null({"type": "integer", "minimum": 1, "maximum": 1 << 31})
 STOP = {"type": "string", "minLength": 1, "maxLength": 255}
-TEXT = _object(("type", "text"), type={"const": "text"}, text=STRING)
+TEXT = _object(("type", "text"), type={"const": "text"}, text=STRING, **_only(PART))
 ADDRESS = {"type": "string", "description": "data:image/...;base64,..."}
 PICTURE = _object(
     ("type", "image_url"),
     type={"const": "image_url"},
-    image_url={"anyOf": [_object(("url",), url=ADDRESS), ADDRESS]},
+    image_url={
+        "anyOf": [
+            _object(("url",), url=ADDRESS, detail={"enum": [*DETAILS, None]}, **_only(PART)),
+            ADDRESS,
+        ]
+    },
+    **_only(PART),
 )
 MESSAGE = _object(
     ("role", "content"),
     role={"enum": ["system", "developer", "user", "assistant"]},
-    content={"anyOf": [STRING, _array({"anyOf": [TEXT, PICTURE]}, minItems=1)]},
+    content={"anyOf": [STRING, _array({"anyOf": [TEXT, PICTURE, STRING]}, minItems=1)]},
+    name=_or_null(STRING),
+    **_only(MESSAGE),
 )
 USAGE = _object(
     ("prompt_tokens", "completion_tokens", "total_tokens"),
@@ -82,13 +97,16 @@ FAULTS = {
 def describe(model: str) -> dict[str, Any]:
     """The description of a server of that model.
 
-    What it leaves to words: roles come in the order of a conversation, the prompt fits the context,
-    pictures can be decoded and `stream_options` needs `stream`.
+    Other keys are taken, and named by the answer's header `X-Ignored`. What it leaves to words:
+    roles come in the order of a conversation, the prompt fits the context, pictures can be decoded,
+    usage is asked for with `stream`, `logit_bias` may hold zeros, and what the model's own chat
+    template reads is refused in `chat_template_kwargs`.
     """
     name = {"name": "name", "in": "path", "required": True, "schema": STRING}
     models = _object(("object", "data"), object={"const": "list"}, data=_array(MODEL))
     health = _object(("status", "requests"), status=STRING, requests=INTEGER)
     completed = _answer("the answer; with `stream` as server-sent events", COMPLETION)
+    completed["headers"] = {"X-Ignored": {"description": "keys not used", "schema": STRING}}
     completed["content"]["text/event-stream"] = {"schema": STRING}
     return {
         "openapi": "3.1.0",
@@ -126,20 +144,26 @@ def _chat(model: str) -> dict[str, Any]:
         "model": {"enum": [model]},
         "messages": _array(MESSAGE, minItems=1),
         "stream": _or_null(FLAG),
-        "stream_options": _or_null(_object(include_usage=FLAG)),
+        "stream_options": _or_null(
+            _object(
+                include_usage=_or_null(FLAG),
+                include_obfuscation=_or_null(FLAG),
+                continuous_usage_stats={"enum": [False, None]},
+            )
+        ),
+        "chat_template_kwargs": _or_null({"type": "object"}),
         "max_tokens": COUNT,
         "max_completion_tokens": COUNT,
         "temperature": _or_null({"type": "number", "minimum": 0, "maximum": 100}),
         "top_p": _or_null({"type": "number", "minimum": 0, "maximum": 1}),
         "stop": {"anyOf": [STOP, _array(STOP, maxItems=16), {"type": "null"}]},
         "seed": _or_null({"type": "integer", "minimum": -(1 << 63), "maximum": (1 << 63) - 1}),
-        **{key: {"enum": [*values, None]} for key, values in ONLY.items()},
-        **{key: {} for key in sorted(IGNORED)},
+        **_only(ONLY),
+        **{key: {} for key in sorted(IGNORED | TEMPLATE)},
     }
     required = ["model", "messages"]
     return {
         "type": "object",
         "properties": properties,
         "required": required,
-        "additionalProperties": False,
     }

@@ -14,6 +14,7 @@ import subprocess
 import sys
 import threading
 import time
+import typing
 from pathlib import Path
 
 import httpx2
@@ -25,8 +26,9 @@ from starlette.testclient import TestClient
 import converters
 import vfjax
 from experiments.serve.app import Service
-from experiments.serve.asked import Limits, Refused, fetch
+from experiments.serve.asked import Limits, Refused, fetch, read
 from experiments.serve.batcher import LENGTHS, Batcher, Job
+from experiments.serve.keys import IGNORED, ONLY, TEMPLATE
 from tests.experiments.pictures import black_png
 from vfjax.generate import _decode, _first, _prefill
 
@@ -204,6 +206,12 @@ def test_a_conversation(client, loaded):
     assert found.json()["usage"]["prompt_tokens"] == batch.mask.sum() + extra
 
 
+def animated(kind: str) -> str:
+    out = io.BytesIO()
+    picture(0).save(out, kind, save_all=True, append_images=[picture(1)], duration=100)
+    return f"data:image/{kind.lower()};base64," + base64.b64encode(out.getvalue()).decode()
+
+
 BOMB = "data:image/png;base64," + base64.b64encode(black_png(10_000)).decode()
 GIF = "data:image/gif;base64," + base64.b64encode(b"GIF89a" + bytes(20)).decode()
 WRONG = {
@@ -219,7 +227,52 @@ WRONG = {
     "content": (ask("a", messages=[{"role": "user", "content": 3}]), "messages[0].content[0]"),
     "surrogate": (ask("\ud800"), "surrogate"),
     "two": (ask("a", n=2), "n: found 2, expected 1"),
-    "key": (ask("a", best=1), "best: found a key that this server does not know"),
+    "true is not 1": (ask("a", n=True), "n: found"),
+    "twice": (b'{"model": "clip", "seed": 1, "seed": 2}', 'the key "seed" is there twice'),
+    "tools": (ask("a", tools=[{"type": "function"}]), "tools: found [{"),
+    "bias": (ask("a", logit_bias={"50": 1}), 'logit_bias: found {"50": 1}, expected {}'),
+    "bias of lists": (ask("a", logit_bias={"50": [1]}), "logit_bias: found"),
+    "guided": (ask("a", guided_regex="a+"), 'guided_regex: found "a+", expected none'),
+    "audio": (ask("a", modalities=["text", "audio"]), "modalities: found"),
+    "search": (ask("a", web_search_options={}), "web_search_options: found {}, expected none"),
+    "usage each": (
+        ask("a", stream=True, stream_options={"continuous_usage_stats": True}),
+        "stream_options.continuous_usage_stats: found true, expected false",
+    ),
+    "name": (ask("a", messages=[{"role": "user", "content": "a", "name": 3}]), "messages[0].name"),
+    "calls": (
+        ask("a", messages=[{"role": "assistant", "tool_calls": [{"id": "a"}], "content": ""}]),
+        "messages[0].tool_calls: found [{",
+    ),
+    "detail": (
+        ask(
+            "a",
+            messages=[
+                {
+                    "role": "user",
+                    "content": [
+                        {**part("data:"), "image_url": {"url": "data:", "detail": "sharp"}}
+                    ],
+                }
+            ],
+        ),
+        'messages[0].content[0].image_url.detail: found "sharp", expected auto or low or high',
+    ),
+    "pixels of a part": (
+        ask("a", messages=[{"role": "user", "content": [{**part("data:"), "max_pixels": 9}]}]),
+        "messages[0].content[0].max_pixels: found 9, expected none",
+    ),
+    **{
+        kind: (
+            ask("a", messages=[{"role": "user", "content": [{"type": kind, kind: {"url": "a"}}]}]),
+            f"messages[0].content[0]: found a part of type '{kind}', expected text",
+        )
+        for kind in ("refusal", "input_audio", "file", "video_url", "input_text")
+    },
+    **{
+        f"animated {kind}": (ask("a", animated(kind)), f"found an animated {kind}, expected one")
+        for kind in ("GIF", "PNG", "WEBP")
+    },
     "temperature": (ask("a", temperature=-1), "temperature: found -1"),
     "infinite": (ask("a", temperature=10**400), "temperature: found 1000"),
     "top_p": (ask("a", top_p="1"), "top_p: found a str"),
@@ -290,12 +343,93 @@ def test_the_description_is_true(client):
     for schema in (takes, *gives.values()):
         jsonschema.Draft202012Validator.check_schema(schema)
     bodies = [ask("a", data(picture()), stop=["b"], seed=1, n=1), ask("a", n=2), ask("a", best=1)]
+    bodies += [ask("a", **{key: value}) for key, values in ONLY.items() for value in values[:1]]
+    bodies += [ask("a", tools=[{}]), ask("a", min_tokens=1), ask("a", messages=[FULL])]
     bodies += [ask("a", messages=[]), ask("a", stop=""), ask("a", model=None)]
     for body in bodies:
         answer = client.post(URL, json=body)
         jsonschema.validate(answer.json(), gives[str(answer.status_code)])
         valid = jsonschema.Draft202012Validator(takes).is_valid(body)
         assert valid == (answer.status_code == 200), body
+
+
+FULL = {
+    "role": "user", "name": "ann", "refusal": None, "tool_calls": [], "mood": "good",
+    "content": ["where", {"type": "text", "text": "is the 3 ?", "cache_control": {}}],
+}  # fmt: skip
+NOTHING: dict[str, list] = {
+    **{key: [*values, None] for key, values in ONLY.items()},
+    **{key: [None, "x"] for key in IGNORED},
+    "logit_bias": [{}, {"50": 0}],
+    "stream_options": [{}, None, {"include_usage": False}, {"include_obfuscation": True}],
+    "chat_template_kwargs": [{}, None],
+}
+"""Keys and values that change nothing and that no header needs to name."""
+VARIABLE = {"model", "messages", "stream", "max_tokens", "max_completion_tokens"} | {
+    *("temperature", "top_p", "stop", "seed"),
+}
+"""Keys that answers depend on at most of their values."""
+
+
+def test_every_key_of_openais_client_has_a_fate():
+    """A key that a later client adds must be thought about."""
+    params = pytest.importorskip("openai.types.chat.completion_create_params")
+    keys = set(typing.get_type_hints(params.CompletionCreateParamsNonStreaming))
+    assert len(keys) > 30
+    assert keys <= VARIABLE | NOTHING.keys() | TEMPLATE
+    assert not ONLY.keys() & (IGNORED | TEMPLATE | VARIABLE)
+
+
+def test_values_that_do_nothing_are_taken(client, loaded):
+    """One at a time by the reader, all at once by the server."""
+    _, processor = loaded
+    for key, values in NOTHING.items():
+        for value in values:
+            body = json.dumps(ask("a", **{key: value})).encode()
+            assert read(body, Limits("clip"), processor).ignored == (), key
+    body = ask(QUESTIONS[0]) | {key: values[0] for key, values in NOTHING.items()}
+    found = client.post(URL, json=body)
+    assert found.status_code == 200, found.text
+    assert "x-ignored" not in found.headers
+    expected = direct(loaded, QUESTIONS[0], max_new_tokens=8)
+    assert found.json()["choices"][0]["message"]["content"] == expected
+
+
+def test_keys_that_are_nothing_here_are_named(client, loaded, caplog):
+    """In the answer's header and, once, in the log; no key breaks either."""
+    body = ask("a", messages=[FULL], reasoning_effort="low", best=1, max_completion_tokens=9)
+    body["\r\nSet-Cookie: \u20ac\ud800"] = 1
+    names = "max_tokens, messages[0].name, messages[0].mood, messages[0].content[1].cache_control"
+    names += r", reasoning_effort, best, \r\nSet-Cookie: \u20ac\ud800"
+    content = json.dumps(body).encode()
+    for _ in range(2):
+        found = client.post(URL, content=content)
+        assert found.status_code == 200, found.text
+        assert found.headers["x-ignored"] == names
+    assert sum(record.message.startswith("best: a key that") for record in caplog.records) == 1
+    many = client.post(URL, json=ask("a", stream=True, **{f"k{i}": i for i in range(1000)}))
+    assert many.headers["x-ignored"].endswith(", k19, and 980 more")
+    model = client.post(URL, json=ask("a", chat_template_kwargs={"enable_thinking": False}))
+    assert model.headers["x-ignored"] == "chat_template_kwargs.enable_thinking"
+
+
+def test_what_the_models_own_template_reads(loaded):
+    """Names of people reach it; its variables are refused, as they are not set."""
+    _, processor = loaded
+    template = (
+        "{% for m in messages %}{% if m.name %}{{ m.name }} : {% endif %}"
+        "{% for p in m.content %}{{ p.text }}{% endfor %}{% endfor %}{{ mood }}"
+    )
+    own = dataclasses.replace(processor, template="chat_template", chat_template=template)
+    body = ask("a", messages=[{"role": "user", "content": "red ?", "name": "ann"}], tone=1)
+    found = read(json.dumps(body).encode(), Limits("clip"), own)
+    assert found.ids == processor.tokenizer("ann : red ?").input_ids
+    assert found.ignored == ("tone",)
+    body["chat_template_kwargs"] = {"mood": "good"}
+    with pytest.raises(
+        Refused, match="chat_template_kwargs.*mood.*: found .*good.*, expected none"
+    ):
+        read(json.dumps(body).encode(), Limits("clip"), own)
 
 
 def test_a_full_house_is_refused(service, client):

@@ -279,7 +279,7 @@ WRONG = {
     "max_tokens": (ask("a", max_tokens=0), "max_tokens: found 0"),
     "true": (ask("a", max_tokens=True), "max_tokens: found a bool"),
     "stop": (ask("a", stop=[""]), "stop: found something else"),
-    "usage": (ask("a", stream_options={"include_usage": True}), "stream_options: found it without"),
+    "usage": (ask("a", stream_options={"include_usage": True}), "stream_options.include_usage: found it"),
     "long": (ask("red " * 600), "expected fewer than 512, the LLM's context"),
     "file": (ask("a", "file:///etc/passwd"), "an address of another kind"),
     "path": (ask("a", "/etc/passwd"), "an address of another kind"),

@@ -3,7 +3,7 @@
 import dataclasses
 import functools
 from collections.abc import Iterator, Sequence
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
 import jax
 import jax.numpy as jnp
@@ -12,6 +12,7 @@ from jax.experimental import multihost_utils
 
 from vfjax.errors import InputError
 from vfjax.model import AnyArray, Batch
+from vfjax.sampling import How, by_row, how, log_probabilities, pick, require
 from vfjax.sharding import mesh_of, place
 
 if TYPE_CHECKING:
@@ -44,8 +45,9 @@ def generate(
     *,
     max_new_tokens: int | Sequence[int] = 64,
     temperature: float | Sequence[float] = 0.0,
-    top_k: int | None = None,
-    top_p: float | Sequence[float] | None = None,
+    top_k: int | None | Sequence[int | None] = None,
+    top_p: float | None | Sequence[float | None] = None,
+    min_p: float | Sequence[float] = 0.0,
     repetition_penalty: float | Sequence[float] | None = None,
     seed: int | Sequence[int] = 0,
 ) -> list[str]:
@@ -58,9 +60,10 @@ def generate(
         max_new_tokens: tokens to write at most; one number, or, as those below, one a row.
         temperature: 0 takes the likeliest token; above, samples. A folder's `do_sample`,
             `temperature`, `top_k` and `top_p` are not read: answers are greedy unless asked.
-        top_k: sample among the k likeliest only, and those as likely as the k-th; one number. None:
-            among all (transformers' own default is 50).
+        top_k: sample among the k likeliest only, and those as likely as the k-th. None: among all
+            (transformers' own default is 50).
         top_p: sample among the likeliest whose probabilities sum to p.
+        min_p: sample among those at least p times as likely as the likeliest.
         repetition_penalty: above 1, divides what speaks for tokens that a row has; None: the
             folder's generation_config.json.
         seed: of the sampling; a row with a seed of its own draws what it would alone.
@@ -80,6 +83,7 @@ def generate(
         temperature=temperature,
         top_k=top_k,
         top_p=top_p,
+        min_p=min_p,
         repetition_penalty=(
             settings.repetition_penalty if repetition_penalty is None else repetition_penalty
         ),
@@ -96,8 +100,9 @@ def generate_ids(
     max_new_tokens: int | Sequence[int] = 64,
     stop: Sequence[int] = (),
     temperature: float | Sequence[float] = 0.0,
-    top_k: int | None = None,
-    top_p: float | Sequence[float] | None = None,
+    top_k: int | None | Sequence[int | None] = None,
+    top_p: float | None | Sequence[float | None] = None,
+    min_p: float | Sequence[float] = 0.0,
     repetition_penalty: float | Sequence[float] = 1.0,
     penalise_prompt: bool = True,
     seed: int | Sequence[int] = 0,
@@ -106,10 +111,59 @@ def generate_ids(
 
     `penalise_prompt`: whether the repetition penalty is for the prompt's words, too.
     """
-    penalty = (repetition_penalty, penalise_prompt)
-    how = _how(model, batch, stop, max_new_tokens, temperature, top_k, top_p, seed, penalty)
+    how = _how(
+        model,
+        batch,
+        max_new_tokens,
+        stop=stop,
+        temperature=temperature,
+        top_k=top_k,
+        top_p=top_p,
+        min_p=min_p,
+        repetition_penalty=repetition_penalty,
+        penalise_prompt=penalise_prompt,
+        seed=seed,
+    )
     (state,) = _pieces(model, batch, how, None, None)
     return [row[:n].tolist() for row, n in zip(_fetch(state.out), _fetch(state.count), strict=True)]
+
+
+class Logs(NamedTuple):
+    """Log-probabilities of a row's n new tokens; see `vfjax.sampling.log_probabilities`.
+
+    Attributes:
+        chosen: float32[n].
+        top: float32[n, k], the likeliest first.
+        ids: int32[n, k], their tokens.
+    """
+
+    chosen: np.ndarray
+    top: np.ndarray
+    ids: np.ndarray
+
+
+class Written(NamedTuple):
+    """What is new of b rows.
+
+    Attributes:
+        ids: token ids of each.
+        ended: whether it has.
+        logs: their log-probabilities, if they were asked for.
+    """
+
+    ids: list[list[int]]
+    ended: list[bool]
+    logs: list[Logs] | None
+
+
+class Guide(Protocol):
+    """Says which tokens a row may take, one after another."""
+
+    def allowed(self, vocab: int) -> np.ndarray:
+        """bool[vocab], the ids that may come next; at least one."""
+
+    def take(self, token: int) -> None:
+        """The next one, which has been chosen; a stop is not told."""
 
 
 def stream_ids(
@@ -121,15 +175,18 @@ def stream_ids(
     room: int | None = None,
     stop: Sequence[int] = (),
     temperature: float | Sequence[float] = 0.0,
-    top_k: int | None = None,
-    top_p: float | Sequence[float] | None = None,
+    top_k: int | None | Sequence[int | None] = None,
+    top_p: float | None | Sequence[float | None] = None,
+    min_p: float | Sequence[float] = 0.0,
     repetition_penalty: float | Sequence[float] = 1.0,
     penalise_prompt: bool = True,
     seed: int | Sequence[int] = 0,
-) -> Iterator[tuple[list[list[int]], list[bool]]]:
-    """Each row's new ids since the last time, and whether it has ended, as they are written.
+    logprobs: int | None = None,
+    guides: Sequence[Guide | None] = (),
+) -> Iterator[Written]:
+    """What is new of each row, as it is written.
 
-    Joined, they are the ids of `generate_ids`, by the same compiled programs. Closing the iterator
+    Joined, the ids are those of `generate_ids`, by the same compiled programs. Closing the iterator
     ends the work. Arguments that are not named here are as there.
 
     Args:
@@ -142,61 +199,53 @@ def stream_ids(
         temperature: as there.
         top_k: as there.
         top_p: as there.
+        min_p: as there.
         repetition_penalty: as there.
         penalise_prompt: as there.
         seed: as there.
+        logprobs: how many of the likeliest tokens' log-probabilities are told beside the chosen
+            one's; None: no log-probabilities.
+        guides: one a row, None for one that is free; with any, `every` is 1.
 
     Raises:
         InputError: as there, at the call; or `every` or `room` is too small.
     """
-    _require(every >= 1, "every", every, "at least 1")
-    penalty = (repetition_penalty, penalise_prompt)
-    how = _how(model, batch, stop, max_new_tokens, temperature, top_k, top_p, seed, penalty)
+    require(every >= 1, "every", every, "at least 1")
+    how = _how(
+        model,
+        batch,
+        max_new_tokens,
+        stop=stop,
+        temperature=temperature,
+        top_k=top_k,
+        top_p=top_p,
+        min_p=min_p,
+        repetition_penalty=repetition_penalty,
+        penalise_prompt=penalise_prompt,
+        seed=seed,
+        logprobs=logprobs,
+    )
     limit = np.asarray(how.limit)
-    _require(room is None or room >= limit.max(), "room", room, f"at least {limit.max()}")
+    require(room is None or room >= limit.max(), "room", room, f"at least {limit.max()}")
+    require(
+        len(guides) in (0, len(limit)), "guides", len(guides), f"none, or one of {len(limit)} rows"
+    )
 
-    def pieces() -> Iterator[tuple[list[list[int]], list[bool]]]:
+    def pieces() -> Iterator[Written]:
         seen = np.zeros_like(limit)
-        for state in _pieces(model, batch, how, every, room):
+        for state in _pieces(model, batch, how, every, room, guides):
             out, count, done = (_fetch(x) for x in (state.out, state.count, state.done))
-            rows = zip(out, seen, count, strict=True)
+            rows = list(zip(range(len(out)), seen, count, strict=True))
             ended = done | (int(_fetch(state.i)) >= limit)
-            yield [row[first:last].tolist() for row, first, last in rows], ended.tolist()
+            logs = None
+            if state.logs is not None:
+                arrays = [_fetch(x) for x in state.logs]
+                logs = [Logs(*(x[i, first:last] for x in arrays)) for i, first, last in rows]
+            ids = [out[i, first:last].tolist() for i, first, last in rows]
+            yield Written(ids, ended.tolist(), logs)
             seen = count
 
     return pieces()
-
-
-@jax.tree_util.register_dataclass
-@dataclasses.dataclass(frozen=True)
-class _How:
-    """How each of b rows is written.
-
-    Attributes:
-        stop: int32[s] ids that end a row.
-        limit: int32[b] tokens of a row at most.
-        keys: key[b] of the draws.
-        salt: int32[b], folded into the keys.
-        temperature: float32[b, 1].
-        top_p: float32[b, 1].
-        penalty: float32[b, 1], of repetitions.
-        greedy: no row samples; a constant of the program.
-        top_k: another.
-        penalised: whether any row's repetitions are; another.
-        prompt: whether those of the prompt are, too.
-    """
-
-    stop: AnyArray
-    limit: AnyArray
-    keys: Array
-    salt: AnyArray
-    temperature: AnyArray
-    top_p: AnyArray
-    penalty: AnyArray
-    greedy: bool = dataclasses.field(metadata={"static": True})
-    top_k: int | None = dataclasses.field(metadata={"static": True})
-    penalised: bool = dataclasses.field(metadata={"static": True})
-    prompt: bool = dataclasses.field(metadata={"static": True})
 
 
 @jax.tree_util.register_dataclass
@@ -211,6 +260,8 @@ class _State:
         count: int32[b] tokens that belong to a row.
         out: int32[b, steps] all tokens; undefined from a row's count on.
         seen: bool[b, vocab], the tokens that a row has; [b, 0] where none is penalised.
+        logs: of all tokens, as in `Logs`: float32[b, steps], float32[b, steps, k] and
+            int32[b, steps, k]; None where they are not asked for.
     """
 
     i: Array
@@ -219,82 +270,46 @@ class _State:
     count: Array
     out: Array
     seen: Array
+    logs: tuple[Array, Array, Array] | None
 
 
-def _how(
-    model: Generator,
-    batch: Batches,
-    stop: Sequence[int],
-    max_new_tokens: int | Sequence[int],
-    temperature: float | Sequence[float],
-    top_k: int | None,
-    top_p: float | Sequence[float] | None,
-    seed: int | Sequence[int],
-    penalty: tuple[float | Sequence[float], bool] = (1.0, True),
-) -> _How:
-    """The arguments of `generate_ids`, checked, one value a row."""
+def _how(model: Generator, batch: Batches, max_new_tokens: Any, **rest: Any) -> How:
+    """The arguments of `stream_ids`, checked, one value a row."""
     batches = batch if isinstance(batch, tuple) else (batch,)
     lengths = np.max([_fetch(each.mask).sum(axis=1) for each in batches], axis=0)
-    b = len(lengths)
-    limit = _by_row("max_new_tokens", max_new_tokens, b)
-    temperatures = _by_row("temperature", temperature, b)
-    top_ps = _by_row("top_p", 1.0 if top_p is None else top_p, b)
-    penalties = _by_row("repetition_penalty", penalty[0], b)
-    seeds = _by_row("seed", seed, b)
+    limit = by_row("max_new_tokens", max_new_tokens, len(lengths))
     for value in limit:
-        _require(value > 0, "max_new_tokens", value, "at least 1")
+        require(value > 0, "max_new_tokens", value, "at least 1")
     row = int((lengths + limit).argmax())
-    _require(
+    require(
         lengths[row] + limit[row] <= model.context,
         "max_new_tokens",
         f"{lengths[row]} tokens in the longest row and {limit[row]} new ones",
         f"at most {model.context}, the LLM's context",
     )
-    for value in temperatures:
-        _require(value >= 0, "temperature", value, "0 or more")
-    _require(top_k is None or top_k >= 1, "top_k", top_k, "None or at least 1")
-    for value in top_ps:
-        _require(0 < value <= 1, "top_p", value, "None or within (0, 1]")
-    for value in penalties:
-        _require(value > 0, "repetition_penalty", value, "more than 0")
-    alone = isinstance(seed, Sequence)
-    return _How(
-        stop=np.asarray(stop, np.int32),
-        limit=np.asarray(limit, np.int32),
-        keys=jnp.stack([jax.random.key(value) for value in seeds]),
-        salt=np.zeros(b, np.int32) if alone else np.arange(b, dtype=np.int32),
-        temperature=np.asarray(temperatures, np.float32)[:, None],
-        top_p=np.asarray(top_ps, np.float32)[:, None],
-        penalty=np.asarray(penalties, np.float32)[:, None],
-        greedy=not any(temperatures),
-        top_k=top_k,
-        penalised=any(value != 1 for value in penalties),
-        prompt=penalty[1],
-    )
-
-
-def _by_row(name: str, value: Any, b: int) -> list[Any]:
-    if not isinstance(value, Sequence):
-        return [value] * b
-    _require(len(value) == b, name, f"{len(value)} values", f"one, or one for each of {b} rows")
-    return list(value)
-
-
-def _require(ok: bool, where: str, found: object, expected: str) -> None:
-    if not ok:
-        raise InputError(where, found=found, expected=expected, fix="change the argument")
+    return how(np.asarray(limit, np.int32), **rest)
 
 
 def _pieces(
-    model: Generator, batch: Batches, how: _How, every: int | None, room: int | None
+    model: Generator,
+    batch: Batches,
+    how: How,
+    every: int | None,
+    room: int | None,
+    guides: Sequence[Guide | None] = (),
 ) -> Iterator[_State]:
     """The state after each `every` tokens, until every row has ended; None: at the end alone."""
+    guided = any(guide is not None for guide in guides)
+    every = 1 if guided else every
     batches = batch if isinstance(batch, tuple) else (batch,)
     most = int(np.max(how.limit))
     steps = _round_up(most, 64) if room is None else room
     slots = max(each.read for each in batches)
     leaves, tree = jax.tree.flatten(model)  # once: some 20 microseconds an array
     logits, cache = _prefill(leaves, tree, place(batch, mesh_of(leaves)), size=slots + steps)
+    vocab = logits.shape[-1]
+    if guided:
+        how = dataclasses.replace(how, allowed=_allowed(guides, np.zeros(len(logits), bool), vocab))
     state = _first(logits, how, _seen(batches, how, logits.shape[-1]), steps=steps)
     until = 0
     while True:
@@ -308,8 +323,21 @@ def _pieces(
                 fix="look for NaN in the weights, or load them with another dtype",
             )
         yield state
+        if guided:
+            done = _fetch(state.done)
+            for guide, token, ended in zip(guides, _fetch(state.token), done, strict=True):
+                if guide is not None and not ended:
+                    guide.take(int(token))
+            how = dataclasses.replace(how, allowed=_allowed(guides, done, vocab))
         if until == most or not _active(_fetch(state.done), until, np.asarray(how.limit)).any():
             return
+
+
+def _allowed(guides: Sequence[Guide | None], done: np.ndarray, vocab: int) -> np.ndarray:
+    """bool[b, vocab]."""
+    free = np.ones(vocab, bool)
+    rows = zip(guides, done, strict=True)
+    return np.stack([free if end or g is None else g.allowed(vocab) for g, end in rows])
 
 
 @functools.partial(jax.jit, static_argnames=("tree", "size"))
@@ -321,7 +349,7 @@ NOTHING = -1
 """In place of a row's first token where NaN is all that was computed."""
 
 
-def _seen(batches: tuple[Batch, ...], how: _How, vocab: int) -> np.ndarray | None:
+def _seen(batches: tuple[Batch, ...], how: How, vocab: int) -> np.ndarray | None:
     """The words of each row's prompt, bool[b, vocab]; None where none is penalised."""
     if not how.penalised:
         return None
@@ -334,19 +362,25 @@ def _seen(batches: tuple[Batch, ...], how: _How, vocab: int) -> np.ndarray | Non
 
 
 @functools.partial(jax.jit, static_argnames="steps")
-def _first(logits: Array, how: _How, seen: AnyArray | None = None, *, steps: int) -> _State:
+def _first(logits: Array, how: How, seen: AnyArray | None = None, *, steps: int) -> _State:
     """The state with each row's first token, or `NOTHING`."""
     seen = jnp.zeros((len(logits), 0), bool) if seen is None else jnp.asarray(seen)
-    picked = _pick(jnp.int32(0), logits, how, seen)
+    picked = pick(jnp.int32(0), logits, how, seen)
     token = jnp.where(jnp.isnan(logits).any(axis=-1), NOTHING, picked)
     done = _stops(token, how)
     out = jnp.zeros((len(token), steps), jnp.int32).at[:, 0].set(token)
-    return _State(jnp.int32(1), token, done, (~done).astype(jnp.int32), out, seen)
+    logs = None
+    if how.likeliest is not None:
+        new = log_probabilities(logits, picked, how.likeliest)
+        logs = jax.tree.map(
+            lambda x: jnp.zeros((len(x), steps, *x.shape[1:]), x.dtype).at[:, 0].set(x), new
+        )
+    return _State(jnp.int32(1), token, done, (~done).astype(jnp.int32), out, seen, logs)
 
 
 @functools.partial(jax.jit, static_argnames="tree", donate_argnames="cache")
 def _decode(
-    leaves: list[Array], tree: Any, cache: Any, state: _State, how: _How, until: Array
+    leaves: list[Array], tree: Any, cache: Any, state: _State, how: How, until: Array
 ) -> tuple[_State, Any]:
     """Decodes until every row has ended or `until` tokens are written.
 
@@ -365,11 +399,14 @@ def _decode(
         seen = state.seen
         if how.penalised:
             seen = seen.at[jnp.arange(len(seen)), state.token].set(True)
-        token = _pick(state.i, logits, how, seen)
+        token = pick(state.i, logits, how, seen)
         done = state.done | _stops(token, how)
         count = state.count + _active(done, state.i, how.limit)
-        out = state.out.at[:, state.i].set(token)
-        return _State(state.i + 1, token, done, count, out, seen), cache
+        out, logs = state.out.at[:, state.i].set(token), state.logs
+        if how.likeliest is not None:
+            new = log_probabilities(logits, token, how.likeliest)
+            logs = jax.tree.map(lambda old, x: old.at[:, state.i].set(x), logs, new)
+        return _State(state.i + 1, token, done, count, out, seen, logs), cache
 
     return jax.lax.while_loop(running, step, (state, cache))
 
@@ -379,49 +416,8 @@ def _active(done: AnyArray, i: AnyArray | int, limit: AnyArray) -> Any:
     return ~done & (i < limit)
 
 
-def _stops(token: Array, how: _How) -> Array:
+def _stops(token: Array, how: How) -> Array:
     return (token[:, None] == how.stop[None]).any(axis=1)
-
-
-def _pick(i: Array, logits: Array, how: _How, seen: Array) -> Array:
-    """The i-th token of each row, int32[b], from float32[b, v] logits; `seen` as in `_State`."""
-    if how.penalised:  # transformers' RepetitionPenaltyLogitsProcessor (arXiv 1909.05858)
-        lower = jnp.where(logits > 0, logits / how.penalty, logits * how.penalty)
-        logits = jnp.where(seen, lower, logits)
-    likeliest = logits.argmax(axis=-1).astype(jnp.int32)
-    if how.greedy:
-        return likeliest
-    fold = jax.vmap(lambda key, salt: jax.random.fold_in(jax.random.fold_in(key, i), salt))
-    samples = jnp.asarray(how.temperature) > 0
-    temperature = jnp.where(samples, how.temperature, 1)
-    drawn = _draw(fold(how.keys, how.salt), logits, temperature, how.top_k, how.top_p)
-    return jnp.where(samples[:, 0], drawn, likeliest)
-
-
-def sample(key: Array, logits: Array, temperature: Array, top_k: int | None, top_p: Array) -> Array:
-    """One token a row from float32[b, v] logits: temperature, then top-k, then top-p.
-
-    Row i draws with its own key, so a row's draw does not depend on the other rows. The likeliest
-    token always stays (nucleus sampling, arXiv 1904.09751).
-    """
-    keys = jax.vmap(functools.partial(jax.random.fold_in, key))(jnp.arange(len(logits)))
-    return _draw(keys, logits, temperature, top_k, top_p)
-
-
-def _draw(
-    keys: Array, logits: Array, temperature: AnyArray, top_k: int | None, top_p: AnyArray
-) -> Array:
-    """`sample` with key[b]; temperature and top-p scalars or [b, 1]."""
-    logits = logits / temperature
-    order = jnp.argsort(-logits, axis=-1)
-    ranked = jnp.take_along_axis(logits, order, axis=-1)
-    if top_k is not None:  # whatever is as likely as the k-th stays, as in transformers
-        last = min(top_k, ranked.shape[-1]) - 1
-        ranked = jnp.where(ranked >= ranked[:, last : last + 1], ranked, -jnp.inf)
-    p = jax.nn.softmax(ranked, axis=-1)
-    ranked = jnp.where(jnp.cumsum(p, axis=-1) - p < top_p, ranked, -jnp.inf)
-    drawn = jax.vmap(jax.random.categorical)(keys, ranked)
-    return jnp.take_along_axis(order, drawn[:, None], axis=-1)[:, 0].astype(jnp.int32)
 
 
 def _fetch(x: AnyArray) -> np.ndarray:

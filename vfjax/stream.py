@@ -18,8 +18,9 @@ def stream(
     every: int = 8,
     max_new_tokens: int | Sequence[int] = 64,
     temperature: float | Sequence[float] = 0.0,
-    top_k: int | None = None,
-    top_p: float | Sequence[float] | None = None,
+    top_k: int | None | Sequence[int | None] = None,
+    top_p: float | None | Sequence[float | None] = None,
+    min_p: float | Sequence[float] = 0.0,
     repetition_penalty: float | Sequence[float] | None = None,
     seed: int | Sequence[int] = 0,
 ) -> Iterator[list[str]]:
@@ -37,6 +38,7 @@ def stream(
         temperature: as there.
         top_k: as there.
         top_p: as there.
+        min_p: as there.
         repetition_penalty: as there.
         seed: as there.
 
@@ -54,6 +56,7 @@ def stream(
         temperature=temperature,
         top_k=top_k,
         top_p=top_p,
+        min_p=min_p,
         repetition_penalty=(
             settings.repetition_penalty if repetition_penalty is None else repetition_penalty
         ),
@@ -63,7 +66,7 @@ def stream(
 
     def texts() -> Iterator[list[str]]:
         rows: list[Text] = []
-        for ids, ended in pieces:
+        for ids, ended, _ in pieces:
             rows = rows or [Text(processor) for _ in ids]
             yield [row.add(new, last) for row, new, last in zip(rows, ids, ended, strict=True)]
 

@@ -223,7 +223,7 @@ class Batcher:
             seed=[job.seed for job in jobs] + [0] * spare,
         )
         live = {i: Text(self.processor, job.stop) for i, job in enumerate(jobs)}
-        for new, ended in pieces:
+        for new, ended, _ in pieces:
             for i, text in list(live.items()):
                 piece = _piece(text, new[i], ended[i], prompt[i], limit[i])
                 self._deliver(jobs[i], piece)

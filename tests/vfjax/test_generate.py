@@ -20,7 +20,8 @@ import converters
 from tests import checkpoints
 from tests.checkpoints import IMAGE_TOKEN
 from vfjax import Batch, InputError, Settings, generate, generate_ids, stream, stream_ids
-from vfjax.generate import _decode, _prefill, sample
+from vfjax.generate import _decode, _prefill
+from vfjax.sampling import _filter, _penalise, sample
 
 PICTURE = -200
 NEW = 32
@@ -186,6 +187,7 @@ BAD = {
     "temperature nan": ({"temperature": float("nan")}, "temperature: found nan"),
     "top_k": ({"top_k": 0}, "top_k: found 0, expected None or at least 1"),
     "top_p 0": ({"top_p": 0.0}, r"top_p: found 0.0, expected None or within (0, 1]"),
+    "min_p": ({"min_p": 1.5}, "min_p: found 1.5, expected within [0, 1]"),
     "top_p above 1": ({"top_p": 1.5}, "top_p: found 1.5"),
     "too long": (
         {"max_new_tokens": 502},
@@ -265,6 +267,44 @@ def test_sampled_distribution(name: str):
     assert deviation.max() < 4.5
 
 
+def test_filters_equal_transformers(llm):
+    """Its own list of processors, in its order, on 16 rows of as many settings at once."""
+    theirs, rng, v = llm[0], np.random.default_rng(5), 200
+    logits = np.round(rng.normal(size=(16, v)) * 3, 1).astype(np.float32)  # some are equal
+    prompts = rng.integers(0, v, (16, 30))
+    seen = np.zeros((16, v), bool)
+    np.put_along_axis(seen, prompts, True, axis=1)
+    hows = [
+        {
+            "temperature": float(rng.choice([0.3, 1.0, 1.7])),
+            "top_k": int(rng.choice([0, 1, 5, 40, 1000])),
+            "top_p": float(rng.choice([0.2, 0.9, 1.0])),
+            "min_p": float(rng.choice([0.0, 0.05, 0.5, 1.0])),
+            "repetition_penalty": float(rng.choice([0.8, 1.0, 1.5])),
+        }
+        for _ in range(16)
+    ]
+    column = {key: np.array([[each[key]] for each in hows], np.float32) for key in hows[0]}
+    ks = np.where(column["top_k"] == 0, v, column["top_k"]).astype(np.int32)
+    order, ranked = _filter(
+        _penalise(jnp.asarray(logits), seen, column["repetition_penalty"]),
+        column["temperature"], ks, column["top_p"], column["min_p"],
+    )  # fmt: skip
+    found = np.full_like(logits, -np.inf)
+    np.put_along_axis(found, np.asarray(order), np.asarray(ranked), axis=1)
+    for i, each in enumerate(hows):
+        config = GenerationConfig(do_sample=True, **each)
+        processors = theirs._get_logits_processor(
+            config, input_ids_seq_length=30, encoder_input_ids=None,
+            prefix_allowed_tokens_fn=None, logits_processor=[], device="cpu",
+        )  # fmt: skip
+        (expected,) = processors(
+            torch.from_numpy(prompts[i : i + 1]), torch.tensor(logits[i : i + 1])
+        )
+        np.testing.assert_array_equal(np.isfinite(found[i]), np.isfinite(expected.numpy()))
+        np.testing.assert_allclose(found[i], expected, rtol=1e-6)
+
+
 def test_sampling_differs_between_steps_rows_and_seeds(llm):
     """Logits of zero: 16 seeds, 4 rows and 64 steps are 4096 even draws of 320."""
     _, model, processor = llm
@@ -296,9 +336,10 @@ def test_seeds_and_filters_reach_the_loop(llm, greedy):
     assert run(temperature=1.0, seed=2) != one
     assert one != greedy
     assert run(temperature=1.0, top_p=1e-6, seed=1) == greedy
-    assert run(temperature=1e-4, seed=1) == greedy
-    assert _decode._cache_size() == compiled  # temperature, top_p and seed are no constants
+    assert run(temperature=1.0, min_p=1.0, seed=1) == greedy
     assert run(temperature=1.0, top_k=1, seed=1) == greedy
+    assert run(temperature=1e-4, seed=1) == greedy
+    assert _decode._cache_size() == compiled  # they are no constants
     assert run(temperature=0.0, top_k=None, top_p=0.5, seed=1) == greedy
 
 
@@ -333,7 +374,7 @@ def test_compilations_are_as_few_as_buckets(tmp_path):
 def join(pieces) -> tuple[list[list[int]], int]:
     """The ids of a stream's rows, and how many pieces they came in."""
     rows, count, ended = [], 0, [False]
-    for new, ended in pieces:  # noqa: B007
+    for new, ended, _ in pieces:  # noqa: B007
         rows = [row + more for row, more in zip(rows or [[]] * len(new), new, strict=True)]
         count += 1
     assert all(ended)
@@ -382,7 +423,10 @@ def test_each_row_in_its_own_way(llm, greedy):
     how = {
         "max_new_tokens": [5, 32, 1, 20],
         "temperature": [0.0, 1.0, 2.0, 0.0],
-        "top_p": [0.5, 0.9, 1.0, 1.0],
+        "top_k": [None, 40, 7, 1],
+        "top_p": [0.5, 0.9, None, 1.0],
+        "min_p": [0.0, 0.01, 0.0, 1.0],
+        "repetition_penalty": [1.0, 1.2, 1.0, 1.0],
         "seed": [7, 8, 8, 2**40],
     }
     together = generate_ids(model, processor(input_ids=TEXTS), **how)
@@ -437,7 +481,7 @@ def test_repetition_penalty_equals_transformers(llm) -> None:
     assert found == expected
     assert found != generate_ids(model, batch, max_new_tokens=NEW)
     pieces = stream_ids(model, batch, max_new_tokens=NEW, repetition_penalty=[1.3, 1.0])
-    joined = [sum(parts, []) for parts in zip(*(ids for ids, _ in pieces), strict=True)]
+    joined = [sum(parts, []) for parts in zip(*(piece.ids for piece in pieces), strict=True)]
     assert joined == expected
     with pytest.raises(InputError, match=r"repetition_penalty: found 0, expected more than 0"):
         generate_ids(model, batch, repetition_penalty=0)
@@ -481,3 +525,57 @@ def test_every_setting_of_transformers_has_a_fate() -> None:
     for value in ("1.1", 0, -1, float("nan"), True):
         with pytest.raises(InputError, match="x: repetition_penalty: found .* a number above 0"):
             Settings.read({"repetition_penalty": value}, True, "x")
+
+
+def test_log_probabilities_are_the_models(llm, greedy) -> None:
+    """Against torch's, of chosen and likeliest tokens, before penalties and temperature."""
+    theirs, model, processor = llm
+    batch = processor(input_ids=TEXTS)
+    how = {"max_new_tokens": 6, "every": 4, "logprobs": 5}
+    how |= {"temperature": [0.0, 2.0, 2.0, 0.0], "seed": [1, 2, 3, 4], "top_k": 20}
+    pieces = list(stream_ids(model, batch, repetition_penalty=1.3, **how))
+    for i, row in enumerate(TEXTS):
+        ids = sum((piece.ids[i] for piece in pieces), [])
+        logs = [np.concatenate(parts) for parts in zip(*(p.logs[i] for p in pieces), strict=True)]
+        with torch.no_grad():
+            logits = theirs(input_ids=torch.tensor([row + ids])).logits[0, len(row) - 1 : -1]
+        expected = logits.log_softmax(dim=-1)
+        top = expected.topk(5)
+        assert len(ids) == 6 and logs[0].dtype == np.float32
+        np.testing.assert_allclose(logs[0], expected[range(6), ids], atol=2e-5)
+        np.testing.assert_allclose(logs[1], top.values, atol=2e-5)
+        np.testing.assert_array_equal(logs[2], top.indices)
+
+
+class Even:
+    """Even ids alone, each above the last, then 2."""
+
+    def __init__(self) -> None:
+        self.last = 0
+
+    def allowed(self, vocab: int) -> np.ndarray:
+        ids = np.arange(vocab)
+        return (ids % 2 == 0) & (ids > self.last) if self.last < 300 else ids == 2
+
+    def take(self, token: int) -> None:
+        assert token % 2 == 0 and token > self.last
+        self.last = token
+
+
+def test_guides_say_what_may_come(llm, greedy) -> None:
+    """In their rows alone, chosen and drawn; the likeliest of what may come."""
+    theirs, model, processor = llm
+    guides = [Even(), None, Even(), None]
+    how = {"temperature": [0.0, 0.0, 1.0, 0.0], "seed": [1, 2, 3, 4], "stop": (2,)}
+    pieces = stream_ids(model, processor(input_ids=TEXTS), max_new_tokens=NEW, guides=guides, **how)
+    rows, _ = join(pieces)
+    assert [rows[1], rows[3]] == cut([greedy[1], greedy[3]], (2,))
+    for row, guide in zip(rows[::2], guides[::2], strict=True):
+        assert row == sorted(row) and not any(token % 2 for token in row)
+        assert guide.last == row[-1] >= 300 and len(row) < NEW
+    with torch.no_grad():
+        logits = theirs(input_ids=torch.tensor([TEXTS[0] + rows[0]])).logits[0]
+    steps = logits[len(TEXTS[0]) - 1 : -1].numpy()
+    for k, token in enumerate(rows[0]):
+        allowed = [t for t in range(320) if t % 2 == 0 and t > ([0] + rows[0])[k]]
+        assert token == max(allowed, key=lambda t: steps[k, t])

@@ -124,7 +124,7 @@ def test_decoding_gathers_no_parameter_and_copies_no_cache(folders, single, devi
     model, _ = converters.load(folders["fused"], mesh=mesh)
     batch = place(make_batch(single["fused"][1], 4), mesh)
     logits, cache = _prefill(*jax.tree.flatten(model), batch, size=batch.tokens.shape[1] + 64)
-    how = _how(model, batch, (), 8, 0.0, None, None, 0)
+    how = _how(model, batch, 8)
     args = (*jax.tree.flatten(model), cache, _first(logits, how, steps=64), how, jnp.int32(8))
     text = _decode.lower(*args).compile().as_text()
     assert "dynamic-update-slice" in text  # the cache is written, and the shapes below are its own
@@ -184,7 +184,7 @@ def test_the_cache_is_divided_over_rows_and_key_heads(single, sharded, mesh) -> 
 
     divided = [{(2, 1, 8, size)}, {(2, 1, size, 8)}]
     assert shapes(cache) == divided
-    how = _how(model, batch, (), 8, 0.0, None, None, 0)
+    how = _how(model, batch, 8)
     args = (*jax.tree.flatten(model), cache, _first(logits, how, steps=64), how, jnp.int32(8))
     program = _decode.lower(*args).compile()
     assert f"[2,4,{size},8]" not in program.as_text()  # no device ever holds all heads

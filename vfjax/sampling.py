@@ -1,0 +1,231 @@
+"""From logits to a row's next token: penalties, filters, draws and log-probabilities."""
+
+import dataclasses
+import functools
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from vfjax.errors import InputError
+from vfjax.model import AnyArray
+
+Array = jax.Array
+ALL = np.iinfo(np.int32).max
+"""A top-k that keeps every token."""
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class How:
+    """How each of b rows is written.
+
+    Attributes:
+        stop: int32[s] ids that end a row.
+        limit: int32[b] tokens of a row at most.
+        keys: key[b] of the draws.
+        salt: int32[b], folded into the keys.
+        temperature: float32[b, 1].
+        top_k: int32[b, 1].
+        top_p: float32[b, 1].
+        min_p: float32[b, 1].
+        penalty: float32[b, 1], of repetitions.
+        allowed: bool[b, vocab], the tokens that may come next; None: all.
+        greedy: no row samples; a constant of the program.
+        penalised: whether any row's repetitions are; another.
+        prompt: whether those of the prompt are, too.
+        likeliest: tokens whose log-probabilities are told at each step beside the chosen one's;
+            None: none at all; another constant.
+    """
+
+    stop: AnyArray
+    limit: AnyArray
+    keys: Array
+    salt: AnyArray
+    temperature: AnyArray
+    top_k: AnyArray
+    top_p: AnyArray
+    min_p: AnyArray
+    penalty: AnyArray
+    allowed: AnyArray | None
+    greedy: bool = dataclasses.field(metadata={"static": True})
+    penalised: bool = dataclasses.field(metadata={"static": True})
+    prompt: bool = dataclasses.field(metadata={"static": True})
+    likeliest: int | None = dataclasses.field(metadata={"static": True})
+
+
+def how(
+    limit: np.ndarray,
+    *,
+    stop: Sequence[int] = (),
+    temperature: float | Sequence[float] = 0.0,
+    top_k: int | None | Sequence[int | None] = None,
+    top_p: float | None | Sequence[float | None] = None,
+    min_p: float | Sequence[float] = 0.0,
+    repetition_penalty: float | Sequence[float] = 1.0,
+    penalise_prompt: bool = True,
+    seed: int | Sequence[int] = 0,
+    logprobs: int | None = None,
+) -> How:
+    """The arguments of `vfjax.stream_ids`, checked, one value a row; limit: int32[b].
+
+    Raises:
+        InputError: a value is out of range, or there are not as many as rows.
+    """
+    b = len(limit)
+    temperatures = by_row("temperature", temperature, b)
+    ks = [ALL if value is None else value for value in by_row("top_k", top_k, b)]
+    ps = [1.0 if value is None else value for value in by_row("top_p", top_p, b)]
+    least = by_row("min_p", min_p, b)
+    penalties = by_row("repetition_penalty", repetition_penalty, b)
+    seeds = by_row("seed", seed, b)
+    for value in temperatures:
+        require(value >= 0, "temperature", value, "0 or more")
+    for value in ks:
+        require(value >= 1, "top_k", value, "None or at least 1")
+    for value in ps:
+        require(0 < value <= 1, "top_p", value, "None or within (0, 1]")
+    for value in least:
+        require(0 <= value <= 1, "min_p", value, "within [0, 1]")
+    for value in penalties:
+        require(value > 0, "repetition_penalty", value, "more than 0")
+    require(logprobs is None or logprobs >= 0, "logprobs", logprobs, "None or at least 0")
+    alone = isinstance(seed, Sequence)
+    return How(
+        stop=np.asarray(stop, np.int32),
+        limit=np.asarray(limit, np.int32),
+        keys=jnp.stack([jax.random.key(value) for value in seeds]),
+        salt=np.zeros(b, np.int32) if alone else np.arange(b, dtype=np.int32),
+        temperature=_column(temperatures, np.float32),
+        top_k=_column([min(value, ALL) for value in ks], np.int32),
+        top_p=_column(ps, np.float32),
+        min_p=_column(least, np.float32),
+        penalty=_column(penalties, np.float32),
+        allowed=None,
+        greedy=not any(temperatures),
+        penalised=any(value != 1 for value in penalties),
+        prompt=penalise_prompt,
+        likeliest=logprobs,
+    )
+
+
+def _column(values: list[Any], dtype: Any) -> np.ndarray:
+    return np.asarray(values, dtype)[:, None]
+
+
+def by_row(name: str, value: Any, b: int) -> list[Any]:
+    """One value for each of b rows.
+
+    Raises:
+        InputError: there are others.
+    """
+    if not isinstance(value, Sequence):
+        return [value] * b
+    require(len(value) == b, name, f"{len(value)} values", f"one, or one for each of {b} rows")
+    return list(value)
+
+
+def require(ok: bool, where: str, found: object, expected: str) -> None:
+    """Raises InputError if an argument is not ok."""
+    if not ok:
+        raise InputError(where, found=found, expected=expected, fix="change the argument")
+
+
+def pick(i: Array, logits: Array, how: How, seen: Array) -> Array:
+    """The i-th token of each row, int32[b], from float32[b, v] logits.
+
+    Args:
+        i: int32[].
+        logits: of each row.
+        how: of the rows.
+        seen: bool[b, v] tokens that a row has; not looked at where none is penalised.
+    """
+    if how.allowed is not None:
+        logits = jnp.where(how.allowed, logits, -jnp.inf)
+    if how.penalised:
+        logits = _penalise(logits, seen, how.penalty)
+    likeliest = logits.argmax(axis=-1).astype(jnp.int32)
+    if how.greedy:
+        return likeliest
+    fold = jax.vmap(lambda key, salt: jax.random.fold_in(jax.random.fold_in(key, i), salt))
+    samples = jnp.asarray(how.temperature) > 0
+    temperature = jnp.where(samples, how.temperature, 1)
+    keys = fold(how.keys, how.salt)
+    drawn = _draw(keys, logits, temperature, how.top_k, how.top_p, how.min_p)
+    return jnp.where(samples[:, 0], drawn, likeliest)
+
+
+def _penalise(logits: Array, seen: AnyArray, penalty: AnyArray) -> Array:
+    """As transformers' RepetitionPenaltyLogitsProcessor (arXiv 1909.05858)."""
+    lower = jnp.where(logits > 0, logits / penalty, logits * penalty)
+    return jnp.where(seen, lower, logits)
+
+
+def sample(
+    key: Array,
+    logits: Array,
+    temperature: AnyArray | float,
+    top_k: AnyArray | int | None,
+    top_p: AnyArray | float,
+    min_p: AnyArray | float = 0.0,
+) -> Array:
+    """One token a row from float32[b, v] logits: temperature, top-k, top-p, min-p, in that order.
+
+    It is the order of transformers' `_get_logits_processor`. Row i draws with its own key, so a
+    row's draw does not depend on the other rows. The likeliest token always stays (nucleus
+    sampling, arXiv 1904.09751; min-p, arXiv 2407.01082).
+    """
+    keys = jax.vmap(functools.partial(jax.random.fold_in, key))(jnp.arange(len(logits)))
+    return _draw(keys, logits, temperature, ALL if top_k is None else top_k, top_p, min_p)
+
+
+def _draw(
+    keys: Array,
+    logits: Array,
+    temperature: AnyArray | float,
+    top_k: AnyArray | int,
+    top_p: AnyArray | float,
+    min_p: AnyArray | float,
+) -> Array:
+    """`sample` with key[b]; the others scalars or [b, 1]."""
+    order, ranked = _filter(logits, temperature, top_k, top_p, min_p)
+    drawn = jax.vmap(jax.random.categorical)(keys, ranked)
+    return jnp.take_along_axis(order, drawn[:, None], axis=-1)[:, 0].astype(jnp.int32)
+
+
+def _filter(
+    logits: Array,
+    temperature: AnyArray | float,
+    top_k: AnyArray | int,
+    top_p: AnyArray | float,
+    min_p: AnyArray | float,
+) -> tuple[Array, Array]:
+    """Tokens from the likeliest down, and their scaled logits, -inf where they are filtered out."""
+    logits = logits / temperature
+    order = jnp.argsort(-logits, axis=-1)
+    ranked = jnp.take_along_axis(logits, order, axis=-1)
+    last = jnp.broadcast_to(jnp.minimum(top_k, ranked.shape[-1]) - 1, (len(ranked), 1))
+    # Whatever is as likely as the k-th stays, as in transformers.
+    ranked = jnp.where(ranked >= jnp.take_along_axis(ranked, last, axis=-1), ranked, -jnp.inf)
+    p = jax.nn.softmax(ranked, axis=-1)
+    kept = (jnp.cumsum(p, axis=-1) - p < top_p) & (p >= min_p * p[:, :1])
+    return order, jnp.where(kept, ranked, -jnp.inf)
+
+
+def log_probabilities(logits: Array, token: Array, likeliest: int) -> tuple[Array, Array, Array]:
+    """Of the model itself, before penalties, temperature and filters.
+
+    Args:
+        logits: float32[b, v].
+        token: int32[b], the chosen ones.
+        likeliest: k of them, or v where that is fewer.
+
+    Returns:
+        float32[b] of the chosen, float32[b, k] of the likeliest from the first down, and their ids,
+        int32[b, k].
+    """
+    logs = jax.nn.log_softmax(logits, axis=-1)
+    top, ids = jax.lax.top_k(logs, min(likeliest, logs.shape[-1]))
+    return jnp.take_along_axis(logs, token[:, None], axis=-1)[:, 0], top, ids.astype(jnp.int32)

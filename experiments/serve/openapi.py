@@ -3,8 +3,8 @@
 from collections.abc import Mapping
 from typing import Any
 
+from experiments.serve import keys
 from experiments.serve.asked import DETAILS
-from experiments.serve.keys import IGNORED, MESSAGE, ONLY, PART, TEMPLATE
 
 
 def _object(required: tuple[str, ...] = (), **properties: Any) -> dict[str, Any]:
@@ -19,9 +19,9 @@ def _answer(description: str, schema: dict[str, Any]) -> dict[str, Any]:
     return {"description": description, "content": {"application/json": {"schema": schema}}}
 
 
-def _only(keys: Mapping[str, tuple[Any, ...]]) -> dict[str, Any]:
+def _only(known: Mapping[str, tuple[Any, ...]]) -> dict[str, Any]:
     """Keys that are taken at some values alone."""
-    return {key: {"enum": [*values, None]} for key, values in keys.items()}
+    return {key: {"enum": [*values, None]} for key, values in known.items()}
 
 
 def _or_null(schema: dict[str, Any]) -> dict[str, Any]:
@@ -31,25 +31,25 @@ def _or_null(schema: dict[str, Any]) -> dict[str, Any]:
 STRING, INTEGER, FLAG = {"type": "string"}, {"type": "integer"}, {"type": "boolean"}
 COUNT = _or_null({"type": "integer", "minimum": 1, "maximum": 1 << 31})
 STOP = {"type": "string", "minLength": 1, "maxLength": 255}
-TEXT = _object(("type", "text"), type={"const": "text"}, text=STRING, **_only(PART))
+TEXT = _object(("type", "text"), type={"const": "text"}, text=STRING, **_only(keys.PART))
 ADDRESS = {"type": "string", "description": "data:image/...;base64,..."}
 PICTURE = _object(
     ("type", "image_url"),
     type={"const": "image_url"},
     image_url={
         "anyOf": [
-            _object(("url",), url=ADDRESS, detail={"enum": [*DETAILS, None]}, **_only(PART)),
+            _object(("url",), url=ADDRESS, detail={"enum": [*DETAILS, None]}, **_only(keys.PART)),
             ADDRESS,
         ]
     },
-    **_only(PART),
+    **_only(keys.PART),
 )
 MESSAGE = _object(
     ("role", "content"),
     role={"enum": ["system", "developer", "user", "assistant"]},
     content={"anyOf": [STRING, _array({"anyOf": [TEXT, PICTURE, STRING]}, minItems=1)]},
     name=_or_null(STRING),
-    **_only(MESSAGE),
+    **_only(keys.MESSAGE),
 )
 USAGE = _object(
     ("prompt_tokens", "completion_tokens", "total_tokens"),
@@ -158,8 +158,8 @@ def _chat(model: str) -> dict[str, Any]:
         "top_p": _or_null({"type": "number", "minimum": 0, "maximum": 1}),
         "stop": {"anyOf": [STOP, _array(STOP, maxItems=16), {"type": "null"}]},
         "seed": _or_null({"type": "integer", "minimum": -(1 << 63), "maximum": (1 << 63) - 1}),
-        **_only(ONLY),
-        **{key: {} for key in sorted(IGNORED | TEMPLATE)},
+        **_only(keys.ONLY),
+        **{key: {} for key in sorted(keys.IGNORED | keys.TEMPLATE)},
     }
     required = ["model", "messages"]
     return {

@@ -81,6 +81,7 @@ class Text:
         processor: whose tokenizer, and whose template's stop strings, it takes.
         stop: more strings that end it.
         ids: that have arrived.
+        count: how many of them it has; a stop string's last one is the last.
         text: of them, as far as it is certain.
         stopped: a stop string or id has ended it.
     """
@@ -88,6 +89,7 @@ class Text:
     processor: Processor | MemberProcessors
     stop: Sequence[str] = ()
     ids: list[int] = dataclasses.field(default_factory=list)
+    count: int = 0
     text: str = ""
     stopped: bool = False
     _ends: frozenset[int] = dataclasses.field(init=False)
@@ -114,6 +116,7 @@ class Text:
         tokenizer = processor.require_tokenizer()
         end = next((i for i, new in enumerate(ids) if new in self._ends), len(ids))
         kept, ended = [*self.ids, *ids[:end]], end < len(ids)
+        before, self.count = self.count, len(kept)
         self.ids += ids
         last = last or ended
         text = tokenizer.decode(
@@ -128,6 +131,8 @@ class Text:
         self.stopped = ended or bool(found)
         if found:
             text = text[: min(found)]
+            parts = range(before + 1, len(kept))
+            self.count = next((n for n in parts if _holds(tokenizer, kept[:n], stops)), len(kept))
         elif not last:
             text = text[: len(text) - max((_begun(stop, text) for stop in stops), default=0)]
         text = text.strip()
@@ -135,6 +140,11 @@ class Text:
             return ""
         new, self.text = text[len(self.text) :], text
         return new
+
+
+def _holds(tokenizer: Any, ids: Sequence[int], texts: Sequence[str]) -> bool:
+    said = tokenizer.decode(ids, skip_special_tokens=True)
+    return any(text in said for text in texts)
 
 
 _BYTE = re.compile(r"<0x[0-9A-F]{2}>")

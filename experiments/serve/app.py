@@ -21,6 +21,7 @@ from starlette.routing import Route
 
 from experiments.serve.asked import Asked, Limits, Refused, read
 from experiments.serve.batcher import Batcher, Event, Job, Piece
+from experiments.serve.guides import Grammars, Guide
 from experiments.serve.openapi import describe
 from vfjax import InputError
 
@@ -57,6 +58,7 @@ class Service:
     def __post_init__(self) -> None:
         self.reading = 0
         self.started = int(time.time())
+        self.grammars = Grammars(self.batcher.processor)
         self.readers = anyio.CapacityLimiter(READERS)
 
     def app(self) -> Starlette:
@@ -80,7 +82,7 @@ class Service:
         return _json({"status": "ok", "requests": self.reading + self.batcher.pending})
 
     async def openapi(self, request: Request) -> Response:
-        return _json(describe(self.limits.model))
+        return _json(describe(self.limits))
 
     async def models(self, request: Request) -> Response:
         own = self.limits.model
@@ -101,16 +103,28 @@ class Service:
         self.reading += 1
         try:
             body = await self._body(request, keep=True)
-            work = functools.partial(read, body, self.limits, self.batcher.processor)
-            asked = await anyio.to_thread.run_sync(work, limiter=self.readers)
+            work = functools.partial(self._read, body)
+            asked, guides = await anyio.to_thread.run_sync(work, limiter=self.readers)
+            if asked.choices > 1 and 0 < self.batcher.pending > self.queue - asked.choices:
+                _full(f"{self.batcher.pending} requests and {asked.choices} more choices")
             pixels = sum(picture.width * picture.height for picture in asked.pictures)
+            pixels *= asked.choices
             if self.batcher.pixels and self.batcher.pixels + pixels > self.pixels:
                 _full(f"pictures of {self.batcher.pixels} pixels")
-            answer = _Answer(asked, self.batcher, self.limits.model, deadline)
-            del body, work, asked  # what the job needs, it holds
+            answer = _Answer(asked, guides, self.batcher, self.limits.model, deadline)
+            del body, work, asked, guides  # what the job needs, it holds
         finally:
             self.reading -= 1
         return await answer.respond(request)
+
+    def _read(self, body: bytes) -> tuple[Asked, list[Guide | None]]:
+        asked = read(body, self.limits, self.batcher.processor)
+        if asked.schema is None:
+            return asked, [None] * asked.choices
+        try:
+            return asked, [self.grammars.guide(asked.schema) for _ in range(asked.choices)]
+        except InputError as error:
+            raise Refused(400, str(error), param="response_format") from None
 
     async def _body(self, request: Request, *, keep: bool) -> bytes:
         """The body; what is too large, or not to be kept, is read and dropped."""
@@ -136,21 +150,38 @@ class Service:
 
 
 class _Answer:
-    """A job whose pieces arrive in the event loop."""
+    """Jobs of a request, whose pieces arrive in the event loop."""
 
-    def __init__(self, asked: Asked, batcher: Batcher, model: str, deadline: float):
+    def __init__(
+        self,
+        asked: Asked,
+        guides: Sequence[Guide | None],
+        batcher: Batcher,
+        model: str,
+        deadline: float,
+    ):
         self.asked, self.model, self.deadline = asked, model, deadline
         self.id = f"chatcmpl-{secrets.token_hex(12)}"
         self.created = int(time.time())
-        self.events: asyncio.Queue[Event] = asyncio.Queue()
+        self.events: asyncio.Queue[tuple[int, Event]] = asyncio.Queue()
         loop = asyncio.get_running_loop()
 
-        def deliver(event: Event) -> None:
+        def deliver(i: int, event: Event) -> None:
             with contextlib.suppress(RuntimeError):  # the loop is closed: nobody waits
-                loop.call_soon_threadsafe(self.events.put_nowait, event)
+                loop.call_soon_threadsafe(self.events.put_nowait, (i, event))
 
-        self.job = Job(asked.ids, asked.pictures, deliver, **asked.sampling)
-        batcher.submit(self.job)
+        self.jobs = []
+        for i, guide in enumerate(guides):
+            how = asked.sampling | {"seed": _wrapped(asked.sampling["seed"] + i), "guide": guide}
+            send = functools.partial(deliver, i)
+            self.jobs.append(Job(asked.ids, list(asked.pictures), send, **how))
+        asked.pictures.clear()  # the jobs have them
+        for job in self.jobs:
+            batcher.submit(job)
+
+    def cancel(self) -> None:
+        for job in self.jobs:
+            job.cancelled = True
 
     async def respond(self, request: Request) -> Response:
         gone = asyncio.create_task(_disconnected(request))
@@ -158,24 +189,45 @@ class _Answer:
             first = await self._next(gone)
             headers = _ignored(self.asked.ignored)
             if self.asked.stream:
-                events = self._stream(first)
+                events = self._stream(*first)
                 return StreamingResponse(events, headers=headers, media_type="text/event-stream")
-            text, piece = first.text, first
-            while not piece.finish:
-                piece = await self._next(gone)
-                text += piece.text
+            pieces: list[list[Piece]] = [[] for _ in self.jobs]
+            i, piece = first
+            pieces[i].append(piece)
+            while not all(each and each[-1].finish for each in pieces):
+                i, piece = await self._next(gone)
+                pieces[i].append(piece)
         except BaseException:
-            self.job.cancelled = True
+            self.cancel()
             raise
         finally:
             gone.cancel()
-        message = {"role": "assistant", "content": text, "refusal": None}
-        choice = {"message": message, "finish_reason": piece.finish}
-        found = self._object("chat.completion", choice) | {"usage": _usage(piece)}
+        choices = []
+        for i, each in enumerate(pieces):
+            text = "".join(piece.text for piece in each)
+            message = {"role": "assistant", "content": text, "refusal": None}
+            tokens = [token for piece in each for token in piece.logprobs or ()]
+            logs = self._logs(tokens)
+            choices.append(
+                {
+                    "index": i,
+                    "message": message,
+                    "finish_reason": each[-1].finish,
+                    "logprobs": logs,
+                }
+            )
+        found = self._object("chat.completion", *choices)
+        found["usage"] = _usage([each[-1] for each in pieces])
         return _json(found, headers=headers)
 
-    async def _next(self, gone: asyncio.Task[None] | None = None) -> Piece:
-        """The next piece; raises what ended the job, or Refused where that takes too long."""
+    def _logs(self, tokens: list[dict[str, Any]] | None) -> dict[str, Any] | None:
+        """A choice's log-probabilities."""
+        if self.asked.sampling["logprobs"] is None:
+            return None
+        return {"content": tokens or [], "refusal": None}
+
+    async def _next(self, gone: asyncio.Task[None] | None = None) -> tuple[int, Piece]:
+        """A choice and its next piece; raises what ended it, or Refused where it takes too long."""
         event = asyncio.create_task(self.events.get())
         tasks = {event} if gone is None else {event, gone}
         left = self.deadline - asyncio.get_running_loop().time()
@@ -190,35 +242,39 @@ class _Answer:
                 raise ClientDisconnect
             message = "server: found no answer in time, expected one; try again"
             raise Refused(504, message, code="timeout")
-        found = event.result()
+        i, found = event.result()
         if isinstance(found, InputError):
             raise Refused(400, str(found), param="messages")
         if isinstance(found, Exception):
             raise Refused(500, "server: found an error of its own, expected none; see its log")
-        return found
+        return i, found
 
-    async def _stream(self, piece: Piece) -> AsyncIterator[str]:
+    async def _stream(self, i: int, piece: Piece) -> AsyncIterator[str]:
+        last: dict[int, Piece] = {}
         try:
-            start = {"role": "assistant", "content": ""}
-            yield self._event({"delta": start, "finish_reason": None})
+            for each in range(len(self.jobs)):
+                yield self._event(each, {"role": "assistant", "content": ""})
             while True:
-                if piece.text:
-                    delta = {"content": piece.text}
-                    yield self._event({"delta": delta, "finish_reason": None})
+                if piece.text or piece.logprobs:
+                    logs = self._logs(piece.logprobs)
+                    yield self._event(i, {"content": piece.text}, logprobs=logs)
                 if piece.finish:
+                    yield self._event(i, {}, finish_reason=piece.finish)
+                    last[i] = piece
+                if len(last) == len(self.jobs):
                     break
-                piece = await self._next()
-            yield self._event({"delta": {}, "finish_reason": piece.finish})
+                i, piece = await self._next()
             if self.asked.usage:
-                usage = self._object("chat.completion.chunk") | {"usage": _usage(piece)}
-                yield _data(usage)
+                usage = self._object("chat.completion.chunk")
+                yield _data(usage | {"usage": _usage(list(last.values()))})
         except Refused as error:
             yield _data(_error(error))
         finally:
-            self.job.cancelled = True  # ended, or nobody listens
+            self.cancel()  # ended, or nobody listens
         yield "data: [DONE]\n\n"
 
-    def _event(self, choice: dict[str, Any]) -> str:
+    def _event(self, i: int, delta: dict[str, Any], **more: Any) -> str:
+        choice = {"index": i, "delta": delta, "finish_reason": None, "logprobs": None} | more
         usage = {"usage": None} if self.asked.usage else {}
         return _data(self._object("chat.completion.chunk", choice) | usage)
 
@@ -228,8 +284,13 @@ class _Answer:
             "object": kind,
             "created": self.created,
             "model": self.model,
-            "choices": [{"index": 0, "logprobs": None, **choice} for choice in choices],
+            "choices": choices,
         }
+
+
+def _wrapped(seed: int) -> int:
+    """Within 64 bits."""
+    return (seed + (1 << 63)) % (1 << 64) - (1 << 63)
 
 
 def _ignored(keys: Sequence[str]) -> dict[str, str]:
@@ -245,12 +306,13 @@ def _ignored(keys: Sequence[str]) -> dict[str, str]:
     return {IGNORED_HEADER: ", ".join(names + more)}
 
 
-def _usage(piece: Piece) -> dict[str, int]:
-    total = piece.prompt + piece.written
+def _usage(pieces: Sequence[Piece]) -> dict[str, int]:
+    """Of the choices' last pieces: their prompt is one."""
+    prompt, written = pieces[0].prompt, sum(piece.written for piece in pieces)
     return {
-        "prompt_tokens": piece.prompt,
-        "completion_tokens": piece.written,
-        "total_tokens": total,
+        "prompt_tokens": prompt,
+        "completion_tokens": written,
+        "total_tokens": prompt + written,
     }
 
 

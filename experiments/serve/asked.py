@@ -13,6 +13,7 @@ from urllib.parse import urlsplit
 import httpx2
 
 from experiments.serve.keys import IGNORED, MESSAGE, ONLY, PART, TEMPLATE, allowed
+from experiments.serve.logprobs import TOP
 from experiments.serve.pictures import read_picture
 from vfjax import InputError, Processor
 from vfjax.chat import CHAT_TEMPLATE
@@ -52,6 +53,7 @@ class Limits:
         body: bytes of a body, and of a picture that is fetched.
         pixels: of all pictures of a request.
         pictures: of a request.
+        choices: answers to a request.
         hosts: "host" or "host:port" from which pictures may be fetched.
         fetch_timeout: seconds for each read from there.
     """
@@ -60,6 +62,7 @@ class Limits:
     body: int = 20 << 20
     pixels: int = 32_000_000
     pictures: int = 16
+    choices: int = 16
     hosts: tuple[str, ...] = ()
     fetch_timeout: float = 10.0
 
@@ -73,6 +76,8 @@ class Asked:
         pictures: in that order.
         stream: whether the answer comes in pieces.
         usage: whether its last piece counts tokens.
+        choices: how many answers; the i-th has the seed of the first + i.
+        schema: JSON schema that they keep to; None: none.
         sampling: the job's remaining arguments.
         ignored: keys that are nothing here, as paths in the body.
     """
@@ -81,6 +86,8 @@ class Asked:
     pictures: list[Any]
     stream: bool
     usage: bool
+    choices: int
+    schema: dict[str, Any] | None
     sampling: dict[str, Any]
     ignored: tuple[str, ...] = ()
 
@@ -105,6 +112,8 @@ def read(body: bytes, limits: Limits, processor: Processor) -> Asked:
     stream = taken.flag("stream")
     ignored: list[str] = []
     usage = _stream_options(taken, stream, ignored)
+    choices = taken.count("n", 1, limits.choices) or 1
+    schema = _schema(taken)
     sampling = _sampling(taken, ignored)
     messages = _messages(taken.get("messages", None, list, "a list"), limits, processor, ignored)
     _template_options(taken, processor, ignored)
@@ -118,14 +127,14 @@ def read(body: bytes, limits: Limits, processor: Processor) -> Asked:
     context = processor.config.llm.context
     if len(ids) >= context:
         _bad("messages", f"{len(ids)} tokens", f"fewer than {context}, the LLM's context")
-    return Asked(ids, pictures, stream, usage, sampling, tuple(ignored))
+    return Asked(ids, pictures, stream, usage, choices, schema, sampling, tuple(ignored))
 
 
 class _Taken:
     """An object's keys, each asked for once; the rest is unknown."""
 
     def __init__(self, found: Mapping[str, Any]):
-        self.rest = dict(found)
+        self.found, self.rest = found, dict(found)
 
     def get(self, key: str, default: Any, kind: type | tuple[type, ...], expected: str) -> Any:
         value = self.rest.pop(key, default)
@@ -139,7 +148,10 @@ class _Taken:
     def flag(self, key: str) -> bool:
         return self.get(key, False, bool, "true or false")
 
-    def number(self, key: str, default: float, low: float, high: float) -> float:
+    def number(self, key: str, default: float | None, low: float, high: float) -> Any:
+        """A float; None where there is neither the key nor a default."""
+        if default is None and key not in self.rest:
+            return None
         value = self.get(key, default, (int, float), "a number")
         if not low <= value <= high:
             _bad(key, value, f"{low} to {high}")
@@ -177,6 +189,21 @@ def _template_options(taken: _Taken, processor: Processor, ignored: list[str]) -
             ignored.append(where + key)
 
 
+def _schema(taken: _Taken) -> dict[str, Any] | None:
+    """Of response_format."""
+    found = _given(taken.get("response_format", {"type": "text"}, dict, "an object"))
+    kind = found.pop("type", None)
+    held = found.pop("json_schema", None) if kind == "json_schema" else {"schema": {}}
+    schema = _given(held).pop("schema", None) if isinstance(held, dict) else None
+    if kind not in ("text", "json_object", "json_schema") or found or not isinstance(schema, dict):
+        _bad(
+            "response_format",
+            _cut(taken.found.get("response_format")),
+            '{"type": "text"}, {"type": "json_object"} or one of json_schema with a schema',
+        )
+    return {"text": None, "json_object": {"type": "object"}, "json_schema": schema}[kind]
+
+
 def _own_template(processor: Processor) -> str:
     return processor.chat_template if processor.template == CHAT_TEMPLATE else ""
 
@@ -195,10 +222,18 @@ def _sampling(taken: _Taken, ignored: list[str]) -> dict[str, Any]:
     stops = (stop,) if isinstance(stop, str) else tuple(stop)
     if len(stops) > 16 or not all(isinstance(text, str) and 0 < len(text) < 256 for text in stops):
         _bad("stop", "something else", "up to 16 strings of 1 to 255 letters")
+    top_k = taken.count("top_k", -1, 1 << 31)
+    logprobs, top = taken.flag("logprobs"), taken.count("top_logprobs", 0, TOP)
+    if top and not logprobs:
+        _bad("top_logprobs", "it without logprobs", "logprobs: true")
     return {
         "max_new_tokens": next((count for count in counts if count is not None), None),
         "temperature": taken.number("temperature", 1.0, 0.0, 100.0),
         "top_p": max(taken.number("top_p", 1.0, 0.0, 1.0), 1e-6),  # 0 takes the likeliest
+        "top_k": None if top_k in (None, -1, 0) else top_k,
+        "min_p": taken.number("min_p", 0.0, 0.0, 1.0),
+        "repetition_penalty": taken.number("repetition_penalty", None, 0.01, 100.0),
+        "logprobs": (top or 0) if logprobs else None,
         "seed": secrets.randbits(31) if seed is None else seed,
         "stop": stops,
     }

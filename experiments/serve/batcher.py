@@ -10,7 +10,9 @@ from typing import Any
 
 from PIL import Image
 
+from experiments.serve.logprobs import TOP, Names
 from vfjax import InputError, Model, Processor, stream_ids
+from vfjax.generate import Guide, Logs
 from vfjax.stream import Text
 
 LOG = logging.getLogger(__name__)
@@ -27,12 +29,14 @@ class Piece:
         prompt: tokens of the prompt, visual ones included.
         written: tokens written so far.
         finish: why it ended, "stop" or "length"; None if it goes on.
+        logprobs: of the new tokens, as OpenAI has them; None if they are not asked for.
     """
 
     text: str
     prompt: int
     written: int
     finish: str | None = None
+    logprobs: list[dict[str, Any]] | None = None
 
 
 Event = Piece | Exception
@@ -50,7 +54,13 @@ class Job:
         max_new_tokens: None for as many as the batcher gives.
         temperature: 0 for the likeliest tokens.
         top_p: within (0, 1].
+        top_k: see `vfjax.generate`.
+        min_p: so, too.
+        repetition_penalty: None for the folder's.
         seed: of the sampling.
+        logprobs: alternatives whose log-probabilities are told, `TOP` at most, beside the chosen
+            token's; None: no log-probabilities.
+        guide: of its tokens.
         stop: strings that end the answer.
         cancelled: set by whoever does not want the rest.
         ended: set by the batcher.
@@ -63,7 +73,12 @@ class Job:
     max_new_tokens: int | None = None
     temperature: float = 0.0
     top_p: float = 1.0
+    top_k: int | None = None
+    min_p: float = 0.0
+    repetition_penalty: float | None = None
     seed: int = 0
+    logprobs: int | None = None
+    guide: Guide | None = None
     stop: tuple[str, ...] = ()
     cancelled: bool = False
     ended: bool = False
@@ -99,6 +114,7 @@ class Batcher:
         self.model, self.batch, self.window, self.every = model, batch, window, every
         self.processor = dataclasses.replace(processor, lengths=LENGTHS)
         self.max_new_tokens = max_new_tokens
+        self.names = Names(processor.tokenizer)
         self.pending = 0  # jobs that have not ended
         self.pixels = 0  # of their pictures
         self._lock = threading.Lock()
@@ -217,20 +233,34 @@ class Batcher:
             room=_bucket(max(limit), 64),
             stop=self.processor.stops,
             temperature=[job.temperature for job in jobs] + [0.0] * spare,
+            top_k=[job.top_k for job in jobs] + [None] * spare,
             top_p=[job.top_p for job in jobs] + [1.0] * spare,
-            repetition_penalty=self.processor.settings.repetition_penalty,
+            min_p=[job.min_p for job in jobs] + [0.0] * spare,
+            repetition_penalty=[self._penalty(job) for job in jobs] + [1.0] * spare,
             penalise_prompt=self.processor.settings.penalise_prompt,
             seed=[job.seed for job in jobs] + [0] * spare,
+            logprobs=None if all(job.logprobs is None for job in jobs) else TOP,
+            guides=[*(job.guide for job in jobs), *[None] * spare],
         )
         live = {i: Text(self.processor, job.stop) for i, job in enumerate(jobs)}
-        for new, ended, _ in pieces:
+        for new in pieces:
             for i, text in list(live.items()):
-                piece = _piece(text, new[i], ended[i], prompt[i], limit[i])
+                first, top = text.count, jobs[i].logprobs
+                piece = _piece(text, new.ids[i], new.ended[i], prompt[i], limit[i])
+                if new.logs and top is not None:
+                    ids = text.ids[first : text.count]
+                    logs = Logs(*(x[: len(ids)] for x in new.logs[i]))
+                    content = self.names.content(logs, ids, top)
+                    piece = dataclasses.replace(piece, logprobs=content)
                 self._deliver(jobs[i], piece)
                 if jobs[i].ended or jobs[i].cancelled:
                     del live[i]
             if not live:
                 return
+
+    def _penalty(self, job: Job) -> float:
+        own = self.processor.settings.repetition_penalty
+        return own if job.repetition_penalty is None else job.repetition_penalty
 
     def _fits(self, job: Job, length: int) -> None:
         if length >= self.model.context:
@@ -249,7 +279,7 @@ class Batcher:
 
 def _piece(text: Text, new: Sequence[int], ended: bool, prompt: int, limit: int) -> Piece:
     more = text.add(new, ended)
-    written = len(text.ids)
+    written = text.count
     finish = None
     if text.stopped or ended:
         finish = "stop" if text.stopped or written < limit else "length"

@@ -4,7 +4,8 @@ from collections.abc import Mapping
 from typing import Any
 
 from experiments.serve import keys
-from experiments.serve.asked import DETAILS
+from experiments.serve.asked import DETAILS, Limits
+from experiments.serve.logprobs import TOP
 
 
 def _object(required: tuple[str, ...] = (), **properties: Any) -> dict[str, Any]:
@@ -51,6 +52,24 @@ MESSAGE = _object(
     name=_or_null(STRING),
     **_only(keys.MESSAGE),
 )
+FORMATS = [
+    {**_object(("type",), type={"enum": ["text", "json_object"]}), "additionalProperties": False},
+    {
+        **_object(
+            ("type", "json_schema"),
+            type={"const": "json_schema"},
+            json_schema=_object(("schema",), schema={"type": "object"}),
+        ),
+        "additionalProperties": False,
+    },
+]
+TOKEN = {"token": STRING, "logprob": {"type": "number"}, "bytes": _array(INTEGER)}
+LOGS = _object(
+    ("content",),
+    content=_array(
+        _object((*TOKEN, "top_logprobs"), **TOKEN, top_logprobs=_array(_object((*TOKEN,), **TOKEN)))
+    ),
+)
 USAGE = _object(
     ("prompt_tokens", "completion_tokens", "total_tokens"),
     prompt_tokens=INTEGER,
@@ -62,6 +81,7 @@ CHOICE = _object(
     index=INTEGER,
     message=_object(("role", "content"), role=STRING, content=STRING),
     finish_reason={"enum": ["stop", "length"]},
+    logprobs=_or_null(LOGS),
 )
 COMPLETION = _object(
     ("id", "object", "created", "model", "choices", "usage"),
@@ -94,13 +114,14 @@ FAULTS = {
 }
 
 
-def describe(model: str) -> dict[str, Any]:
-    """The description of a server of that model.
+def describe(limits: Limits) -> dict[str, Any]:
+    """The description of a server of a model.
 
     Other keys are taken, and named by the answer's header `X-Ignored`. What it leaves to words:
     roles come in the order of a conversation, the prompt fits the context, pictures can be decoded,
-    usage is asked for with `stream`, `logit_bias` may hold zeros, and what the model's own chat
-    template reads is refused in `chat_template_kwargs`.
+    usage is asked for with `stream`, `top_logprobs` with `logprobs`, a schema is one that
+    llguidance keeps to, `logit_bias` may hold zeros, and what the model's own chat template reads
+    is refused in `chat_template_kwargs`.
     """
     name = {"name": "name", "in": "path", "required": True, "schema": STRING}
     models = _object(("object", "data"), object={"const": "list"}, data=_array(MODEL))
@@ -116,7 +137,7 @@ def describe(model: str) -> dict[str, Any]:
                 "post": {
                     "requestBody": {
                         "required": True,
-                        "content": {"application/json": {"schema": _chat(model)}},
+                        "content": {"application/json": {"schema": _chat(limits)}},
                     },
                     "responses": {
                         "200": completed,
@@ -138,10 +159,10 @@ def _get(answer: dict[str, Any], others: Any = None, **more: Any) -> dict[str, A
     return {"get": {**more, "responses": {"200": answer, **(others or {})}}}
 
 
-def _chat(model: str) -> dict[str, Any]:
+def _chat(limits: Limits) -> dict[str, Any]:
     """A request; a key that is null counts as absent."""
     properties = {
-        "model": {"enum": [model]},
+        "model": {"enum": [limits.model]},
         "messages": _array(MESSAGE, minItems=1),
         "stream": _or_null(FLAG),
         "stream_options": _or_null(
@@ -158,6 +179,13 @@ def _chat(model: str) -> dict[str, Any]:
         "top_p": _or_null({"type": "number", "minimum": 0, "maximum": 1}),
         "stop": {"anyOf": [STOP, _array(STOP, maxItems=16), {"type": "null"}]},
         "seed": _or_null({"type": "integer", "minimum": -(1 << 63), "maximum": (1 << 63) - 1}),
+        "top_k": _or_null({"type": "integer", "minimum": -1, "maximum": 1 << 31}),
+        "min_p": _or_null({"type": "number", "minimum": 0, "maximum": 1}),
+        "repetition_penalty": _or_null({"type": "number", "minimum": 0.01, "maximum": 100}),
+        "n": _or_null({"type": "integer", "minimum": 1, "maximum": limits.choices}),
+        "logprobs": _or_null(FLAG),
+        "top_logprobs": _or_null({"type": "integer", "minimum": 0, "maximum": TOP}),
+        "response_format": _or_null({"anyOf": FORMATS}),
         **_only(keys.ONLY),
         **{key: {} for key in sorted(keys.IGNORED | keys.TEMPLATE)},
     }

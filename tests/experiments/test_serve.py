@@ -30,6 +30,7 @@ from experiments.serve.app import Service
 from experiments.serve.asked import Limits, Refused, fetch, read
 from experiments.serve.batcher import LENGTHS, Batcher, Job
 from experiments.serve.keys import IGNORED, ONLY, TEMPLATE
+from tests import checkpoints
 from tests.experiments.pictures import black_png
 from vfjax.generate import _decode, _first, _prefill
 
@@ -213,6 +214,101 @@ def animated(kind: str) -> str:
     return f"data:image/{kind.lower()};base64," + base64.b64encode(out.getvalue()).decode()
 
 
+def test_choices_penalties_and_filters(client, loaded):
+    """As generate's, each with the seed of the first + i; whole and streamed."""
+    how = {"temperature": 5.0, "top_k": 40, "min_p": 1e-4, "repetition_penalty": 1.3}
+    body = ask(QUESTIONS[0], data(picture()), n=3, seed=7, max_tokens=12) | how
+    found = client.post(URL, json=body).json()
+    expected = [
+        direct(loaded, QUESTIONS[0], picture(), max_new_tokens=12, seed=7 + i, **how)
+        for i in range(3)
+    ]
+    assert [choice["index"] for choice in found["choices"]] == [0, 1, 2]
+    assert [choice["message"]["content"] for choice in found["choices"]] == expected
+    assert len(set(expected)) > 1
+    texts = ["", "", ""]
+    chunks = events(client.post(URL, json=body | {"stream": True}))
+    for choice in (chunk["choices"][0] for chunk in chunks):
+        texts[choice["index"]] += choice["delta"].get("content", "")
+    assert texts == expected
+    assert sum(chunk["choices"][0]["finish_reason"] is not None for chunk in chunks) == 3
+    batch = loaded[1]([picture()], [loaded[1].chat(QUESTIONS[0])])
+    usage = found["usage"]
+    assert usage["prompt_tokens"] == batch.mask.sum()
+    assert usage["total_tokens"] == usage["prompt_tokens"] + usage["completion_tokens"]
+    assert client.post(URL, json=body | {"seed": (1 << 63) - 1}).status_code == 200
+
+
+def test_log_probabilities(client, loaded):
+    """OpenAI's form, by OpenAI's own types; whole and streamed."""
+    types = pytest.importorskip("openai.types.chat")
+    body = ask("red", temperature=3, seed=1, max_tokens=7, logprobs=True, top_logprobs=3)
+    answer = client.post(URL, json=body).json()
+    (choice,) = types.ChatCompletion.model_validate(answer).choices
+    tokens = choice.logprobs.content
+    assert len(tokens) == answer["usage"]["completion_tokens"] == 7
+    joined = b"".join(bytes(token.bytes) for token in tokens).decode()
+    assert joined.split() == choice.message.content.split()
+    model, processor = loaded
+    batch = processor([], [processor.chat("red", images=0)])
+    how = {"max_new_tokens": 7, "temperature": 3.0, "seed": 1, "stop": processor.stops}
+    (piece,) = vfjax.stream_ids(model, batch, every=7, logprobs=20, **how)
+    (expected,) = piece.logs
+    np.testing.assert_allclose([token.logprob for token in tokens], expected.chosen, atol=1e-5)
+    for token, values, ids in zip(tokens, expected.top, expected.ids, strict=True):
+        found = [(other.token.strip(), other.logprob) for other in token.top_logprobs]
+        assert [name for name, _ in found] == processor.tokenizer.convert_ids_to_tokens(ids[:3])
+        np.testing.assert_allclose([value for _, value in found], values[:3], atol=1e-5)
+    chunks = events(client.post(URL, json=body | {"stream": True}))
+    streamed = [
+        token
+        for chunk in chunks
+        for token in (chunk["choices"][0]["logprobs"] or {"content": []})["content"]
+    ]
+    assert streamed == answer["choices"][0]["logprobs"]["content"]
+    body |= {"top_logprobs": None, "stop": joined.split()[2]}
+    cut = client.post(URL, json=body).json()
+    assert len(cut["choices"][0]["logprobs"]["content"]) == 3 == cut["usage"]["completion_tokens"]
+    assert cut["choices"][0]["logprobs"]["content"][0]["top_logprobs"] == []
+
+
+SCHEMA = {
+    "type": "object",
+    "properties": {"colour": {"enum": ["red", "blue"]}, "count": {"type": "boolean"}},
+    "required": ["colour", "count"],
+    "additionalProperties": False,
+}
+
+
+def test_answers_keep_to_a_schema(tmp_path):
+    """A random model's, greedy and drawn; beside free ones; what can't be kept to is refused."""
+    checkpoints.llama_folder(tmp_path, 3)
+    batcher = Batcher(*converters.load(tmp_path), batch=2, max_new_tokens=256)
+    asked = {"type": "json_schema", "json_schema": {"name": "a", "schema": SCHEMA, "strict": True}}
+    body = ask(
+        "a", response_format=asked, max_tokens=256, temperature=1, seed=3, n=2, logprobs=True
+    )
+    with TestClient(Service(batcher, Limits("clip")).app()) as client:
+        found = client.post(URL, json=body)
+        free = client.post(URL, json=body | {"response_format": None, "max_tokens": 20})
+        wrong = []
+        for schema in ({"type": "word"}, {"$ref": "#"}, {"not": {}}, {"enum": ["a" * 70_000]}):
+            asked["json_schema"]["schema"] = schema
+            wrong.append(client.post(URL, json=body))
+    batcher.close()
+    assert found.status_code == 200, found.text
+    for choice in found.json()["choices"]:
+        answer = json.loads(choice["message"]["content"])
+        assert answer.keys() == {"colour", "count"} and answer["colour"] in ("red", "blue")
+        assert isinstance(answer["count"], bool) and choice["finish_reason"] == "stop"
+        data = b"".join(bytes(token["bytes"]) for token in choice["logprobs"]["content"])
+        assert json.loads(data) == answer
+    assert "{" not in free.json()["choices"][0]["message"]["content"][:1]
+    for answer in wrong:
+        assert answer.status_code == 400
+        assert answer.json()["error"]["message"].startswith("response_format: found a schema ")
+
+
 BOMB = "data:image/png;base64," + base64.b64encode(black_png(10_000)).decode()
 GIF = "data:image/gif;base64," + base64.b64encode(b"GIF89a" + bytes(20)).decode()
 WRONG = {
@@ -227,8 +323,14 @@ WRONG = {
     "no question": (ask("a", messages=[{"role": "system", "content": "a"}]), "no question"),
     "content": (ask("a", messages=[{"role": "user", "content": 3}]), "messages[0].content[0]"),
     "surrogate": (ask("\ud800"), "surrogate"),
-    "two": (ask("a", n=2), "n: found 2, expected 1"),
-    "true is not 1": (ask("a", n=True), "n: found"),
+    "many": (ask("a", n=17), "n: found 17, expected 1 to 16"),
+    "true is not 1": (ask("a", best_of=True), "best_of: found true, expected 1"),
+    "top_k": (ask("a", top_k=-2), "top_k: found -2, expected -1 to"),
+    "min_p": (ask("a", min_p=1.5), "min_p: found 1.5, expected 0.0 to 1.0"),
+    "penalty": (ask("a", repetition_penalty=0), "repetition_penalty: found 0, expected 0.01 to"),
+    "top_logprobs": (ask("a", top_logprobs=2), "top_logprobs: found it without logprobs"),
+    "format": (ask("a", response_format={"type": "xml"}), 'response_format: found {"type": "xml"}'),
+    "words": (ask("a", response_format={"type": "json_object"}), "found a tokenizer that it can't"),
     "twice": (b'{"model": "clip", "seed": 1, "seed": 2}', 'the key "seed" is there twice'),
     "tools": (ask("a", tools=[{"type": "function"}]), "tools: found [{"),
     "bias": (ask("a", logit_bias={"50": 1}), 'logit_bias: found {"50": 1}, expected {}'),
@@ -346,7 +448,8 @@ def test_the_description_is_true(client):
     }
     for schema in (takes, *gives.values()):
         jsonschema.Draft202012Validator.check_schema(schema)
-    bodies = [ask("a", data(picture()), stop=["b"], seed=1, n=1), ask("a", n=2), ask("a", best=1)]
+    bodies = [ask("a", data(picture()), stop=["b"], seed=1, n=2), ask("a", n=17), ask("a", best=1)]
+    bodies += [ask("a", logprobs=True, top_logprobs=2), ask("a", response_format={"type": "xml"})]
     bodies += [ask("a", **{key: value}) for key, values in ONLY.items() for value in values[:1]]
     bodies += [ask("a", tools=[{}]), ask("a", min_tokens=1), ask("a", messages=[FULL])]
     bodies += [ask("a", messages=[]), ask("a", stop=""), ask("a", model=None)]
@@ -365,13 +468,30 @@ NOTHING: dict[str, list] = {
     **{key: [*values, None] for key, values in ONLY.items()},
     **{key: [None, "x"] for key in IGNORED},
     "logit_bias": [{}, {"50": 0}],
+    **{"top_k": [-1, 0, None], "min_p": [0, None], "repetition_penalty": [1, None], "n": [1, None]},
+    **{"logprobs": [False, None], "top_logprobs": [0, None]},
+    "response_format": [{"type": "text"}, None],
     "stream_options": [{}, None, {"include_usage": False}, {"include_obfuscation": True}],
     "chat_template_kwargs": [{}, None],
 }
 """Keys and values that change nothing and that no header needs to name."""
-VARIABLE = {"model", "messages", "stream", "max_tokens", "max_completion_tokens"} | {
-    *("temperature", "top_p", "stop", "seed"),
-}
+VARIABLE = (
+    {
+        *(
+            "top_k",
+            "min_p",
+            "repetition_penalty",
+            "n",
+            "logprobs",
+            "top_logprobs",
+            "response_format",
+        ),
+    }
+    | {"model", "messages", "stream", "max_tokens", "max_completion_tokens"}
+    | {
+        *("temperature", "top_p", "stop", "seed"),
+    }
+)
 """Keys that answers depend on at most of their values."""
 
 

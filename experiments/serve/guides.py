@@ -11,6 +11,8 @@ from vfjax import InputError, Processor
 
 LETTERS = 1 << 16
 """Of a schema at most."""
+SPACES = {"whitespace_pattern": r"[ \n\r\t]{0,20}"}
+"""Between an answer's words; some models would write them for ever."""
 
 
 class Guide:
@@ -69,7 +71,8 @@ class Grammars:
         text = json.dumps(schema)
         if len(text) > LETTERS:
             self._wrong(f"a schema of {len(text)} letters", f"at most {LETTERS}")
-        matcher = LLMatcher(self._tokenizer, LLMatcher.grammar_from_json_schema(text), log_level=0)
+        grammar = LLMatcher.grammar_from_json_schema(text, defaults=SPACES)
+        matcher = LLMatcher(self._tokenizer, grammar, log_level=0)
         if matcher.is_error():
             self._wrong(f"a schema that is not supported ({matcher.get_error()[:200]})", "another")
         guide = Guide(matcher, self.processor.stops)

@@ -1,6 +1,7 @@
 """A folder's own chat template, rendered by its tokenizer as transformers renders it."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from types import MappingProxyType
 from typing import Any
 
 from vfjax.errors import InputError
@@ -53,7 +54,13 @@ def from_turns(turns: Sequence[Turn]) -> Messages:
 
 
 def render(
-    tokenizer: Any, template: str, messages: Messages, image_token: str, *, answer: bool = True
+    tokenizer: Any,
+    template: str,
+    messages: Messages,
+    image_token: str,
+    *,
+    answer: bool = True,
+    variables: Mapping[str, Any] = MappingProxyType({}),
 ) -> str:
     """What transformers' apply_chat_template makes of a conversation.
 
@@ -66,6 +73,7 @@ def render(
         messages: see `Messages`.
         image_token: what stands for a picture in the text.
         answer: whether an answer is to follow.
+        variables: more of the template's, none of which is an argument of apply_chat_template.
 
     Raises:
         InputError: the template fails, or writes another number of pictures.
@@ -77,7 +85,7 @@ def render(
         count = sum(part == PICTURE for m in messages for part in m["content"])
         count += sum(p.get("text", "").count(image_token) for m in messages for p in m["content"])
     try:
-        text = _apply(tokenizer, template, messages, answer)
+        text = _apply(tokenizer, template, messages, answer, variables)
     except Exception as error:  # what a template raises is its own affair
         raise _wrong(
             f"one that fails ({type(error).__name__}: {error})", "a conversation that it takes"
@@ -90,9 +98,15 @@ def render(
     return text
 
 
-def _apply(tokenizer: Any, template: str, messages: Messages, answer: bool) -> str:
+def _apply(
+    tokenizer: Any,
+    template: str,
+    messages: Messages,
+    answer: bool,
+    variables: Mapping[str, Any] = MappingProxyType({}),
+) -> str:
     return tokenizer.apply_chat_template(
-        messages, chat_template=template, tokenize=False, add_generation_prompt=answer
+        messages, chat_template=template, tokenize=False, add_generation_prompt=answer, **variables
     )
 
 

@@ -2,7 +2,7 @@
 
 import dataclasses
 import itertools
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from vfjax import chat, prompts
@@ -29,7 +29,11 @@ class Message:
     name: str | None = None
 
 
-def tokenize(processor: Processor, messages: Sequence[Message]) -> tuple[list[int], list[Picture]]:
+def tokenize(
+    processor: Processor,
+    messages: Sequence[Message],
+    variables: Mapping[str, Any] | None = None,
+) -> tuple[list[int], list[Picture]]:
     """A conversation as a row of `processor(pictures, input_ids=...)`, its answer open.
 
     The named templates have system texts of their own, which the models were trained with; a system
@@ -41,6 +45,7 @@ def tokenize(processor: Processor, messages: Sequence[Message]) -> tuple[list[in
         processor: of the model.
         messages: any system messages first, then user and assistant in turn, a user last; several
             messages of a user are one question. A folder's own template may take others.
+        variables: see `vfjax.chat.render`; for a folder's own template alone.
 
     Returns:
         Ids with -200 at each picture, and the pictures in that order.
@@ -50,7 +55,7 @@ def tokenize(processor: Processor, messages: Sequence[Message]) -> tuple[list[in
             folder's own template says.
     """
     if processor.template == chat.CHAT_TEMPLATE:
-        return _own(processor, messages)
+        return _own(processor, messages, variables)
     rest = list(itertools.dropwhile(lambda m: m.role == "system", messages))
     system = messages[: len(messages) - len(rest)]
     turns: list[prompts.Turn] = []
@@ -75,7 +80,9 @@ def tokenize(processor: Processor, messages: Sequence[Message]) -> tuple[list[in
     return _ids(processor, processor.render(turns)), pictures
 
 
-def _own(processor: Processor, messages: Sequence[Message]) -> tuple[list[int], list[Picture]]:
+def _own(
+    processor: Processor, messages: Sequence[Message], variables: Mapping[str, Any] | None
+) -> tuple[list[int], list[Picture]]:
     """By the folder's own chat template."""
     if not messages or messages[-1].role == "assistant":
         raise _wrong(len(messages) - 1, "no question at the end")
@@ -88,7 +95,7 @@ def _own(processor: Processor, messages: Sequence[Message]) -> tuple[list[int], 
         ]
         name = {} if message.name is None else {"name": message.name}
         said.append({"role": message.role, "content": parts, **name})
-    return _ids(processor, processor.render_messages(said)), pictures
+    return _ids(processor, processor.render_messages(said, variables=variables)), pictures
 
 
 def _ids(processor: Processor, text: str) -> list[int]:

@@ -3,7 +3,7 @@
 import dataclasses
 import itertools
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -70,7 +70,13 @@ class Processor:
             return self.render_messages(own.from_turns(turns), answer=turns[-1][1] is None)
         return text.render(text.get_template(self.template), turns)
 
-    def render_messages(self, messages: own.Messages, *, answer: bool = True) -> str:
+    def render_messages(
+        self,
+        messages: own.Messages,
+        *,
+        answer: bool = True,
+        variables: Mapping[str, Any] | None = None,
+    ) -> str:
         """Messages in the folder's own chat template; errors as of `vfjax.chat.render`."""
         if not self.chat_template:
             raise InputError(
@@ -81,7 +87,14 @@ class Processor:
             )
         token = self.image_token or text.IMAGE_TOKEN
         tokenizer = self.require_tokenizer()
-        return own.render(tokenizer, self.chat_template, messages, token, answer=answer)
+        return own.render(
+            tokenizer,
+            self.chat_template,
+            messages,
+            token,
+            answer=answer,
+            variables=variables or {},
+        )
 
     def tokenize(self, prompt: str) -> list[int]:
         """Ids of a prompt, -200 at each picture; see `vfjax.prompts.encoded`.

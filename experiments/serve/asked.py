@@ -3,6 +3,7 @@
 import base64
 import binascii
 import dataclasses
+import inspect
 import json
 import re
 import secrets
@@ -116,12 +117,12 @@ def read(body: bytes, limits: Limits, processor: Processor) -> Asked:
     schema = _schema(taken)
     sampling = _sampling(taken, ignored)
     messages = _messages(taken.get("messages", None, list, "a list"), limits, processor, ignored)
-    _template_options(taken, processor, ignored)
+    variables = _variables(taken, processor, ignored)
     for key in sorted(taken.rest.keys() & IGNORED):
         del taken.rest[key]
     ignored += _others(taken.rest, ONLY, "")
     try:
-        ids, pictures = tokenize(processor, messages)
+        ids, pictures = tokenize(processor, messages, variables)
     except InputError as error:
         raise Refused(400, str(error), param="messages") from None
     context = processor.config.llm.context
@@ -177,16 +178,22 @@ def _stream_options(taken: _Taken, stream: bool, ignored: list[str]) -> bool:
     return usage
 
 
-def _template_options(taken: _Taken, processor: Processor, ignored: list[str]) -> None:
-    """Variables of a chat template: none is set, so what the template reads is refused."""
+def _variables(taken: _Taken, processor: Processor, ignored: list[str]) -> dict[str, Any]:
+    """Those of the model's own chat template; what it does not read is ignored."""
     options = _given(taken.get("chat_template_kwargs", {}, dict, "an object"))
     efforts = {key: taken.rest.pop(key) for key in TEMPLATE if key in taken.rest}
-    own = _own_template(processor)
-    for where, found in (("chat_template_kwargs.", options), ("", efforts)):
+    template = _own_template(processor)
+    arguments = inspect.signature(processor.require_tokenizer().apply_chat_template).parameters
+    read = {}
+    for where, found in (("", efforts), ("chat_template_kwargs.", options)):
         for key, value in found.items():
-            if _reads(own, key):
-                _bad(where + _cut(key), _cut(value), "none, as the model's template reads it")
-            ignored.append(where + key)
+            if key in arguments or key == "messages":
+                _bad(where + key, _cut(value), "none of that name, as it is not supported")
+            if _reads(template, key):
+                read[key] = value
+            else:
+                ignored.append(where + key)
+    return read
 
 
 def _schema(taken: _Taken) -> dict[str, Any] | None:

@@ -71,7 +71,7 @@ class Grammars:
         text = json.dumps(schema)
         if len(text) > LETTERS:
             self._wrong(f"a schema of {len(text)} letters", f"at most {LETTERS}")
-        grammar = LLMatcher.grammar_from_json_schema(text, defaults=SPACES)
+        grammar = LLMatcher.grammar_from_json_schema(json.dumps({"x-guidance": SPACES} | schema))
         matcher = LLMatcher(self._tokenizer, grammar, log_level=0)
         if matcher.is_error():
             self._wrong(f"a schema that is not supported ({matcher.get_error()[:200]})", "another")

@@ -120,8 +120,8 @@ def describe(limits: Limits) -> dict[str, Any]:
     Other keys are taken, and named by the answer's header `X-Ignored`. What it leaves to words:
     roles come in the order of a conversation, the prompt fits the context, pictures can be decoded,
     usage is asked for with `stream`, `top_logprobs` with `logprobs`, a schema is one that
-    llguidance keeps to, `logit_bias` may hold zeros, and what the model's own chat template reads
-    is refused in `chat_template_kwargs`.
+    llguidance keeps to, `logit_bias` may hold zeros, and `chat_template_kwargs` has no arguments
+    of transformers' apply_chat_template.
     """
     name = {"name": "name", "in": "path", "required": True, "schema": STRING}
     models = _object(("object", "data"), object={"const": "list"}, data=_array(MODEL))

@@ -20,6 +20,8 @@ from pathlib import Path
 import httpx2
 import numpy as np
 import pytest
+import tokenizers
+import transformers
 from PIL import Image
 from starlette.testclient import TestClient
 
@@ -30,6 +32,7 @@ from experiments.serve.app import Service
 from experiments.serve.asked import Limits, Refused, fetch, read
 from experiments.serve.batcher import LENGTHS, Batcher, Job
 from experiments.serve.keys import IGNORED, ONLY, TEMPLATE
+from experiments.serve.logprobs import Names
 from tests import checkpoints
 from tests.experiments.pictures import black_png
 from vfjax.generate import _decode, _first, _prefill
@@ -267,6 +270,27 @@ def test_log_probabilities(client, loaded):
     cut = client.post(URL, json=body).json()
     assert len(cut["choices"][0]["logprobs"]["content"]) == 3 == cut["usage"]["completion_tokens"]
     assert cut["choices"][0]["logprobs"]["content"][0]["top_logprobs"] == []
+
+
+def test_names_of_tokens(tmp_path):
+    """With the space before; bytes of a character's parts, of both kinds of tokenizer."""
+    words = ["<unk>", "<s>", "a", "\u2581red", "<0xE2>", "\u2581"]
+    engine = tokenizers.Tokenizer(
+        tokenizers.models.BPE({word: i for i, word in enumerate(words)}, [], byte_fallback=True)
+    )
+    engine.decoder = tokenizers.decoders.Sequence(
+        [tokenizers.decoders.Replace("\u2581", " "), tokenizers.decoders.ByteFallback(),
+         tokenizers.decoders.Fuse(), tokenizers.decoders.Strip(" ", 1, 0)]
+    )  # fmt: skip
+    names = Names(transformers.PreTrainedTokenizerFast(tokenizer_object=engine, bos_token="<s>"))
+    assert [names.name(i) for i in (3, 5, 4, 1)] == [
+        *((" red", b" red"), (" ", b" "), ("\N{REPLACEMENT CHARACTER}", b"\xe2"), ("<s>", b"<s>")),
+    ]
+    checkpoints.tokenizer_files(tmp_path)
+    tokenizer = transformers.AutoTokenizer.from_pretrained(tmp_path)
+    names = Names(tokenizer)
+    ids = tokenizer("na\u00efve \U0001f600", add_special_tokens=False).input_ids
+    assert b"".join(names.name(i)[1] for i in ids).decode() == "na\u00efve \U0001f600"
 
 
 SCHEMA = {
@@ -536,22 +560,25 @@ def test_keys_that_are_nothing_here_are_named(client, monkeypatch, caplog):
 
 
 def test_what_the_models_own_template_reads(loaded):
-    """Names of people reach it; its variables are refused, as they are not set."""
+    """Names of people and variables reach it; others are named."""
     _, processor = loaded
     template = (
         "{% for m in messages %}{% if m.name %}{{ m.name }} : {% endif %}"
-        "{{ m.content }}{% endfor %}{{ mood }}"
+        "{{ m.content }}{% endfor %} {{ mood }}"
     )
     own = dataclasses.replace(processor, template="chat_template", chat_template=template)
     body = ask("a", messages=[{"role": "user", "content": "red ?", "name": "ann"}], tone=1)
     found = read(json.dumps(body).encode(), Limits("clip"), own)
     assert found.ids == processor.tokenizer("ann : red ?").input_ids
     assert found.ignored == ("tone",)
-    body["chat_template_kwargs"] = {"mood": "good"}
-    with pytest.raises(
-        Refused, match="chat_template_kwargs.*mood.*: found .*good.*, expected none"
-    ):
-        read(json.dumps(body).encode(), Limits("clip"), own)
+    body |= {"chat_template_kwargs": {"mood": "good", "tone": 1}, "reasoning_effort": "low"}
+    found = read(json.dumps(body).encode(), Limits("clip"), own)
+    assert found.ids == processor.tokenizer("ann : red ? good").input_ids
+    assert found.ignored == ("reasoning_effort", "chat_template_kwargs.tone", "tone")
+    for key in ("tools", "chat_template", "messages", "add_generation_prompt"):
+        body["chat_template_kwargs"] = {key: "x"}
+        with pytest.raises(Refused, match=f"^chat_template_kwargs.{key}: found .x., expected none"):
+            read(json.dumps(body).encode(), Limits("clip"), own)
 
 
 def test_a_full_house_is_refused(service, client):

@@ -11,8 +11,8 @@ from vfjax import InputError, Processor
 
 LETTERS = 1 << 16
 """Of a schema at most."""
-SPACES = {"whitespace_pattern": r"[ \n\r\t]{0,20}"}
-"""Between an answer's words; some models would write them for ever."""
+SPACES = 20
+"""Between an answer's words at most; some models would write them for ever."""
 
 
 class Guide:
@@ -71,7 +71,10 @@ class Grammars:
         text = json.dumps(schema)
         if len(text) > LETTERS:
             self._wrong(f"a schema of {len(text)} letters", f"at most {LETTERS}")
-        grammar = LLMatcher.grammar_from_json_schema(json.dumps({"x-guidance": SPACES} | schema))
+        stops = [stop for stop in self.processor.stop_texts if stop.isspace()]
+        spaces = "".join(c for c in " \n\r\t" if not any(c in stop for stop in stops))
+        how = {"whitespace_pattern": f"[{spaces}]{{0,{SPACES}}}" if spaces else ""}
+        grammar = LLMatcher.grammar_from_json_schema(json.dumps({"x-guidance": how} | schema))
         matcher = LLMatcher(self._tokenizer, grammar, log_level=0)
         if matcher.is_error():
             self._wrong(f"a schema that is not supported ({matcher.get_error()[:200]})", "another")

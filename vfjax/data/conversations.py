@@ -41,6 +41,13 @@ _REFUSED: Mapping[str, re.Pattern[str]] = {
 }
 """What a key means that would change the training: whole names are looked at for the latter."""
 
+_SPAN = re.compile(
+    r"(?:video_?)?(?:start|end|begin|stop|time_?(?:span|range)|timestamps?|span|segments?)"
+    r"(?:_?(?:time|sec|secs|seconds?|s|ms|frames?|index|idx|timestamps?))?",
+    re.IGNORECASE,
+)
+"""Keys that say which part of a video is meant."""
+
 _MEDIUM_FILE = re.compile(
     r"\.(?:png|jpe?g|webp|gif|bmp|tiff?|mp4|avi|mkv|mov|webm|wav|mp3|flac|ogg|m4a|npy)$",
     re.IGNORECASE,
@@ -274,6 +281,8 @@ def _check_keys(row: Mapping[str, Any], read: frozenset[str], where: str) -> Non
             meaning = medium[0]
         elif learning[1].fullmatch(key):
             meaning = learning[0]
+        elif row.get("video") and _SPAN.fullmatch(key):
+            meaning = "a part of the video, which is read whole"
         else:
             continue
         raise InputError(

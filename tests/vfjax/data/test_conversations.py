@@ -162,6 +162,10 @@ BAD_ROWS = {
         row(image=None, images=["1.png"], conversations=talk("What?", "Rain.")),
         "row 1 (id a): found 'images' ['1.png']: a medium that is not read, expected the keys",
     ),
+    "a part of a video": (
+        row(image=None, video="v.mp4", start_time=3, conversations=talk("<video>What?", "Rain.")),
+        "row 1 (id a): found 'start_time' 3: a part of the video, which is read whole",
+    ),
     "a sound": (row(audio="a.wav"), "row 1 (id a): found 'audio' 'a.wav': a medium"),
     "a path": (row(image_path="1.png"), "row 1 (id a): found 'image_path' '1.png': a medium"),
     "a file": (row(where=["b/2.jpg"]), "row 1 (id a): found 'where' ['b/2.jpg']: a medium"),

@@ -17,23 +17,29 @@ def read_chat_template(folder: Path) -> str:
     processing_utils.py, get_processor_dict).
 
     Raises:
-        InputError: several templates, none of them the default.
+        InputError: several templates, none of them the default; or a file that is no text.
     """
     for name in ("processor_config.json", *FILES):
         file = folder / name
         if not file.is_file():
             continue
         if name.endswith(".jinja"):
-            return file.read_text("utf-8")
-        found = read_json(file).get("chat_template")
+            try:
+                return file.read_text("utf-8")
+            except (OSError, UnicodeDecodeError) as error:
+                raise InputError(
+                    file, found=f"no text ({error})", expected="Jinja in UTF-8", fix="copy it again"
+                ) from None
+        given = found = read_json(file).get("chat_template")
         if isinstance(found, list):
-            found = {one["name"]: one["template"] for one in found}
+            named = [one for one in found if isinstance(one, dict)]
+            found = {one.get("name"): one.get("template") for one in named}
         if isinstance(found, dict):
             found = found.get("default", found)
         if found is not None and not isinstance(found, str):
             raise InputError(
                 f"{file}: chat_template",
-                found=repr(found)[:60],
+                found=repr(given)[:60],
                 expected="a template, or several by name, one of them 'default'",
                 fix="keep the one that the model was trained with",
             )

@@ -9,6 +9,7 @@ import transformers
 from PIL import Image
 
 import converters
+from converters.chat import read_chat_template
 from converters.fuse import Fusion, Request
 from converters.inspect import inspect
 from converters.load import model_config, processor
@@ -236,6 +237,20 @@ def test_templates_that_fail(folders: dict[str, Path]):
         ours.chat_template = template
         with pytest.raises(InputError, match=f"chat_template: found one that {line}"):
             ours.chat("What?")
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "found"),
+    [
+        ("chat_template.jinja", b"\xe9", r"no text \('utf-8' codec"),
+        ("chat_template.json", b'{"chat_template": ["x"]}', r"\['x'\], expected a template"),
+        ("chat_template.json", b'{"chat_template": [{"name": "a"}]}', r"\[\{'name': 'a'\}\], exp"),
+    ],
+)
+def test_files_that_hold_no_template(tmp_path: Path, name: str, content: bytes, found: str):
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises(InputError, match=rf"{name}\S*( \S+)?: found {found}"):
+        read_chat_template(tmp_path)
 
 
 ENDS = LLAVA.replace("{{ part.text + ' ' }}", "{{ part.text }}{{ eos_token if message['role'] == "

@@ -154,6 +154,8 @@ class Fusion:
         self.before = {path: stat(path) for path in self.files.values()}
         union = recipe is not None and (recipe.tokenizer_source or recipe.tokenizer)
         free: dict[str, Any] = {"vocab_size": None} if union or request.vocab else {}
+        if recipe is not None and recipe.is_sliced:
+            free["num_hidden_layers"] = None
         check_family({name: {**source.llm, **free} for name, source in opened.items()})
         parts = {name: mapped(source, request.export) for name, source in opened.items()}
         self.skip: dict[str, set[str]] = {}

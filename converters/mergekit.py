@@ -14,6 +14,7 @@ import yaml
 from converters.vocabulary import BASE
 from vfjax import InputError
 from vfjax.merge import METHODS, LazyTensor, Recipe, from_mergekit, parse
+from vfjax.merge.mergekit import TOP_KEYS
 
 
 @dataclasses.dataclass
@@ -64,14 +65,16 @@ def read_yaml(path: str | Path) -> Yaml:
     """
     path = Path(path)
     try:
-        found = [x for x in yaml.safe_load_all(path.read_text()) if x is not None]
+        found = [x for x in yaml.load_all(path.read_text(), _Loader) if x is not None]
     except (OSError, ValueError, yaml.YAMLError) as error:
         line = str(error).splitlines()[0]
+        if isinstance(error, yaml.MarkedYAMLError) and error.problem and error.problem_mark:
+            line = f"{error.problem.removeprefix('found ')} in line {error.problem_mark.line + 1}"
         raise InputError(path, found=line, expected="a YAML file", fix="correct it") from error
     documents: dict[str | None, Mapping[str, Any]] = {}
     for document in found or [None]:
         if not isinstance(document, Mapping):
-            kind = type(document).__name__
+            kind = "nothing" if document is None else type(document).__name__
             parse.fail(str(path), kind, "a mapping", "see mergekit's examples")
         name = document.get("name")
         if not isinstance(name, str | None) or name in documents:
@@ -95,6 +98,21 @@ def read_yaml(path: str | Path) -> Yaml:
     return _read(str(path), ends[0], documents, ())
 
 
+class _Loader(yaml.SafeLoader):
+    """Refuses a key that a mapping has twice, of which PyYAML would drop the first."""
+
+    def compose_mapping_node(self, anchor: Any) -> yaml.MappingNode:
+        node = super().compose_mapping_node(anchor)
+        seen: set[str] = set()
+        for key, _ in node.value:
+            if isinstance(key, yaml.ScalarNode):
+                if key.value in seen and key.value != "<<":
+                    problem = f"key {key.value!r} twice"
+                    raise yaml.constructor.ConstructorError(None, None, problem, key.start_mark)
+                seen.add(key.value)
+        return node
+
+
 def _read(
     path: str,
     name: str | None,
@@ -105,6 +123,7 @@ def _read(
     if name in above:
         parse.fail(path, f"{name!r} made of itself", "documents without a circle", "correct it")
     config = documents[name]
+    parse.keys("recipe", config, TOP_KEYS)
     found = _references("", config)
     base = _reference("base_model", config["base_model"]) if config.get("base_model") else None
     listed = [x for where, x in found if where == "model"]

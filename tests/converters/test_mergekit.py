@@ -142,6 +142,25 @@ def test_references(models: Path, tmp_path: Path, config: dict[str, Any], like: 
         np.testing.assert_array_equal(found[name], value)
 
 
+def test_anchors(models: Path, tmp_path: Path):
+    """Anchors and merge keys are read as YAML has them, also where one is merged into another."""
+    text = """
+merge_method: linear
+models:
+- &one {model: base, parameters: &half {weight: '0.5'}}
+- &two {<<: *one, model: chatml}
+- {<<: *two, model: padded, parameters: {<<: *half, weight: 1e-1}}
+tokenizer_source: base
+dtype: float32
+"""
+    listed = [("base", 0.5), ("chatml", 0.5), ("padded", 0.1)]
+    like = [{"model": model, "parameters": {"weight": weight}} for model, weight in listed]
+    config = {"merge_method": "linear", "models": like, "tokenizer_source": "base"}
+    found = fused(models, tmp_path / "out", text)
+    for name, value in fused(models, tmp_path / "like", config).items():
+        np.testing.assert_array_equal(found[name], value)
+
+
 def documents(*configs: dict[str, Any]) -> str:
     return yaml.safe_dump_all(configs, sort_keys=False)
 
@@ -205,6 +224,14 @@ def test_documents(models: Path, tmp_path: Path, named: bool, first: bool):
         (half("base", tokenizer={"tokens": {"x": {"source": {"kind": "one"}}}}), "kind: zero"),
         (half("base", chat_template="chatmi"), "chat_template: found 'chatmi', expected auto"),
         ("- a", "found list, expected a mapping"),
+        ("# nothing\n---\n", "found nothing, expected a mapping"),
+        ("\tmodels: a", "found character '\\t' that cannot start any token in line 1"),
+        ("merge_method: slerp\nmerge_method: linear", "found key 'merge_method' twice in line 2"),
+        ("{merge_method: linear, model: [a]}", "recipe: found key 'model', expected models"),
+        (
+            half("base", "chatml", base_model="long", merge_method="slerp"),
+            "models: found base-2, chatml, long with the base, expected two, the base among them",
+        ),
     ],
 )
 def test_refusals(models: Path, tmp_path: Path, config: Any, line: str):

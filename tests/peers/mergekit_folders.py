@@ -18,7 +18,7 @@ from pathlib import Path
 import numpy as np
 import tokenizers
 
-HIDDEN, ROWS, LAYERS = 8, 20, 2
+HIDDEN, ROWS, LAYERS, DEEP = 8, 20, 2, 3
 EMBED, HEAD, NORM = "model.embed_tokens.weight", "lm_head.weight", "model.norm.weight"
 DOWN = "model.layers.1.mlp.down_proj.weight"
 QUERY = "model.layers.0.self_attn.q_proj.weight"
@@ -39,21 +39,27 @@ FOLDERS = {
     "heads_a": ("own", True, 0, "F32", 0.02),
     "wide": ("own", False, 2, "F32", 0.02),
     "tied_wide": ("none", True, 2, "F32", 0.02),
+    "deep": ("own", False, 0, "F32", 0.02),
 }
 """Folder -> a head of its own or none, what its config says of tying, rows beyond the rest's, dtype
 and how far its weights lie from the base's."""
 LORA = {"r": 2, "lora_alpha": 4, "target_modules": ["q_proj", "down_proj"]}
 
 
-def shapes(rows: int) -> dict[str, tuple[int, ...]]:
+def shapes(rows: int, count: int) -> dict[str, tuple[int, ...]]:
     """Names and shapes of a Llama."""
     layer = {f"self_attn.{x}_proj": (HIDDEN, HIDDEN) for x in "qkvo"}
     layer |= {f"mlp.{x}_proj": (HIDDEN, HIDDEN) for x in ("gate", "up", "down")}
     layer |= {"input_layernorm": (HIDDEN,), "post_attention_layernorm": (HIDDEN,)}
     found = {EMBED: (rows, HIDDEN), HEAD: (rows, HIDDEN), NORM: (HIDDEN,)}
-    for i in range(LAYERS):
+    for i in range(count):
         found |= {f"model.layers.{i}.{part}.weight": shape for part, shape in layer.items()}
     return found
+
+
+def depth(folder: str) -> int:
+    """Its number of layers."""
+    return DEEP if folder == "deep" else LAYERS
 
 
 def tensors(folder: str) -> dict[str, np.ndarray]:
@@ -61,7 +67,7 @@ def tensors(folder: str) -> dict[str, np.ndarray]:
     head, _, more, _, far = FOLDERS[folder]
     base, own = np.random.default_rng(0), np.random.default_rng([*folder.encode()])
     found = {}
-    for name, shape in shapes(ROWS).items():
+    for name, shape in shapes(ROWS, depth(folder)).items():
         start = base.standard_normal(shape) * 0.1 + (len(shape) == 1)
         value = start + far * own.standard_normal(shape)
         if name in (EMBED, HEAD):
@@ -78,7 +84,7 @@ def config(folder: str) -> dict[str, object]:
         "model_type": "llama",
         "hidden_size": HIDDEN,
         "intermediate_size": HIDDEN,
-        "num_hidden_layers": LAYERS,
+        "num_hidden_layers": depth(folder),
         "num_attention_heads": 2,
         "num_key_value_heads": 2,
         "vocab_size": ROWS + more,
@@ -244,6 +250,13 @@ def forms() -> dict[str, dict]:
         "base_model": "base",
         "dtype": "float32",
     }
+    other_depth = {
+        "merge_method": "slerp",
+        "slices": [{"sources": [layers("a", 0, 2), layers("deep", 1, 3)]}],
+        "base_model": "a",
+        "parameters": {"t": [0.2, 0.6]},
+        "dtype": "torch.float32",
+    }
     module = {
         "merge_method": "linear",
         "modules": {"default": {"models": models(("a", half), ("b", half))}},
@@ -253,6 +266,7 @@ def forms() -> dict[str, dict]:
         "stack": stack,
         "blend": blend,
         "slice_parameters": own_base,
+        "other_depth": other_depth,
         "modules": module,
         "curve": recipe("slerp", "a", "b", base_model="a", t=curve),
         "gradient": recipe("linear", ("a", {"weight": [0.2, 0.8]}), ("b", half)),

@@ -111,8 +111,8 @@ def from_mergekit(config: Mapping[str, Any]) -> Recipe:
         models=tuple(dict.fromkeys([base, *sources] if base else sources)),
         modules=modules,
         base=base,
-        dtype=parse.text(config, "dtype"),
-        out_dtype=parse.text(config, "out_dtype"),
+        dtype=_dtype(config, "dtype"),
+        out_dtype=_dtype(config, "out_dtype"),
         tokenizer_source=parse.text(config, "tokenizer_source"),
         tokenizer=parse.mapping("tokenizer", config.get("tokenizer")) or None,
         chat_template=parse.text(config, "chat_template"),
@@ -206,6 +206,9 @@ def _slice(
     start = next((source for source, _ in sources if source.model == base), None)
     others = [pair for pair in sources if pair[0] is not start]
     use = METHODS[method].base
+    if method == "slerp" and len(sources) > 2:
+        listed = ", ".join(source.model for source, _ in sources)
+        parse.fail(where, f"{listed} with the base", "two, the base among them", "list these two")
     alone = others if method == "multislerp" and others else sources
     if len(alone) == 1 and (method in SAME_ALONE or (use != "unread" and alone[0][0] is start)):
         return Slice(where, Formula("passthrough", (), ((),)), (alone[0][0],), None)
@@ -218,6 +221,12 @@ def _slice(
     members = sources if use == "unread" and method != "slerp" else others
     formula = Formula(method, chain, tuple((own, *chain) for _, own in members))
     return Slice(where, formula, tuple(s for s, _ in members), start if use != "unread" else None)
+
+
+def _dtype(config: Mapping[str, Any], key: str) -> str | None:
+    """A dtype as mergekit spells it: "torch.float32" too."""
+    found = parse.text(config, key)
+    return found and found.removeprefix("torch.")
 
 
 def _number(x: Any) -> Any:

@@ -153,6 +153,12 @@ class Recipe:
                 parse.fail("rules", repr(pattern.pattern), expected, "correct the pattern")
         return {name: plans[name] for name in sorted(plans, key=_natural)}
 
+    @property
+    def is_sliced(self) -> bool:
+        """It names the layers that it takes, so that models may have other numbers of them."""
+        pieces = [piece for slices in self.modules.values() for piece in slices]
+        return all(source.stop is not None for piece in pieces for source in piece.sources)
+
     def origins(self, layers: Mapping[str, int], module: str = "") -> list[dict[str, int]]:
         """Of each output layer, model -> its layer that is merged there; see `plan`."""
         return [

@@ -346,9 +346,14 @@ def tokenize_whole(
         Token ids with `IMAGE_ID` at every picture.
 
     Raises:
-        InputError: the tokenizer has no special token to stand in for a lacking one.
+        InputError: there are pictures, and the tokenizer has no special token to stand in for a
+            lacking one.
     """
     text = prompt.replace(IMAGE_TOKEN, image_token)
+    bos = tokenizer.bos_token
+    special = special and not (bos and text.startswith(bos))
+    if image_token not in text:
+        return list(tokenizer(text, add_special_tokens=special).input_ids)
     added = tokenizer.added_tokens_encoder
     stand = image_token if image_token in added else tokenizer.eos_token
     if stand not in added:
@@ -359,12 +364,7 @@ def tokenize_whole(
             fix="add the token, or pass input_ids in place of prompts",
         )
     places = re.findall(f"{re.escape(image_token)}|{re.escape(stand)}", text)
-    bos = tokenizer.bos_token
-    plain = tokenizer(
-        text.replace(image_token, stand),
-        add_special_tokens=special and not (bos and text.startswith(bos)),
-    )
-    ids = list(plain.input_ids)
+    ids = list(tokenizer(text.replace(image_token, stand), add_special_tokens=special).input_ids)
     found = [i for i, token in enumerate(ids) if token == added[stand]]
     for i, place in zip(found, places, strict=False):  # one more may be added at the end
         ids[i] = IMAGE_ID if place == image_token else ids[i]

@@ -354,3 +354,7 @@ def test_a_tokenizer_without_the_pictures_token(folders: dict[str, Path]):
     ours.image_token = "<other>"
     renamed = [prompt.replace("<image>", "<other>") for prompt in (*PROMPTS, "a</s> <image></s>b")]
     assert [ours.tokenize(prompt) for prompt in renamed] == expected
+    ours.tokenizer.eos_token = None  # nothing to stand in
+    assert ours.tokenize("no picture") == expected[PROMPTS.index("no picture")]
+    with pytest.raises(InputError, match="found neither <other> nor an end of text"):
+        ours.tokenize("<other>")

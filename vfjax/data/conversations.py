@@ -25,28 +25,28 @@ _ROLES = ("human", "gpt")
 _READ = frozenset({"id", "image", "video", "conversations"})
 _READ_OF_MESSAGE = frozenset({"from", "value"})
 
-_REFUSED: Mapping[str, re.Pattern[str]] = {
-    "a medium that is not read": re.compile(
-        r"(?:^|_|-)(?:images?|img|imgs|pictures?|photos?|pixels?|frames?|videos?|movies?|clips?"
-        r"|audios?|sounds?|speech|voice|wave?|media|mm|documents?|pdf|depth|point_?clouds?)"
-        r"(?:$|_(?:path|paths|file|files|name|names|url|urls|list|dir|folder|root|bytes|base64|b64"
-        r"|data|token|tokens|start|end|input|inputs)s?$)",
-        re.IGNORECASE,
-    ),
-    "what is to be learnt, which is not read": re.compile(
-        r"system|system_?prompt|instruction|prompt|tools?|functions?|labels?|loss|loss_?mask|mask"
-        r"|(?:loss_?|sample_?)?weights?|chosen|rejected|messages|history|reward|train|trainable",
-        re.IGNORECASE,
-    ),
-}
-"""What a key means that would change the training: whole names are looked at for the latter."""
+_MEDIUM = re.compile(
+    r"(?:^|_|-)(?:images?|img|imgs|pictures?|photos?|pixels?|frames?|videos?|movies?|clips?"
+    r"|audios?|sounds?|speech|voice|wave?|media|mm|documents?|pdf|depth|point_?clouds?)"
+    r"(?:$|_(?:path|paths|file|files|name|names|url|urls|list|dir|folder|root|bytes|base64|b64"
+    r"|data|token|tokens|start|end|input|inputs)s?$)",
+    re.IGNORECASE,
+)
+"""In a key that names a medium."""
+
+_LEARNING = re.compile(
+    r"system|system_?prompt|instruction|prompt|tools?|functions?|labels?|loss|loss_?mask|mask"
+    r"|(?:loss_?|sample_?)?weights?|chosen|rejected|messages|history|reward|train|trainable",
+    re.IGNORECASE,
+)
+"""A key that says what is to be learnt."""
 
 _SPAN = re.compile(
     r"(?:video_?)?(?:start|end|begin|stop|time_?(?:span|range)|timestamps?|span|segments?)"
     r"(?:_?(?:time|sec|secs|seconds?|s|ms|frames?|index|idx|timestamps?))?",
     re.IGNORECASE,
 )
-"""Keys that say which part of a video is meant."""
+"""A key that says which part of a video is meant."""
 
 _MEDIUM_FILE = re.compile(
     r"\.(?:png|jpe?g|webp|gif|bmp|tiff?|mp4|avi|mkv|mov|webm|wav|mp3|flac|ogg|m4a|npy)$",
@@ -274,13 +274,12 @@ def _check_keys(row: Mapping[str, Any], read: frozenset[str], where: str) -> Non
     for key, value in row.items():
         if key in read or value is None or value in ("", [], {}):
             continue
-        medium, learning = _REFUSED.items()
         first = value[0] if isinstance(value, list) else value
         is_file = isinstance(first, str) and _MEDIUM_FILE.search(first)
-        if is_file or medium[1].search(key):
-            meaning = medium[0]
-        elif learning[1].fullmatch(key):
-            meaning = learning[0]
+        if is_file or _MEDIUM.search(key):
+            meaning = "a medium that is not read"
+        elif _LEARNING.fullmatch(key):
+            meaning = "what is to be learnt, which is not read"
         elif row.get("video") and _SPAN.fullmatch(key):
             meaning = "a part of the video, which is read whole"
         else:

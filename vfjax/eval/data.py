@@ -183,21 +183,26 @@ def read_table(path: Path, delimiter: str) -> list[dict[str, str]]:
     """A file of delimited columns with a line of names.
 
     Raises:
-        InputError: it is missing, has no rows, or a row of more columns than names.
+        InputError: it is missing, has no rows, two columns of one name, or a row of more columns
+            than names.
     """
     csv.field_size_limit(sys.maxsize)  # pictures stand in columns
     lines = io.StringIO(read_text(path), newline="")  # which ends lines as an open file does
     try:
-        rows = list(csv.DictReader(lines, delimiter=delimiter))
+        table = csv.DictReader(lines, delimiter=delimiter)
+        names = table.fieldnames or ()
+        rows = list(table)
     except csv.Error as error:
         raise _unreadable(path, f"no table ({error})") from None
     if not rows:
         raise _unreadable(path, "no rows")
+    if twice := [name for name, count in collections.Counter(names).items() if count > 1]:
+        raise _unreadable(path, f"two columns {ascii(twice[0])}")
     for number, row in enumerate(rows, 1):
         rest: Any = row.pop(None, ())
         if any(rest):
-            names = len(row)
-            raise _unreadable(f"{path} row {number}", f"{names + len(rest)} columns, {names} names")
+            found = f"{len(row) + len(rest)} columns, {len(row)} names"
+            raise _unreadable(f"{path} row {number}", found)
     return rows
 
 

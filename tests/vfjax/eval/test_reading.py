@@ -52,6 +52,9 @@ def test_a_row_of_too_many_columns(tmp_path: Path) -> None:
     path.write_text("a,b\n1,2,,\n1,2,3\n")
     with pytest.raises(InputError, match=r"a.csv row 2: found 3 columns, 2 names, expected"):
         read_table(path, ",")
+    path.write_text("a,b,a\n1,2,3\n")
+    with pytest.raises(InputError, match=r"a.csv: found two columns 'a', expected"):
+        read_table(path, ",")
 
 
 @pytest.mark.parametrize(

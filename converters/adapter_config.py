@@ -5,7 +5,6 @@ used, without effect on what the saved tensors compute, or refused by name unles
 changes nothing.
 """
 
-import itertools
 import math
 import re
 from collections.abc import Mapping
@@ -14,6 +13,7 @@ from typing import Any
 
 from converters.reader import read_json
 from vfjax import InputError
+from vfjax.errors import cut
 
 SETTINGS = "adapter_config.json"
 
@@ -109,6 +109,7 @@ TYPES: dict[str, tuple[type, ...]] = {
     "trainable_token_indices": (list, dict),
     "base_model_name_or_path": (str,),
     "revision": (str,),
+    **dict.fromkeys(("ensure_weight_tying", "lora_bias", "use_dora", "use_rslora"), (bool,)),
 }
 """Key -> types of its values, null apart."""
 
@@ -155,9 +156,10 @@ def read_settings(path: Path) -> dict[str, Any]:
         for name, value in {key: settings[key], **numbers}.items():
             _positive(path, name, value, whole=key == "r")
     tokens = settings.get("trainable_token_indices") or []
-    for number in itertools.chain(*tokens.values()) if isinstance(tokens, dict) else tokens:
-        if type(number) is not int:
-            raise refused(path, "trainable_token_indices", number, "numbers", "correct it")
+    for each in tokens.values() if isinstance(tokens, dict) else [tokens]:
+        _numbers(path, "trainable_token_indices", each)
+    layers = settings.get("layers_to_transform")
+    _numbers(path, "layers_to_transform", layers if isinstance(layers, list) else [])
     for key in PATTERNS:
         value = settings.get(key) or ()
         for pattern in [value] if isinstance(value, str) else value:
@@ -169,21 +171,25 @@ def read_settings(path: Path) -> dict[str, Any]:
 
 def refused(path: Path, key: str, value: object, expected: str, fix: str = MERGE) -> InputError:
     """The error of a setting."""
-    text = repr(value)
-    found = text if len(text) <= 100 else f"{text[:100]}..."
-    return InputError(f"{path / SETTINGS}: {key}", found=found, expected=expected, fix=fix)
+    where = f"{path / SETTINGS}: {cut(key)}"
+    return InputError(where, found=cut(repr(value), 100), expected=expected, fix=fix)
 
 
 def _positive(path: Path, key: str, value: Any, *, whole: bool) -> None:
-    if type(value) not in ((int,) if whole else (int, float)) or value <= 0:
+    if type(value) not in ((int,) if whole else (int, float)) or not 0 < value < 1e30:
         raise refused(path, key, value, "a positive whole number" if whole else "a positive number")
+
+
+def _numbers(path: Path, key: str, given: Any) -> None:
+    if not isinstance(given, list) or not all(type(x) is int and 0 <= x < 1 << 31 for x in given):
+        raise refused(path, key, given, "a list of numbers, from 0", "correct it")
 
 
 def _pattern(path: Path, key: str, pattern: str) -> re.Pattern[str]:
     try:
         return re.compile(pattern)
-    except (re.error, TypeError) as error:
-        raise refused(path, key, f"{pattern} ({error})", "names, or expressions of them") from error
+    except (re.error, TypeError, OverflowError, RecursionError) as error:
+        raise refused(path, key, pattern, f"names, or expressions of them ({error})") from error
 
 
 def targeted(settings: Mapping[str, Any], module: str) -> bool:

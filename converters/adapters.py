@@ -14,7 +14,9 @@ from typing import Any
 from converters.adapter_config import SETTINGS, read_settings
 from converters.reader import has_weights, read_config, read_json, read_weights
 from converters.towers import Towers
+from converters.values import Values
 from vfjax import InputError
+from vfjax.files import findable
 from vfjax.merge import LazyTensor, check_family
 
 ADAPTER, EXTRA, PROJECTOR = "adapter_model", "non_lora_trainables", "mm_projector"
@@ -82,7 +84,7 @@ def read(path: Path, base: str | Path | None, towers: Towers) -> Contents:
 
 def named_base(path: str | Path, towers: Mapping[str, str | Path] | None = None) -> Path | None:
     """The base that a folder's configs name, if it needs one and that is found."""
-    path = Path(path)
+    path = findable(path)
     if not path.is_dir() or not is_part(path):
         return None
     return _look(path, _base_name(path), Towers(towers or {}))
@@ -121,8 +123,9 @@ def _check_inner(path: Path) -> None:
 
 def _base_name(path: Path) -> str:
     for file, key in ((SETTINGS, "base_model_name_or_path"), ("config.json", "_name_or_path")):
-        if (path / file).is_file() and (name := read_json(path / file).get(key)):
-            return str(name)
+        found = read_json(path / file) if (path / file).is_file() else {}
+        if name := Values(found, str(path / file)).text(key, None):
+            return name
     return ""
 
 
@@ -133,7 +136,7 @@ def _base(path: Path, base: str | Path | None, towers: Towers) -> Path:
         InputError: it is not there.
     """
     name = _base_name(path)
-    found = Path(base) if base is not None else _look(path, name, towers)
+    found = findable(base, "base") if base is not None else _look(path, name, towers)
     if found is None or not found.is_dir():
         places = ", ".join(map(str, towers.candidates(path, name, "base"))) if name else ""
         kind = "a LoRA adapter" if (path / SETTINGS).is_file() else "a projector"
@@ -149,8 +152,8 @@ def _base(path: Path, base: str | Path | None, towers: Towers) -> Path:
 
 
 def _look(path: Path, name: str, towers: Towers) -> Path | None:
-    settings = read_json(path / SETTINGS) if (path / SETTINGS).is_file() else {}
-    places = towers.candidates(path, name, "base", settings.get("revision")) if name else []
+    revision = read_settings(path).get("revision")
+    places = towers.candidates(path, name, "base", revision) if name else []
     return next((p for p in places if (p / "config.json").is_file() and has_weights(p)), None)
 
 

@@ -4,6 +4,8 @@ from pathlib import Path
 
 from converters.reader import read_json
 from vfjax import InputError
+from vfjax.errors import cut
+from vfjax.files import contents
 
 FILES = ("chat_template.json", "chat_template.jinja", "tokenizer_config.json")
 """Files that may hold one, beside processor_config.json."""
@@ -25,7 +27,7 @@ def read_chat_template(folder: Path) -> str:
             continue
         if name.endswith(".jinja"):
             try:
-                return file.read_text("utf-8")
+                return contents(file).decode()
             except (OSError, UnicodeDecodeError) as error:
                 raise InputError(
                     file, found=f"no text ({error})", expected="Jinja in UTF-8", fix="copy it again"
@@ -33,13 +35,13 @@ def read_chat_template(folder: Path) -> str:
         given = found = read_json(file).get("chat_template")
         if isinstance(found, list):
             named = [one for one in found if isinstance(one, dict)]
-            found = {one.get("name"): one.get("template") for one in named}
+            found = {str(one.get("name")): one.get("template") for one in named}
         if isinstance(found, dict):
             found = found.get("default", found)
         if found is not None and not isinstance(found, str):
             raise InputError(
                 f"{file}: chat_template",
-                found=repr(given)[:60],
+                found=cut(repr(given), 60),
                 expected="a template, or several by name, one of them 'default'",
                 fix="keep the one that the model was trained with",
             )

@@ -7,13 +7,14 @@ from typing import Any
 
 from converters.adapter_config import SETTINGS, read_settings
 from converters.layouts import open_source
-from converters.load import abstract, check, model_config, processor, tower_file
+from converters.load import abstract, check, check_depth, model_config, processor, tower_file
 from converters.lora import Updated
 from converters.others import TOWER
 from converters.rules import restored
 from converters.tables import find
 from converters.towers import read_tower
 from vfjax.chat import CHAT_TEMPLATE
+from vfjax.files import findable
 from vfjax.sharding import nbytes
 
 
@@ -33,7 +34,7 @@ def inspect(
     Raises:
         InputError: what `converters.load`, or `load_encoder`, would say of it.
     """
-    if file := tower_file(Path(path)):
+    if file := tower_file(findable(path)):
         return _tower(Path(path), file)
     source = open_source(path, towers=towers, base=base)
     config = model_config(source)
@@ -96,6 +97,7 @@ def _tower(path: Path, file: str) -> str:
     tower = read_tower(path, file)
     table = find(tower.config, str(path))
     config = table.config(tower.config, str(path))
+    check_depth(config, tower.tensors, str(path))
     _, params = abstract(config.build)
     rules = table.check({name: p.shape for name, p in params.items()}, tower.tensors, str(path))
     used = {one.source for name, r in rules.items() for one in r.each(params[name].shape)}

@@ -19,6 +19,7 @@ from converters.towers import Prefixes, Tensors, Tower, Towers, pairs, tower_fil
 from converters.values import Unused, Values
 from vfjax import InputError
 from vfjax.errors import cut
+from vfjax.files import findable
 from vfjax.merge import LazyTensor, equal
 
 TOKENIZERS = ("tokenizer.json", "tokenizer.model")
@@ -228,7 +229,7 @@ def open_source(
         InputError: no such folder, a config of no known layout, unreadable weights, a vision tower
             or base that is nowhere to be found, or tensors that don't fit the base.
     """
-    path = Path(path)
+    path = findable(path)
     if not path.is_dir() or not adapters.is_part(path) and not (path / "config.json").exists():
         raise no_model(path)
     places = Towers(towers or {}, tower_source)
@@ -268,6 +269,8 @@ def open_source(
 
 def layout_of(config: Mapping[str, Any]) -> Layout | None:
     """The layout of a folder with this config.json, None if there is none for it."""
+    if not isinstance(config.get("model_type"), str):
+        return None
     known = sorted(tables.LAYOUTS, key=lambda layout: layout.general)
     return next((x for x in known if x.matches(config)), None)
 

@@ -24,6 +24,7 @@ from converters.values import Values
 from vfjax import InputError, Model, Processor, Settings
 from vfjax.chat import CHAT_TEMPLATE
 from vfjax.encoders.vit import resolve_taps
+from vfjax.files import findable
 from vfjax.int8 import int8 as to_int8
 from vfjax.merge import LazyTensor
 from vfjax.model import BranchConfig, ModelConfig
@@ -141,7 +142,7 @@ def load_encoder(path: str | Path, *, mesh: Mesh | None = None, dtype: Any = Non
         InputError: no table for it, tensors that don't fit it, or a `dtype` that parameters don't
             have.
     """
-    path, dtype = Path(path), float_dtype(dtype)
+    path, dtype = findable(path), float_dtype(dtype)
     tower = read_tower(path, tower_file(path) or "config.json")
     table = find(tower.config, str(path))
     config = table.config(tower.config, str(path))
@@ -164,10 +165,22 @@ def _read_module(
     progress: Callable[[int], object] = lambda nbytes: None,
 ) -> nnx.Module:
     """One component by itself."""
+    check_depth(config, tensors, where)
     graph, params = abstract(config.build)
     rules = table.check({name: p.shape for name, p in params.items()}, tensors, where)
     fill(params, {n: (tensors, rule) for n, rule in rules.items()}, mesh, dtype, progress)
     return join(graph, params)
+
+
+def check_depth(config: Any, tensors: Mapping[str, LazyTensor], where: str) -> None:
+    """Raises InputError before more layers are built than there can be weights for."""
+    if config.layers > len(tensors):
+        raise InputError(
+            where,
+            found=f"{len(tensors)} tensors for {config.layers} layers",
+            expected="the tensors of every layer",
+            fix="check that config.json belongs to these weights",
+        )
 
 
 def float_dtype(dtype: Any) -> np.dtype | None:
@@ -190,11 +203,14 @@ def model_config(source: Source) -> ModelConfig:
 
     Raises:
         InputError: a component that vfjax has no table for, a config that lacks a key or names an
-            unknown activation, pictures that don't fit an encoder, or widths that don't fit one
-            another.
+            unknown activation, more layers than there are tensors, pictures that don't fit an
+            encoder, or widths that don't fit one another.
     """
     branches = tuple(_branch_config(source, branch) for branch in source.branches)
     llm = source.config_of("llm")
+    for part, tensors in source.parts.items():
+        if not part.endswith(".connector"):
+            check_depth(source.config_of(part), tensors, f"{source.path}: {part}")
     for branch in branches:
         _check_width(source, branch, llm)
     return ModelConfig(branches, llm, source.to_json(), source.positions, source.mask)

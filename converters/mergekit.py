@@ -11,10 +11,15 @@ import jax.numpy as jnp
 import numpy as np
 import yaml
 
+from converters.reader import first_line
 from converters.vocabulary import BASE
 from vfjax import InputError
+from vfjax.files import contents, findable
 from vfjax.merge import METHODS, LazyTensor, Recipe, from_mergekit, parse
 from vfjax.merge.mergekit import TOP_KEYS
+
+DEEPEST, MOST = 50, 100_000
+"""Levels and values of a recipe."""
 
 
 @dataclasses.dataclass
@@ -63,14 +68,15 @@ def read_yaml(path: str | Path) -> Yaml:
     Raises:
         InputError: no such file, no YAML, or no recipe.
     """
-    path = Path(path)
+    path = findable(path)
     try:
-        found = [x for x in yaml.load_all(path.read_text(), _Loader) if x is not None]
-    except (OSError, ValueError, yaml.YAMLError) as error:
-        line = str(error).splitlines()[0]
+        found = [x for x in yaml.load_all(contents(path), _Loader) if x is not None]
+    except Exception as error:  # PyYAML lets through what int, float and its tables raise
+        line = first_line(error)
         if isinstance(error, yaml.MarkedYAMLError) and error.problem and error.problem_mark:
             line = f"{error.problem.removeprefix('found ')} in line {error.problem_mark.line + 1}"
         raise InputError(path, found=line, expected="a YAML file", fix="correct it") from error
+    _check_size(path, found)
     documents: dict[str | None, Mapping[str, Any]] = {}
     for document in found or [None]:
         if not isinstance(document, Mapping):
@@ -111,6 +117,20 @@ class _Loader(yaml.SafeLoader):
                     raise yaml.constructor.ConstructorError(None, None, problem, key.start_mark)
                 seen.add(key.value)
         return node
+
+
+def _check_size(path: Path, found: Any) -> None:
+    """Refuses what is nested too deep, as aliases of themselves are, or too much, as of aliases."""
+    left, nodes = [(found, 0)], 0
+    while left:
+        value, depth = left.pop()
+        nodes += 1
+        if depth > DEEPEST or nodes > MOST:
+            what = f"more than {DEEPEST} levels" if depth > DEEPEST else f"more than {MOST} values"
+            parse.fail(str(path), what, "a recipe", "see mergekit's examples")
+        inner = value.values() if isinstance(value, Mapping) else value
+        if isinstance(value, Mapping | list):
+            left += [(x, depth + 1) for x in inner]
 
 
 def _read(
@@ -161,7 +181,7 @@ def _read(
 
 def _reference(where: str, given: Any) -> Reference:
     """Mergekit's ModelReference: a string, or a mapping of `model` and `lora`."""
-    if isinstance(given, str) and Path(given).exists():
+    if isinstance(given, str) and findable(given, where).exists():
         return Reference(given)
     if isinstance(given, str):
         path, *lora = given.split("+")
@@ -182,7 +202,7 @@ def _path(where: str, given: Any) -> str:
     if isinstance(given, Mapping):
         parse.keys(where, given, ("path", "revision"))
         given = given.get("path")
-    elif isinstance(given, str) and not Path(given).exists():
+    elif isinstance(given, str) and not findable(given, where).exists():
         given = given.partition("@")[0]
     if not isinstance(given, str) or not given:
         parse.fail(where, repr(given), "a folder", "correct it")

@@ -6,7 +6,9 @@ from pathlib import Path
 from typing import Any, Literal
 
 from converters.reader import read_json
+from converters.values import MOST, Values, is_number
 from vfjax import InputError
+from vfjax.errors import cut
 from vfjax.images import Convert, ImageSpec
 
 _HALF = (0.5, 0.5, 0.5)
@@ -125,11 +127,15 @@ def from_preprocessor(
             raise _unsupported(name, key, settings[key], "true")
     if settings.get("default_to_square", True) is not True:
         raise _unsupported(name, "default_to_square", settings["default_to_square"], "true")
+    values = Values(settings, name)
     filters, say = _FILTERS.get(kind, (range(6), "a Pillow filter, 0 to 5"))
-    if settings["resample"] not in filters:
-        raise _unsupported(name, "resample", settings["resample"], say)
-    if not isinstance(settings["rescale_factor"], float | int):
-        raise _unsupported(name, "rescale_factor", settings["rescale_factor"], "a number")
+    resample = values.whole("resample", least=0)
+    if resample not in filters:
+        raise _unsupported(name, "resample", resample, say)
+    values.flag("do_center_crop", null=True)
+    values.flag("do_pad", False, null=True)
+    if rgb is not None and not isinstance(rgb, bool):
+        raise _unsupported(name, "do_convert_rgb", rgb, "true or false")
     edge, resize = _edge(settings["size"], kind, name)
     size = edge
     if settings["do_center_crop"]:
@@ -154,15 +160,15 @@ def from_preprocessor(
         aspect=aspect,
         mean=_channels(settings["image_mean"], name, "image_mean", -math.inf),
         std=_channels(settings["image_std"], name, "image_std", 0.0),
-        resample=int(settings["resample"]),
-        rescale=float(settings["rescale_factor"]),
+        resample=resample,
+        rescale=values.number("rescale_factor"),
         convert=convert,
     )
 
 
 def _unsupported(name: str, key: str, found: object, expected: str) -> InputError:
     fix = "correct the file, or describe the preprocessing with an ImageSpec"
-    return InputError(f"{name}: {key}", found=repr(found), expected=expected, fix=fix)
+    return InputError(f"{name}: {cut(key)}", found=cut(repr(found)), expected=expected, fix=fix)
 
 
 def _kind(config: Mapping[str, Any], name: str) -> str:
@@ -179,7 +185,7 @@ def _edge(size: Any, kind: str, name: str) -> tuple[int, Literal["shortest", "sq
     """An integer is a shortest edge to CLIP and BiT, a square to ViT, an error to SigLIP."""
     if isinstance(size, Mapping) and set(size) == {"shortest_edge"}:
         return _square(size["shortest_edge"], name, "size"), "shortest"
-    if isinstance(size, int):
+    if isinstance(size, int) and not isinstance(size, bool):
         if kind == "Siglip":
             raise _unsupported(name, "size", size, '{"height", "width"}')
         square = kind in ("ViT", "DINOv3ViT")
@@ -193,14 +199,14 @@ def _square(size: Any, name: str, key: str) -> int:
         size = [size["height"], size["width"]]
     if isinstance(size, list | tuple) and len(size) == 2 and size[0] == size[1]:
         size = size[0]
-    if not isinstance(size, int) or isinstance(size, bool) or size < 1:
+    if not isinstance(size, int) or isinstance(size, bool) or not 1 <= size <= MOST:
         raise _unsupported(name, key, size, "one positive whole number or a square")
     return size
 
 
 def _channels(value: Any, name: str, key: str, above: float) -> tuple[float, float, float]:
     is_list = isinstance(value, list | tuple) and len(value) == 3
-    if not is_list or not all(isinstance(v, float | int) and v > above for v in value):
+    if not is_list or not all(is_number(v) and v > above for v in value):
         raise _unsupported(name, key, value, f"three numbers above {above}")
     red, green, blue = (float(v) for v in value)
     return red, green, blue

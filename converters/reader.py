@@ -20,6 +20,7 @@ from safetensors import SafetensorError, safe_open
 
 from vfjax import InputError
 from vfjax.errors import cut
+from vfjax.files import contents, findable
 from vfjax.merge import Inner, LazyTensor, aligned
 
 DTYPES: dict[str, np.dtype] = {
@@ -163,14 +164,14 @@ def _sharded(index: Path) -> dict[str, FileTensor | TorchTensor]:
         )
     shards: dict[str, Mapping[str, FileTensor | TorchTensor]] = {}
     for shard in sorted(set(places.values())):
-        path = index.parent / shard
-        if path.parent.resolve() != index.parent.resolve():
+        if "/" in shard:
             raise InputError(
                 index,
-                found=f"shard {shard!r} outside the folder",
+                found=f"shard {cut(repr(shard), 200)} outside the folder",
                 expected="file names only",
                 fix="do not use this checkpoint; its index is malformed",
             )
+        path = findable(index.parent / shard, index)
         if not path.is_file():
             raise InputError(
                 path, found="no file", expected=f"a shard of {index.name}", fix="download it again"
@@ -181,7 +182,8 @@ def _sharded(index: Path) -> dict[str, FileTensor | TorchTensor]:
         if odd := sorted(listed ^ set(tensors)):
             raise InputError(
                 index.parent / shard,
-                found=f"{odd[0]!r} only in the {'index' if odd[0] in listed else 'shard'}",
+                found=f"{cut(repr(odd[0]), 200)} only in the "
+                + ("index" if odd[0] in listed else "shard"),
                 expected=f"the tensors that {index.name} lists",
                 fix="download index and shards again, from one revision",
             )
@@ -274,7 +276,7 @@ def _reason(error: Exception) -> str:
     return "no pickle of torch.save" if "weights_only" in str(error) else first_line(error)
 
 
-def first_line(error: Exception) -> str:
+def first_line(error: BaseException) -> str:
     """The first line of what another library says."""
     return (str(error).splitlines() or [type(error).__name__])[0]
 
@@ -313,16 +315,17 @@ def read_json(path: Path) -> dict[str, Any]:
         InputError: no such file, or not a JSON object.
     """
     try:
-        if path.exists() and not path.is_file():  # a pipe would be waited for
-            raise ValueError("not a regular file")
-        value = json.loads(path.read_text())
+        value = json.loads(contents(path).decode())
     except FileNotFoundError as error:
         raise InputError(
             path, found="no file", expected="a JSON file", fix="check the path"
         ) from error
     except (ValueError, OSError, RecursionError) as error:
         raise InputError(
-            path, found=f"no readable JSON ({error})", expected="JSON", fix="download it again"
+            path,
+            found=f"no readable JSON ({first_line(error)})",
+            expected="JSON",
+            fix="download it again",
         ) from error
     if not isinstance(value, dict):
         raise InputError(

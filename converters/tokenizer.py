@@ -11,6 +11,7 @@ from typing import Any
 from converters.layouts import TOKENIZERS, Source, has_tokenizer
 from converters.reader import first_line, read_json
 from vfjax import InputError
+from vfjax.errors import cut
 
 LLAMA = ("LlamaTokenizer", "LlamaTokenizerFast", "LLaMATokenizer", "LLaMATokenizerFast")
 BPE = 2
@@ -52,11 +53,13 @@ def load_tokenizer(folder: Path, config: Mapping[str, str] | None = None) -> Any
         tokenizer("a b")  # a setting of a wrong type may show with the first text only
         tokenizer.name_or_path = str(folder)
         return tokenizer
-    except Exception as error:  # tokenizers has no class of its own
-        own = f"auto_map {known['auto_map']!r}, " if "auto_map" in known else ""
+    except BaseException as error:  # tokenizers has no class of its own
+        if not isinstance(error, Exception) and type(error).__name__ != "PanicException":  # Rust's
+            raise
+        own = f"auto_map {cut(repr(known['auto_map']))}, " if "auto_map" in known else ""
         raise InputError(
             folder,
-            found=f"a tokenizer that transformers can't read ({own}{first_line(error)})",
+            found=f"a tokenizer that transformers can't read ({own}{cut(first_line(error), 300)})",
             expected="tokenizer.json, or tokenizer.model and tokenizer_config.json",
             fix="copy the tokenizer files from the published repository"
             + (", without auto_map: code of a folder is never run" if own else ""),

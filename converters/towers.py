@@ -11,6 +11,7 @@ from converters.reader import has_weights, read_config, read_json, read_weights
 from converters.rules import rename
 from converters.values import ANY, Values
 from vfjax import InputError
+from vfjax.files import findable
 from vfjax.merge import LazyTensor
 
 Tensors = dict[str, LazyTensor]
@@ -113,7 +114,8 @@ class Towers:
         In the hub's cache it is that of a revision, by default the main one.
         """
         if name in self.places:
-            return [Path(self.places[name])]
+            return [findable(self.places[name], "towers")]
+        findable(folder / name, f"{folder}: {slot}")
         last = name.rstrip("/").split("/")[-1]
         out = [folder / slot, Path(name), folder / name, folder.parent / last]
         try:

@@ -26,6 +26,9 @@ MOST = 1 << 20
 DEEPEST = 1000
 """Most layers, or experts: each is an object of its own here."""
 
+MOST_ID = (1 << 31) - 1
+"""Largest id of a token, which is an int32."""
+
 REQUIRED: Any = object()
 """In place of a default, for keys that must be there."""
 
@@ -144,7 +147,7 @@ class Values:
     ) -> Any:
         """A finite number, not below `least`."""
         found = self._take(
-            key, default, null, lambda x: _is_number(x) and x >= least, f"a number from {least:g}"
+            key, default, null, lambda x: is_number(x) and x >= least, f"a number from {least:g}"
         )
         return None if found is None else float(found)
 
@@ -152,7 +155,7 @@ class Values:
         """A list of finite numbers, as a tuple."""
 
         def good(value: Any) -> bool:
-            return isinstance(value, list | tuple) and all(map(_is_number, value))
+            return isinstance(value, list | tuple) and all(map(is_number, value))
 
         found = self._take(key, default, False, good, "a list of numbers")
         return None if found is None else tuple(map(float, found))
@@ -189,7 +192,7 @@ class Values:
         """Ids of tokens: null, one or a list of them."""
         value = self.any(key)
         found = value if isinstance(value, list) else [] if value is None else [value]
-        if not all(_is_whole(x) for x in found):
+        if not all(_is_whole(x, -MOST_ID, MOST_ID) for x in found):
             raise self.error(key, "the id of a token, or a list of ids")
         return tuple(found)
 
@@ -250,7 +253,8 @@ def _is_whole(value: Any, least: float = -math.inf, most: float = math.inf) -> b
     return isinstance(value, int) and not isinstance(value, bool) and least <= value <= most
 
 
-def _is_number(value: Any) -> bool:
+def is_number(value: Any) -> bool:
+    """Whether a value of JSON is a finite number, and fits a float."""
     return isinstance(value, int | float) and not isinstance(value, bool) and abs(value) < 1e300
 
 

@@ -1,14 +1,18 @@
 """The one exception a user of vfjax is meant to read."""
 
 LONGEST = 1000
-"""Characters that each part of a message has at most."""
+"""Characters that a message stays below."""
+
+PART = 230
+"""Characters of each of its parts that are always said."""
 
 
 class InputError(ValueError):
     """Something the user can mend: a path, a key, a shape, a foreign checkpoint.
 
-    The message is one line: where, what was found, what was expected, what to do. Of parts beyond
-    `LONGEST` characters the beginning is said.
+    The message is one line: where, what was found, what was expected, what to do. So that it stays
+    below `LONGEST` characters, of what was found, or else of the other parts, the beginning is said
+    alone, of a place its end, too.
 
     Args:
         where: the file, config key, tensor or argument at fault.
@@ -18,8 +22,19 @@ class InputError(ValueError):
     """
 
     def __init__(self, where: object, *, found: object, expected: object, fix: str):
-        parts = (cut(str(part), LONGEST) for part in (where, found, expected, fix))
-        super().__init__("{}: found {}, expected {}; {}".format(*parts))
+        texts = [" ".join(str(part).split()) for part in (found, expected, fix, where)]
+        over = sum(map(len, texts)) + len(": found , expected ; ") - LONGEST + 1
+        for i, text in enumerate(texts):
+            left = max(len(text) - max(over, 0), min(len(text), PART))
+            over -= len(text) - left
+            texts[i] = cut(text, left) if i < 3 else _ends(text, left)
+        super().__init__("{3}: found {0}, expected {1}; {2}".format(*texts))
+
+
+def _ends(text: str, most: int) -> str:
+    """The beginning and the end of a text."""
+    half = most // 2 - 2
+    return text if len(text) <= most else f"{text[:half]}...{text[-half:]}"
 
 
 def cut(text: str, most: int = 80) -> str:

@@ -1,15 +1,61 @@
 """Files that are written whole or not at all, and folders that may be emptied."""
 
 import contextlib
+import errno
 import os
 import shutil
+import stat
 from collections.abc import Iterator
 from pathlib import Path
 
-from vfjax.errors import InputError
+from vfjax.errors import InputError, cut
 
 MARK = ".vfjax"
 """A file that says of its folder that vfjax made it, and may empty it."""
+
+
+def contents(path: str | os.PathLike[str]) -> bytes:
+    """The bytes of a regular file; pipes and devices, which may never end, are not opened.
+
+    Raises:
+        OSError: no such file, or another thing than a file; a name that no file can have.
+    """
+    try:
+        mode = os.stat(path).st_mode
+    except ValueError as error:  # a zero byte, half a character
+        raise OSError(errno.EINVAL, f"no name of a file ({error})") from None
+    if not stat.S_ISREG(mode):
+        raise OSError(errno.EINVAL, "a folder" if stat.S_ISDIR(mode) else "no regular file")
+    return Path(path).read_bytes()
+
+
+def findable(path: str | os.PathLike[str], where: object = "path") -> Path:
+    """A path that can be looked up, whether there is something or not.
+
+    Args:
+        path: as a user, or a file, names it.
+        where: what to call that in errors.
+
+    Raises:
+        InputError: a name that no file can have, links in a circle, or a folder that is closed to
+            us.
+    """
+    shown = cut(repr(os.fspath(path)))
+    try:
+        closed = not os.access(path, os.R_OK)
+        mode = os.stat(path).st_mode
+    except (FileNotFoundError, NotADirectoryError):
+        return Path(path)
+    except (OSError, ValueError) as error:
+        reason = error.strerror if isinstance(error, OSError) else error
+        raise InputError(
+            where, found=f"{shown} ({reason})", expected="a path", fix="correct it"
+        ) from None
+    if stat.S_ISDIR(mode) and (closed or not os.access(path, os.X_OK)):
+        raise InputError(
+            where, found=f"{shown}, which may not be read", expected="a folder", fix="open it to us"
+        )
+    return Path(path)
 
 
 @contextlib.contextmanager

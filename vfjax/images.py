@@ -13,13 +13,13 @@ import struct
 import zlib
 from dataclasses import dataclass
 from functools import lru_cache
-from pathlib import Path
 from typing import Literal
 
 import numpy as np
 from PIL import Image, ImageOps
 
 from vfjax.errors import InputError
+from vfjax.files import contents
 
 MAX_SIDE = 20_000  # a picture with this side or a longer one is refused
 MAX_PIXELS = 178_956_970  # as Pillow's guard against decompression bombs
@@ -164,7 +164,7 @@ def open_file(source: str | os.PathLike[str] | bytes | File, *, name: str | None
         )
     name = name or os.fspath(source)
     try:
-        data = Path(source).read_bytes()
+        data = contents(source)
     except OSError as error:
         raise InputError(
             name, found=error.strerror, expected="an image file", fix="check the path"

@@ -55,7 +55,7 @@ class Settings:
             InputError: a penalty that is no number above 0.
         """
         penalty = 1.0 if (value := found.get("repetition_penalty")) is None else value
-        if isinstance(penalty, bool) or not isinstance(penalty, int | float) or not penalty > 0:
+        if type(penalty) not in (int, float) or not 0 < penalty < 1e30:
             raise InputError(
                 f"{where}: repetition_penalty",
                 found=ascii(penalty)[:80],

@@ -16,6 +16,7 @@ from typing import Any
 import numpy as np
 
 from vfjax.errors import InputError
+from vfjax.files import contents, findable
 from vfjax.prompts import IMAGE_TOKEN
 
 VIDEO_TOKEN = "<video>"
@@ -129,10 +130,10 @@ class Conversations:
                 picture or video, all in questions, with a picture or video that is missing or
                 outside `images`, or with keys or placeholders of media that are not read.
         """
-        self.path, self.skip_broken = Path(path), skip_broken
+        self.path, self.skip_broken = findable(path), skip_broken
         self.broken: list[str] = []
         self.openings = 0
-        self._images, self._rows = Path(images), list[_Row]()
+        self._images, self._rows = findable(images), list[_Row]()
         folder = _Folder(self._images)
         for number, row in enumerate(_read(self.path)):
             try:
@@ -202,7 +203,9 @@ class _Folder:
 def _read(path: Path) -> Iterator[Any]:
     """The rows as they are parsed."""
     try:
-        text = path.read_text("utf-8-sig")  # some editors begin a file with a byte order mark
+        text = contents(path).decode(
+            "utf-8-sig"
+        )  # some editors begin a file with a byte order mark
     except OSError as error:
         raise InputError(
             path, found=error.strerror, expected="a conversation file", fix="check the path"

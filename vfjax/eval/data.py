@@ -14,6 +14,7 @@ from typing import Any
 
 from vfjax.errors import InputError
 from vfjax.eval.stats import Metric
+from vfjax.files import contents, findable
 
 Picture = Path | bytes
 """A file, or an encoded picture."""
@@ -92,7 +93,7 @@ class Data:
 
     def __init__(self, path: Path, pictures: Path | None = None):
         for each, what in ((path, "a benchmark's files"), (pictures, "a folder of pictures")):
-            if each is not None and not each.exists():
+            if each is not None and not findable(each).exists():
                 raise InputError(each, found="nothing", expected=what, fix="check the path")
         self.path, self.pictures = path, pictures
         self._folders: dict[tuple[str, ...], Path] = {}
@@ -324,7 +325,7 @@ def read_text(path: Path) -> str:
         InputError: it is missing or something else.
     """
     try:
-        return path.read_bytes().decode("utf-8-sig")
+        return contents(path).decode("utf-8-sig")
     except OSError as error:
         raise _unreadable(path, error.strerror or str(error)) from None
     except UnicodeDecodeError as error:

@@ -4,11 +4,15 @@ from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NoReturn
 
-from vfjax.errors import InputError
+from vfjax.errors import InputError, cut
 from vfjax.merge.methods import METHODS, Each, Weights
 
 Setting = tuple[tuple[str, tuple[Any, ...]], ...]
 """A parameter as written: (filter, values over the layers) cases; a scalar is a list of one."""
+
+
+MOST = 1e300
+"""Numbers are smaller, so that they fit a float."""
 
 
 def kind(where: str, key: str, method: str, known: Mapping[str, str]) -> Any:
@@ -38,7 +42,10 @@ def setting(where: str, given: Any, convert: Callable[[Any], Any] = lambda x: x)
         part = case.get("filter")
         if not isinstance(part, str | None):
             fail(f"{where}.filter", repr(part), "a part of a tensor's name", "quote it")
-        cases.append(("" if part in (None, "*") else part, tuple(map(convert, values))))
+        values = tuple(map(convert, values))
+        if not all(isinstance(x, str) or abs(x) < MOST for x in values):
+            fail(where, repr(values), "finite numbers", "correct it")
+        cases.append(("" if part in (None, "*") else part, values))
     return tuple(cases)
 
 
@@ -96,4 +103,4 @@ def no_repeats(where: str, labels: Sequence[str]) -> None:
 
 def fail(where: str, found: object, expected: object, fix: str) -> NoReturn:
     """Raises InputError."""
-    raise InputError(where, found=found, expected=expected, fix=fix)
+    raise InputError(where, found=cut(str(found), 300), expected=expected, fix=fix)

@@ -296,7 +296,7 @@ def read_config(path: Path) -> dict[str, Any]:
         for key in QUANTISED:
             if found := part.get(key):
                 method = found.get("quant_method") if isinstance(found, dict) else None
-                name = cut(str(method or key))
+                name = cut(str(method or "a method that is not named"))
                 raise InputError(
                     f"{path}: {key}",
                     found=f"weights quantised by {name}",

@@ -245,6 +245,7 @@ def test_templates_that_fail(folders: dict[str, Path]):
         ("chat_template.jinja", b"\xe9", r"no text \('utf-8' codec"),
         ("chat_template.json", b'{"chat_template": ["x"]}', r"\['x'\], expected a template"),
         ("chat_template.json", b'{"chat_template": [{"name": "a"}]}', r"\[\{'name': 'a'\}\], exp"),
+        ("chat_template.json", b'{"chat_template": [{"name": ["a"]}]}', r"\[\{'name': \['a'\]"),
     ],
 )
 def test_files_that_hold_no_template(tmp_path: Path, name: str, content: bytes, found: str):

@@ -268,7 +268,7 @@ def _check_channels(source: Source, part: str, connector: Any, encoders: Mapping
                 f"{source.path}: {part}.connector",
                 found=f"a connector that reads {channels} channels",
                 expected=f"{states} x {encoder.width}, the width of {kind} from "
-                f"{tower.path if tower else 'this folder'}",
+                f"{tower.path or 'its published config' if tower else 'this folder'}",
                 fix="take the tower that the connector was trained with",
             )
 

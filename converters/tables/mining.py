@@ -10,7 +10,7 @@ from converters import tables
 from converters.layouts import Layout, Source
 from converters.rules import Arrays, Rule, Table, dense, norm
 from converters.tables import dense as dense_connector
-from converters.tables import llava, mlp
+from converters.tables import llama, llava, mlp
 from converters.tables.llava import (
     Names,
     upstream_branch,
@@ -148,7 +148,8 @@ def describe(path: Path, config: Values, towers: Towers) -> Source:
 def template(llm: str, config: Values) -> str:
     """What the authors' scripts pass for each published model, told apart by LLM and vocabulary."""
     by_vocabulary = {128256: "llama_3", 64000: "chatml_direct"}
-    return TEMPLATES.get(llm) or by_vocabulary.get(config.any("vocab_size"), "vicuna_v1")
+    size = config.whole("vocab_size", 32000, most=llama.VOCABULARY)
+    return TEMPLATES.get(llm) or by_vocabulary.get(size, "vicuna_v1")
 
 
 def config_of(name: str, aux: Tower, encoder: Any, options: Mapping[str, Any]) -> dict[str, Any]:

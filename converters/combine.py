@@ -8,16 +8,21 @@ from typing import Any
 import numpy as np
 from jax.sharding import Mesh
 
+from converters.fingerprint import fingerprint
 from converters.fuse import Fusion, open_member
 from converters.load import float_dtype, read_llm, read_model
 from converters.request import OPTIONS, Request, check_request, make_request
 from converters.vocabulary import BASE
 from vfjax import CacheFusion, InputError, LogitsFusion, MemberProcessors, Model, Processor
+from vfjax.processes import agreeing, owners
 
 WRITTEN = ("export", "shard_bytes", "checksums", "account")
 """Options of what is written alone."""
 
 MERGED = tuple(name for name in OPTIONS if name not in WRITTEN)
+
+PATHS = {"base", "towers", "recipe"}
+"""Options that another host may have elsewhere."""
 
 MODES = {
     "tokens": MERGED,
@@ -60,18 +65,22 @@ def load_fused(
     request = dataclasses.replace(request, account=False)
     if mode == "logits":
         return _side_by_side(request, mesh, progress)
-    fusion = Fusion(request)
+    with agreeing("load_fused", processes := owners(mesh)) as facts:
+        fusion = Fusion(request)
+        for label, source in fusion.opened.items() if len(processes) > 1 else ():
+            facts |= fingerprint(source, label)
+        facts |= {"mode": mode} | {key: str(options[key]) for key in sorted({*options} - PATHS)}
     merged, processor = read_model(fusion.source(), mesh, None, progress)
     if mode == "tokens":
         return merged, processor
     dtype = np.dtype(merged.llm.embedding.dtype)
     sources = [source for name, source in fusion.opened.items() if name != BASE]
     llms = [read_llm(source, mesh, dtype, progress) for source in sources]
-    owners = [i for i, source in enumerate(sources) for _ in source.branches]
+    readers = [i for i, source in enumerate(sources) for _ in source.branches]
     least = min(llm.config.vocab for llm in (merged.llm, *llms))  # each embeds the prompt itself
     config = processor.config
     config = dataclasses.replace(config, llm=dataclasses.replace(config.llm, vocab=least))
-    return CacheFusion(merged, llms, owners), dataclasses.replace(processor, config=config)
+    return CacheFusion(merged, llms, readers), dataclasses.replace(processor, config=config)
 
 
 def _side_by_side(
@@ -80,9 +89,10 @@ def _side_by_side(
     """All members as they are."""
     check_request(request)
     dtype = float_dtype(request.dtype)
-    loaded = [
-        read_model(open_member(path, request), mesh, dtype, progress)
-        for path in request.members.values()
-    ]
+    with agreeing("load_fused", processes := owners(mesh)) as facts:
+        sources = {name: open_member(path, request) for name, path in request.members.items()}
+        for name, source in sources.items() if len(processes) > 1 else ():
+            facts |= fingerprint(source, name)
+    loaded = [read_model(source, mesh, dtype, progress) for source in sources.values()]
     models, processors = zip(*loaded, strict=True)
     return LogitsFusion(models), MemberProcessors(processors)

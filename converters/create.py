@@ -10,6 +10,7 @@ import numpy as np
 from flax import nnx
 from jax.sharding import Mesh
 
+from converters.fingerprint import fingerprint
 from converters.layouts import TEMPLATE, Source, open_source
 from converters.load import flatten, float_dtype, model_config, read_model
 from converters.rules import FLOATS
@@ -24,6 +25,7 @@ from vfjax.encoders.vit import resolve_taps
 from vfjax.layers import redraw
 from vfjax.merge import LazyTensor
 from vfjax.model import BranchConfig
+from vfjax.processes import agreeing, owners
 from vfjax.prompts import get_template
 
 UPSTREAM = {
@@ -106,7 +108,10 @@ def create(
     dtype = float_dtype(dtype)
     if init not in ("torch", "flax"):
         raise InputError("init", found=repr(init), expected="'torch', 'flax'", fix="choose one")
-    source = describe(llm, encoder, connector, aux=aux, template=template, aspect=aspect)
+    with agreeing("create", members := owners(mesh)) as facts:
+        source = describe(llm, encoder, connector, aux=aux, template=template, aspect=aspect)
+        if len(members) > 1:
+            facts |= fingerprint(source) | {"seed": seed, "init": init, "dtype": str(dtype)}
     (branch,) = model_config(source).branches
     for part, taps in branch.connector.taps.items():
         resolve_taps(taps, getattr(branch, part).layers)

@@ -12,6 +12,7 @@ from flax import nnx
 from jax.sharding import Mesh
 
 from converters.fill import fill
+from converters.fingerprint import fingerprint
 from converters.layouts import TOKENIZERS, Source, is_tower, open_source
 from converters.preprocessor import from_preprocessor
 from converters.reader import read_json
@@ -28,6 +29,7 @@ from vfjax.files import findable
 from vfjax.int8 import int8 as to_int8
 from vfjax.merge import LazyTensor
 from vfjax.model import BranchConfig, ModelConfig
+from vfjax.processes import agreeing, owners
 from vfjax.prompts import IMAGE_TOKEN, get_template
 from vfjax.prune import Prune
 from vfjax.sharding import Overrides
@@ -70,6 +72,7 @@ def load(
     Args:
         path: an upstream or Hugging Face LLaVA, a fused folder, or a plain causal LM.
         mesh: where parameters are sharded (`vfjax.sharding.make_mesh`); None: the default device.
+            Its processes first agree on what they read: configs, headers, samples of weights.
         dtype: of the parameters; None keeps the stored ones.
         towers: name of a vision tower in config.json -> the folder where it is.
         tower_source: which copy of a tower is read when the checkpoint holds one too: "auto" as
@@ -85,12 +88,17 @@ def load(
         progress: called with the bytes of each tensor as it arrives.
 
     Raises:
-        InputError: the folder cannot be read whole and exactly (see `open_source`), or an argument
-            is none of its choices.
+        InputError: the folder cannot be read whole and exactly (see `open_source`), an argument is
+            none of its choices, or processes disagree.
     """
     dtype = float_dtype(dtype)
-    source = open_source(path, towers=towers, tower_source=tower_source, base=base)
-    arrange(source, positions, mask)
+    with agreeing("load", members := owners(mesh)) as facts:
+        source = open_source(path, towers=towers, tower_source=tower_source, base=base)
+        arrange(source, positions, mask)
+        if len(members) > 1:
+            how = {"dtype": dtype, "prune": prune, "int8": int8, "int8_cache": int8_cache}
+            facts |= fingerprint(source) | {key: str(value) for key, value in how.items()}
+            facts |= {"mesh": str(mesh), "shard": str(shard)}
     model, its = read_model(source, mesh, dtype, progress, prune=prune, int8=int8, shard=shard)
     model.llm.int8_cache = int8_cache
     return model, its

@@ -24,7 +24,7 @@ from ml_collections import ConfigDict, config_flags
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from converters.writer import Ended
-from vfjax import InputError
+from vfjax import InputError, __version__, processes
 
 CONFIG = config_flags.DEFINE_config_file("config", None, "What to run.", lock_config=True)
 WORKDIR = flags.DEFINE_string("workdir", "outputs", "Where results are written.")
@@ -93,14 +93,22 @@ def join_processes() -> None:
         sys.stdout = open(os.devnull, "w")  # noqa: SIM115
 
 
-def leave_soon() -> None:
+def leave_soon(code: int, said: str = "") -> None:
     """Ends this process, of several, though others run on: JAX would wait minutes for them.
 
-    They miss its heartbeats then, and end too.
+    They end too: by what is said to them, or when they miss its heartbeats.
     """
-    timer = threading.Timer(PATIENCE, os._exit, (2,))
+    if said:
+        processes.announce(said)
+    timer = threading.Timer(PATIENCE, os._exit, (code,))
     timer.daemon = True
     timer.start()
+
+
+def follow(line: str) -> None:
+    """Ends this process as another one has ended."""
+    print(line, file=sys.stderr)
+    os._exit(2)
 
 
 def main(argv: Sequence[str]) -> None:
@@ -109,27 +117,47 @@ def main(argv: Sequence[str]) -> None:
     if len(argv) > 1:
         fail(f"{argv[1]}: found an argument without --, expected flags only; see README.md")
     config, task = read_task()
-    if os.environ.get("VFJAX_DISTRIBUTED"):
+    alone = not os.environ.get("VFJAX_DISTRIBUTED")
+    if not alone:
         join_processes()
+        watched = processes.watch(follow)
     try:
+        with processes.agreeing(config.task) as facts:
+            facts |= {"vfjax": __version__, "jax": jax.__version__} | flat("config", config)
         task.run(config, Path(WORKDIR.value))
     except KeyboardInterrupt as error:
         number = error.args[0] if isinstance(error, Ended) else signal.SIGINT
         what = "interrupted" if number == signal.SIGINT else f"ended by {signal.strsignal(number)}"
+        if not alone:
+            watched.set()
+            leave_soon(128 + number, what)
         print("\n".join((what, *getattr(error, "__notes__", ()))), file=sys.stderr)
         sys.stdout.flush()
         sys.stderr.flush()
-        if jax.process_count() == 1:
+        if alone:
             os._exit(128 + number)  # threads that still compute are not waited for
         sys.exit(128 + number)
     except Exception as error:
-        if jax.process_count() > 1:
+        if not alone:
+            watched.set()
             if isinstance(error, jax.errors.JaxRuntimeError):
                 time.sleep(1.5 * HEARTBEAT)  # for XLA to say that a process is lost, if one is
-            leave_soon()
+            known = isinstance(error, processes.Disagreement)
+            leave_soon(2, "" if known else str(error).partition("\n")[0])
         if isinstance(error, InputError):
             fail(str(error))
         raise
+
+
+def flat(name: str, config: object) -> dict[str, str]:
+    """The values of a config by their dotted keys."""
+    if not isinstance(config, ConfigDict):
+        return {name: repr(config)}
+    return {
+        key: value
+        for field in config
+        for key, value in flat(f"{name}.{field}", config[field]).items()
+    }
 
 
 if __name__ == "__main__":

@@ -57,7 +57,9 @@ def free_port() -> int:
 
 @contextlib.contextmanager
 def started(
-    commands: Sequence[Sequence[str]], envs: Sequence[Mapping[str, str]]
+    commands: Sequence[Sequence[str]],
+    envs: Sequence[Mapping[str, str]],
+    cwd: Sequence[Path] = (),
 ) -> Iterator[list[subprocess.Popen[str]]]:
     """The processes, which are ended with the block."""
     common = {
@@ -69,8 +71,9 @@ def started(
     pipes: dict[str, Any] = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
     with contextlib.ExitStack() as stack:
         processes = []
-        for command, env in zip(commands, envs, strict=True):
-            process = stack.enter_context(subprocess.Popen(command, env={**common, **env}, **pipes))
+        for i, (command, env) in enumerate(zip(commands, envs, strict=True)):
+            own = {"env": {**common, **env}, "cwd": cwd[i] if cwd else None}
+            process = stack.enter_context(subprocess.Popen(command, **own, **pipes))
             stack.callback(process.kill)
             processes.append(process)
         yield processes
@@ -177,19 +180,18 @@ def test_the_command_line_runs_as_two_processes(folder) -> None:
     assert printed == [f"{answer}\n", ""]
 
 
-def test_a_process_that_fails_alone_ends_all(folder) -> None:
-    """With its own line; the other one names it."""
+def test_a_process_that_fails_alone_ends_all(folder, tmp_path) -> None:
+    """With its own line; the other one says it, too."""
     command = [sys.executable, str(ROOT / "experiments" / "run.py")]
     command += [f"--config={ROOT}/experiments/configs/generate.py", "--config.prompt=What?"]
-    command += ["--config.mesh=(1, 8)"]
-    commands = [[*command, f"--config.model={folder}{end}"] for end in ("", "-absent")]
-    with started(commands, two_hosts()) as processes:
+    command += ["--config.mesh=(1, 8)", "--config.model=llava"]
+    (tmp_path / "llava").symlink_to(folder)
+    with started([command] * 2, two_hosts(), cwd=[tmp_path, ROOT]) as processes:
         _, own = processes[1].communicate(timeout=PATIENT)
         _, other = processes[0].communicate(timeout=PATIENT)
-    assert processes[1].returncode == 2
-    assert own == f"{folder}-absent: found no folder, expected a checkpoint; check the path\n"
-    assert processes[0].returncode
-    assert re.search(r"^process 1: found no sign of life, expected ", other, re.M), other
+    assert [process.returncode for process in processes] == [2, 2]
+    assert own == "llava: found no folder, expected a checkpoint; check the path\n"
+    assert other.startswith(f"process 1: found an end ({own.strip()}), expected ")
 
 
 def write_rows(folder: Path) -> None:

@@ -12,6 +12,7 @@ from jax.experimental import multihost_utils
 
 from vfjax.errors import InputError
 from vfjax.model import AnyArray, Batch
+from vfjax.processes import agreeing, digest, owners
 from vfjax.sampling import How, by_row, how, log_probabilities, pick, require
 from vfjax.sharding import mesh_of, place
 
@@ -273,8 +274,21 @@ class _State:
     logs: tuple[Array, Array, Array] | None
 
 
+def _agree(model: Generator, batch: Batches, same: dict[str, Any]) -> None:
+    """Raises InputError if the processes of the model's mesh have other batches or arguments."""
+    if jax.process_count() == 1:
+        return
+    with agreeing("generate", owners(mesh_of(model))) as facts:
+        batches = batch if isinstance(batch, tuple) else (batch,)
+        facts["prompt's ids"] = digest(*(each.tokens for each in batches))
+        facts["places of pictures"] = digest(*(each.visual for each in batches))
+        facts["pictures"] = digest(*jax.tree.leaves([each.images for each in batches]))
+        facts |= {key: str(value) for key, value in same.items()}
+
+
 def _how(model: Generator, batch: Batches, max_new_tokens: Any, **rest: Any) -> How:
     """The arguments of `stream_ids`, checked, one value a row."""
+    _agree(model, batch, {"max_new_tokens": max_new_tokens, **rest})
     batches = batch if isinstance(batch, tuple) else (batch,)
     lengths = np.max([_fetch(each.mask).sum(axis=1) for each in batches], axis=0)
     limit = by_row("max_new_tokens", max_new_tokens, len(lengths))

@@ -36,6 +36,7 @@ from vfjax.eval import (
 )
 from vfjax.eval.llava import write_answers
 from vfjax.files import replacing
+from vfjax.processes import agreeing
 
 MODES = ("all", "predict", "score")
 MEMBERS = ("clip", "dino")
@@ -46,9 +47,11 @@ def run(config: ConfigDict, workdir: Path) -> None:
     benchmark = get_benchmark(config.benchmark)
     required(config, "data")
     _check(config)
-    data = Data(Path(config.data), Path(config.images) if config.images else None)
-    questions = read(benchmark, data, config.options, config.limit)
-    header: log.Header = {"benchmark": config.benchmark, "questions": digest(questions)}
+    with agreeing("evaluate", folder=workdir) as facts:
+        data = Data(Path(config.data), Path(config.images) if config.images else None)
+        questions = read(benchmark, data, config.options, config.limit)
+        header: log.Header = {"benchmark": config.benchmark, "questions": digest(questions)}
+        facts |= header
     if config.mode != "score":
         workdir.mkdir(parents=True, exist_ok=True)
         header = answer(config, benchmark, questions, header, workdir)
@@ -112,6 +115,8 @@ def answer(
         "int8": [config.int8, config.int8_cache],
         "prune": json.loads(config.prune.to_json()) if config.prune.keep else None,
     }
+    with agreeing("answer") as facts:
+        facts |= header
     with progress(questions, config) as advance:
         predict(
             model,

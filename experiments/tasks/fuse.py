@@ -10,6 +10,7 @@ from ml_collections import ConfigDict
 import converters
 from experiments.tasks.common import bar, named, required
 from vfjax import InputError
+from vfjax.processes import agreeing
 
 KEYS = [
     *("base", "recipe", "export", "template", "dtype", "router", "vocab", "seed"),
@@ -42,6 +43,8 @@ def fuse(config: ConfigDict, workdir: Path) -> None:
     if config.dry_run:
         show(out, converters.dry_run(members, out, **options))
         return
+    with agreeing("fuse", folder=out.absolute().parent):
+        pass
     if jax.process_index():  # the first of several processes fuses, the others wait
         multihost_utils.sync_global_devices("fused")
         return

@@ -17,6 +17,7 @@ from experiments.tasks.common import required
 from vfjax import InputError, Model, Processor
 from vfjax.data import Batches, Conversations
 from vfjax.model import ModelConfig
+from vfjax.processes import agreeing
 from vfjax.sharding import make_mesh, mesh_of, row_shards
 from vfjax.train import (
     Group,
@@ -41,7 +42,11 @@ from vfjax.train.record import Tracker, missing
 def run(config: ConfigDict, workdir: Path) -> None:
     stages = ordered(config)
     folders = {name: workdir / name for name in stages}
-    data = {name: read_data(config, name) for name in stages}  # all is checked before the first
+    with agreeing("train", folder=workdir) as facts:
+        data = {name: read_data(config, name) for name in stages}  # all, before the first is run
+        if jax.process_count() > 1:
+            for name, sets in data.items():
+                facts |= {f"stages.{name}: rows of {x.path.name}": x.digest() for x in sets}
     if config.report and find_spec("matplotlib") is None:
         raise missing("report", "matplotlib", "train")
     done = list(itertools.takewhile(lambda name: (folders[name] / "model").is_dir(), stages))

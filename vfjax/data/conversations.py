@@ -4,6 +4,7 @@ The format of LLaVA's `docs/Finetune_Custom_Data.md`. Upstream's `train/train.py
 picture or an odd conversation hours into the training; here every row is checked on opening.
 """
 
+import hashlib
 import json
 import os
 import re
@@ -165,6 +166,13 @@ class Conversations:
 
     def __len__(self) -> int:
         return len(self._rows)
+
+    def digest(self) -> str:
+        """Some hex digits of SHA-256 of the rows: ids, words, names of pictures, in order."""
+        total = hashlib.sha256()
+        for *row, videos, turns in self._rows:
+            total.update(repr((row, sorted(videos), turns)).encode())
+        return total.hexdigest()[:16]
 
     def __getitem__(self, i: int) -> Sample:
         _, name, pictures, videos, turns = self._rows[i]

@@ -20,6 +20,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from vfjax.errors import InputError
 from vfjax.model import Batch, Model
+from vfjax.processes import agreeing
 from vfjax.sharding import by_token, mesh_of, row_axes, row_shards
 from vfjax.train.checkpoint import Checkpoints
 from vfjax.train.flops import step_flops
@@ -90,9 +91,13 @@ def fit(
 
     Raises:
         InputError: the folder's states are of another config, a group names nothing, a loss is not
-            finite, a step has nothing to learn, or the data end.
+            finite, a step has nothing to learn, the data end, or processes disagree or have
+            folders of their own.
         Stopped: on SIGTERM or Ctrl-C, once the state is on disk.
     """
+    with agreeing("fit", folder=folder) as facts:
+        same = {"groups": groups, "optim": optim, "options": options, **(config or {})}
+        facts |= {key: str(value) for key, value in same.items()}
     mesh = mesh_of(nnx.state(model))
     dtypes = jax.tree.map(lambda x: x.dtype, nnx.state(model))
     model.llm.remat = options.remat

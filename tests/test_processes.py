@@ -1,0 +1,81 @@
+"""Processes that disagree end with a line each; see disagreeing.py."""
+
+import json
+import re
+import sys
+from pathlib import Path
+
+import pytest
+
+from converters import fingerprint
+from tests.checkpoints import make_llama, upstream_llava_folder
+from tests.test_distributed import PATIENT, ROOT, SMALL, run_workers, started, two_hosts
+
+TAIL = "; start the same command, with the same files, on all hosts"
+
+LINES = [
+    r"4 rows",
+    r"process 1: prompt's ids: found \S+, expected \S+, as on process 0" + TAIL,
+    r'process 1: max_new_tokens: found "5", expected "4", as on process 0' + TAIL,
+    r"process 1: config.json: rms_norm_eps: found 0.002, expected \S+, as on process 0" + TAIL,
+    r"process 1: weights model.safetensors: found \S+, expected \S+, as on process 0" + TAIL,
+    None,
+    r'process 1: working folder \S+: found "another folder than process 0\'s", expected none.*',
+    r'process 1: task: found "generate", expected "load", as on process 0' + TAIL,
+    r"4 rows",
+]
+
+
+@pytest.fixture(scope="module")
+def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("processes")
+    upstream_llava_folder(
+        path / "llava", llm=make_llama(0, **SMALL), weights="safetensors", vision=SMALL
+    )
+    return path
+
+
+def test_each_disagreement(root: Path) -> None:
+    """Is one line, the same on both processes, which then go on."""
+    run_workers("disagreeing.py", 2, root)
+    said = [json.loads((root / f"said-{i}.json").read_text()) for i in range(2)]
+    absent = f"{root / 'none'}: found no folder, expected a checkpoint; check the path"
+    for first, second, line in zip(*said, LINES, strict=True):
+        if line is None:  # a process has its own, the other one hears of it
+            assert second == absent
+            assert first.startswith(f"process 1: found an end ({absent}), expected all processes")
+        else:
+            assert first == second and re.fullmatch(line, first), first
+    assert not list(root.glob("runs*"))
+
+
+def command(task: str, **config: object) -> list[str]:
+    """`experiments/run.py` with a task and its config."""
+    flags = [f"--config.{key}={value}" for key, value in config.items()]
+    run = str(ROOT / "experiments" / "run.py")
+    return [sys.executable, run, f"--config={ROOT}/experiments/configs/{task}.py", *flags]
+
+
+def test_commands_that_differ(root: Path) -> None:
+    asked = {"model": root / "llava", "mesh": (1, 8)}
+    commands = [command("generate", prompt=word, **asked) for word in ("What?", "Who?")]
+    with started(commands, two_hosts()) as processes:
+        said = [process.communicate(timeout=PATIENT) for process in processes]
+    line = "process 1: config.prompt: found \"'Who?'\", expected \"'What?'\", as on process 0"
+    assert said == [("", f"{line}{TAIL}\n")] * 2
+    assert [process.returncode for process in processes] == [2, 2]
+
+
+def test_a_large_file_is_sampled(tmp_path: Path) -> None:
+    """At its beginning and end, and at even distances between."""
+    file = tmp_path / "weights"
+    file.write_bytes(bytes(40 << 20))
+    plain = fingerprint.sampled(file)
+    step = (40 << 20) // fingerprint.BLOCKS + fingerprint.BLOCK
+    for place in (0, fingerprint.HEAD - 1, 20 << 20, (40 << 20) - 1):
+        with file.open("r+b") as opened:
+            opened.seek(min(place, (40 << 20) - step))
+            opened.write(b"\x01" * step)
+        assert fingerprint.sampled(file) != plain
+        file.write_bytes(bytes(40 << 20))
+    assert fingerprint.sampled(file) == plain

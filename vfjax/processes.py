@@ -1,0 +1,236 @@
+"""What several processes of one run agree on before they compute, and that the end of one is all's.
+
+They talk through the key-value store of `jax.distributed`: nothing is compiled for it, it answers
+while the devices wait, and one that waits for another can be interrupted. A single process pays
+nothing.
+"""
+
+import contextlib
+import hashlib
+import json
+import secrets
+import threading
+import time
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+from jax._src import distributed  # the store has no public name
+from jax.sharding import Mesh
+
+from vfjax.errors import InputError, cut
+
+Facts = dict[str, Any]
+"""What must be the same on all processes: JSON values under the names that a user knows."""
+
+PATIENCE = 1800
+"""Seconds that a process which lives may be behind another, as where it still reads from a disk.
+JAX ends all when one does not live, by `jax.distributed.initialize`'s `heartbeat_timeout_seconds`.
+"""
+
+SHARING = 30
+"""Seconds after which a file that one process wrote is seen by all that share its folder."""
+
+ENDED = "vfjax/ended"
+
+_rounds = Counter[str]()
+
+
+class Disagreement(InputError):
+    """Of processes; all of them raise it."""
+
+
+def owners(mesh: Mesh | None) -> tuple[int, ...]:
+    """The processes of a mesh's devices; this one alone where there is no mesh."""
+    if mesh is None or jax.process_count() == 1:
+        return (jax.process_index(),)
+    return tuple(sorted({device.process_index for device in mesh.devices.flat}))
+
+
+@contextlib.contextmanager
+def agreeing(
+    what: str, members: Sequence[int] | None = None, folder: Path | None = None
+) -> Iterator[Facts]:
+    """Yields a dict to fill; once all processes have left the block, theirs must be the same.
+
+    Args:
+        what: they are doing.
+        members: the processes, by number; None: all.
+        folder: one that they must share; it is made.
+
+    Raises:
+        Disagreement: a process has other facts, does something else, failed in its block (which
+            raises its own error), does not come, or does not see the first one's folder.
+    """
+    members = tuple(range(jax.process_count()) if members is None else members)
+    facts: Facts = {}
+    if len(members) == 1:
+        yield facts
+        return
+    name, index = f"vfjax/{'-'.join(map(str, members))}", jax.process_index()
+    number, _rounds[name] = _rounds[name], _rounds[name] + 1
+    key = f"{name}/{number}"
+    own = f"{key}/verdict" if index == members[0] else f"{key}/{index}"
+    try:
+        yield facts
+        facts = {"task": what, **facts}
+        if index == members[0]:
+            with _probe(key, folder):
+                verdict = _compare(key, members, facts)
+            _set(own, verdict)
+            _client().key_value_delete(f"{name}/{number - 1}/")  # which all have read
+        else:
+            if folder is not None:
+                facts |= _seen(key, members[0], folder)
+            _set(own, facts)
+            verdict = _get(f"{key}/verdict")
+            verdict = _silent(members[0]) if verdict is None else verdict
+    except BaseException as error:
+        said = str(error) if isinstance(error, InputError) else type(error).__name__
+        _set(own, {"failed": _failed(index, said)} if index != members[0] else _failed(index, said))
+        raise
+    if verdict:
+        raise Disagreement(**verdict)
+
+
+def _compare(key: str, members: Sequence[int], first: Facts) -> Facts:
+    """What is wrong, as arguments of InputError; empty if nothing is."""
+    for index in members[1:]:
+        other = _get(f"{key}/{index}")
+        if other is None:
+            return _silent(index)
+        if "failed" in other:
+            return dict(other["failed"])
+        first = json.loads(json.dumps(first))
+        for name in {**first, **other}:
+            found, expected = (json.dumps(x[name]) if name in x else "none" for x in (other, first))
+            if found != expected:
+                return {
+                    "where": f"process {index}: {name}",
+                    "found": cut(found),
+                    "expected": f"{cut(expected)}, as on process {members[0]}",
+                    "fix": "start the same command, with the same files, on all hosts",
+                }
+    return {}
+
+
+def _failed(index: int, said: str) -> Facts:
+    return {
+        "where": f"process {index}",
+        "found": f"an end ({said})",
+        "expected": "all processes to go on",
+        "fix": "mend that, and start the same command on all hosts again",
+    }
+
+
+def _silent(index: int) -> Facts:
+    return {
+        "where": f"process {index}",
+        "found": f"no word in {PATIENCE} s",
+        "expected": "all processes to come here",
+        "fix": "run the same program on all hosts",
+    }
+
+
+@contextlib.contextmanager
+def _probe(key: str, folder: Path | None) -> Iterator[None]:
+    """A file in a folder, for the other processes to look for; what is made is removed."""
+    if folder is None:
+        yield
+        return
+    made = [each for each in (folder, *folder.parents) if not each.exists()]
+    file = folder / f".vfjax-{secrets.token_hex(8)}"
+    try:
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            file.touch()
+        except OSError as error:
+            raise InputError(
+                folder,
+                found=error.strerror or error,
+                expected="a folder to write to",
+                fix="pass another one",
+            ) from error
+        _set(f"{key}/probe", file.name)
+        yield
+    finally:
+        file.unlink(missing_ok=True)
+        for each in made:
+            with contextlib.suppress(OSError):  # no longer empty
+                each.rmdir()
+
+
+def _seen(key: str, first: int, folder: Path) -> Facts:
+    """A fact that the first process lacks, if its file is not in this one's folder."""
+    name = _get(f"{key}/probe", f"{key}/verdict")
+    end = time.monotonic() + SHARING
+    while isinstance(name, str) and not (folder / name).exists():
+        if time.monotonic() > end:
+            return {f"working folder {folder}": f"another folder than process {first}'s"}
+        time.sleep(0.1)
+    return {}
+
+
+def _client() -> Any:
+    return distributed.global_state.client
+
+
+def _set(key: str, value: object) -> None:
+    _client().key_value_set(key, json.dumps(value), allow_overwrite=True)
+
+
+def _get(*keys: str) -> Any:
+    """The value that another process sets under one of the keys; None if it does not."""
+    end = time.monotonic() + PATIENCE
+    while time.monotonic() < end:
+        for key in keys:
+            try:  # in turns, between which Python handles signals
+                return json.loads(_client().blocking_key_value_get(key, 500))
+            except jax.errors.JaxRuntimeError as error:
+                if "DEADLINE_EXCEEDED" not in str(error):
+                    raise
+    return None
+
+
+def digest(*arrays: object) -> str:
+    """Some hex digits of SHA-256 of arrays that this process has whole."""
+    total = hashlib.sha256()
+    for x in arrays:
+        if not isinstance(x, jax.Array) or x.is_fully_addressable:
+            value = np.ascontiguousarray(x)
+            total.update(f"{value.dtype} {value.shape}".encode())
+            total.update(value.reshape(-1).view(np.uint8).data)
+    return total.hexdigest()[:16]
+
+
+def announce(said: str) -> None:
+    """Tells the other processes that this one ends, and why; see `watch`."""
+    with contextlib.suppress(jax.errors.JaxRuntimeError):
+        _set(ENDED, _failed(jax.process_index(), said))
+
+
+def watch(end: Callable[[str], None]) -> threading.Event:
+    """Calls `end` with a line, on a thread, when another process has announced its end.
+
+    Returns:
+        What stops it, once it is set.
+    """
+    stop, client = threading.Event(), _client()
+
+    def look() -> None:
+        while not stop.wait(1):
+            try:
+                found = json.loads(client.key_value_try_get(ENDED))
+            except jax.errors.JaxRuntimeError as error:
+                if "NOT_FOUND" not in str(error):
+                    return  # the store has ended
+                continue
+            if not stop.is_set():
+                end(str(InputError(**found)))
+            return
+
+    threading.Thread(target=look, name="vfjax-processes", daemon=True).start()
+    return stop

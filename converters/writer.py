@@ -23,6 +23,7 @@ from concurrent.futures import Executor, Future, ThreadPoolExecutor
 from pathlib import Path, PurePosixPath
 from types import EllipsisType
 
+import jax
 import numpy as np
 
 from converters.reader import DTYPES
@@ -135,6 +136,10 @@ def write_folder(
             _sync(out.parent)
 
 
+STAGES: set[Path] = set()
+"""Folders that are being written, for whoever must end at once to name them."""
+
+
 class Ended(KeyboardInterrupt):
     """SIGTERM or SIGHUP came; the signal is its argument."""
 
@@ -152,7 +157,8 @@ def _ending() -> Iterator[None]:
         raise Ended(number)
 
     main = threading.current_thread() is threading.main_thread()
-    both = (signal.SIGTERM, signal.SIGHUP) if main else ()
+    alone = jax.process_count() == 1  # else JAX's own handler of SIGTERM may be there, unseen
+    both = (signal.SIGTERM, signal.SIGHUP) if main and alone else ()
     mine = [each for each in both if signal.getsignal(each) is signal.SIG_DFL]
     for each in mine:
         signal.signal(each, end)
@@ -191,6 +197,7 @@ def _stage(out: Path, shards: Iterable[Shard], key: str, resume: bool) -> Iterat
                     empty(stage)
                 found.write_text(digest.hexdigest())
                 (stage / out.name).mkdir(exist_ok=True)
+            STAGES.add(stage)
             yield stage
         except BaseException as error:
             if resume and isinstance(error, KeyboardInterrupt):
@@ -200,6 +207,7 @@ def _stage(out: Path, shards: Iterable[Shard], key: str, resume: bool) -> Iterat
             raise
         shutil.rmtree(stage, ignore_errors=True)
     finally:
+        STAGES.discard(stage)
         os.close(lock)
         if not out.exists():
             for folder in made:

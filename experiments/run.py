@@ -15,15 +15,19 @@ from pathlib import Path
 from types import ModuleType
 from typing import NoReturn
 
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from experiments import signals
+
+if __name__ == "__main__":
+    signals.install()  # before the imports, which take seconds
+
 os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")  # tokenizers need no torch
 
 import jax
 from absl import app, flags, logging
 from ml_collections import ConfigDict, config_flags
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-
-from converters.writer import Ended
 from vfjax import InputError, __version__, processes
 
 CONFIG = config_flags.DEFINE_config_file("config", None, "What to run.", lock_config=True)
@@ -82,6 +86,7 @@ def join_processes() -> None:
         os.dup2(pipe.fileno(), file)
     pipe.close()
     names = ("JAX_NUM_PROCESSES", "JAX_PROCESS_ID")
+    jax.config.update("jax_enable_preemption_service", False)  # training starts it
     try:
         count, index = (int(os.environ[name]) if name in os.environ else None for name in names)
         jax.distributed.initialize(
@@ -121,21 +126,19 @@ def main(argv: Sequence[str]) -> None:
     if not alone:
         join_processes()
         watched = processes.watch(follow)
+        signals.before.append(processes.announce)
+    signals.ready.set()
     try:
         with processes.agreeing(config.task) as facts:
             facts |= {"vfjax": __version__, "jax": jax.__version__} | flat("config", config)
         task.run(config, Path(WORKDIR.value))
     except KeyboardInterrupt as error:
-        number = error.args[0] if isinstance(error, Ended) else signal.SIGINT
-        what = "interrupted" if number == signal.SIGINT else f"ended by {signal.strsignal(number)}"
-        if not alone:
-            watched.set()
-            leave_soon(128 + number, what)
-        print("\n".join((what, *getattr(error, "__notes__", ()))), file=sys.stderr)
-        sys.stdout.flush()
-        sys.stderr.flush()
-        if alone:
-            os._exit(128 + number)  # threads that still compute are not waited for
+        number = error.args[0] if error.args else signal.SIGINT
+        if alone:  # threads that still compute are not waited for
+            signals.leave(number, getattr(error, "__notes__", ()))
+        watched.set()
+        leave_soon(128 + number, signals.name(number))
+        print("\n".join((signals.name(number), *getattr(error, "__notes__", ()))), file=sys.stderr)
         sys.exit(128 + number)
     except Exception as error:
         if not alone:

@@ -19,6 +19,7 @@ from typing import Any
 import jax
 import numpy as np
 from jax._src import distributed  # the store has no public name
+from jax.experimental import multihost_utils
 from jax.sharding import Mesh
 
 from vfjax.errors import InputError, cut
@@ -193,6 +194,17 @@ def _get(*keys: str) -> Any:
                 if "DEADLINE_EXCEEDED" not in str(error):
                     raise
     return None
+
+
+def preempted(step: int) -> bool:
+    """Whether SIGTERM came to a process and this is the step at which all agree to stop.
+
+    JAX's handler takes SIGTERM over at the first call, if it has not before.
+    """
+    if distributed.global_state.preemption_sync_manager is None:
+        jax.config.update("jax_enable_preemption_service", True)
+        distributed.global_state.initialize_preemption_sync_manager()
+    return multihost_utils.reached_preemption_sync_point(step)
 
 
 def digest(*arrays: object) -> str:

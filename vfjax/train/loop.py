@@ -15,12 +15,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
-from jax.experimental import multihost_utils
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from vfjax.errors import InputError
 from vfjax.model import Batch, Model
-from vfjax.processes import agreeing
+from vfjax.processes import agreeing, preempted
 from vfjax.sharding import by_token, mesh_of, row_axes, row_shards
 from vfjax.train.checkpoint import Checkpoints
 from vfjax.train.flops import step_flops
@@ -60,7 +59,7 @@ class Options:
 
 
 class Stopped(Exception):
-    """The run was asked to end (SIGTERM, Ctrl-C) and saved its state; the step is its argument."""
+    """The run was asked to end by a signal and saved its state; the step is its argument."""
 
 
 def fit(
@@ -93,7 +92,7 @@ def fit(
         InputError: the folder's states are of another config, a group names nothing, a loss is not
             finite, a step has nothing to learn, the data end, or processes disagree or have
             folders of their own.
-        Stopped: on SIGTERM or Ctrl-C, once the state is on disk.
+        Stopped: on SIGTERM, SIGHUP or Ctrl-C, once the state is on disk.
     """
     with agreeing("fit", folder=folder) as facts:
         same = {"groups": groups, "optim": optim, "options": options, **(config or {})}
@@ -289,20 +288,49 @@ def _check(step: int, row: Mapping[str, Any]) -> None:
 
 @contextlib.contextmanager
 def _stop_requested() -> Iterator[Callable[[int], bool]]:
-    """Yields step -> whether SIGTERM or Ctrl-C came; on several processes, at a step that all
-    agree on, SIGTERM alone.
+    """Yields step -> whether SIGTERM, SIGHUP or Ctrl-C came; on several processes, at a step that
+    all agree on, SIGTERM alone.
 
     Until it is asked first, behind the first step, they end the process at once: nothing is lost,
     and the step's program compiles for minutes, while Python handles no signal. So does a second
     one, whatever is going on: the thread that counts them does not wait for the main one.
     """
-    if jax.process_count() > 1:  # JAX's coordination service has its own handler
-        yield multihost_utils.reached_preemption_sync_point
+    if jax.process_count() > 1:
+
+        def agreed(step: int) -> bool:
+            if stop := preempted(step):
+                signal.signal(signal.SIGTERM, signal.SIG_DFL)  # a second one waits for no save
+            return stop
+
+        yield agreed
         return
     came: list[int] = []
+    numbers = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
+    before = {each: signal.getsignal(each) for each in numbers}  # ignored ones, as by nohup, stay
+    before = {each: old for each, old in before.items() if old not in (None, signal.SIG_IGN)}
+    for each, old in before.items():
+        if old in (signal.SIG_DFL, signal.default_int_handler):
+            signal.signal(each, signal.SIG_DFL)
+    undo: list[Callable[[], object]] = []
 
-    numbers = (signal.SIGTERM, signal.SIGINT)
-    before = {each: signal.signal(each, signal.SIG_DFL) for each in numbers}
+    def requested(step: int) -> bool:
+        if not undo:
+            undo.append(_second_ends(tuple(before)))
+            for each in before:
+                signal.signal(each, lambda number, _: came.append(number))
+        return bool(came)
+
+    try:
+        yield requested
+    finally:
+        for call in undo:
+            call()
+        for each, old in before.items():
+            signal.signal(each, old)
+
+
+def _second_ends(numbers: Sequence[int]) -> Callable[[], object]:
+    """Has the second of these signals end the process; returns what undoes it."""
     reader, writer = os.pipe()
     os.set_blocking(writer, False)
 
@@ -314,18 +342,11 @@ def _stop_requested() -> Iterator[Callable[[int], bool]]:
                 os._exit(128 + number[0])
         os.close(reader)
 
-    def requested(step: int) -> bool:
-        if signal.getsignal(signal.SIGTERM) is signal.SIG_DFL:
-            for each in numbers:
-                signal.signal(each, lambda number, _: came.append(number))
-        return bool(came)
-
     threading.Thread(target=count, name="vfjax-signals", daemon=True).start()
     others = signal.set_wakeup_fd(writer, warn_on_full_buffer=False)
-    try:
-        yield requested
-    finally:
+
+    def undo() -> None:
         signal.set_wakeup_fd(others)
         os.close(writer)
-        for each, handler in before.items():
-            signal.signal(each, handler)
+
+    return undo

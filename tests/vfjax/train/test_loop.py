@@ -107,7 +107,7 @@ def test_a_signal_saves(folder, whole, tmp_path, number) -> None:
     assert same(model, whole[1])
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGHUP])
 @pytest.mark.parametrize("moment", ["before the first step", "twice"])
 def test_a_signal_that_does_not_wait(number, moment) -> None:
     """With nothing to lose, and the second one, while the main thread runs no Python."""

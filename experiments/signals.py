@@ -1,0 +1,86 @@
+"""SIGTERM, SIGINT and SIGHUP end a task at any moment, even while Python runs no handlers.
+
+The main thread is asked first, by a KeyboardInterrupt that holds the signal; it may clean up. A
+thread, which reads the signals' numbers from a pipe as they come, ends the process if that takes
+too long, or at a second signal.
+"""
+
+import os
+import select
+import signal
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterable
+
+NUMBERS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
+MOMENT = 1.0
+"""Seconds for the main thread to hear of a signal while nothing is being written."""
+GRACE = 8.0
+"""Seconds for it to clean up."""
+
+heard = threading.Event()
+ready = threading.Event()
+"""Set once there is somebody to catch the KeyboardInterrupt."""
+
+
+def name(number: int) -> str:
+    """What a signal did, in words."""
+    return "interrupted" if number == signal.SIGINT else f"ended by {signal.strsignal(number)}"
+
+
+def raise_it(number: int, _: object) -> None:
+    """The handler."""
+    if not ready.is_set():
+        leave(number)
+    if not heard.is_set():
+        heard.set()
+        raise KeyboardInterrupt(number)
+
+
+def install() -> None:
+    """Handles all three, but for one that is ignored, as by nohup."""
+    reader, writer = os.pipe()
+    os.set_blocking(writer, False)
+    for each in NUMBERS:
+        if signal.getsignal(each) is not signal.SIG_IGN:
+            signal.signal(each, raise_it)
+    signal.set_wakeup_fd(writer, warn_on_full_buffer=False)
+    threading.Thread(target=_watch, args=(reader,), name="signals", daemon=True).start()
+
+
+def _watch(reader: int) -> None:
+    first, came = 0, 0.0
+    while True:
+        if select.select([reader], [], [], 0.1 if first else None)[0]:
+            number = os.read(reader, 1)[0]
+            if number not in NUMBERS or signal.getsignal(number) is signal.SIG_IGN:
+                continue
+            if first:
+                leave(number)
+            first, came = number, time.monotonic()
+        # Another handler, such as a server's, ends its work as it likes.
+        if first and signal.getsignal(first) is raise_it:
+            waits = GRACE if heard.is_set() or left() else MOMENT
+            if time.monotonic() - came > waits:
+                leave(first)
+
+
+def left() -> list[str]:
+    """Folders that are being written."""
+    writer = sys.modules.get("converters.writer")
+    return [str(stage) for stage in getattr(writer, "STAGES", ())]
+
+
+before: list[Callable[[str], object]] = []
+"""Called with what is said before the process ends."""
+
+
+def leave(number: int, notes: Iterable[str] = ()) -> None:
+    """Ends the process at once, with a line and the shell's exit code."""
+    lines = [name(number), *notes, *(f"{stage} is left; nothing loads it" for stage in left())]
+    print("\n".join(lines), file=sys.stderr, flush=True)
+    for call in before:
+        call(name(number))
+    sys.stdout.flush()
+    os._exit(128 + number)

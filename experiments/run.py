@@ -127,8 +127,8 @@ def main(argv: Sequence[str]) -> None:
         join_processes()
         watched = processes.watch(follow)
         signals.before.append(processes.announce)
-    signals.ready.set()
     try:
+        signals.ready.set()
         with processes.agreeing(config.task) as facts:
             facts |= {"vfjax": __version__, "jax": jax.__version__} | flat("config", config)
         task.run(config, Path(WORKDIR.value))

@@ -54,16 +54,13 @@ def _watch(reader: int) -> None:
     while True:
         if select.select([reader], [], [], 0.1 if first else None)[0]:
             number = os.read(reader, 1)[0]
-            if number not in NUMBERS or signal.getsignal(number) is signal.SIG_IGN:
-                continue
+            if number not in NUMBERS or signal.getsignal(number) is not raise_it:
+                continue  # another handler, such as a server's, ends its work as it likes
             if first:
                 leave(number)
             first, came = number, time.monotonic()
-        # Another handler, such as a server's, ends its work as it likes.
-        if first and signal.getsignal(first) is raise_it:
-            waits = GRACE if heard.is_set() or left() else MOMENT
-            if time.monotonic() - came > waits:
-                leave(first)
+        if time.monotonic() - came > (GRACE if heard.is_set() or left() else MOMENT):
+            leave(first)
 
 
 def left() -> list[str]:

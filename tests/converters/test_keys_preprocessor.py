@@ -169,6 +169,9 @@ def test_every_setting_has_a_fate(kind: str, capsys: pytest.CaptureFixture[str])
             assert np.abs(found - right).max() <= step * max(1, np.abs(right).max()), (key, value)
         fates[key] = "used"
     assert show(f"{kind}ImageProcessor", fates, capsys)["used"] > 3
+    assert VALUES.keys() - fates.keys() <= (
+        {"image_grid_pinpoints"} if kind == "LlavaNext" else set()
+    )
 
 
 def test_pinpoints_are_those_of_the_model(tmp_path: Path):
@@ -230,3 +233,4 @@ def test_every_key_of_a_processor_has_a_fate(
         changed = key in ("image_token", "chat_template", "patch_size")
         fates.setdefault(key, "used" if changed else "without effect")
     assert show(f"{kind}Processor", fates, capsys)["refused"] > 2
+    assert fates.keys() == PROCESSOR.keys()

@@ -257,7 +257,11 @@ FP8 = {"quant_method": "compressed-tensors", "format": "float-quantized"}
             {"quantization_config": {"quant_method": "awq"}},
             "awq is not supported: dequantise",
         ),
-        ("up", {"quantization_config": {"load_in_4bit": True}}, "quantization_config is not supp"),
+        (
+            "up",
+            {"quantization_config": {"load_in_4bit": True}},
+            "a method that is not named is not",
+        ),
         (
             "llm",
             {"quantization": {"bits": 4}},

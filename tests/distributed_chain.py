@@ -8,7 +8,6 @@ from unittest import mock
 
 import jax
 import numpy as np
-from jax.experimental import multihost_utils
 
 import converters
 import experiments.configs.train as configs_train
@@ -16,6 +15,7 @@ import experiments.tasks.train as task
 from converters.reader import FileTensor
 from tests.distributed_worker import make_batch
 from vfjax import generate_ids
+from vfjax.processes import together
 from vfjax.sharding import make_mesh
 
 
@@ -33,10 +33,10 @@ def chain(root: Path, out: Path) -> list[list[int]]:
     Returns:
         What the fused model says, before it is trained.
     """
-    if jax.process_index() == 0:
-        members, params = {name: root / name for name in "ab"}, {"weights": (0.5, 0.5)}
-        converters.fuse(members, out / "fused", base=root / "base", params=params)
-    multihost_utils.sync_global_devices("it is fused")
+    with together("fuse"):
+        if jax.process_index() == 0:
+            members, params = {name: root / name for name in "ab"}, {"weights": (0.5, 0.5)}
+            converters.fuse(members, out / "fused", base=root / "base", params=params)
     model, processor = converters.load(out / "fused", mesh=make_mesh(4, 2))
     tokens = generate_ids(model, make_batch(processor), max_new_tokens=4)
 

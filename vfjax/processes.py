@@ -8,11 +8,13 @@ nothing.
 import contextlib
 import hashlib
 import json
+import math
 import secrets
 import threading
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
 
@@ -40,6 +42,14 @@ ENDED = "vfjax/ended"
 _rounds = Counter[str]()
 
 
+def together(what: str) -> AbstractContextManager[Facts]:
+    """A block that all processes leave together, however long one of them works in it.
+
+    They wait at the store, as JAX's collectives on CPU (Gloo) give the last one 30 seconds.
+    """
+    return agreeing(what, patience=math.inf)
+
+
 class Disagreement(InputError):
     """Of processes; all of them raise it."""
 
@@ -53,7 +63,10 @@ def owners(mesh: Mesh | None) -> tuple[int, ...]:
 
 @contextlib.contextmanager
 def agreeing(
-    what: str, members: Sequence[int] | None = None, folder: Path | None = None
+    what: str,
+    members: Sequence[int] | None = None,
+    folder: Path | None = None,
+    patience: float = PATIENCE,
 ) -> Iterator[Facts]:
     """Yields a dict to fill; once all processes have left the block, theirs must be the same.
 
@@ -61,6 +74,7 @@ def agreeing(
         what: they are doing.
         members: the processes, by number; None: all.
         folder: one that they must share; it is made.
+        patience: seconds that they wait for one another, where one may have work of its own.
 
     Raises:
         Disagreement: a process has other facts, does something else, failed in its block (which
@@ -80,15 +94,15 @@ def agreeing(
         facts = {"task": what, **facts}
         if index == members[0]:
             with _probe(key, folder):
-                verdict = _compare(key, members, facts)
+                verdict = _compare(key, members, facts, patience)
             _set(own, verdict)
             _client().key_value_delete(f"{name}/{number - 1}/")  # which all have read
         else:
             if folder is not None:
                 facts |= _seen(key, members[0], folder)
             _set(own, facts)
-            verdict = _get(f"{key}/verdict")
-            verdict = _silent(members[0]) if verdict is None else verdict
+            verdict = _get(f"{key}/verdict", patience=patience)
+            verdict = _silent(members[0], patience) if verdict is None else verdict
     except BaseException as error:
         said = str(error) if isinstance(error, InputError) else type(error).__name__
         _set(own, {"failed": _failed(index, said)} if index != members[0] else _failed(index, said))
@@ -97,12 +111,12 @@ def agreeing(
         raise Disagreement(**verdict)
 
 
-def _compare(key: str, members: Sequence[int], first: Facts) -> Facts:
+def _compare(key: str, members: Sequence[int], first: Facts, patience: float) -> Facts:
     """What is wrong, as arguments of InputError; empty if nothing is."""
     for index in members[1:]:
-        other = _get(f"{key}/{index}")
+        other = _get(f"{key}/{index}", patience=patience)
         if other is None:
-            return _silent(index)
+            return _silent(index, patience)
         if "failed" in other:
             return dict(other["failed"])
         first = json.loads(json.dumps(first))
@@ -127,10 +141,10 @@ def _failed(index: int, said: str) -> Facts:
     }
 
 
-def _silent(index: int) -> Facts:
+def _silent(index: int, patience: float) -> Facts:
     return {
         "where": f"process {index}",
-        "found": f"no word in {PATIENCE} s",
+        "found": f"no word in {patience:g} s",
         "expected": "all processes to come here",
         "fix": "run the same program on all hosts",
     }
@@ -183,9 +197,9 @@ def _set(key: str, value: object) -> None:
     _client().key_value_set(key, json.dumps(value), allow_overwrite=True)
 
 
-def _get(*keys: str) -> Any:
+def _get(*keys: str, patience: float = PATIENCE) -> Any:
     """The value that another process sets under one of the keys; None if it does not."""
-    end = time.monotonic() + PATIENCE
+    end = time.monotonic() + patience
     while time.monotonic() < end:
         for key in keys:
             try:  # in turns, between which Python handles signals

@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Any
 
 import jax
-from jax.experimental import multihost_utils
 from ml_collections import ConfigDict
 from tqdm import tqdm
 
@@ -36,7 +35,7 @@ from vfjax.eval import (
 )
 from vfjax.eval.llava import write_answers
 from vfjax.files import replacing
-from vfjax.processes import agreeing
+from vfjax.processes import agreeing, together
 
 MODES = ("all", "predict", "score")
 MEMBERS = ("clip", "dino")
@@ -131,9 +130,9 @@ def answer(
             frames=config.frames,
             pool=config.pool,
             progress=advance,
-            together=together,
+            together=wait,
         )
-    together("answers are written")
+    wait("answers are written")
     return header
 
 
@@ -145,20 +144,20 @@ def share(config: ConfigDict) -> tuple[int, int]:
     return config.chunk * count + jax.process_index(), config.chunks * count
 
 
-def together(what: str) -> None:
+def wait(what: str) -> None:
     """Waits for the other processes, if there are any."""
-    if jax.process_count() > 1:
-        multihost_utils.sync_global_devices(what)
+    with together(what):
+        pass
 
 
 def shipped(workdir: Path) -> Path:
     """The shipped family's fused model, in WORKDIR."""
     folder = workdir / "shipped-fused"  # "fused" may be another task's
-    if jax.process_index() == 0 and not folder.is_dir():
-        members = {name: FAMILY / name for name in MEMBERS}
-        weights = (1 / len(MEMBERS),) * len(MEMBERS)
-        converters.fuse(members, folder, base=FAMILY / "base", params={"weights": weights})
-    together("the family is fused")
+    with together("fuse the family"):
+        if jax.process_index() == 0 and not folder.is_dir():
+            members = {name: FAMILY / name for name in MEMBERS}
+            weights = (1 / len(MEMBERS),) * len(MEMBERS)
+            converters.fuse(members, folder, base=FAMILY / "base", params={"weights": weights})
     return folder
 
 

@@ -4,13 +4,12 @@ from pathlib import Path
 from typing import Any
 
 import jax
-from jax.experimental import multihost_utils
 from ml_collections import ConfigDict
 
 import converters
 from experiments.tasks.common import bar, named, required
 from vfjax import InputError
-from vfjax.processes import agreeing
+from vfjax.processes import agreeing, together
 
 KEYS = [
     *("base", "recipe", "export", "template", "dtype", "router", "vocab", "seed"),
@@ -45,13 +44,14 @@ def fuse(config: ConfigDict, workdir: Path) -> None:
         return
     with agreeing("fuse", folder=out.absolute().parent):
         pass
-    if jax.process_index():  # the first of several processes fuses, the others wait
-        multihost_utils.sync_global_devices("fused")
+    source = None
+    with together("fuse"):
+        if jax.process_index() == 0:
+            with bar("fuse") as progress:
+                resume = config.resume
+                source = converters.fuse(members, out, progress=progress, resume=resume, **options)
+    if source is None:
         return
-    with bar("fuse") as progress:
-        source = converters.fuse(members, out, progress=progress, resume=config.resume, **options)
-    if jax.process_count() > 1:
-        multihost_utils.sync_global_devices("fused")
     weights = params.get("weights")
     terms = ", ".join(members if weights is None else map(_term, weights, members))
     what = f"recipe {config.recipe}" if config.recipe else f"{config.method} of {terms}"

@@ -9,7 +9,6 @@ from typing import Any
 
 import jax
 from flax import nnx
-from jax.experimental import multihost_utils
 from ml_collections import ConfigDict
 
 import converters
@@ -17,7 +16,7 @@ from experiments.tasks.common import required
 from vfjax import InputError, Model, Processor
 from vfjax.data import Batches, Conversations
 from vfjax.model import ModelConfig
-from vfjax.processes import agreeing
+from vfjax.processes import agreeing, together
 from vfjax.sharding import make_mesh, mesh_of, row_shards
 from vfjax.train import (
     Group,
@@ -230,9 +229,8 @@ def train(
     if batches.broken:
         print(f"{len(batches.broken)} broken rows replaced, the first: {batches.broken[0]}")
     switch(model, own)
-    converters.export(merge_lora(model), folder / "model")
-    if jax.process_count() > 1:  # process 0 writes, the next stage is read by all
-        multihost_utils.sync_global_devices(f"{name} is written")
+    with together(f"writing of {name}"):  # by the first; all read it in the next stage
+        converters.export(merge_lora(model), folder / "model")
 
 
 MODEL = ("model", "llm", "encoder", "aux", "connector", "options", "aspect", "dtype", "seed")

@@ -64,7 +64,6 @@ def read(path: Path, base: str | Path | None, towers: Towers) -> Contents:
             base that is nowhere to be found, or one that the folder's tensors don't fit.
     """
     if not is_part(path):
-        _check_inner(path)
         config, own = read_config(path / "config.json"), read_weights(path)
         return Contents(path, config, path, dict(own), {x.path.name: x.path for x in own.values()})
     settings = read_settings(path)
@@ -107,18 +106,6 @@ def is_part(path: Path) -> bool:
             )
         return False
     return adapter or has_weights(path, (PROJECTOR,))
-
-
-def _check_inner(path: Path) -> None:
-    """Raises InputError if a folder holds but adapters, by name, in folders of their own."""
-    inner = sorted(file.parent.name for file in path.glob(f"*/{SETTINGS}"))
-    if inner and not (path / "config.json").is_file():
-        raise InputError(
-            path,
-            found=f"no config.json, and adapters in {', '.join(inner)}",
-            expected="one checkpoint or adapter",
-            fix=f"name one of them, as {path / inner[0]}",
-        )
 
 
 def _base_name(path: Path) -> str:

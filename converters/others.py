@@ -2,12 +2,13 @@
 
 from pathlib import Path
 
+from converters.adapter_config import SETTINGS
 from converters.reader import has_weights
 from vfjax import InputError
 
 TOWER = "converters.load_encoder reads it, and towers= takes it for that of a model"
 GGUF = "GGUF is not supported yet: take the repository that it was made from"
-SETTINGS = ("tokenizer.json", "tokenizer.model", "tokenizer_config.json", "vocab.json")
+TOKENIZERS = ("tokenizer.json", "tokenizer.model", "tokenizer_config.json", "vocab.json")
 
 
 def no_model(path: Path) -> InputError:
@@ -34,8 +35,11 @@ def _in_folder(path: Path) -> tuple[str, str]:
         return "a vision tower, of OpenCLIP", TOWER
     if has_weights(path):
         return "weights without config.json", "copy it from the published repository"
-    if any(name in SETTINGS for name in names):
+    if any(name in TOKENIZERS for name in names):
         return "a tokenizer alone", "download its model, too"
+    if adapters := sorted(file.parent.name for file in path.glob(f"*/{SETTINGS}")):
+        named = ", ".join(adapters)  # as PEFT saves all but the one called default
+        return f"no config.json, and adapters in {named}", f"name one, as {path / adapters[0]}"
     inner = [*path.glob("*/config.json"), *path.glob("snapshots/*/config.json")]  # the hub's cache
     if inner:
         return "no config.json", f"pass {sorted(inner)[0].parent}"

@@ -342,7 +342,7 @@ REFUSED = {
     "unknown": ({"new_key": 3}, "new_key: found 3, expected a key of PEFT's LoraConfig"),
     "rank": ({"r": 0}, "r: found 0, expected a positive whole number"),
     "half a rank": ({"r": 4.5}, "r: found 4.5, expected a positive whole number"),
-    "tokens": ({"trainable_token_indices": {"x": ["3"]}}, "trainable_token_indices: found '3'"),
+    "tokens": ({"trainable_token_indices": {"x": ["3"]}}, "trainable_token_indices: found ['3']"),
     "revision": ({"revision": 3}, "revision: found 3, expected a value of type str"),
     "text": ({"lora_alpha": "8"}, "lora_alpha: found '8', expected a positive number"),
     "an expression": ({"rank_pattern": {"(": 2}}, "rank_pattern: found "),
@@ -452,8 +452,6 @@ def test_adapters_in_folders_by_name(bases: dict[bool, Path], tmp_path: Path):
     model.save_pretrained(tmp_path / "both")
     model.save_pretrained(tmp_path / "one", selected_adapters=["two"])
     assert distance(ours(tmp_path / "both", bases[False]), model(IDS).logits) <= 1e-5
-    with pytest.raises(
-        InputError, match="adapters in two, expected .*; name one of them, as .*two"
-    ):
+    with pytest.raises(InputError, match="adapters in two, expected .*; name one, as .*two"):
         converters.open_source(tmp_path / "one", base=bases[False])
     converters.open_source(tmp_path / "one" / "two", base=bases[False])

@@ -329,7 +329,7 @@ def changed(source: Path, out: Path, edit: Callable[[dict[str, Any]], object]) -
         (
             {"vocab_size": 384},
             "odd: vocab_size: found vocabulary of 384 rows, base has 320, expected one vocabulary; "
-            "if one only has tokens added",
+            "if they differ at the end only",
         ),
         ({"hidden_size": 48}, "odd: hidden_size: found 48, expected 32 as in base"),
         ({"num_hidden_layers": 1}, "odd: num_hidden_layers: found 1, expected 2 as in base"),

@@ -404,7 +404,6 @@ def test_keys_that_a_method_does_not_read_are_skipped_and_named(config, path, ke
         (change(LINEAR, FIRST, {"weight": [{"filter": "mlp", "value": 1}]}), "no 'weights' for a"),
         (change(LINEAR, FIRST, {"weight": "much"}), "linear.weights: found ('much', 3)"),
         (change(LINEAR, FIRST, {"weight": True}), "linear.weights: found (True, 3)"),
-        (change(LINEAR, FIRST, {"weight": float("nan")}), "linear.weights: found (nan, 3)"),
         (LINEAR | {"parameters": {"normalize": 0.5}}, "linear.normalize: found 0.5"),
         (LINEAR | {"base_model": "c"}, "no 'weights' for c"),
         (SLERP | {"parameters": {}}, "no 't', expected a value, for slerp"),

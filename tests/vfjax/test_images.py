@@ -158,7 +158,7 @@ def test_missing_file_and_folder(tmp_path: Path):
     one_line(error, "none.jpg", "No such file")
     with pytest.raises(InputError) as error:
         open_image(tmp_path)
-    one_line(error, "Is a directory")
+    one_line(error, "found a folder")
 
 
 @pytest.mark.parametrize(

@@ -272,7 +272,15 @@ class Fusion:
 
     def _check_weights(self) -> None:
         if self.request.family and self.request.recipe is None:
-            check_weights({said(label): tensors for label, tensors in self.llms.items()})
+            # A head beside a tied embedding, or in the place of one, need not be like another.
+            check_weights(
+                {
+                    said(label): {n: x for n, x in llm.items() if n != "lm_head.weight"}
+                    if (source := self.opened[label]).own_head or source.config_of("llm").tied
+                    else llm
+                    for label, llm in self.llms.items()
+                }
+            )
 
     def source(self) -> Source:
         """The folder that is not written, opened."""

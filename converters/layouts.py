@@ -73,6 +73,7 @@ class Source:
         spare: component -> tensors that are known and that its model may lack, under the names of
             the folder, or of the tower's; see `Table.spares`.
         seen: fields of the LLM's config as its tensors have them, see `settle`.
+        own_head: whether the LLM has a head of its own under a config that ties it, see there.
         same: tensors of the LLM that are left out -> those that they equal, see `settle`.
         files: the folder's weights files, and its base's, by name.
         base: folder of the LLM that this one adapts or adds to, see `converters.adapters`.
@@ -98,6 +99,7 @@ class Source:
     unread: tuple[str, ...] = ()
     spare: dict[str, Tensors] = dataclasses.field(default_factory=dict)
     seen: dict[str, bool] = dataclasses.field(default_factory=dict)
+    own_head: bool = False
     same: dict[str, str] = dataclasses.field(default_factory=dict)
     files: dict[str, Path] = dataclasses.field(default_factory=dict)
     base: Path | None = None
@@ -364,7 +366,7 @@ def settle(source: Source) -> None:
         del tensors[name]
         source.same[name] = like
     else:
-        source.llm = {**source.llm, "tie_word_embeddings": False}
+        source.llm, source.own_head = {**source.llm, "tie_word_embeddings": False}, True
 
 
 def _held(source: Source, part: str, tower: Tower, names: Mapping[str, Any]) -> Tower:

@@ -294,14 +294,16 @@ def test_bases_that_are_not_there(llm: nn.Module, base: Path, tmp_path: Path):
     folder = tmp_path / "lora"
     llava_lora_folder(folder, llm)
     assert line(folder) == (
-        f"{folder}: base model 'someone/base': found none, expected a whole checkpoint in one of: "
+        f"{folder}: base model 'someone/base': found a LoRA adapter without it, "
+        "expected a whole checkpoint in one of: "
         f"{folder}/base, someone/base, {folder}/someone/base, {tmp_path}/base; "
         "put it there, or pass base=FOLDER, or towers={'someone/base': FOLDER}"
     )
     assert "found no folder nowhere" in line(folder, base="nowhere")
     projector_folder(tmp_path / "projector", llm)
     assert line(tmp_path / "projector") == (
-        f"{tmp_path}/projector: base model '': found none, expected its folder; pass base=FOLDER"
+        f"{tmp_path}/projector: base model '': found a projector without it, expected its folder; "
+        "pass base=FOLDER"
     )
 
 

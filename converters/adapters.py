@@ -71,10 +71,11 @@ def read(path: Path, base: str | Path | None, towers: Towers) -> Contents:
     found = _base(path, base, towers)
     config, home = read_config(found / "config.json"), found
     if (path / "config.json").is_file():
-        own = read_config(path / "config.json")
+        own = read_json(path / "config.json")
         _check_base(path, found, _resized(config, added), _resized(own, added))
         if set(added) != {ADAPTER} or own.get("model_type") != config.get("model_type"):
-            config, home = own, path  # LLaVA's code reads it, PEFT does not
+            # LLaVA's code reads it, PEFT does not.
+            config, home = read_config(path / "config.json"), path
     below, config = read_weights(found), _resized(config, added)
     files = {f"base/{x.path.name}": x.path for x in below.values()}
     files |= {x.path.name: x.path for tensors in added.values() for x in tensors.values()}

@@ -21,7 +21,8 @@ os.environ.setdefault("JAX_PLATFORMS", "cpu")
 os.environ.setdefault("JAX_DEFAULT_MATMUL_PRECISION", "highest")  # GPU and TPU default to less
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # the reference outputs were recorded on one thread
 os.environ["HF_HUB_OFFLINE"] = "1"
-signal.signal(signal.SIGHUP, signal.SIG_DFL)  # under nohup the tests' processes would ignore it
+signal.signal(signal.SIGHUP, signal.SIG_DFL)  # nohup, and a shell's &, have children ignore
+signal.signal(signal.SIGINT, signal.default_int_handler)  # these
 
 if "JAX_COMPILATION_CACHE_DIR" not in os.environ:  # else of pytest-xdist's controller
     os.environ["JAX_COMPILATION_CACHE_DIR"] = tempfile.mkdtemp(prefix="vfjax-compiled-")

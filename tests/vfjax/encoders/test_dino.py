@@ -59,7 +59,7 @@ def test_final_norm_comes_on_request(pair):
 def test_positions(grid: tuple[int, int]):
     """From the 14 x 14 of the published table."""
     h, w = grid
-    sizes = SIZES | {"num_hidden_layers": 0, "image_size": 98}
+    sizes = SIZES | {"num_hidden_layers": 1, "image_size": 98}
     theirs = randomize(transformers.ViTModel(transformers.ViTConfig(**sizes)), seed=2)
     ours = find({"model_type": "vit"}, "test").config(sizes).build(rngs=nnx.Rngs(0))
     ours.pos[...] = jnp.asarray(theirs.embeddings.position_embeddings.detach().numpy())

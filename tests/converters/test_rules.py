@@ -11,13 +11,14 @@ from vfjax import InputError
 
 TABLE = Table(
     types=("toy",),
-    config=dict,
+    read=dict,
     rules=(
         Rule("embed", "embedding"),
         *dense("layers.{}.out", "blocks/{}/out"),
         *(Rule("qkv", f"{name}/kernel", TRANSPOSE, part=(i, 3)) for i, name in enumerate("qkv")),
         Rule("head", "head/kernel", TRANSPOSE, optional=True),
     ),
+    unused={},
     ignore=(r"layers\.\d+\.inv_freq",),
 )
 SHAPES = {
@@ -62,7 +63,11 @@ def test_parts_of_one_tensor():
 def test_a_stack_of_tensors():
     rule = Rule("layers.{}.experts.{}", "blocks/{}/w", TRANSPOSE, stack=True)
     shape = (12, 4, 6)
-    (rule,) = Table(types=("x",), config=dict, rules=(rule,)).match({"blocks/7/w": shape}).values()
+    (rule,) = (
+        Table(types=("x",), read=dict, rules=(rule,), unused={})
+        .match({"blocks/7/w": shape})
+        .values()
+    )
     rows = rule.each(shape)
     assert [row.source for row in rows] == [f"layers.7.experts.{i}" for i in range(12)]
     assert [row.row for row in rows] == list(range(12))

@@ -18,7 +18,7 @@ def test_every_choice_has_its_name() -> None:
     keys = [(panel, label) for panel, label, *_ in found]
     assert len(set(keys)) == len(keys)
     sizes = [len(names) for panel, _, names, *_ in found if panel == "members"]
-    assert sorted(sizes) == [1, 1, 1, 2, 2, 2, 3]
+    assert sorted(sizes) == [2, 2, 2, 3]
     assert [prune.keep for *_, prune in found if prune and prune.by == "similarity"] == [
         *((1.0, 1.0), (0.75, 0.75), (0.5, 0.5), (0.25, 0.25)),
         *((0.75, 1.0), (0.5, 1.0), (0.25, 1.0)),

@@ -13,7 +13,7 @@ import torch
 import transformers
 
 import converters
-from converters.tables.llama import config as read_config
+from converters.tables.llama import TABLE
 from tests.checkpoints import LLAMA, llama_folder
 from vfjax import InputError
 from vfjax.llm import Cache, Llama, LlamaConfig
@@ -228,7 +228,7 @@ def test_frequencies_of_published_models(name: str):
     )
     rotary = transformers.models.llama.modeling_llama.LlamaRotaryEmbedding(hf)
     assert rotary.attention_scaling == 1
-    found, expected = frequencies(read_config(hf.to_dict())), rotary.inv_freq.numpy()
+    found, expected = frequencies(TABLE.config(hf.to_dict())), rotary.inv_freq.numpy()
     np.testing.assert_array_max_ulp(found, expected, maxulp=1)
     assert np.mean(found != expected) <= 0.04
 
@@ -236,13 +236,13 @@ def test_frequencies_of_published_models(name: str):
 def test_rope_of_older_configs():
     """rope_theta and rope_scaling at the top, as before transformers 5, mean the same."""
     scaling = {k: v for k, v in LLAMA3.items() if k != "rope_theta"}
-    new = read_config({**LLAMA, "rope_parameters": LLAMA3})
-    old = read_config({**LLAMA, "rope_theta": 500000.0, "rope_scaling": scaling})
+    new = TABLE.config({**LLAMA, "rope_parameters": LLAMA3})
+    old = TABLE.config({**LLAMA, "rope_theta": 500000.0, "rope_scaling": scaling})
     assert old == new
     assert old.rope_scaling is not None
-    assert read_config({**LLAMA, "rope_scaling": None}).rope_theta == 10000.0
-    with pytest.raises(InputError, match="rope_type 'linear', expected 'default' or 'llama3'"):
-        read_config({**LLAMA, "rope_scaling": {"type": "linear", "factor": 2.0}})
+    assert TABLE.config({**LLAMA, "rope_scaling": None}).rope_theta == 10000.0
+    with pytest.raises(InputError, match="type: found 'linear', expected 'default', 'llama3'"):
+        TABLE.config({**LLAMA, "rope_scaling": {"type": "linear", "factor": 2.0}})
 
 
 def test_config_is_read_from_the_folder(grouped):

@@ -1,10 +1,11 @@
 """Fewer visual tokens before the LLM reads them: a share of each branch's, chosen for each picture.
 
 Not VisionFuse's rule, which is not public (it names pruning as a remedy for K branches' length).
-`attention` ranks tokens as FastV does (arXiv 2403.06764), by what the prompt's last token looks at
-in an early layer; but that layer is run ahead of the LLM, so that no layer's cache holds what is
-dropped. `similarity` keeps tokens that differ from those before them and adds the others to their
-likest, ToMe's merging (arXiv 2210.09461) in one step. Tokens that stay keep their positions.
+`attention` ranks tokens as FastV's code does (arXiv 2403.06764, whose text has all tokens' looks in
+place of the last's): by what the prompt's last token looks at in an early layer; but that layer is
+run ahead of the LLM, so that no layer's cache holds what is dropped. `similarity` keeps tokens that
+differ from those before them and adds the others to their likest, ToMe's merging (arXiv 2210.09461)
+in one step. Tokens that stay keep their positions.
 """
 
 import dataclasses

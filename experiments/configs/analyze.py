@@ -20,6 +20,6 @@ def get_config() -> ConfigDict:
             "probe_scenes": 300,  # pictures that the probes of layers are fitted on; 0: no probes
             "dtype": config_dict.placeholder(str),  # default: as stored
             "towers": (),  # "name in config.json=folder" for towers that are elsewhere
-            "seed": 0,  # of the scenes, and of t-SNE
+            "seed": 0,  # of the scenes, of the other origin's order, and of t-SNE
         }
     )

@@ -11,7 +11,7 @@ def get_config() -> ConfigDict:
             # ("folder", ...) or ("name=folder", ...), shown before `model`; with no model and no
             # member: the shipped clip and dino, and their fusion
             "members": (),
-            "host": "127.0.0.1",
+            "host": "127.0.0.1",  # address that the page listens at
             "port": 7860,  # 0: any free one
             "max_new_tokens": 128,  # of an answer; fewer where the context ends
             "every": 4,  # tokens from one piece of an answer to the next
@@ -19,9 +19,8 @@ def get_config() -> ConfigDict:
             "max_pixels": 32_000_000,  # of a picture
             "queue": 16,  # questions that wait; others are told to come back
             "dtype": config_dict.placeholder(str),  # default: as stored
-            "mesh": config_dict.placeholder(
-                tuple
-            ),  # (data, model[, fsdp]) devices; default: one device
+            # (data, model[, fsdp]) devices; default: one device.
+            "mesh": config_dict.placeholder(tuple),
             "towers": (),  # "name in config.json=folder" for towers that are elsewhere
         }
     )

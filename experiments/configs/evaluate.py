@@ -10,11 +10,11 @@ def get_config(benchmark: str = "mmvp") -> ConfigDict:
     return ConfigDict(
         {
             "task": "evaluate",
-            "benchmark": benchmark,
+            "benchmark": benchmark,  # NAME
             "data": config_dict.placeholder(str),  # its files as published: a folder, or one file
             "images": config_dict.placeholder(str),  # folder of the pictures; default: below `data`
             "options": options,  # of the benchmark, such as original_labels of MMVP
-            "mode": "all",  # or "predict", or "score"
+            "mode": "all",  # ask and score; or "predict", or "score", alone
             "model": config_dict.placeholder(str),  # default: the shipped clip and dino, fused
             "constant": config_dict.placeholder(str),  # answers this to everything
             "against": config_dict.placeholder(str),  # predictions.jsonl of another model
@@ -23,9 +23,8 @@ def get_config(benchmark: str = "mmvp") -> ConfigDict:
             "max_new_tokens": config_dict.placeholder(int),  # default: the benchmark's
             "template": config_dict.placeholder(str),  # default: the checkpoint's
             "dtype": config_dict.placeholder(str),  # default: as stored
-            "mesh": config_dict.placeholder(
-                tuple
-            ),  # (data, model[, fsdp]) devices; default: one a process
+            # (data, model[, fsdp]) devices; default: one a process.
+            "mesh": config_dict.placeholder(tuple),
             "int8": False,  # weights of the LLM's products
             "int8_cache": False,  # keys and values of what was read
             # Share of the visual tokens that the LLM reads, (one,) or one a branch; (): all.
@@ -37,7 +36,7 @@ def get_config(benchmark: str = "mmvp") -> ConfigDict:
             "frames": 8,  # of a video
             "pool": 2,  # visual tokens of a frame that become one
             "judge": config_dict.placeholder(str),  # an OpenAI-compatible address, ending in /v1
-            "judge_model": "gpt-4o-2024-11-20",
+            "judge_model": "gpt-4o-2024-11-20",  # its name there
             "seed": 0,  # of the bootstrap
         }
     )

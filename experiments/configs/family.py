@@ -9,7 +9,7 @@ def get_config() -> ConfigDict:
             "task": "family",
             "seed": 0,  # of scenes, base and encoders
             "seeds": (0, 1, 2),  # of members: connector, order of the data
-            "members": (  # of tasks.family.MEMBERS
+            "members": (  # that are made; of tasks.family.MEMBERS
                 *("clip", "dino", "sti", "sci", "dci", "comm", "mgm", "slime"),
                 *("distilled", "fine", "clip-long", "dino-long"),
             ),
@@ -20,14 +20,16 @@ def get_config() -> ConfigDict:
             ),
             # Steps and rate of the last stage of the first pair, beside the others' below.
             "sweep": ((50, 2e-4), (200, 2e-4), (800, 2e-4), (200, 1e-3), (800, 1e-3)),
+            # Pictures that encoders and members learn from, that choose weights, that are scored.
             "scenes": {"encoders": 30_000, "train": 6_000, "validation": 200, "test": 500},
             "encoders": {  # steps
                 **{"clip": 250, "dino": 500, "distilled": 600, "fine": 250, "convnext": 250},
             },
-            "align": 1_500,  # steps of each stage of a member, see experiments.family.members
-            "first": 100,
-            "tune": 200,
-            "rate": 2e-4,
+            # Of a member, see experiments.family.members.
+            "align": 1_500,  # steps of its connector towards the base's word embeddings
+            "first": 100,  # steps of its connector through the LLM
+            "tune": 200,  # steps of connector and LLM
+            "rate": 2e-4,  # largest learning rate of the LLM in these
             "ship": config_dict.placeholder(str),  # a folder for base and members of the first seed
         }
     )

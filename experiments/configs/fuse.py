@@ -17,9 +17,8 @@ def get_config() -> ConfigDict:
             "output": config_dict.placeholder(str),  # default: WORKDIR/fused
             "method": "task_arithmetic",  # a key of vfjax.merge.METHODS
             "weights": config_dict.placeholder(tuple),  # one a member; default: 1 / members each
-            "params": {
-                key: config_dict.placeholder(object) for key in PARAMS
-            },  # the method's others
+            # The method's others; default: its own.
+            "params": {key: config_dict.placeholder(object) for key in PARAMS},
             "rules": (),  # (regex, changes): (("embed_tokens|lm_head", {"take": "base"}),)
             "recipe": config_dict.placeholder(str),  # a mergekit YAML file, in place of all these
             "vocab": config_dict.placeholder(str),  # members' added tokens: "base" or whose to keep

@@ -14,15 +14,14 @@ def get_config() -> ConfigDict:
             "pool": 2,  # visual tokens of a frame that become one; 1 keeps all
             "prompt": config_dict.placeholder(str),  # the question; the template is put around it
             "template": config_dict.placeholder(str),  # default: the checkpoint's
-            "max_new_tokens": 64,
-            "temperature": 0.0,
-            "top_k": config_dict.placeholder(int),
-            "top_p": config_dict.placeholder(float),
-            "seed": 0,
+            "max_new_tokens": 64,  # of the answer
+            "temperature": 0.0,  # 0: the likeliest token each time
+            "top_k": config_dict.placeholder(int),  # likeliest tokens to draw from; default: all
+            "top_p": config_dict.placeholder(float),  # their probability together; default: 1
+            "seed": 0,  # of the draws
             "dtype": config_dict.placeholder(str),  # default: as stored
-            "mesh": config_dict.placeholder(
-                tuple
-            ),  # (data, model[, fsdp]) devices; default: one device
+            # (data, model[, fsdp]) devices; default: one device.
+            "mesh": config_dict.placeholder(tuple),
             "int8": False,  # weights of the LLM's products
             "int8_cache": False,  # keys and values of what was read
             # Share of the visual tokens that the LLM reads, (one,) or one a branch; (): all.

@@ -9,7 +9,7 @@ def get_config() -> ConfigDict:
             "task": "serve",
             "model": config_dict.placeholder(str),  # any supported folder, fused or not
             "name": config_dict.placeholder(str),  # that requests give; default: the folder's
-            "host": "127.0.0.1",
+            "host": "127.0.0.1",  # address that it listens at
             "port": 8000,  # 0: any free one
             "template": config_dict.placeholder(str),  # default: the checkpoint's
             "max_new_tokens": 1024,  # of an answer; requests that ask for more get so many
@@ -25,9 +25,8 @@ def get_config() -> ConfigDict:
             "max_images": 16,  # of a request
             "allow_hosts": (),  # "host" or "host:port" that pictures may be fetched from
             "dtype": config_dict.placeholder(str),  # default: as stored
-            "mesh": config_dict.placeholder(
-                tuple
-            ),  # (data, model[, fsdp]) devices; default: one device
+            # (data, model[, fsdp]) devices; default: one device.
+            "mesh": config_dict.placeholder(tuple),
             "int8": False,  # weights of the LLM's products
             "int8_cache": False,  # keys and values of what was read
             # Share of the visual tokens that the LLM reads, (one,) or one a branch; (): all.

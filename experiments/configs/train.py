@@ -30,8 +30,8 @@ def stage(train: tuple[tuple[str, float], ...], batch: int, **more: Any) -> dict
     return {
         "data": (),  # ("rows.json=folder of pictures", ...)
         "weights": (),  # of the data sets, default: by their rows
-        "train": train,
-        "batch": batch,
+        "train": train,  # (pattern of parameters' names, largest learning rate), ...
+        "batch": batch,  # rows that are run together
         "accumulate": 1,  # parts of `batch` rows that make one step
         "steps": 0,  # 0: one pass over the data, each row at least once
         "by_modality": False,  # the rows of a step all have pictures, or none has
@@ -41,12 +41,13 @@ def stage(train: tuple[tuple[str, float], ...], batch: int, **more: Any) -> dict
         "connector": ConfigDict(),
         "frames": 8,  # of a video
         "length": 2048,  # tokens of a row, visual ones included; the rest is cut off
-        "template": "",  # "": the model's
-        "warmup": 0.03,
-        "schedule": "cosine",
+        "template": "",  # of the talks, a key of vfjax.prompts.TEMPLATES; "": the model's
+        "warmup": 0.03,  # share of the steps in which the rates rise from 0
+        "schedule": "cosine",  # of the rates then, or "linear"; both fall to 0; or "constant"
         "clip": config_dict.placeholder(float),  # largest norm of all gradients; None: any
-        "weight_decay": 0.0,
-        "lora": {"rank": 0, "alpha": 256.0, "pattern": "llm/blocks/.*"},  # rank 0: none
+        "weight_decay": 0.0,  # AdamW's, not of biases and norms
+        # Adapters on the dense layers whose names match; rank 0: none.
+        "lora": {"rank": 0, "alpha": 256.0, "pattern": "llm/blocks/.*"},
         **more,
     }
 
@@ -116,9 +117,9 @@ def get_config(recipe: str = "llava") -> ConfigDict:
         {
             "task": "train",
             "model": config_dict.placeholder(str),  # a folder to go on with; or a new one of:
-            "llm": config_dict.placeholder(str),
-            "encoder": config_dict.placeholder(str),
-            "aux": config_dict.placeholder(str),  # a second encoder, for comm
+            "llm": config_dict.placeholder(str),  # a folder,
+            "encoder": config_dict.placeholder(str),  # a folder,
+            "aux": config_dict.placeholder(str),  # and for comm a second encoder's
             "connector": CONNECTORS.get(recipe, "mlp"),  # a kind of converters.create
             "options": config_dict.placeholder(object),  # of the connector, a dict
             "aspect": "pad",  # of a new model: pictures padded to a square, or cropped ("crop")
@@ -126,16 +127,16 @@ def get_config(recipe: str = "llava") -> ConfigDict:
             "order": tuple(stages),  # of the stages: a ConfigDict sorts them by name
             "dtype": "bfloat16",  # of the computation; what is stored keeps its own
             "mesh": (1, 1),  # (data, model[, fsdp]) devices, see vfjax.sharding
-            "remat": True,
+            "remat": True,  # activations of a block are computed again in the backward pass
             "sequence": False,  # activations between blocks divided by tokens over the model axis
-            "seed": 0,
+            "seed": 0,  # of new weights and of the rows' order
             "skip_broken": False,  # leave broken rows and pictures out, counted and named
-            "save_every": 500,
-            "keep": 2,
-            "log_every": 10,
-            "profile": config_dict.placeholder(tuple),  # (first, last) step
-            "tensorboard": False,
-            "wandb": config_dict.placeholder(str),  # a project
-            "report": True,  # train_report.png
+            "save_every": 500,  # steps
+            "keep": 2,  # saved states, the newest ones
+            "log_every": 10,  # steps
+            "profile": config_dict.placeholder(tuple),  # (first, last) step that a trace is kept of
+            "tensorboard": False,  # its files, too
+            "wandb": config_dict.placeholder(str),  # a Weights & Biases project to log to
+            "report": True,  # draw train_report.png
         }
     )

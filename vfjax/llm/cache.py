@@ -16,7 +16,7 @@ Array = jax.Array
 class Int8Rows:
     """Keys or values as int8, a scale for each token and head; a little over half of bfloat16.
 
-    The largest of a head's features becomes 127 (as KVQuant's per-token values, arXiv 2401.18079).
+    The largest of a head's features becomes 127.
 
     Attributes:
         rows: int8[b, g, h, s] of keys, int8[b, g, s, h] of values.

@@ -10,15 +10,32 @@ import sys
 
 GREETING = re.compile(r"\[Gloo\] Rank \d+ is connected to ")
 
-SERVICE = re.compile(r"\] .*coordination service|coordination_service|JAX distributed service")
+SERVICE = re.compile(
+    r"\] .*coordination service|coordination_service|JAX distributed service|Failed to add port"
+)
 """Begins what XLA says of a lost process; the rest of its page follows."""
 
-LOST = (
-    re.compile(r"stopped sending heartbeats\):\s+(\d+)"),
-    re.compile(r"Task (\d+) heartbeat timeout"),
-    re.compile(r"(leader) task was preempted"),
-)
-"""How it names the process; the leader is process 0."""
+RUN = "all processes to run; see what it said, then start the same command on all hosts again"
+START = "start the same command on all hosts, or have VFJAX_INITIALIZATION_TIMEOUT wait longer"
+ALIVE = f"process {{}}: found no sign of life, expected {RUN}"
+
+LINES = {
+    r"stopped sending heartbeats\):\s+(\d+)": ALIVE,
+    r"Task (\d+) heartbeat timeout": ALIVE,
+    r"leader task was preempted": ALIVE.format(0),
+    r"(?s)Wait_for_all_tasks_to_register.*?timed out task names:((?:\s+\d+)+)": (
+        f"process {{}}: found no start in time, expected all processes to start; {START}"
+    ),
+    r"DEADLINE_EXCEEDED: Deadline Exceeded\s+RPC: \S+/RegisterTask": (
+        f"process 0: found no word from it that all have started, expected it in time; {START}"
+    ),
+    r"Failed to add port to server: .* resolved for '(.*)'": (
+        "JAX_COORDINATOR_ADDRESS: found {}, which process 0 cannot listen at, expected a free "
+        "port; choose another"
+    ),
+}
+"""What the pages have, with the processes' numbers or an address in it, and what is said instead.
+"""
 
 
 def main() -> None:
@@ -35,14 +52,12 @@ def main() -> None:
 
 
 def summary(page: str) -> str:
-    """The page in one line; as it is if it names no process."""
-    found = next((match[1] for pattern in LOST if (match := pattern.search(page))), None)
-    if found is None:
-        return page
-    return (
-        f"process {found.replace('leader', '0')}: found no sign of life, expected all processes "
-        "to run; see what it said, then start the same command on all hosts again\n"
-    )
+    """The page in one line; as it is if it has nothing that is known."""
+    for pattern, line in LINES.items():
+        if match := re.search(pattern, page):
+            found = sorted(set("".join(match.groups()).split()), key=lambda x: (len(x), x))
+            return line.format(", ".join(found)) + "\n"
+    return page
 
 
 if __name__ == "__main__":

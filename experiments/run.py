@@ -33,6 +33,8 @@ from vfjax import InputError, __version__, processes
 CONFIG = config_flags.DEFINE_config_file("config", None, "What to run.", lock_config=True)
 WORKDIR = flags.DEFINE_string("workdir", "outputs", "Where results are written.")
 
+START = 45
+"""Seconds for all processes to start, unless VFJAX_INITIALIZATION_TIMEOUT says otherwise."""
 HEARTBEAT = 30
 """Seconds without a sign of life after which one of several processes counts as lost."""
 PATIENCE = 5
@@ -85,14 +87,19 @@ def join_processes() -> None:
     for file in (1, 2):
         os.dup2(pipe.fileno(), file)
     pipe.close()
-    names = ("JAX_NUM_PROCESSES", "JAX_PROCESS_ID")
+    names = ("JAX_NUM_PROCESSES", "JAX_PROCESS_ID", "VFJAX_INITIALIZATION_TIMEOUT")
     jax.config.update("jax_enable_preemption_service", False)  # training starts it
     try:
-        count, index = (int(os.environ[name]) if name in os.environ else None for name in names)
-        jax.distributed.initialize(
-            num_processes=count, process_id=index, heartbeat_timeout_seconds=HEARTBEAT
+        count, index, start = (
+            int(os.environ[name]) if name in os.environ else None for name in names
         )
-    except ValueError as error:
+        processes.initialize(
+            start or START,
+            num_processes=count,
+            process_id=index,
+            heartbeat_timeout_seconds=HEARTBEAT,
+        )
+    except (ValueError, IndexError) as error:  # the latter of an address without a port
         fail(f"VFJAX_DISTRIBUTED: found no cluster ({error}), expected one; see BUILD.md")
     if jax.process_index():
         sys.stdout = open(os.devnull, "w")  # noqa: SIM115

@@ -233,6 +233,22 @@ LINE = (
     "process 12: found no sign of life, expected all processes to run; see what it said, "
     "then start the same command on all hosts again\n"
 )
+LATE = (
+    "W0101 coordination_service.cc:388] [24] ConnectAfterBarrierPasses: DEADLINE_EXCEEDED: Barrier "
+    "timed out. Id: [Init]Wait_for_all_tasks_to_register::0. This usually happens because a task\n"
+    "# of tasks that reached the barrier: 2/4.\n"
+    "The first task at the barrier: 0. Some timed out task names:\n12\n3\n [type.googleapis.com/\n"
+)
+ALONE = (
+    "F0101 client.h:80] Terminating process because the JAX distributed service detected fatal "
+    "errors. absl::Status: DEADLINE_EXCEEDED: Deadline Exceeded\n\n"
+    "RPC: /xla.coordination.CoordinationService/RegisterTask\n*** Check failure stack trace: ***\n"
+)
+PORT = (
+    "E0101 add_port.cc:83] Failed to add port to server: No address added out of total 1 resolved "
+    "for '[::]:9933'\nFatal Python error: Segmentation fault\n"
+)
+AGAIN = "start the same command on all hosts, or have VFJAX_INITIALIZATION_TIMEOUT wait longer\n"
 
 
 @pytest.mark.parametrize(
@@ -241,10 +257,20 @@ LINE = (
         ("[Gloo] Rank 0 is connected to 1 peer ranks.\n" + NOISE, NOISE),
         (NOISE + UNKNOWN, NOISE + UNKNOWN),
         (NOISE + LOST, NOISE + LINE),
+        (LATE, "process 3, 12: found no start in time, expected all processes to start; " + AGAIN),
+        (
+            ALONE,
+            "process 0: found no word from it that all have started, expected it in time; " + AGAIN,
+        ),
+        (
+            PORT,
+            "JAX_COORDINATOR_ADDRESS: found [::]:9933, which process 0 cannot listen at, "
+            "expected a free port; choose another\n",
+        ),
     ],
 )
 def test_what_native_code_says(said: str, expected: str) -> None:
-    """Is passed on, but for a page on a lost process."""
+    """Is passed on, but for pages on processes that are lost or do not come, each one line."""
     relay = [sys.executable, str(ROOT / "experiments" / "relay.py")]
     done = subprocess.run(relay, input=said, stderr=subprocess.PIPE, text=True, check=True)
     assert done.stderr == expected

@@ -66,6 +66,16 @@ def test_commands_that_differ(root: Path) -> None:
     assert [process.returncode for process in processes] == [2, 2]
 
 
+def test_a_process_that_does_not_come(root: Path) -> None:
+    """Is named in time."""
+    env = {**two_hosts()[0], "VFJAX_INITIALIZATION_TIMEOUT": "2"}
+    with started([command("generate", prompt="What?", model=root / "llava")], [env]) as (process,):
+        out, said = process.communicate(timeout=PATIENT)
+    line = "process 1: found no start in time, expected all processes to start; start the same "
+    assert not out and said.startswith(line) and said.count("\n") == 1
+    assert process.returncode
+
+
 def test_a_large_file_is_sampled(tmp_path: Path) -> None:
     """At its beginning and end, and at even distances between."""
     file = tmp_path / "weights"

@@ -6,6 +6,7 @@ nothing.
 """
 
 import contextlib
+import functools
 import hashlib
 import json
 import math
@@ -17,10 +18,12 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import jax
 import numpy as np
 from jax._src import distributed  # the store has no public name
+from jax._src.lib import _jax
 from jax.experimental import multihost_utils
 from jax.sharding import Mesh
 
@@ -40,6 +43,29 @@ SHARING = 30
 ENDED = "vfjax/ended"
 
 _rounds = Counter[str]()
+
+
+def initialize(seconds: int, **options: Any) -> None:
+    """`jax.distributed.initialize`, which ends all processes if some do not come in `seconds`.
+
+    JAX alone has all wait for 300 s, then end without saying for whom. Its service, in process 0,
+    names the missing ones to all others; here it is told to do so in time.
+
+    Args:
+        seconds: for the last process to come after the first.
+        options: other arguments of `jax.distributed.initialize`.
+
+    Raises:
+        ValueError: as `jax.distributed.initialize`. A process that waits in vain is aborted.
+    """
+    service = functools.partial(
+        _jax.get_distributed_runtime_service, cluster_register_timeout=seconds
+    )
+    half = (
+        seconds // 2 + 2
+    )  # a client waits for twice its timeout: a little longer than the service
+    with mock.patch.object(_jax, "get_distributed_runtime_service", service):
+        jax.distributed.initialize(initialization_timeout=half, **options)
 
 
 def together(what: str) -> AbstractContextManager[Facts]:

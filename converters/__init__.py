@@ -1,11 +1,11 @@
 """PyTorch and Hugging Face checkpoints <-> vfjax models."""
 
-from converters import tables
-from converters.layouts import Source, open_source
+from converters import registry
+from converters.source import Source, open_source
 
-tables.register()
+registry.register()
 
-from converters.combine import load_fused  # noqa: E402  (the tables must be there first)
+from converters.combine import load_fused  # noqa: E402  (the registry must be there first)
 from converters.create import create  # noqa: E402
 from converters.export import export  # noqa: E402
 from converters.fuse import dry_run, fuse  # noqa: E402

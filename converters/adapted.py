@@ -22,7 +22,7 @@ from converters.adapter_config import (
 )
 from converters.adapters import ADAPTER, Contents
 from converters.lora import LoRATensor, Part, RowsReplaced, Shifted, Transposed, factors_fit
-from converters.rules import rename
+from converters.params.table import rename
 from vfjax import InputError
 from vfjax.merge import LazyTensor, equal
 
@@ -30,7 +30,7 @@ STARTS = (("base_model.model.", ""), ("model.model.", "model."), ("", ""))
 """What PEFT puts before a model's own names -> what is left of it."""
 
 Names = Sequence[tuple[str, str, str]]
-"""See `converters.layouts.Layout.prefixes`."""
+"""See `converters.source.Layout.prefixes`."""
 
 WRAPPER = re.compile(
     r"\.(?:(token_adapter\.base_layer|base_layer|original_module)|modules_to_save(?:\.default)?)(?=\.)"

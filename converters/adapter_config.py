@@ -11,7 +11,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from converters.reader import read_json
+from converters.files.reader import read_json
 from vfjax import InputError
 from vfjax.errors import cut
 

@@ -2,9 +2,9 @@
 
 from collections.abc import Mapping
 
-from converters.layouts import Source
+from converters.formats.visionfuse import KINDS
 from converters.load import model_config
-from converters.tables.visionfuse import KINDS
+from converters.source import Source
 from vfjax.merge import LazyTensor
 
 Tensors = dict[str, LazyTensor]

@@ -2,10 +2,10 @@
 
 from pathlib import Path
 
-from converters.reader import read_json
+from converters.files.reader import read_json
 from vfjax import InputError
+from vfjax.atomic import contents
 from vfjax.errors import cut
-from vfjax.files import contents
 
 FILES = ("chat_template.json", "chat_template.jinja", "tokenizer_config.json")
 """Files that may hold one, beside processor_config.json."""

@@ -11,22 +11,23 @@ from flax import nnx
 from jax.sharding import Mesh
 
 from converters.fingerprint import fingerprint
-from converters.layouts import TEMPLATE, Source, open_source
+from converters.formats import comm, dense_connector, llava, mini_gemini, slime
+from converters.formats.visionfuse import fused_config
 from converters.load import flatten, float_dtype, model_config, read_model
-from converters.rules import FLOATS
-from converters.tables import comm, dense, find, llava, mining, slime
-from converters.tables.visionfuse import fused_config
+from converters.params.table import FLOATS
+from converters.registry import find
+from converters.source import TEMPLATE, Source, open_source
 from converters.towers import KINDS, Tower, Towers, read_tower
 from converters.values import Values
 from vfjax import InputError, Model, Processor
-from vfjax.chat import CHAT_TEMPLATE
-from vfjax.encoders import ConvNeXtConfig
-from vfjax.encoders.vit import resolve_taps
-from vfjax.layers import redraw
 from vfjax.merge import LazyTensor
 from vfjax.model import BranchConfig
+from vfjax.nn.layers import redraw
 from vfjax.processes import agreeing, owners
-from vfjax.prompts import get_template
+from vfjax.text.chat import CHAT_TEMPLATE
+from vfjax.text.prompts import get_template
+from vfjax.vision.encoders import ConvNeXtConfig
+from vfjax.vision.encoders.vit import resolve_taps
 
 UPSTREAM = {
     "llama": ("llava_llama", "LlavaLlamaForCausalLM"),
@@ -48,7 +49,7 @@ OPTIONS = {
 LAYOUTS = {
     "mlp": llava.describe_upstream,
     "comm": comm.describe,
-    "mgm": mining.describe,
+    "mgm": mini_gemini.describe,
     "slime": slime.describe,
 }
 """Kind of connector -> its layout's normal form; the others have Dense Connector's."""
@@ -72,8 +73,8 @@ def create(
     It is what `converters.load` returns for a folder: `converters.export` writes it, with its
     towers inside, and `load` reads that back. Around a Llama or Mistral the folder has LLaVA's
     layout, with Dense Connector's keys for "sti", "sci" and "dci" (for "comm" one of ours, see
-    `converters.tables.comm`); around another LLM, or with an encoder that has register tokens under
-    another connector than "comm", it is a fused folder of one branch.
+    `converters.formats.comm`); around another LLM, or with an encoder that has register tokens
+    under another connector than "comm", it is a fused folder of one branch.
 
     Args:
         llm: folder of a causal LM, or of any supported multimodal model, whose LLM is taken.
@@ -93,10 +94,10 @@ def create(
             OpenCLIP ConvNeXt.
         template: name of the prompt template; by default the one of the model that `llm` is, or
             what LLaVA's code would take for that LLM.
-        aspect: "pad" or "crop", see `vfjax.images.ImageSpec`.
+        aspect: "pad" or "crop", see `vfjax.vision.images.ImageSpec`.
         seed: of the connector's weights, the same on every machine and mesh.
-        init: how they are drawn: as torch's modules begin, see `vfjax.layers.redraw`, which is what
-            the authors' rates are for; or as flax's (LeCun normal, zero biases).
+        init: how they are drawn: as torch's modules begin, see `vfjax.nn.layers.redraw`, which is
+            what the authors' rates are for; or as flax's (LeCun normal, zero biases).
         mesh: see `converters.load`.
         dtype: of the parameters; None keeps the stored ones, the connector's is the LLM's then.
 
@@ -158,7 +159,7 @@ def describe(
     if aux is not None:
         towers["vision_tower_aux"] = _convnext(aux) if kind == "mgm" else _tower(aux)
     config = _config(text, towers, kind, options, aspect)
-    source = LAYOUTS.get(kind, dense.describe)(
+    source = LAYOUTS.get(kind, dense_connector.describe)(
         text.path, Values(config, "the new config.json"), _Given(found=towers)
     )
     source.llm, source.path, source.base, source.files = text.llm, text.path, text.base, text.files
@@ -196,7 +197,7 @@ class _Given(Towers):
 def _names(source: Source, kind: str) -> tuple[tuple[str, str], ...]:
     """Prefixes of the connector's tensors in the new folder, and in its table."""
     if kind in ("mgm", "slime"):
-        names = (mining if kind == "mgm" else slime).names(source)
+        names = (mini_gemini if kind == "mgm" else slime).names(source)
         return tuple((old, new) for old, part, new in names if new and part.endswith(".connector"))
     lone = source.branches[0]["connector"]["mm_projector_type"] == "linear"
     return (("model.mm_projector.", "0." if lone else ""),)
@@ -298,11 +299,11 @@ def _config(
     if kind == "comm":
         return config | {"mm_projector_type": "comm", "mm_comm": dict(options)}
     if kind == "mgm":
-        return config | mining.config_of(name, towers["vision_tower_aux"], encoder, options)
+        return config | mini_gemini.config_of(name, towers["vision_tower_aux"], encoder, options)
     if kind == "slime":
         return config | slime.config_of(options, llm.vocab)
-    if kind in dense.KINDS:
-        config |= dense.config_of(kind, tower.config, encoder.layers, select)
+    if kind in dense_connector.KINDS:
+        config |= dense_connector.config_of(kind, tower.config, encoder.layers, select)
         if "side" in options:
             config["mm_dense_connector_side"] = options["side"]
     return config

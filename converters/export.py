@@ -13,12 +13,12 @@ import numpy as np
 from flax import nnx
 from jax.experimental import multihost_utils
 
-from converters.layouts import Prefixes
+from converters.files.reader import read_file
+from converters.files.writer import write_folder
 from converters.load import TOKENIZER_FILES, Params, flatten, part_of, source_of
-from converters.reader import read_file
-from converters.rules import Rule, restored
-from converters.tables import find
-from converters.writer import write_folder
+from converters.params.table import Rule, restored
+from converters.registry import find
+from converters.source import Prefixes
 from vfjax import InputError, Model
 from vfjax.merge import LazyTensor
 

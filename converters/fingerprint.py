@@ -4,7 +4,7 @@ import hashlib
 from pathlib import Path
 from typing import Any
 
-from converters.layouts import Source
+from converters.source import Source
 from vfjax import __version__
 
 WHOLE = 16 << 20

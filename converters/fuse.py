@@ -13,16 +13,17 @@ from pathlib import Path
 from typing import Any
 
 from converters.adapters import named_base
-from converters.audit import audit, mapped, stat, unread
 from converters.branches import Tensors, branch_name, branch_tensors, own_embeddings
-from converters.card import CARD, PLOT, by_layer, card, plot
 from converters.export import to_bytes
-from converters.layouts import Source, assign, open_source, settle
+from converters.files.checksums import audit, mapped, stat, unread
+from converters.files.writer import Content, plan_shards, stage_of, write_folder
+from converters.formats.visionfuse import arrange, fused_config
 from converters.mergekit import Yaml, read_yaml
+from converters.model_card import CARD, PLOT, by_layer, card, plot
 from converters.plan import llm_config, merge_llms
+from converters.registry import LAYOUTS
 from converters.request import Request, check_request, make_request
-from converters.tables import LAYOUTS
-from converters.tables.visionfuse import arrange, fused_config
+from converters.source import Source, assign, open_source, settle
 from converters.tokenizer_union import made_tokenizer
 from converters.towers import Towers
 from converters.vocabulary import (
@@ -33,9 +34,7 @@ from converters.vocabulary import (
     said,
     tokenizer_files,
 )
-from converters.writer import Content, plan_shards, stage_of, write_folder
 from vfjax import InputError, __version__
-from vfjax.chat import CHAT_TEMPLATE
 from vfjax.merge import (
     METHODS,
     Account,
@@ -43,7 +42,8 @@ from vfjax.merge import (
     check_family,
     from_config,
 )
-from vfjax.merge.family import check_weights
+from vfjax.merge.compatibility import check_weights
+from vfjax.text.chat import CHAT_TEMPLATE
 
 LOG = logging.getLogger(__name__)
 

@@ -6,16 +6,16 @@ from pathlib import Path
 from typing import Any
 
 from converters.adapter_config import SETTINGS, read_settings
-from converters.layouts import open_source
+from converters.files.others import TOWER
 from converters.load import abstract, check, check_depth, model_config, processor, tower_file
 from converters.lora import Updated
-from converters.others import TOWER
-from converters.rules import restored
-from converters.tables import find
+from converters.params.table import restored
+from converters.registry import find
+from converters.source import open_source
 from converters.towers import read_tower
-from vfjax.chat import CHAT_TEMPLATE
-from vfjax.files import findable
+from vfjax.atomic import findable
 from vfjax.sharding import nbytes
+from vfjax.text.chat import CHAT_TEMPLATE
 
 
 def inspect(

@@ -16,10 +16,11 @@ from loguru import logger
 from tqdm import tqdm
 
 import converters
-from vfjax import InputError, chat, generate_ids, open_video
-from vfjax.messages import Message, tokenize
-from vfjax.prompts import IMAGE_TOKEN
-from vfjax.stream import Text
+from vfjax import InputError, generate_ids, open_video
+from vfjax.text import chat
+from vfjax.text.messages import Message, tokenize
+from vfjax.text.prompts import IMAGE_TOKEN
+from vfjax.text.stream import Text
 
 PICTURES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff", ".gif")
 SETTINGS = {"max_new_tokens", "temperature", "top_p", "do_sample", "num_beams", "until", "seed"}

@@ -11,28 +11,28 @@ import numpy as np
 from flax import nnx
 from jax.sharding import Mesh
 
-from converters.fill import fill
+from converters.files.reader import read_json
 from converters.fingerprint import fingerprint
-from converters.layouts import TOKENIZERS, Source, is_tower, open_source
+from converters.formats.visionfuse import arrange
+from converters.load_params import fill
+from converters.params.table import FLOATS, Rule, Table
 from converters.preprocessor import from_preprocessor
-from converters.reader import read_json
-from converters.rules import FLOATS, Rule, Table
-from converters.tables import find
-from converters.tables.visionfuse import arrange
+from converters.registry import find
+from converters.source import TOKENIZERS, Source, is_tower, open_source
 from converters.tokenizer import tokenizer_of
 from converters.towers import KINDS, read_tower
 from converters.values import Values
 from vfjax import InputError, Model, Processor, Settings
-from vfjax.chat import CHAT_TEMPLATE
-from vfjax.encoders.vit import resolve_taps
-from vfjax.files import findable
-from vfjax.int8 import int8 as to_int8
+from vfjax.atomic import findable
+from vfjax.fusion.prune import Prune
 from vfjax.merge import LazyTensor
 from vfjax.model import BranchConfig, ModelConfig
+from vfjax.nn.int8 import int8 as to_int8
 from vfjax.processes import agreeing, owners
-from vfjax.prompts import IMAGE_TOKEN, get_template
-from vfjax.prune import Prune
 from vfjax.sharding import Overrides
+from vfjax.text.chat import CHAT_TEMPLATE
+from vfjax.text.prompts import IMAGE_TOKEN, get_template
+from vfjax.vision.encoders.vit import resolve_taps
 
 Params = dict[str, nnx.Variable]
 """Parameter path, joined by "/" -> the parameter."""
@@ -82,7 +82,7 @@ def load(
         positions: "running" or "parallel", see `ModelConfig`; None: as the folder says.
         mask: "causal" or "block", see there; None: as the folder says.
         prune: which visual tokens the LLM reads; None: all.
-        int8: the LLM's products have int8 weights (`vfjax.int8`); for generation.
+        int8: the LLM's products have int8 weights (`vfjax.nn.int8`); for generation.
         int8_cache: so do the keys and values of what was read (`vfjax.llm.cache.Int8Rows`).
         shard: parameters that lie elsewhere on the mesh than by its rules (`Overrides`).
         progress: called with the bytes of each tensor as it arrives.

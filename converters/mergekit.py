@@ -11,10 +11,10 @@ import jax.numpy as jnp
 import numpy as np
 import yaml
 
-from converters.reader import first_line
+from converters.files.reader import first_line
 from converters.vocabulary import BASE
 from vfjax import InputError
-from vfjax.files import contents, findable
+from vfjax.atomic import contents, findable
 from vfjax.merge import METHODS, LazyTensor, Recipe, from_mergekit, parse
 from vfjax.merge.mergekit import TOP_KEYS
 

@@ -4,15 +4,15 @@ from collections.abc import Mapping
 from typing import Any
 
 from converters.export import with_dtype
-from converters.layouts import Source
 from converters.load import float_dtype
 from converters.mergekit import layer_lists, widest
 from converters.request import Request
+from converters.source import Source
 from converters.tokenizer_union import Vocabulary
 from converters.vocabulary import said
 from vfjax import InputError
 from vfjax.merge import LazyTensor, Merged, Merger, Recipe
-from vfjax.merge.family import VOCABULARY, check_names
+from vfjax.merge.compatibility import VOCABULARY, check_names
 
 
 def layers_of(sources: Mapping[str, Source]) -> dict[str, int]:

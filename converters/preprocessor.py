@@ -1,15 +1,15 @@
-"""Hugging Face image processors' settings -> `vfjax.images.ImageSpec`."""
+"""Hugging Face image processors' settings -> `vfjax.vision.images.ImageSpec`."""
 
 import math
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal
 
-from converters.reader import read_json
+from converters.files.reader import read_json
 from converters.values import MOST, Values, is_number
 from vfjax import InputError
 from vfjax.errors import cut
-from vfjax.images import Convert, ImageSpec
+from vfjax.vision.images import Convert, ImageSpec
 
 _HALF = (0.5, 0.5, 0.5)
 _SWITCHES = {"do_resize": True, "do_rescale": True, "do_normalize": True}
@@ -104,7 +104,7 @@ def from_preprocessor(
             transformers' defaults, so have null values of keys that are no switches.
         aspect: from the model's own config (LLaVA's `image_aspect_ratio`), not in this file; but
             LlavaImageProcessor's do_pad is one.
-        code: whose code the model's folder is for, see `vfjax.images.Convert`.
+        code: whose code the model's folder is for, see `vfjax.vision.images.Convert`.
         name: what to call the file in errors.
 
     Raises:

@@ -6,12 +6,12 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from converters.files.writer import check_new
 from converters.vocabulary import BASE
-from converters.writer import check_new
 from vfjax import InputError
-from vfjax.chat import known
+from vfjax.fusion.segments import MASKS, POSITIONS
 from vfjax.merge import METHODS
-from vfjax.places import MASKS, POSITIONS
+from vfjax.text.chat import known
 
 ROUTERS = ("merged", "member")
 """Whose embeddings of the prompt a connector reads."""
@@ -45,7 +45,8 @@ class Request:
             of the shortest: "base" keeps the base's, a member's name that member's. None is an
             error then. What is dropped or added is logged, and stands in MERGE.md.
         family: refuse members whose weights are not a fine-tune of the base (without one: of the
-            first member's origin), see `vfjax.merge.family.check_weights`. A recipe is not checked.
+            first member's origin), see `vfjax.merge.compatibility.check_weights`. A recipe is
+            not checked.
         seed: of methods that draw random numbers.
         shard_bytes: largest size of a weights file.
         checksums: take the SHA-256 of all source files, for config.json and MERGE.md.

@@ -8,8 +8,8 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from converters.layouts import TOKENIZERS, Source, has_tokenizer
-from converters.reader import first_line, read_json
+from converters.files.reader import first_line, read_json
+from converters.source import TOKENIZERS, Source, has_tokenizer
 from vfjax import InputError
 from vfjax.errors import cut
 

@@ -19,8 +19,8 @@ from typing import Any
 import jax.numpy as jnp
 import numpy as np
 
-from converters.layouts import Source, tokenizer_class
-from converters.reader import read_json
+from converters.files.reader import read_json
+from converters.source import Source, tokenizer_class
 from converters.tokenizer import load_tokenizer, tokenizer_of
 from vfjax.merge import LazyTensor, Recipe, blocks
 from vfjax.merge.parse import fail, keys, mapping

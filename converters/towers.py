@@ -5,13 +5,13 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-from converters import tables
+from converters import registry
+from converters.files.reader import has_weights, read_config, read_json, read_weights
+from converters.params.table import rename
 from converters.preprocessor import read_preprocessor
-from converters.reader import has_weights, read_config, read_json, read_weights
-from converters.rules import rename
 from converters.values import ANY, Values
 from vfjax import InputError
-from vfjax.files import findable
+from vfjax.atomic import findable
 from vfjax.merge import LazyTensor
 
 Tensors = dict[str, LazyTensor]
@@ -96,7 +96,7 @@ class Towers:
                 if (path / config).is_file():
                     return read_tower(path, config, weights=has_weights(path, stems))
         places = ", ".join(map(str, self.candidates(folder, name, slot)))
-        for table in tables.TABLES.values() if name not in self.places else ():
+        for table in registry.TABLES.values() if name not in self.places else ():
             if known := table.published.get(name.rstrip("/").split("/")[-1]):
                 return Tower(dict(known.config), dict(known.preprocessor), places=places)
         raise InputError(
@@ -141,7 +141,7 @@ def read_tower(path: Path, file: str, slot: str = "", *, weights: bool = True) -
     if slot:
         beside = path / f"{start}{PREPROCESSOR}"
         preprocessor = read_json(beside) if beside.is_file() else {}
-    table = tables.find(config, str(path))
+    table = registry.find(config, str(path))
     raw = read_weights(path, (slot,) if slot else KINDS[file]) if weights else {}
     renamed = rename(raw, table.prefixes)
     spare = {old for old, (new, _) in renamed.items() if table.ignores(new)}
@@ -188,13 +188,13 @@ def vision_config(config: Mapping[str, Any], where: str) -> dict[str, Any]:
             raise values.error("vision_config_dict", "null, or vision_config once more")
     else:
         return {"model_type": None, **config}
-    values.done(tables.find(found, where).around)
+    values.done(registry.find(found, where).around)
     return found
 
 
 def _differ(one: Mapping[str, Any], other: Mapping[str, Any], where: str) -> bool:
     """Whether two configs are of different towers."""
-    made = [tables.find(config, where).config(config, where) for config in (one, other)]
+    made = [registry.find(config, where).config(config, where) for config in (one, other)]
     return made[0] != made[1]
 
 

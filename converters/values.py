@@ -12,7 +12,7 @@ from typing import Any
 
 from vfjax import InputError
 from vfjax.errors import cut
-from vfjax.layers import ACTIVATIONS
+from vfjax.nn.layers import ACTIVATIONS
 
 Unused = dict[str, tuple[Any, ...] | None]
 """Key -> the values at which it changes nothing, None for any."""
@@ -179,7 +179,7 @@ class Values:
         return value
 
     def activation(self, key: str, default: str, *, null: bool = False) -> Any:
-        """An activation, under its name in `vfjax.layers.ACTIVATIONS`."""
+        """An activation, under its name in `vfjax.nn.layers.ACTIVATIONS`."""
         value = self.text(key, default, null=null)
         if value is None:
             return None

@@ -9,9 +9,9 @@ import jax
 import numpy as np
 from safetensors.numpy import load_file
 
-from converters.layouts import Source, open_source
+from converters.files.reader import read_json
 from converters.load import load
-from converters.reader import read_json
+from converters.source import Source, open_source
 from vfjax import Batch, InputError, Model, Processor, generate_ids
 
 LIMITS: Mapping[str, float] = {

@@ -3,14 +3,14 @@
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from converters.layouts import Source, has_tokenizer
 from converters.load import TOKENIZER_FILES
+from converters.source import Source, has_tokenizer
 from converters.tokenizer import tokenizer_of
 from vfjax import InputError
-from vfjax.chat import CHAT_TEMPLATE
 from vfjax.merge import LazyTensor, Stacked
-from vfjax.merge.family import VOCABULARY
-from vfjax.prompts import IMAGE_TOKEN, get_template
+from vfjax.merge.compatibility import VOCABULARY
+from vfjax.text.chat import CHAT_TEMPLATE
+from vfjax.text.prompts import IMAGE_TOKEN, get_template
 
 BASE = "base"
 """The base's label among the members."""

@@ -65,7 +65,7 @@ def _watch(reader: int) -> None:
 
 def left() -> list[str]:
     """Folders that are being written."""
-    writer = sys.modules.get("converters.writer")
+    writer = sys.modules.get("converters.files.writer")
     return [str(stage) for stage in getattr(writer, "STAGES", ())]
 
 

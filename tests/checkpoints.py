@@ -23,7 +23,7 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 from transformers.initialization import no_init_weights
 
-from converters.reader import DTYPES
+from converters.files.reader import DTYPES
 
 transformers.utils.logging.disable_progress_bar()
 

@@ -12,7 +12,7 @@ import numpy as np
 import converters
 import experiments.configs.train as configs_train
 import experiments.tasks.train as task
-from converters.reader import FileTensor
+from converters.files.reader import FileTensor
 from tests.distributed_worker import make_batch
 from vfjax import generate_ids
 from vfjax.processes import together

@@ -18,7 +18,7 @@ from typing import Any
 import numpy as np
 
 import converters
-from converters import writer
+from converters.files import writer
 from tests import checkpoints
 from vfjax.merge import METHODS, merge
 

@@ -7,8 +7,8 @@ import pytest
 
 from tests import mutate
 from tests.test_bad_input import refused
-from vfjax import files
-from vfjax.images import open_file
+from vfjax import atomic
+from vfjax.vision.images import open_file
 
 COUNTS = {"config": 120, "index": 60, "tokenizer": 42, "yaml": 40, "rows": 100}
 """Kind of file -> mutations tried here, a part of those of `python -m tests.mutate`."""
@@ -39,7 +39,7 @@ def test_what_is_no_file(tmp_path: Path, kind: str):
 @pytest.mark.parametrize("name", ["x" * 300, "a\0b", "\ud800", "loop/x"])
 def test_paths_that_cannot_be_looked_up(tmp_path: Path, name: str):
     (tmp_path / "loop").symlink_to("loop")
-    refused(lambda: files.findable(tmp_path / name, "here"), "here", "expected a path")
+    refused(lambda: atomic.findable(tmp_path / name, "here"), "here", "expected a path")
 
 
 def test_a_pipe_is_not_waited_for(tmp_path: Path):

@@ -1,14 +1,14 @@
 """vfjax: several multimodal LLMs fused into one, without training, in JAX."""
 
 from vfjax.errors import InputError
+from vfjax.fusion.modes import CacheFusion, LogitsFusion, MemberProcessors
+from vfjax.fusion.prune import Prune
 from vfjax.generate import generate, generate_ids, stream_ids
 from vfjax.model import Batch, Model, encode, forward
-from vfjax.modes import CacheFusion, LogitsFusion, MemberProcessors
 from vfjax.processor import Processor
-from vfjax.prune import Prune
 from vfjax.settings import Settings
-from vfjax.stream import stream
-from vfjax.video import Video, open_video
+from vfjax.text.stream import stream
+from vfjax.vision.video import Video, open_video
 
 __version__ = "0.1.0"
 

@@ -17,7 +17,7 @@ from vfjax.sampling import How, by_row, how, log_probabilities, pick, require
 from vfjax.sharding import mesh_of, place
 
 if TYPE_CHECKING:
-    from vfjax.modes import MemberProcessors
+    from vfjax.fusion.modes import MemberProcessors
     from vfjax.processor import Processor
 
 Array = jax.Array
@@ -26,7 +26,7 @@ Batches = Batch | tuple[Batch, ...]
 
 
 class Generator(Protocol):
-    """What generates: a `Model`, or one of `vfjax.modes`; a pytree."""
+    """What generates: a `Model`, or one of `vfjax.fusion.modes`; a pytree."""
 
     @property
     def context(self) -> int:

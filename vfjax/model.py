@@ -2,7 +2,7 @@
 
 VisionFuse (arXiv 2412.01289): the visual tokens of all branches, one branch after another, stand in
 the text where the image was; one LLM reads them all. One branch is an ordinary LLaVA. Other ways to
-combine members are in `vfjax.modes`.
+combine members are in `vfjax.fusion.modes`.
 """
 
 import dataclasses
@@ -15,10 +15,10 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from vfjax import places
 from vfjax.errors import InputError
+from vfjax.fusion.prune import Groups, Prune, pruned
+from vfjax.fusion.segments import MASKS, POSITIONS, parallel, segment_ids
 from vfjax.llm import Cache
-from vfjax.prune import Groups, Prune, pruned
 from vfjax.sharding import mesh_of, place
 
 Array = jax.Array
@@ -90,7 +90,7 @@ class BranchConfig:
 
     Attributes:
         name: unique in the model.
-        encoder: config of an encoder (`vfjax.encoders`).
+        encoder: config of an encoder (`vfjax.vision.encoders`).
         connector: config of a connector (`vfjax.connectors`).
         views: what the encoders are shown (`vfjax.views`).
         aux: config of a second encoder, None without one.
@@ -158,7 +158,8 @@ class ModelConfig:
             reads it, vfjax only carries it.
         positions: "running", one branch after another; or "parallel", each where the picture
             stands, the text after the longest.
-        mask: "causal", or "block": a branch's tokens don't see another's; see `vfjax.places`.
+        mask: "causal", or "block": a branch's tokens don't see another's
+            (`vfjax.fusion.segments`).
         prune: which visual tokens the LLM reads; None: all.
 
     Raises:
@@ -175,7 +176,7 @@ class ModelConfig:
     def __post_init__(self) -> None:
         if self.prune is not None:
             self.prune.shares(len(self.branches))
-        choices = {"positions": places.POSITIONS, "mask": places.MASKS}
+        choices = {"positions": POSITIONS, "mask": MASKS}
         for key, allowed in choices.items():
             if getattr(self, key) not in allowed:
                 raise InputError(
@@ -250,7 +251,7 @@ class Model(nnx.Module):
         positions, count = None, len(self.config.branches)
         apart = count > 1 and self.config.mask == "block"
         if count > 1 and self.config.positions == "parallel":
-            positions = places.parallel(segments, mask, count)
+            positions = parallel(segments, mask, count)
         if self.config.prune is not None and batch.groups is not None:
             x, mask, segments, positions = pruned(
                 *(self.config.prune, batch.groups, self.llm, apart),
@@ -293,7 +294,7 @@ def splice(text: Array, batch: Batch, memories: Sequence[Memory]) -> tuple[Array
     Returns:
         [b, t, d] embeddings, zero where nothing is read; bool[b, t], where something is:
         `batch.mask` without the visual tokens that a connector leaves out; and int32[b, t], whose
-        token it is (`places.segments`).
+        token it is (`segment_ids`).
     """
     x, mask = text, jnp.asarray(batch.mask)
     segments = jnp.zeros(mask.shape, jnp.int32)
@@ -302,7 +303,7 @@ def splice(text: Array, batch: Batch, memories: Sequence[Memory]) -> tuple[Array
         at = jnp.maximum(batch.visual, 0)
         x = jnp.where(batch.visual[..., None] < 0, x, visual[at])
         mask &= (batch.visual < 0) | keep[at]
-        segments = places.segments(batch.visual, [len(tokens) for tokens, _ in memories])
+        segments = segment_ids(batch.visual, [len(tokens) for tokens, _ in memories])
     return jnp.where(mask[..., None], x, 0), mask, segments
 
 

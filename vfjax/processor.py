@@ -9,16 +9,16 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from vfjax import chat as own
-from vfjax import prompts as text
 from vfjax.errors import InputError
-from vfjax.images import Convert, File, open_file, open_image
+from vfjax.fusion.prune import Groups, marks
 from vfjax.model import AnyArray, Batch, ModelConfig
-from vfjax.prune import Groups, marks
 from vfjax.settings import Settings
-from vfjax.slots import Shard, no_room, numbered, pooled, splice
-from vfjax.video import Video
+from vfjax.text import chat as own
+from vfjax.text import prompts as text
+from vfjax.text.slots import Shard, no_room, numbered, pooled, splice
 from vfjax.views import bucket
+from vfjax.vision.images import Convert, File, open_file, open_image
+from vfjax.vision.video import Video
 
 Picture = str | os.PathLike | bytes | Image.Image | np.ndarray | File | Video
 
@@ -33,8 +33,8 @@ class Processor:
     Attributes:
         config: the model's config.
         tokenizer: a transformers tokenizer; None takes `input_ids` only.
-        template: name of the prompt template (`vfjax.prompts.TEMPLATES`), or "chat_template", the
-            folder's own.
+        template: name of the prompt template (`vfjax.text.prompts.TEMPLATES`), or "chat_template",
+            the folder's own.
         stop_ids: token ids that end an answer, whatever the template.
         lengths: sequence lengths that batches are padded to; one compilation each.
         chat_template: the folder's own, Jinja; "" if it has none.
@@ -65,7 +65,7 @@ class Processor:
         return self.render([((text.IMAGE_TOKEN + "\n") * images + question, None)])
 
     def render(self, turns: Sequence[text.Turn]) -> str:
-        """A conversation in the template; arguments and errors as of `vfjax.prompts.render`."""
+        """A conversation in the template; arguments and errors as of `prompts.render`."""
         if self.template == own.CHAT_TEMPLATE:
             return self.render_messages(own.from_turns(turns), answer=turns[-1][1] is None)
         return text.render(text.get_template(self.template), turns)
@@ -77,7 +77,7 @@ class Processor:
         answer: bool = True,
         variables: Mapping[str, Any] | None = None,
     ) -> str:
-        """Messages in the folder's own chat template; errors as of `vfjax.chat.render`."""
+        """Messages in the folder's own chat template; errors as of `vfjax.text.chat.render`."""
         if not self.chat_template:
             raise InputError(
                 "template",
@@ -97,7 +97,7 @@ class Processor:
         )
 
     def tokenize(self, prompt: str) -> list[int]:
-        """Ids of a prompt, -200 at each picture; see `vfjax.prompts.encoded`.
+        """Ids of a prompt, -200 at each picture; see `vfjax.text.prompts.encoded`.
 
         Raises:
             InputError: there is no tokenizer.
@@ -105,7 +105,7 @@ class Processor:
         return text.encoded(self.require_tokenizer(), prompt, self.image_token)
 
     def labels(self, turns: Sequence[text.Turn]) -> tuple[list[int], list[int]]:
-        """Training ids and labels of a conversation; see `vfjax.prompts.labels`, `vfjax.chat`."""
+        """Training ids and labels of a conversation; see `prompts.labels`, `chat.labels`."""
         if self.template == own.CHAT_TEMPLATE:
             return own.labels(self, turns)
         template = text.get_template(self.template)
@@ -129,7 +129,7 @@ class Processor:
             name: what to call it in errors; by default its path.
 
         Raises:
-            InputError: as `vfjax.images.open_image`.
+            InputError: as `vfjax.vision.images.open_image`.
         """
         file = open_file(source, name=name)
         for convert in self.converts:

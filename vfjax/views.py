@@ -14,8 +14,8 @@ from collections.abc import Container, Sequence
 import numpy as np
 from PIL import Image
 
-from vfjax import tiling
-from vfjax.images import ImageSpec, preprocess
+from vfjax.vision import tiling
+from vfjax.vision.images import ImageSpec, preprocess
 
 Pictures = Sequence[Image.Image]
 Frames = Container[int]

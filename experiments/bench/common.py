@@ -13,7 +13,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from vfjax.files import replacing
+from vfjax.atomic import replacing
 
 Row = dict[str, Any]
 

@@ -17,7 +17,7 @@ import jax.numpy as jnp
 import numpy as np
 import transformers
 
-from converters.writer import write_folder
+from converters.files.writer import write_folder
 from vfjax import InputError
 
 MODELS = ("base", "a", "b")

@@ -29,8 +29,8 @@ from experiments.family.members import Quiz, next_logits
 from experiments.family.study import copied, fuse
 from experiments.tasks.common import FAMILY
 from vfjax import Model, Processor, Prune, generate_ids
-from vfjax.int8 import int8
-from vfjax.prune import RULES
+from vfjax.fusion.prune import RULES
+from vfjax.nn.int8 import int8
 from vfjax.sharding import nbytes
 
 WHOLE = "all"

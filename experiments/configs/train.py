@@ -41,7 +41,7 @@ def stage(train: tuple[tuple[str, float], ...], batch: int, **more: Any) -> dict
         "connector": ConfigDict(),
         "frames": 8,  # of a video
         "length": 2048,  # tokens of a row, visual ones included; the rest is cut off
-        "template": "",  # of the talks, a key of vfjax.prompts.TEMPLATES; "": the model's
+        "template": "",  # of the talks, a key of vfjax.text.prompts.TEMPLATES; "": the model's
         "warmup": 0.03,  # share of the steps in which the rates rise from 0
         "schedule": "cosine",  # of the rates then, or "linear"; both fall to 0; or "constant"
         "clip": config_dict.placeholder(float),  # largest norm of all gradients; None: any

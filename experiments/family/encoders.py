@@ -19,13 +19,13 @@ import optax
 from flax import nnx
 
 from converters.export import to_bytes
+from converters.files.writer import write_folder
 from converters.load import flatten
-from converters.tables import find
+from converters.registry import find
 from converters.towers import tower_files
-from converters.writer import write_folder
 from experiments.family.optim import fit
 from experiments.family.scenes import COLOURS, SIZE, Scenes
-from vfjax.encoders.convnext import ConvNeXt
+from vfjax.vision.encoders.convnext import ConvNeXt
 
 Array = jax.Array
 Report = Callable[[str], object]

@@ -23,8 +23,8 @@ import tokenizers
 from flax import nnx
 
 import converters
-from converters.layouts import Source
 from converters.load import abstract, join, model_config
+from converters.source import Source
 from experiments.family.optim import fit
 from experiments.family.scenes import COLOURS, KINDS, NUMBERS, PLACES, ask, layouts
 from vfjax import Model
@@ -42,7 +42,7 @@ WORDS = (
     *("digit", "digits", "colour", "colours", "largest", "smallest"),
 )
 IDS = {word: i for i, word in enumerate(WORDS)}
-TEMPLATE = "mistral_instruct"  # the shortest of `vfjax.prompts` that separates questions
+TEMPLATE = "mistral_instruct"  # the shortest of `vfjax.text.prompts` that separates questions
 LENGTH, SHORT = 116, 80  # words of a text of the corpus
 
 LLM: dict[str, Any] = {

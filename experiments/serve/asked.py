@@ -17,9 +17,9 @@ from experiments.serve.keys import IGNORED, MESSAGE, ONLY, PART, TEMPLATE, allow
 from experiments.serve.logprobs import TOP
 from experiments.serve.pictures import read_picture
 from vfjax import InputError, Processor
-from vfjax.chat import CHAT_TEMPLATE
-from vfjax.images import File
-from vfjax.messages import Message, tokenize
+from vfjax.text.chat import CHAT_TEMPLATE
+from vfjax.text.messages import Message, tokenize
+from vfjax.vision.images import File
 
 
 class Refused(Exception):

@@ -13,7 +13,7 @@ from PIL import Image
 from experiments.serve.logprobs import TOP, Names
 from vfjax import InputError, Model, Processor, stream_ids
 from vfjax.generate import Guide, Logs
-from vfjax.stream import Text
+from vfjax.text.stream import Text
 
 LOG = logging.getLogger(__name__)
 LENGTHS = tuple(64 << k for k in range(14))

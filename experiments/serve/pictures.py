@@ -6,7 +6,7 @@ from pathlib import Path
 from PIL import Image
 
 from vfjax import InputError
-from vfjax.images import File
+from vfjax.vision.images import File
 
 FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP")
 """Formats of pictures that are decoded; Pillow knows others, some of which run programs."""

@@ -17,8 +17,8 @@ from experiments.family import scenes
 from experiments.family.members import Quiz, load, means, score
 from experiments.family.study import WAYS, fuse
 from experiments.tasks.common import FAMILY, named
-from vfjax.files import claim, replacing
-from vfjax.prune import RULES, Prune
+from vfjax.atomic import claim, replacing
+from vfjax.fusion.prune import RULES, Prune
 from vfjax.train import same_config
 
 WEIGHTS = (0.0, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.85, 1.0)

@@ -20,8 +20,8 @@ from vfjax import analysis as look
 from vfjax.analysis import draw
 from vfjax.analysis.regions import Box
 from vfjax.analysis.report import Section, write
-from vfjax.files import replacing
-from vfjax.images import open_image
+from vfjax.atomic import replacing
+from vfjax.vision.images import open_image
 
 SUFFIXES = (".bmp", ".gif", ".jpeg", ".jpg", ".png", ".tif", ".tiff", ".webp")
 MAP = (48, 48)

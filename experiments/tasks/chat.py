@@ -18,8 +18,8 @@ from experiments.tasks.evaluate import MEMBERS, shipped
 from vfjax import Batch, InputError, Model, Processor, stream
 from vfjax import analysis as look
 from vfjax.eval.extras import needs
-from vfjax.images import File
-from vfjax.messages import Message, tokenize
+from vfjax.text.messages import Message, tokenize
+from vfjax.vision.images import File
 
 LETTERS = 100_000
 """Of a question, at most: more are refused before they are tokenized."""

@@ -17,7 +17,7 @@ from experiments.family.members import Quiz, means
 from experiments.family.study import FUSED, WAYS, paired, study, table
 from experiments.tasks.common import FAMILY
 from vfjax import InputError
-from vfjax.files import empty
+from vfjax.atomic import empty
 
 
 def run(config: ConfigDict, workdir: Path) -> None:

@@ -13,11 +13,12 @@ from ml_collections import ConfigDict
 from tqdm import tqdm
 
 import converters
-from converters.audit import audit_source
 from converters.export import to_bytes
-from converters.writer import sha256
+from converters.files.checksums import audit_source
+from converters.files.writer import sha256
 from experiments.tasks.common import FAMILY, load, named, required
 from vfjax import InputError
+from vfjax.atomic import replacing
 from vfjax.eval import (
     Benchmark,
     Data,
@@ -34,7 +35,6 @@ from vfjax.eval import (
     read,
 )
 from vfjax.eval.llava import write_answers
-from vfjax.files import replacing
 from vfjax.processes import agreeing, together
 
 MODES = ("all", "predict", "score")

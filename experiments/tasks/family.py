@@ -17,7 +17,7 @@ from experiments.family import encoders, language, scenes
 from experiments.family.distil import train_distilled
 from experiments.family.members import Quiz, Recipe, load, make, means, score
 from experiments.family.study import Scores, fuse, paired, study, table, with_llm
-from vfjax.files import empty, replacing
+from vfjax.atomic import empty, replacing
 from vfjax.train import Stopped
 
 MEMBERS: dict[str, dict[str, Any]] = {

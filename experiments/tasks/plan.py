@@ -22,9 +22,9 @@ from converters.export import to_bytes
 from converters.load import abstract, join
 from experiments.tasks.shapes import model_config
 from vfjax import Batch, InputError, Model, Processor
-from vfjax.files import replacing
-from vfjax.flash import kernel_flops
+from vfjax.atomic import replacing
 from vfjax.model import ModelConfig
+from vfjax.nn.flash import kernel_flops
 from vfjax.sharding import AXES, by_token, param_sharding, row_shards, rows_over
 from vfjax.train import Group, LoRAConfig, Optim, State, add_lora, make_step, split
 from vfjax.train.optim import name_of, named

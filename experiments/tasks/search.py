@@ -15,13 +15,14 @@ from typing import Any
 from ml_collections import ConfigDict
 
 import converters
-from converters.audit import audit_source
 from converters.export import to_bytes
+from converters.files.checksums import audit_source
 from experiments.family import scenes
 from experiments.tasks.common import FAMILY, named, required
 from experiments.tasks.evaluate import MEMBERS
 from vfjax import InputError
 from vfjax.analysis import agreement, apart, draw
+from vfjax.atomic import replacing
 from vfjax.eval import (
     Benchmark,
     Data,
@@ -38,7 +39,6 @@ from vfjax.eval import (
 )
 from vfjax.eval.data import Options
 from vfjax.eval.stats import ratio
-from vfjax.files import replacing
 from vfjax.merge import METHODS
 
 OBJECTIVES = ("score", "consistency")

@@ -11,7 +11,7 @@ from experiments.serve.batcher import Batcher
 from experiments.serve.server import address, listen, serve
 from experiments.tasks.common import load, positive, required
 from vfjax import InputError
-from vfjax.chat import known
+from vfjax.text.chat import known
 
 
 def run(config: ConfigDict, workdir: Path) -> None:

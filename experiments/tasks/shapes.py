@@ -3,8 +3,8 @@
 from collections.abc import Callable
 from pathlib import Path
 
-from converters.layouts import open_source
 from converters.load import model_config as config_of
+from converters.source import open_source
 from vfjax import InputError
 from vfjax.connectors import (
     COMMConfig,
@@ -15,11 +15,11 @@ from vfjax.connectors import (
     SliMEConfig,
     dense,
 )
-from vfjax.encoders import CLIPConfig, ConvNeXtConfig, DINOv2Config, SigLIPConfig
-from vfjax.images import ImageSpec
 from vfjax.llm.llama import LlamaConfig
 from vfjax.model import BranchConfig, ModelConfig
 from vfjax.views import Pair, Sliced, TwoScales, Whole
+from vfjax.vision.encoders import CLIPConfig, ConvNeXtConfig, DINOv2Config, SigLIPConfig
+from vfjax.vision.images import ImageSpec
 
 LLMS = {
     "vicuna-7b": LlamaConfig(32000, 4096, 32, 32, 32, 128, 11008, 4096),

@@ -18,9 +18,9 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 import converters
+from converters.files.reader import read_json, read_weights
 from converters.inspect import inspect
 from converters.lora import LoRATensor
-from converters.reader import read_json, read_weights
 from tests.adapters import llava_lora_folder, lora_folder, peft_folder, projector_folder
 from tests.checkpoints import (
     llama_folder,

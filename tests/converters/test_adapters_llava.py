@@ -12,7 +12,7 @@ import transformers
 from safetensors.torch import load_file, save_file
 
 import converters
-from converters.reader import read_json
+from converters.files.reader import read_json
 from tests.adapters import lora_folder, peft_folder
 from tests.checkpoints import (
     hf_llava_folder,
@@ -64,7 +64,7 @@ def bases(model: Any, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def assert_same(found: converters.layouts.Source, merged: Any, path: Path, base: Path) -> None:
+def assert_same(found: converters.source.Source, merged: Any, path: Path, base: Path) -> None:
     """The tensors of a folder are those of PEFT's merge, saved and read as a whole model."""
     shutil.copytree(base, path)
     merged.save_pretrained(path)

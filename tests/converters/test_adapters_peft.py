@@ -18,8 +18,8 @@ from safetensors.torch import load_file, save_file
 
 import converters
 from converters import adapter_config
+from converters.files.reader import read_json
 from converters.lora import LoRATensor, Part, RowsReplaced, Shifted, Transposed
-from converters.reader import read_json
 from tests.adapters import peft_folder
 from tests.checkpoints import LLAMA, llama_folder, published, randomize, write_json
 from vfjax import InputError

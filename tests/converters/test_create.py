@@ -14,14 +14,14 @@ from PIL import Image
 from safetensors.torch import save_file
 
 import converters
+from converters.files.reader import read_weights
 from converters.load import flatten
-from converters.reader import read_weights
 from tests import checkpoints
-from tests.vfjax.encoders import test_convnext
+from tests.vfjax.vision.encoders import test_convnext
 from vfjax import InputError, Model, Processor
-from vfjax.images import preprocess
 from vfjax.model import forward
 from vfjax.sharding import make_mesh
+from vfjax.vision.images import preprocess
 
 PICTURE = np.random.default_rng(5).integers(0, 256, (30, 44, 3), dtype=np.uint8)
 

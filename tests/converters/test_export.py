@@ -13,7 +13,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import converters
-from converters.reader import read_json, read_weights
+from converters.files.reader import read_json, read_weights
 from tests.checkpoints import (
     fused_folder,
     hf_llava_folder,

@@ -12,7 +12,7 @@ from safetensors.numpy import load_file
 
 import converters
 import vfjax
-from converters.reader import read_json
+from converters.files.reader import read_json
 from converters.verify import verify
 from vfjax import InputError, Model
 

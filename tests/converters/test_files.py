@@ -18,16 +18,16 @@ from ml_collections import ConfigDict
 from safetensors.torch import load_file
 
 import converters
-from converters.audit import audit
-from converters.layouts import open_source
-from converters.reader import read_weights
-from converters.writer import write_folder
+from converters.files.checksums import audit
+from converters.files.reader import read_weights
+from converters.files.writer import write_folder
+from converters.source import open_source
 from experiments.tasks import demo
 from tests import checkpoints
 from tests.checkpoints import write_json
 from vfjax import InputError
+from vfjax.atomic import claim, empty, replacing
 from vfjax.eval import log
-from vfjax.files import claim, empty, replacing
 from vfjax.sharding import make_mesh
 from vfjax.train.checkpoint import Checkpoints
 
@@ -386,7 +386,7 @@ def test_nan_is_named_when_a_model_is_loaded(tmp_path: Path, how: str, end: str)
 SLOW = """
 import signal, sys, time
 sys.path.insert(0, {root!r})
-from converters import writer
+from converters.files import writer
 import numpy as np
 if {ignored}:
     signal.signal(signal.SIGHUP, signal.SIG_IGN)

@@ -11,10 +11,10 @@ from safetensors.torch import save_file
 
 import converters
 from converters.create import describe
+from converters.files.reader import read_json
 from converters.inspect import inspect
-from converters.layouts import open_source
 from converters.load import model_config
-from converters.reader import read_json
+from converters.source import open_source
 from tests.checkpoints import (
     fused_folder,
     hf_llava_folder,

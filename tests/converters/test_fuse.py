@@ -18,8 +18,8 @@ from flax import nnx
 from safetensors.torch import load_file, save_file
 
 import converters
+from converters.files.reader import read_json, read_weights
 from converters.mergekit import layer_lists
-from converters.reader import read_json, read_weights
 from tests import checkpoints
 from tests.adapters import lora_folder
 from tests.checkpoints import (

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from converters.__main__ import main
-from converters.reader import FileTensor
+from converters.files.reader import FileTensor
 from tests.adapters import llava_lora_folder
 from tests.checkpoints import (
     fused_folder,

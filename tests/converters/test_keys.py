@@ -20,9 +20,9 @@ import transformers
 from transformers.initialization import no_init_weights
 
 from converters import open_source
+from converters.files.reader import read_json
 from converters.load import load_encoder, model_config, read_llm
-from converters.reader import read_json
-from converters.tables import TABLES, find
+from converters.registry import TABLES, find
 from tests.checkpoints import (
     hf_llava_folder,
     llama_folder,

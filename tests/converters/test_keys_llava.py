@@ -21,9 +21,9 @@ from transformers.initialization import no_init_weights
 
 import converters
 from converters import open_source
+from converters.formats.llava import PINPOINTS
 from converters.load import model_config
-from converters.tables import TABLES
-from converters.tables.llava import PINPOINTS
+from converters.registry import TABLES
 from tests.checkpoints import preprocessor, randomize, write_json
 from tests.keys import HIDDEN, UNTRIED, WIDEST, mutations, same, show
 from vfjax import InputError

@@ -21,8 +21,8 @@ from converters.preprocessor import from_preprocessor
 from tests.checkpoints import hf_llava_folder, llava_next_folder, write_json
 from tests.keys import same, show
 from vfjax import InputError
-from vfjax.images import ImageSpec, open_image, preprocess
 from vfjax.views import Anyres
+from vfjax.vision.images import ImageSpec, open_image, preprocess
 
 
 class Dinov3(transformers.ViTImageProcessorPil):

@@ -17,11 +17,11 @@ from flax import nnx
 from sentencepiece import sentencepiece_model_pb2
 
 import converters
-from converters import tables
+from converters import registry
+from converters.files.reader import read_json
 from converters.inspect import inspect
-from converters.layouts import open_source
 from converters.load import model_config
-from converters.reader import read_json
+from converters.source import open_source
 from converters.tokenizer import load_tokenizer, tokenizer_of
 from tests.checkpoints import (
     hf_llava_folder,
@@ -31,7 +31,7 @@ from tests.checkpoints import (
     write_json,
 )
 from vfjax import InputError, Processor
-from vfjax.encoders import CLIP
+from vfjax.vision.encoders import CLIP
 
 
 def edit_json(file: Path, **changes: Any) -> None:
@@ -333,7 +333,7 @@ def test_config_json_does_not_touch_the_tokenizer(tmp_path: Path, shared: Path, 
     ids = tokenizer_of(source)("a b").input_ids
     assert ids == load_tokenizer(tmp_path, {"model_type": "llama"})("a b").input_ids
     rope = {key: config[key] for key in ("rope_theta", "rope_scaling")}
-    plain = tables.find({"model_type": "llama"}, "").config(rope)
+    plain = registry.find({"model_type": "llama"}, "").config(rope)
     found = model_config(source).llm
     assert (found.rope_theta, found.rope_scaling) == (plain.rope_theta, plain.rope_scaling)
     assert found.rope_scaling is not None

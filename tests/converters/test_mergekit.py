@@ -16,7 +16,7 @@ import yaml
 from safetensors.numpy import save_file
 
 import converters
-from converters.reader import read_json, read_weights
+from converters.files.reader import read_json, read_weights
 from vfjax import InputError
 
 TESTS = Path(__file__).resolve().parents[1]

@@ -18,7 +18,7 @@ from safetensors.numpy import save_file
 from safetensors.torch import save_file as save_torch
 
 import converters
-from converters.reader import read_json, read_weights
+from converters.files.reader import read_json, read_weights
 from tests.checkpoints import hf_llava_folder, published
 from vfjax import InputError
 

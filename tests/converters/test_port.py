@@ -10,13 +10,13 @@ from PIL import Image
 
 import converters
 from converters.chat import read_chat_template
+from converters.files.reader import read_json
 from converters.fuse import Fusion, Request
 from converters.inspect import inspect
 from converters.load import model_config, processor
-from converters.reader import read_json
 from tests.checkpoints import hf_llava_folder, llava_next_folder, write_json
 from vfjax import InputError, Processor
-from vfjax.messages import Message, tokenize
+from vfjax.text.messages import Message, tokenize
 
 LLAVA = (
     "{% for message in messages %}{% if message['role'] != 'system' %}{{ message['role'].upper() + "

@@ -13,7 +13,7 @@ from safetensors.numpy import load_file
 
 from converters.preprocessor import from_preprocessor, read_preprocessor
 from vfjax.errors import InputError
-from vfjax.images import open_file, open_image, preprocess
+from vfjax.vision.images import open_file, open_image, preprocess
 
 CLIP = {"image_processor_type": "CLIPImageProcessor"}
 

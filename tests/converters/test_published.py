@@ -12,10 +12,10 @@ import pytest
 
 from converters.export import _places
 from converters.fuse import _describe
-from converters.layouts import Source, open_source
 from converters.load import Params, abstract, check, model_config
-from converters.rules import restored
-from converters.tables import find
+from converters.params.table import restored
+from converters.registry import find
+from converters.source import Source, open_source
 from converters.towers import Tower, read_tower
 from tests.checkpoints import header_file, write_json
 from vfjax.merge import check_family

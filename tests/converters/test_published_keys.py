@@ -7,8 +7,8 @@ from typing import Any
 import pytest
 import transformers
 
-from converters.layouts import layout_of
-from converters.tables import TABLES
+from converters.registry import TABLES
+from converters.source import layout_of
 from converters.towers import Towers
 from tests.checkpoints import write_json
 from vfjax import InputError

@@ -11,8 +11,8 @@ import transformers
 from safetensors.torch import load_file, save_file
 
 import converters
+from converters.files.reader import read_json
 from converters.inspect import inspect
-from converters.reader import read_json
 from tests.checkpoints import (
     LLAMA,
     hf_llava_folder,

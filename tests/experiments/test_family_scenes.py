@@ -13,7 +13,7 @@ from PIL import Image
 
 from experiments.family import language, scenes
 from vfjax.data import Conversations
-from vfjax.prompts import get_template, labels
+from vfjax.text.prompts import get_template, labels
 
 COUNT = 40
 

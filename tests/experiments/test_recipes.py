@@ -11,11 +11,11 @@ from experiments.configs import train as configs
 from experiments.tasks import train as task
 from vfjax import InputError, Model
 from vfjax.connectors import LLaVAConfig, MLPConfig, SliMEConfig
-from vfjax.encoders import CLIPConfig
-from vfjax.images import ImageSpec
 from vfjax.llm import LlamaConfig
 from vfjax.model import BranchConfig, ModelConfig
 from vfjax.views import Sliced, Whole
+from vfjax.vision.encoders import CLIPConfig
+from vfjax.vision.images import ImageSpec
 
 HALF = (0.5, 0.5, 0.5)
 COMMON = {"warmup": 0.03, "schedule": "cosine", "weight_decay": 0.0, "length": 2048, "window": 1}

@@ -201,7 +201,7 @@ def test_a_conversation(client, loaded):
     prompt = (
         "[INST] one word\n\n<image>\nred ? [/INST] 3 </s>[INST] here\n<image>\nblue @ ? [/INST]"
     )
-    ids = vfjax.prompts.tokenize(processor.tokenizer, prompt)
+    ids = vfjax.text.prompts.tokenize(processor.tokenizer, prompt)
     at = processor.tokenizer.convert_tokens_to_ids("@")
     assert at == processor.tokenizer.convert_tokens_to_ids("<image>")  # both unknown
     batch = processor([picture(1), picture(2)], input_ids=[ids])
@@ -629,7 +629,7 @@ def test_a_bad_row_leaves_its_batch_alone(service, loaded):
     """Jobs of one batch: one too long, one cancelled, two as if alone."""
     model, processor = loaded
     found: dict[int, list] = {}
-    lone = [vfjax.prompts.tokenize(processor.tokenizer, processor.chat(q)) for q in QUESTIONS]
+    lone = [vfjax.text.prompts.tokenize(processor.tokenizer, processor.chat(q)) for q in QUESTIONS]
     jobs = []
     for i, ids in enumerate([lone[0], [5] * 600, lone[1], lone[2]]):
         found[i] = []

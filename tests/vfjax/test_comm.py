@@ -10,7 +10,7 @@ from flax import nnx
 
 from vfjax import InputError
 from vfjax.connectors import COMMConfig, MergeConfig, dense
-from vfjax.encoders import CLIPConfig, DINOv2Config
+from vfjax.vision.encoders import CLIPConfig, DINOv2Config
 
 RNG = np.random.default_rng(7)
 N, S, D, E, OUT = 2, 9, 8, 12, 5

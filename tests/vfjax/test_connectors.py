@@ -10,7 +10,7 @@ from transformers.activations import ACT2FN
 
 from tests.checkpoints import make_connector
 from vfjax.connectors import Combine, MiningConfig, MLPConfig, SliMEConfig
-from vfjax.layers import redraw
+from vfjax.nn.layers import redraw
 
 
 @pytest.mark.parametrize("act", ["gelu", "gelu_pytorch_tanh"])

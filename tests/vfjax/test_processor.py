@@ -10,12 +10,12 @@ from transformers import AutoTokenizer
 from tests.checkpoints import tokenizer_files
 from vfjax import InputError, Processor
 from vfjax.connectors import Combine, LLaVAConfig, MLPConfig
-from vfjax.encoders import CLIPConfig, DINOv2Config, SigLIPConfig
-from vfjax.images import ImageSpec, preprocess
 from vfjax.llm import LlamaConfig
 from vfjax.model import Batch, BranchConfig, ModelConfig
 from vfjax.processor import LENGTHS
 from vfjax.views import Whole
+from vfjax.vision.encoders import CLIPConfig, DINOv2Config, SigLIPConfig
+from vfjax.vision.images import ImageSpec, preprocess
 
 VOCAB, CONTEXT = 320, 400
 PICTURE = -200

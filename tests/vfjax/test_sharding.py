@@ -13,8 +13,8 @@ from flax import nnx
 from jax.sharding import Mesh, PartitionSpec
 
 import converters
+from converters.files.reader import FileTensor
 from converters.load import flatten
-from converters.reader import FileTensor
 from tests.checkpoints import (
     fused_folder,
     make_connector,
@@ -24,7 +24,7 @@ from tests.checkpoints import (
 )
 from vfjax import Batch, InputError, Model, Processor, forward, generate_ids
 from vfjax.generate import _decode, _first, _how, _prefill
-from vfjax.layers import linear
+from vfjax.nn.layers import linear
 from vfjax.sharding import make_mesh, mesh_of, param_sharding, place
 
 SMALL = {"num_hidden_layers": 2}

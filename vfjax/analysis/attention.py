@@ -55,7 +55,7 @@ def attention(
 
     Returns:
         Name -> float32[b, layers, t], each row's sum is one; and the segments int32[b, t] of
-        `vfjax.places.segments`: 0 for text, k + 1 for branch k.
+        `vfjax.fusion.segments.segment_ids`: 0 for text, k + 1 for branch k.
     """
     first = (jnp.cumsum(batch.mask, axis=1) == 1) & batch.mask
     rows: dict[str, list[Array]] = {name: [] for name in readers}

@@ -7,8 +7,8 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
+from vfjax.atomic import replacing
 from vfjax.eval.extras import needs
-from vfjax.files import replacing
 
 Heats = Mapping[str, np.ndarray]
 """Label -> map float[h, w]."""

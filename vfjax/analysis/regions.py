@@ -10,10 +10,10 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from vfjax import tiling
-from vfjax.images import ImageSpec
 from vfjax.model import BranchConfig
 from vfjax.views import Anyres, Sliced, TwoScales
+from vfjax.vision import tiling
+from vfjax.vision.images import ImageSpec
 
 Box = tuple[float, float, float, float]
 
@@ -66,7 +66,7 @@ def _memory(branch: BranchConfig, size: tuple[int, int]) -> np.ndarray:
 
 
 def frame(images: ImageSpec, size: tuple[int, int]) -> Box:
-    """The part of a picture that the encoder's square input shows; see `vfjax.images.preprocess`.
+    """The part of a picture that the encoder's square input shows, as `preprocess` cuts it.
 
     Args:
         images: how the picture is prepared.

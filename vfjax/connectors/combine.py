@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 
 from vfjax.errors import InputError
-from vfjax.resize import bilinear, resized
+from vfjax.vision.resize import bilinear, resized
 
 Array = jax.Array
 

@@ -13,9 +13,9 @@ from flax import nnx
 
 from vfjax.connectors.combine import mean
 from vfjax.connectors.mining import Asker
-from vfjax.encoders.vit import MLP
 from vfjax.errors import InputError
-from vfjax.layers import linear
+from vfjax.nn.layers import linear
+from vfjax.vision.encoders.vit import MLP
 
 Array = jax.Array
 

@@ -12,7 +12,7 @@ from flax import nnx
 
 from vfjax.connectors.combine import Combine
 from vfjax.connectors.mlp import MLPConfig
-from vfjax.layers import param
+from vfjax.nn.layers import param
 
 Array = jax.Array
 

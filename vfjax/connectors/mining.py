@@ -16,8 +16,8 @@ from flax import nnx
 
 from vfjax.connectors.combine import Combine
 from vfjax.connectors.mlp import MLPConfig
-from vfjax.layers import layer_norm, linear
-from vfjax.resize import bilinear, resized
+from vfjax.nn.layers import layer_norm, linear
+from vfjax.vision.resize import bilinear, resized
 
 Array = jax.Array
 

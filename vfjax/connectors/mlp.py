@@ -8,7 +8,7 @@ import dataclasses
 import jax
 from flax import nnx
 
-from vfjax.layers import ACTIVATIONS, linear
+from vfjax.nn.layers import ACTIVATIONS, linear
 
 Array = jax.Array
 

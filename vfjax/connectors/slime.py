@@ -15,8 +15,8 @@ from flax import nnx
 
 from vfjax.connectors.combine import Combine
 from vfjax.connectors.mlp import MLPConfig
-from vfjax.layers import attention, layer_norm, linear, param
-from vfjax.resize import bicubic
+from vfjax.nn.layers import attention, layer_norm, linear, param
+from vfjax.vision.resize import bicubic
 
 Array = jax.Array
 

@@ -16,9 +16,9 @@ from typing import Any
 
 import numpy as np
 
+from vfjax.atomic import contents, findable
 from vfjax.errors import InputError
-from vfjax.files import contents, findable
-from vfjax.prompts import IMAGE_TOKEN
+from vfjax.text.prompts import IMAGE_TOKEN
 
 VIDEO_TOKEN = "<video>"
 """Stands for a video in a question; `<image>` may, too, in a row without pictures (LLaVA-NeXT)."""

@@ -16,14 +16,14 @@ import grain
 import jax
 import numpy as np
 
-from vfjax import prompts as text
 from vfjax.data.conversations import Conversations
 from vfjax.errors import InputError
-from vfjax.images import File
 from vfjax.model import Batch
 from vfjax.processor import Processor
-from vfjax.slots import Shard
-from vfjax.video import Video, open_video
+from vfjax.text import prompts as text
+from vfjax.text.slots import Shard
+from vfjax.vision.images import File
+from vfjax.vision.video import Video, open_video
 
 Row = tuple[int, int]
 """Number of a row's `Conversations` in the mixture, and of the row in them."""

@@ -12,9 +12,9 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from vfjax.atomic import contents, findable
 from vfjax.errors import InputError
 from vfjax.eval.stats import Metric
-from vfjax.files import contents, findable
 
 Picture = Path | bytes
 """A file, or an encoded picture."""

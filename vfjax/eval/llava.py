@@ -5,8 +5,8 @@ import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
+from vfjax.atomic import replacing
 from vfjax.eval.data import Benchmark, Data, Options, Question, as_texts, read_lines, text_fields
-from vfjax.files import replacing
 
 
 def read_llava(data: Data, options: Options) -> list[Question]:

@@ -8,8 +8,8 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
+from vfjax.atomic import replacing
 from vfjax.errors import InputError
-from vfjax.files import replacing
 
 NAME = "predictions.jsonl"
 

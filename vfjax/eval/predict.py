@@ -12,13 +12,13 @@ from typing import Any
 
 import grain
 
-from vfjax import prompts
 from vfjax.errors import InputError
 from vfjax.eval import log
 from vfjax.eval.data import Question
 from vfjax.generate import generate
 from vfjax.processor import Processor
-from vfjax.video import open_video
+from vfjax.text import prompts
+from vfjax.vision.video import open_video
 
 Batches = Sequence[Sequence[int]]
 """Numbers of the questions of each batch."""

@@ -6,7 +6,7 @@ from typing import Any, Self
 import jax
 import jax.numpy as jnp
 
-from vfjax.layers import quantize
+from vfjax.nn.layers import quantize
 
 Array = jax.Array
 

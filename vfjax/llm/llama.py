@@ -13,10 +13,10 @@ import numpy as np
 from flax import nnx
 from jax.sharding import NamedSharding
 
-from vfjax import places
 from vfjax.errors import InputError
-from vfjax.layers import ACTIVATIONS, RMSNorm, attend, linear, param, rotate
+from vfjax.fusion.segments import block as visible
 from vfjax.llm.cache import Cache, Rows
+from vfjax.nn.layers import ACTIVATIONS, RMSNorm, attend, linear, param, rotate
 from vfjax.sharding import by_row, divides
 
 Array = jax.Array
@@ -118,7 +118,7 @@ class Step:
         see: bool[b, t, s], who sees whom; where s = t, nobody sees what comes later.
         real: bool[b, t], where that, padding and `segments` alone hide a token; None: the cache
             does, too.
-        segments: int32[b, t], see `vfjax.places.block`; None: they hide nothing.
+        segments: int32[b, t], see `vfjax.fusion.segments.block`; None: they hide nothing.
         cache: of the call.
     """
 
@@ -285,7 +285,7 @@ class Llama(nnx.Module):
             cache: what was read before; None reads x alone and keeps nothing.
             positions: int32[b, t]; None counts real tokens.
             segments: int32[b, t]; tokens of two, neither of them 0, don't see each other
-                (`vfjax.places.block`). None: they do. With a cache, a new one only.
+                (`vfjax.fusion.segments.block`). None: they do. With a cache, a new one only.
 
         Returns:
             [b, t, d] hidden states (undefined at padding) and the cache with x in it.
@@ -300,7 +300,7 @@ class Llama(nnx.Module):
             cache, positions, before = cache.extend(mask, positions)
             real = cache.mask[:, : x.shape[1]] if new else None
         if segments is not None:
-            before &= places.block(segments)
+            before &= visible(segments)
         step = Step(*self.config.rope(positions), before, real, segments, cache)
         kept = []
         for i, block in enumerate(self.blocks):

@@ -7,8 +7,8 @@ import jax.numpy as jnp
 from flax import nnx
 from jax.sharding import AxisType, PartitionSpec
 
-from vfjax.layers import ACTIVATIONS, linear, param
 from vfjax.llm.llama import Block, LlamaConfig
+from vfjax.nn.layers import ACTIVATIONS, linear, param
 from vfjax.sharding import rows_over
 
 Array = jax.Array

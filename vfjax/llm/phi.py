@@ -5,10 +5,10 @@ import dataclasses
 import jax
 from flax import nnx
 
-from vfjax.encoders.vit import MLP
-from vfjax.layers import layer_norm
 from vfjax.llm.cache import Rows
 from vfjax.llm.llama import Attention, LlamaConfig, Step
+from vfjax.nn.layers import layer_norm
+from vfjax.vision.encoders.vit import MLP
 
 Array = jax.Array
 

@@ -7,8 +7,8 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from vfjax.layers import ACTIVATIONS, linear
 from vfjax.llm.llama import Attention, Block, LlamaConfig, powers
+from vfjax.nn.layers import ACTIVATIONS, linear
 
 Array = jax.Array
 

@@ -43,7 +43,7 @@ def watched(llm: Llama, show: Show, depth: int | None = None) -> Llama:
 
 
 def weights(attn: Attention, x: Array, k: Array, step: Step) -> Array:
-    """Attention weights float32[b, n, t, s], which `vfjax.layers.attend` keeps to itself.
+    """Attention weights float32[b, n, t, s], which `vfjax.nn.layers.attend` keeps to itself.
 
     Args:
         attn: a block's attention.

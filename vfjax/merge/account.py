@@ -9,8 +9,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from vfjax.merge.methods import Array
-from vfjax.merge.passes import lanes
+from vfjax.merge.engine.passes import lanes
+from vfjax.merge.methods.registry import Array
 
 
 @dataclasses.dataclass(frozen=True)

@@ -9,7 +9,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from vfjax.merge import parse
-from vfjax.merge.methods import METHODS
+from vfjax.merge.methods.registry import METHODS
 from vfjax.merge.recipe import Chain, Formula, Recipe, Settings, Slice, Source
 
 FAMILY = {"scale": 1.0, "density": 1.0, "normalize": False}

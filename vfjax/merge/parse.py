@@ -5,7 +5,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NoReturn
 
 from vfjax.errors import InputError, cut
-from vfjax.merge.methods import METHODS, Each, Weights
+from vfjax.merge.methods.registry import METHODS, Each, Weights
 
 Setting = tuple[tuple[str, tuple[Any, ...]], ...]
 """A parameter as written: (filter, values over the layers) cases; a scalar is a list of one."""

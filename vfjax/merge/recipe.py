@@ -14,7 +14,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from vfjax.merge import parse
-from vfjax.merge.methods import METHODS, Each, Weights, find
+from vfjax.merge.methods.registry import METHODS, Each, Weights, find
 
 CONFIG_KEYS = ("method", "base", "members", "params", "rules")
 LAYER = re.compile(r"((?:.*?\.)?layers\.)(\d+)(\..+)")

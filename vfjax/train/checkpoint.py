@@ -8,8 +8,8 @@ from typing import Any
 import jax
 from orbax.checkpoint import v1 as ocp
 
+from vfjax.atomic import replacing
 from vfjax.errors import InputError
-from vfjax.files import replacing
 from vfjax.train.optim import named
 from vfjax.train.step import State
 

@@ -7,8 +7,8 @@ from typing import Any
 import jax
 from flax import nnx
 
-from vfjax.flash import kernel_flops
 from vfjax.model import Batch, Model
+from vfjax.nn.flash import kernel_flops
 from vfjax.train.optim import named
 
 PEAK: Mapping[str, float] = {

@@ -7,8 +7,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
+from vfjax.atomic import replacing
 from vfjax.errors import InputError
-from vfjax.files import replacing
 from vfjax.train.flops import peak
 
 METRICS = "metrics.jsonl"

@@ -13,7 +13,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from vfjax.errors import InputError
 from vfjax.model import Batch, Model
-from vfjax.prompts import IGNORE
+from vfjax.text.prompts import IGNORE
 from vfjax.train.optim import Group, name_of, trains
 
 Array = jax.Array

@@ -13,12 +13,12 @@ from vfjax.analysis.attention import weights
 from vfjax.connectors.combine import Combine
 from vfjax.connectors.llava import LLaVAConfig
 from vfjax.connectors.mlp import MLPConfig
-from vfjax.encoders import CLIPConfig
-from vfjax.images import ImageSpec
 from vfjax.llm.llama import Attention, LlamaConfig, Step
 from vfjax.llm.phi3 import FusedAttention, Phi3Config
 from vfjax.model import Batch, BranchConfig, ModelConfig
 from vfjax.views import Whole
+from vfjax.vision.encoders import CLIPConfig
+from vfjax.vision.images import ImageSpec
 
 LLM = LlamaConfig(vocab=20, width=16, layers=2, heads=4, kv_heads=2, head_dim=4, mlp=24, context=64)
 

@@ -5,10 +5,10 @@ import pytest
 from PIL import Image
 
 from vfjax import analysis as look
-from vfjax.encoders import CLIPConfig
-from vfjax.images import ImageSpec
 from vfjax.model import BranchConfig
 from vfjax.views import Anyres, Sliced, TwoScales, Whole
+from vfjax.vision.encoders import CLIPConfig
+from vfjax.vision.images import ImageSpec
 
 STATS = {"mean": (0.0,) * 3, "std": (1.0,) * 3, "resample": 2}
 

@@ -13,11 +13,11 @@ from tests.checkpoints import tokenizer_files
 from vfjax import Processor
 from vfjax.connectors import LLaVAConfig, MLPConfig
 from vfjax.data import Batches
-from vfjax.encoders import CLIPConfig
-from vfjax.images import ImageSpec
 from vfjax.llm import LlamaConfig
 from vfjax.model import BranchConfig, ModelConfig
 from vfjax.views import Whole
+from vfjax.vision.encoders import CLIPConfig
+from vfjax.vision.images import ImageSpec
 
 HALF = (0.5, 0.5, 0.5)
 

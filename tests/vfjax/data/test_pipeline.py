@@ -18,15 +18,16 @@ from PIL import Image
 from transformers import AutoTokenizer, LlamaTokenizer, PreTrainedTokenizerFast
 
 from tests.checkpoints import tokenizer_files
-from vfjax import Batch, Model, Processor, open_video, prompts
+from vfjax import Batch, Model, Processor, open_video
 from vfjax.connectors import LLaVAConfig, MiningConfig, MLPConfig, SliMEConfig
 from vfjax.data import Batches, Conversations
-from vfjax.encoders import CLIPConfig, ConvNeXtConfig
 from vfjax.errors import InputError
-from vfjax.images import ImageSpec
 from vfjax.llm import LlamaConfig
 from vfjax.model import BranchConfig, ModelConfig
+from vfjax.text import prompts
 from vfjax.views import Anyres, Sliced, TwoScales, Whole
+from vfjax.vision.encoders import CLIPConfig, ConvNeXtConfig
+from vfjax.vision.images import ImageSpec
 
 HALF = (0.5, 0.5, 0.5)
 CLIP = BranchConfig(

@@ -3,7 +3,7 @@
 import pytest
 import transformers
 
-from converters.tables import find
+from converters.registry import find
 from tests.vfjax.llm.common import SIZES, assert_family
 from vfjax import InputError
 

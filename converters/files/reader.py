@@ -1,0 +1,334 @@
+"""Lazy tensors of checkpoint files: safetensors (single, sharded) and PyTorch `.bin`.
+
+safetensors files are checked by the safetensors library when opened, then read at the offsets of
+their header. They are not mapped: a shard that shrinks under us ends in an error, not a bus error.
+"""
+
+import dataclasses
+import json
+import os
+import re
+import struct
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from types import EllipsisType
+from typing import Any
+
+import ml_dtypes
+import numpy as np
+from safetensors import SafetensorError, safe_open
+
+from vfjax import InputError
+from vfjax.atomic import contents, findable
+from vfjax.errors import cut
+from vfjax.merge import Inner, LazyTensor, aligned
+
+DTYPES: dict[str, np.dtype] = {
+    "F64": np.dtype(np.float64),
+    "F32": np.dtype(np.float32),
+    "F16": np.dtype(np.float16),
+    "BF16": np.dtype(ml_dtypes.bfloat16),
+    "F8_E4M3": np.dtype(ml_dtypes.float8_e4m3fn),
+    "F8_E5M2": np.dtype(ml_dtypes.float8_e5m2),
+    "I64": np.dtype(np.int64),
+    "I32": np.dtype(np.int32),
+    "I16": np.dtype(np.int16),
+    "I8": np.dtype(np.int8),
+    "U64": np.dtype(np.uint64),
+    "U32": np.dtype(np.uint32),
+    "U16": np.dtype(np.uint16),
+    "U8": np.dtype(np.uint8),
+    "BOOL": np.dtype(np.bool_),
+}
+"""safetensors dtype names."""
+
+STEMS = ("model", "pytorch_model")
+"""Names of a checkpoint's weights files, without their ending."""
+
+
+@dataclasses.dataclass(frozen=True)
+class FileTensor:
+    """A tensor at an offset of a file; `tensor[a:b]` reads only those rows, `tensor[...]` all."""
+
+    path: Path
+    shape: tuple[int, ...]
+    dtype: np.dtype
+    offset: int
+    name: str = ""
+
+    def __getitem__(self, index: slice | EllipsisType) -> np.ndarray:
+        """Rows of the first axis as a new array; the file is read where they are.
+
+        Raises:
+            InputError: the file is shorter than its header said.
+        """
+        start, stop = 0, self.shape[0] if self.shape else 1
+        if isinstance(index, slice):
+            start, stop, step = index.indices(stop)
+            assert step == 1, "only contiguous rows"
+        shape = (stop - start, *self.shape[1:]) if self.shape else ()
+        row = int(np.prod(self.shape[1:], dtype=np.int64)) * self.dtype.itemsize
+        offset, size = self.offset + start * row, int(np.prod(shape, dtype=np.int64))
+        if not size:
+            return np.empty(shape, self.dtype)
+        count = size * self.dtype.itemsize
+        flat = aligned(size, self.dtype)
+        file = os.open(self.path, os.O_RDONLY)
+        try:
+            done = 0
+            while done < count:
+                read = os.preadv(file, [flat.view(np.uint8).data[done:]], offset + done)
+                if not read:
+                    raise InputError(
+                        self.path,
+                        found=f"{self.path.stat().st_size} bytes",
+                        expected=f"{offset + count}",
+                        fix="the file was cut short; copy it again",
+                    )
+                done += read
+        finally:
+            os.close(file)
+        return flat.reshape(shape)
+
+
+def inner(tensor: LazyTensor, index: int, start: int, stop: int) -> LazyTensor:
+    """Rows `start` to `stop` of the `index`-th of the tensors that one holds, read when sliced."""
+    if not isinstance(tensor, FileTensor):
+        return Inner(tensor, index, start, stop)
+    _, rows, *rest = tensor.shape
+    row = int(np.prod(rest, dtype=np.int64)) * tensor.dtype.itemsize
+    place = tensor.offset + (index * rows + start) * row
+    return FileTensor(tensor.path, (stop - start, *rest), tensor.dtype, place)
+
+
+@dataclasses.dataclass(frozen=True)
+class TorchTensor:
+    """A tensor of a `.bin` file, converted to numpy when read."""
+
+    path: Path
+    tensor: Any
+    shape: tuple[int, ...]
+    dtype: np.dtype
+    name: str = ""
+
+    def __getitem__(self, index: slice | EllipsisType) -> np.ndarray:
+        """Rows of the first axis as a new array."""
+        import torch
+
+        part = self.tensor[index].contiguous()
+        if part.dtype == torch.bfloat16:
+            return part.view(torch.int16).numpy().view(self.dtype)
+        return part.numpy().copy()
+
+
+def read_weights(folder: Path, stems: Sequence[str] = STEMS) -> dict[str, FileTensor | TorchTensor]:
+    """All tensors of a checkpoint folder, none of them read yet.
+
+    Args:
+        folder: holds `model.safetensors[.index.json]` or `pytorch_model.bin[.index.json]`.
+        stems: names of the files without their ending, in the order they are looked for.
+
+    Raises:
+        InputError: no weights, not a safetensors file, a shard that is truncated, absent or outside
+            the folder, or an index that disagrees with its shards.
+    """
+    names = _names(stems)
+    for name in names:  # in the order of transformers' from_pretrained
+        if (path := folder / name).is_file():
+            return read_file(path)
+        if (index := folder / f"{name}.index.json").is_file():
+            return _sharded(index)
+    raise InputError(
+        folder,
+        found="no weights",
+        expected=" or ".join(names) + ", or their .index.json",
+        fix="check the path, or download the missing files",
+    )
+
+
+def has_weights(folder: Path, stems: Sequence[str] = STEMS) -> bool:
+    """Whether `read_weights` has something to read."""
+    ends = ("", ".index.json")
+    return any((folder / (name + end)).is_file() for name in _names(stems) for end in ends)
+
+
+def _names(stems: Sequence[str]) -> list[str]:
+    return [stem + end for end in (".safetensors", ".bin") for stem in stems]
+
+
+def _sharded(index: Path) -> dict[str, FileTensor | TorchTensor]:
+    places = read_json(index).get("weight_map")
+    if not isinstance(places, dict) or not all(isinstance(x, str) for x in places.values()):
+        raise InputError(
+            index, found="no weight_map", expected="tensor -> shard", fix="download it again"
+        )
+    shards: dict[str, Mapping[str, FileTensor | TorchTensor]] = {}
+    for shard in sorted(set(places.values())):
+        if "/" in shard:
+            raise InputError(
+                index,
+                found=f"shard {cut(repr(shard), 200)} outside the folder",
+                expected="file names only",
+                fix="do not use this checkpoint; its index is malformed",
+            )
+        path = findable(index.parent / shard, index)
+        if not path.is_file():
+            raise InputError(
+                path, found="no file", expected=f"a shard of {index.name}", fix="download it again"
+            )
+        shards[shard] = read_file(path)
+    for shard, tensors in shards.items():
+        listed = {name for name, place in places.items() if place == shard}
+        if odd := sorted(listed ^ set(tensors)):
+            raise InputError(
+                index.parent / shard,
+                found=f"{cut(repr(odd[0]), 200)} only in the "
+                + ("index" if odd[0] in listed else "shard"),
+                expected=f"the tensors that {index.name} lists",
+                fix="download index and shards again, from one revision",
+            )
+    return {name: shards[place][name] for name, place in places.items()}
+
+
+def read_file(path: Path) -> dict[str, FileTensor | TorchTensor]:
+    """The tensors of one weights file, none of them read yet; errors as `read_weights`."""
+    return dict(_safetensors(path) if path.suffix == ".safetensors" else _torch(path))
+
+
+def _safetensors(path: Path) -> Iterator[tuple[str, FileTensor | TorchTensor]]:
+    try:
+        with safe_open(path, framework="numpy"):
+            pass
+    except (SafetensorError, OSError) as error:
+        raise InputError(
+            path,
+            found=f"{path.stat().st_size} bytes that are no safetensors file ({error})",
+            expected="a whole safetensors file",
+            fix="download it again",
+        ) from error
+    with path.open("rb") as file:
+        (size,) = struct.unpack("<Q", file.read(8))
+        header = json.loads(file.read(size))
+    header.pop("__metadata__", None)
+    for name, entry in header.items():
+        if entry["dtype"] not in DTYPES:
+            raise _bad_dtype(f"{path}: {name}", entry["dtype"])
+        start = 8 + size + entry["data_offsets"][0]
+        yield name, FileTensor(path, tuple(entry["shape"]), DTYPES[entry["dtype"]], start, name)
+
+
+def _bad_dtype(where: str, dtype: str) -> InputError:
+    return InputError(
+        where,
+        found=f"dtype {dtype}",
+        expected=", ".join(map(str, DTYPES.values())),
+        fix="dequantise the checkpoint first",
+    )
+
+
+def _torch(path: Path) -> Iterator[tuple[str, FileTensor | TorchTensor]]:
+    try:
+        import torch
+    except ImportError as error:
+        raise InputError(
+            path,
+            found="no torch to read it with",
+            expected="torch",
+            fix="pip install 'vfjax[torch]', or convert the file to safetensors",
+        ) from error
+    try:
+        try:
+            state = torch.load(path, map_location="cpu", mmap=True, weights_only=True)
+        except RuntimeError:  # files from before the zip format cannot be mapped
+            state = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:
+        raise InputError(
+            path,
+            found=f"a file that torch refuses ({_reason(error)})",
+            expected="a pickle of tensors only",
+            fix="download it again; if it holds code, do not use it",
+        ) from error
+    if isinstance(state, Mapping) and isinstance(state.get("state_dict"), Mapping):
+        state = state["state_dict"]  # a training checkpoint, as OpenCLIP's
+    if not isinstance(state, Mapping):
+        state = {"": state}
+    dtypes = {dtype.name: dtype for dtype in DTYPES.values()}
+    for name, tensor in state.items():
+        if not isinstance(tensor, torch.Tensor):
+            raise InputError(
+                f"{path}: {name}",
+                found=type(tensor).__name__,
+                expected="a tensor",
+                fix="save the state dict alone",
+            )
+        kind = str(tensor.dtype).removeprefix("torch.")
+        if kind not in dtypes:
+            raise _bad_dtype(f"{path}: {name}", kind)
+        yield name, TorchTensor(path, tensor.detach(), tuple(tensor.shape), dtypes[kind], name)
+
+
+def _reason(error: Exception) -> str:
+    """Why torch refuses a file, without its advice to turn the check off."""
+    if asked := re.search(r"GLOBAL ([\w.]+)", str(error)):
+        return f"it asks for {asked[1]}"
+    if "TorchScript" in str(error):
+        return "a TorchScript archive"
+    return "no pickle of torch.save" if "weights_only" in str(error) else first_line(error)
+
+
+def first_line(error: BaseException) -> str:
+    """The first line of what another library says."""
+    return (str(error).splitlines() or [type(error).__name__])[0]
+
+
+QUANTISED = ("quantization_config", "compression_config", "quantization")
+"""Keys of a config.json beside quantised weights: transformers', older ones', MLX's."""
+
+
+def read_config(path: Path) -> dict[str, Any]:
+    """A config.json, or another model's config; errors as `read_json`.
+
+    Raises:
+        InputError: its weights are quantised.
+    """
+    config = read_json(path)
+    for part in (config, *(value for value in config.values() if isinstance(value, dict))):
+        for key in QUANTISED:
+            if found := part.get(key):
+                method = found.get("quant_method") if isinstance(found, dict) else None
+                name = cut(str(method or "a method that is not named"))
+                raise InputError(
+                    f"{path}: {key}",
+                    found=f"weights quantised by {name}",
+                    expected="plain ones",
+                    fix=f"{name} is not supported: dequantise them first (in transformers "
+                    "model.dequantize(), then save_pretrained), or take the model they were made "
+                    "from",
+                )
+    return config
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """A JSON object of a checkpoint folder.
+
+    Raises:
+        InputError: no such file, or not a JSON object.
+    """
+    try:
+        value = json.loads(contents(path).decode())
+    except FileNotFoundError as error:
+        raise InputError(
+            path, found="no file", expected="a JSON file", fix="check the path"
+        ) from error
+    except (ValueError, OSError, RecursionError) as error:
+        raise InputError(
+            path,
+            found=f"no readable JSON ({first_line(error)})",
+            expected="JSON",
+            fix="download it again",
+        ) from error
+    if not isinstance(value, dict):
+        raise InputError(
+            path, found=type(value).__name__, expected="a JSON object", fix="download it again"
+        )
+    return value

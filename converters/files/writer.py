@@ -1,0 +1,466 @@
+"""Streaming, atomic writer of model folders: safetensors under Hugging Face's file names.
+
+The safetensors library serialises whole dictionaries: all tensors of a file must be in memory. Here
+the header is computed from shapes and dtypes and the data follows block by block, so the format
+(https://github.com/huggingface/safetensors#format) is spelled out by hand. The bytes are the same.
+"""
+
+import contextlib
+import dataclasses
+import fcntl
+import hashlib
+import io
+import json
+import math
+import os
+import shutil
+import signal
+import struct
+import threading
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from concurrent.futures import Executor, Future, ThreadPoolExecutor
+from pathlib import Path, PurePosixPath
+from types import EllipsisType
+
+import jax
+import numpy as np
+
+from converters.files.reader import DTYPES
+from vfjax import InputError
+from vfjax.atomic import claim, empty
+from vfjax.merge import LazyTensor, blocks
+
+NAMES = {dtype: name for name, dtype in DTYPES.items()}
+ORDER = ["BOOL", "U8", "I8", "F8_E5M2", "F8_E4M3", "I16", "U16", "F16", "BF16"]
+ORDER += ["I32", "U32", "F32", "F64", "I64", "U64"]
+"""The library sorts tensors by dtype, the last of these first, then by name."""
+
+Content = bytes | Path | Callable[[], bytes]
+"""Of a file: the bytes, a file to copy, or what returns the bytes."""
+
+_THREADS = min(8, os.cpu_count() or 1)
+
+
+@dataclasses.dataclass(frozen=True)
+class Shard:
+    """A safetensors file to be.
+
+    Attributes:
+        folder: sub-folder that it is in.
+        path: in the whole folder.
+        header: its first bytes.
+        tensors: in file order.
+    """
+
+    folder: str
+    path: str
+    header: bytes
+    tensors: Mapping[str, LazyTensor]
+
+    @property
+    def size(self) -> int:
+        """Bytes."""
+        return len(self.header) + sum(map(_nbytes, self.tensors.values()))
+
+
+def write_folder(
+    out: str | os.PathLike[str],
+    weights: Mapping[str, Mapping[str, LazyTensor]],
+    *,
+    files: Mapping[str, Content] | None = None,
+    shard_bytes: float = 5e9,
+    metadata: Mapping[str, str] | None = None,
+    progress: Callable[[int], object] | None = None,
+    key: str = "",
+    resume: bool = False,
+) -> None:
+    """Writes a model folder, whole or not at all.
+
+    Threads read blocks of tensors ahead of the writing, so memory is bounded by a few blocks.
+    Everything goes to a folder beside `out` (`.NAME.part`), is synced to disk, then renamed. On an
+    error, SIGTERM or SIGHUP that folder is removed; a killed run leaves it, where nothing loads it,
+    and a later one removes it or goes on with it.
+
+    Args:
+        out: folder to make; its parents are made too.
+        weights: sub-folder ("" for `out` itself) -> name -> tensor. Each gets `model.safetensors`,
+            or `model-00001-of-0000N.safetensors` and `model.safetensors.index.json`.
+        files: path in `out` -> bytes, a file to copy, or a function that returns the bytes, called
+            when all weights are written: config.json, tokenizer files.
+        shard_bytes: most tensor bytes in a weights file; a larger tensor gets a file to itself.
+        metadata: of the safetensors headers; by default {"format": "pt"}, as transformers wants.
+        progress: called with the number of bytes after each write of tensor data.
+        key: says what the tensors are made of.
+        resume: keep the whole weights files that a killed run of the same key, names and shapes
+            left, if there is one.
+
+    Raises:
+        InputError: before any work if `out` exists, another run is writing it, the name of the
+            folder beside it is taken by something else, a path leaves it or occurs twice, a file
+            to copy is absent, a dtype has no safetensors name, the disk has too little room, or
+            there is a killed run to resume but of other tensors; during the work if writing fails
+            or a tensor is not of the shape and dtype that it claims.
+    """
+    out = Path(out)
+    check_new(out)
+    shards = plan_shards(weights, shard_bytes, metadata)
+    others = list((files or {}).items())
+    for folder in weights:
+        group = [shard for shard in shards if shard.folder == folder]
+        if len(group) > 1:
+            others.append((_join(folder, "model.safetensors.index.json"), _index(group)))
+    _check_paths(out, [*(shard.path for shard in shards), *(path for path, _ in others)])
+    sizes = sum(_size(source) for _, source in others)
+    with _ending(), _stage(out, shards, key, resume) as stage:
+        root = stage / out.name  # a folder in it, as nothing there looks like a checkpoint's name
+        done = {shard.path for shard in shards if (root / shard.path).is_file()}
+        todo = [shard for shard in shards if shard.path not in done]
+        _check_room(out, sum(shard.size for shard in todo) + sizes)
+        _keep_freed_memory()
+        pool = ThreadPoolExecutor(_THREADS)
+        try:
+            for shard in shards:
+                if shard.path not in done:
+                    _write_shard(root / shard.path, out / shard.path, shard, pool, progress)
+                elif progress:
+                    progress(shard.size - len(shard.header))
+        finally:  # of an error, without waiting for what is being read
+            pool.shutdown(wait=False, cancel_futures=True)
+        for path, source in others:
+            _write_file(root / path, out / path, source() if callable(source) else source)
+        with _writing(out):
+            for made in [*root.rglob("*"), root]:
+                _sync(made)
+            root.rename(out)
+            _sync(out.parent)
+
+
+STAGES: set[Path] = set()
+"""Folders that are being written, for whoever must end at once to name them."""
+
+
+class Ended(KeyboardInterrupt):
+    """SIGTERM or SIGHUP came; the signal is its argument."""
+
+
+@contextlib.contextmanager
+def _ending() -> Iterator[None]:
+    """SIGTERM and SIGHUP raise `Ended` where they would end the process at once; a second one does.
+
+    So nothing is left behind without a name. Other handlers, and signals that are ignored as by
+    nohup, stay.
+    """
+
+    def end(number: int, _: object) -> None:
+        signal.signal(number, signal.SIG_DFL)
+        raise Ended(number)
+
+    main = threading.current_thread() is threading.main_thread()
+    alone = jax.process_count() == 1  # else JAX's own handler of SIGTERM may be there, unseen
+    both = (signal.SIGTERM, signal.SIGHUP) if main and alone else ()
+    mine = [each for each in both if signal.getsignal(each) is signal.SIG_DFL]
+    for each in mine:
+        signal.signal(each, end)
+    try:
+        yield
+    finally:
+        for each in mine:
+            signal.signal(each, signal.SIG_DFL)
+
+
+@contextlib.contextmanager
+def _stage(out: Path, shards: Iterable[Shard], key: str, resume: bool) -> Iterator[Path]:
+    """The folder beside `out` that is written to, locked; removed at the end, if there is one, but
+    not after Ctrl-C or a signal with `resume`.
+    """
+    stage = stage_of(out)
+    digest = hashlib.sha256(key.encode())
+    for shard in shards:
+        digest.update(shard.path.encode() + shard.header)
+    made = [folder for folder in (out.parent, *out.parent.parents) if not folder.exists()]
+    lock = _lock(out, stage)
+    try:
+        check_new(out)  # which another run may have written since
+        found = stage / "key"
+        if resume and found.is_file() and found.read_text() != digest.hexdigest():
+            made = []  # what was found is left as it is
+            raise InputError(
+                out,
+                found="a killed run of another recipe, or of sources that have changed since",
+                expected="the same",
+                fix=f"run it without resume, or remove {stage}",
+            )
+        try:
+            with _writing(out):
+                if not resume or not found.is_file():
+                    empty(stage)
+                found.write_text(digest.hexdigest())
+                (stage / out.name).mkdir(exist_ok=True)
+            STAGES.add(stage)
+            yield stage
+        except BaseException as error:
+            if resume and isinstance(error, KeyboardInterrupt):
+                error.add_note(f"{stage} keeps what is whole; the same command goes on from there")
+            else:
+                shutil.rmtree(stage, ignore_errors=True)
+            raise
+        shutil.rmtree(stage, ignore_errors=True)
+    finally:
+        STAGES.discard(stage)
+        os.close(lock)
+        if not out.exists():
+            for folder in made:
+                with contextlib.suppress(OSError):
+                    folder.rmdir()
+
+
+def stage_of(out: Path) -> Path:
+    """The folder beside `out` that is written to before it takes that name."""
+    return out.parent / f".{out.name}.part"
+
+
+def check_new(out: Path) -> None:
+    """Raises InputError if something, be it a link to nowhere, has this name."""
+    if os.path.lexists(out):
+        raise InputError(
+            out,
+            found="an existing path",
+            expected="a new folder",
+            fix="remove it or choose another",
+        )
+
+
+def _lock(out: Path, stage: Path) -> int:
+    """The stage folder, claimed and opened; closing it gives the lock back."""
+    while True:
+        with _writing(out):
+            claim(stage)
+            lock = os.open(stage, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW)
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            os.close(lock)
+            raise InputError(
+                out,
+                found="another run that is writing it",
+                expected="one at a time",
+                fix="wait for it, or choose another output",
+            ) from error
+        with contextlib.suppress(FileNotFoundError):
+            if os.path.samestat(os.fstat(lock), os.lstat(stage)):
+                return lock
+        os.close(lock)  # another run removed this one at its end
+
+
+def sha256(path: str | os.PathLike[str]) -> str:
+    """Hex SHA-256 of a file."""
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _nbytes(tensor: LazyTensor) -> int:
+    return math.prod(tensor.shape) * tensor.dtype.itemsize
+
+
+def _join(folder: str, name: str) -> str:
+    return f"{folder}/{name}" if folder else name
+
+
+def plan_shards(
+    weights: Mapping[str, Mapping[str, LazyTensor]],
+    shard_bytes: float = 5e9,
+    metadata: Mapping[str, str] | None = None,
+) -> list[Shard]:
+    """The weights files that `write_folder` makes of these arguments; nothing is read.
+
+    Raises:
+        InputError: a dtype has no safetensors name.
+    """
+    keep = metadata or {"format": "pt"}
+    groups = (_shards(folder, tensors, shard_bytes, keep) for folder, tensors in weights.items())
+    return [shard for group in groups for shard in group]
+
+
+def _shards(
+    folder: str, tensors: Mapping[str, LazyTensor], limit: float, metadata: Mapping[str, str]
+) -> list[Shard]:
+    """Splits tensors, in their order, over files of at most `limit` bytes."""
+    parts: list[dict[str, LazyTensor]] = [{}]
+    total = 0
+    for name, tensor in tensors.items():
+        if tensor.dtype not in NAMES:
+            raise InputError(
+                name, found=f"dtype {tensor.dtype}", expected=", ".join(DTYPES), fix="convert it"
+            )
+        if parts[-1] and total + _nbytes(tensor) > limit:
+            parts.append({})
+            total = 0
+        parts[-1][name] = tensor
+        total += _nbytes(tensor)
+    shards = []
+    for i, part in enumerate(parts, 1):
+        file = f"model-{i:05}-of-{len(parts):05}" if len(parts) > 1 else "model"
+        ordered = dict(sorted(part.items(), key=lambda x: (-ORDER.index(NAMES[x[1].dtype]), x[0])))
+        path = _join(folder, f"{file}.safetensors")
+        shards.append(Shard(folder, path, _header(ordered, metadata), ordered))
+    return shards
+
+
+def _header(tensors: Mapping[str, LazyTensor], metadata: Mapping[str, str]) -> bytes:
+    """Its length as 8 bytes, little-endian, then JSON padded with spaces to a multiple of 8."""
+    header: dict[str, object] = {"__metadata__": dict(metadata)}
+    end = 0
+    for name, tensor in tensors.items():
+        start, end = end, end + _nbytes(tensor)
+        header[name] = {
+            "dtype": NAMES[tensor.dtype],
+            "shape": list(tensor.shape),
+            "data_offsets": [start, end],
+        }
+    text = json.dumps(header, ensure_ascii=False, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)
+    return struct.pack("<Q", len(text)) + text
+
+
+def _index(shards: Iterable[Shard]) -> bytes:
+    """The JSON that tells transformers which tensor is in which file."""
+    places = {name: PurePosixPath(shard.path).name for shard in shards for name in shard.tensors}
+    total = sum(_nbytes(tensor) for shard in shards for tensor in shard.tensors.values())
+    index = {"metadata": {"total_size": total}, "weight_map": places}
+    return (json.dumps(index, indent=2, sort_keys=True) + "\n").encode()
+
+
+def _check_paths(out: Path, paths: list[str]) -> None:
+    for i, path in enumerate(paths):
+        pure = PurePosixPath(path)
+        if pure.is_absolute() or ".." in pure.parts or path in paths[:i]:
+            raise InputError(
+                out / path,
+                found="a path " + ("given twice" if path in paths[:i] else "outside the folder"),
+                expected="different paths below the output folder",
+                fix="rename the file",
+            )
+
+
+def _size(source: Content) -> int:
+    if callable(source):
+        return 0
+    if isinstance(source, bytes):
+        return len(source)
+    if not source.is_file():
+        raise InputError(source, found="no file", expected="a file to copy", fix="check the path")
+    return source.stat().st_size
+
+
+def _check_room(out: Path, need: int) -> None:
+    near = next(folder for folder in out.absolute().parents if folder.exists())
+    free = shutil.disk_usage(near).free
+    if free < need:
+        raise InputError(
+            out,
+            found=f"{free:,} bytes free",
+            expected=f"{need:,}",
+            fix="free some space or choose another output",
+        )
+
+
+def _keep_freed_memory() -> None:
+    """Has glibc keep freed blocks for the next ones.
+
+    It returns megabytes to the system and takes them back page by page, which costs more than the
+    arithmetic of a merge, until it has seen a block of up to 32 MiB freed: mallopt(3).
+    """
+    np.empty((32 << 20) - (64 << 10), np.uint8)
+
+
+@contextlib.contextmanager
+def _writing(path: Path, need: int = 0) -> Iterator[None]:
+    """Turns the system's refusals into InputErrors."""
+    try:
+        yield
+    except OSError as error:
+        raise InputError(
+            path,
+            found=f"{error.strerror or error} while writing",
+            expected=f"permission, and room for {need:,} bytes" if need else "permission and room",
+            fix="free some space or choose another output",
+        ) from error
+
+
+def _write_shard(
+    path: Path,
+    where: Path,
+    shard: Shard,
+    pool: Executor,
+    progress: Callable[[int], object] | None,
+) -> None:
+    with _writing(where, shard.size):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        part = path.with_name(path.name + ".part")
+        with part.open("wb", buffering=0) as file:
+            _write(file, memoryview(shard.header))
+            for data in _read_ahead(pool, shard.tensors):
+                _write(file, data)
+                if progress:
+                    progress(data.nbytes)
+        _sync(part)
+        part.rename(path)  # which says that it is whole
+
+
+def _write(file: io.RawIOBase, data: memoryview) -> None:
+    """Unbuffered, so that a refused write is not tried again when the file is closed."""
+    while data:
+        data = data[file.write(data) :]
+
+
+def _write_file(path: Path, where: Path, source: bytes | Path) -> None:
+    with _writing(where, _size(source)):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        part = path.with_name(path.name + ".part")
+        if isinstance(source, bytes):
+            part.write_bytes(source)
+        else:
+            shutil.copyfile(source, part)
+        part.rename(path)
+
+
+def _sync(path: Path) -> None:
+    """Waits until a file or folder is on the disk."""
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def _read_ahead(pool: Executor, tensors: Mapping[str, LazyTensor]) -> Iterator[memoryview]:
+    """The tensors' bytes in order, read by a few threads a few blocks ahead."""
+    pending: deque[Future[memoryview]] = deque()
+    for name, tensor in tensors.items():
+        for rows in blocks(tensor.shape):
+            pending.append(pool.submit(_read, name, tensor, rows))
+            if len(pending) > _THREADS:
+                yield pending.popleft().result()
+    while pending:
+        yield pending.popleft().result()
+
+
+def _read(name: str, tensor: LazyTensor, rows: slice | EllipsisType) -> memoryview:
+    try:
+        array = tensor[rows]
+    except OSError as error:
+        raise InputError(
+            name, found=f"{error} while reading it", expected="a file", fix="check the source"
+        ) from error
+    shape = tensor.shape
+    if isinstance(rows, slice):
+        shape = (rows.stop - rows.start, *shape[1:])
+    if (array.shape, array.dtype) != (shape, tensor.dtype):
+        raise InputError(
+            name,
+            found=f"{array.dtype}{list(array.shape)} where it was read",
+            expected=f"{tensor.dtype}{list(shape)}, as it claims",
+            fix="check the source",
+        )
+    return np.ascontiguousarray(array).reshape(-1).view(np.uint8).data

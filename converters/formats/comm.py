@@ -1,0 +1,156 @@
+"""COMM folders (arXiv 2310.08825). The authors published neither code nor weights: this is ours.
+
+LLaVA's layout with a second tower under Mini-Gemini's key (`mm_vision_tower_aux`),
+`mm_projector_type` "comm", and what the connector reads and how under `mm_comm`.
+"""
+
+import dataclasses
+from pathlib import Path
+from typing import Any
+
+from converters import registry
+from converters.formats import llava
+from converters.formats.llava import (
+    is_upstream,
+    upstream_branch,
+    upstream_names,
+    upstream_source,
+    upstream_tower,
+)
+from converters.params.mlp import groups
+from converters.params.table import Rule, Table, dense, norm
+from converters.preprocessor import from_preprocessor
+from converters.source import Layout, Source
+from converters.towers import Towers
+from converters.values import ANY, DEEPEST, Values
+from vfjax import InputError
+from vfjax.connectors import COMMConfig, MergeConfig
+from vfjax.views import Pair, Whole
+from vfjax.vision.images import ImageSpec
+
+OPTIONS = ("layers", "layers_aux", "merge", "blocks", "ratio", "join")
+"""Keys of `mm_comm`; see `vfjax.connectors.MergeConfig` and `COMMConfig`."""
+
+
+def read(hf: Values) -> COMMConfig:
+    """Layers and widths of both encoders; the MLPs stand behind the second one only."""
+    merge, join = hf.text("merge"), hf.text("join")
+    encoder = MergeConfig(hf.whole("din"), groups(hf)[0], hf.whole("drop", least=0), merge)
+    aux = None
+    if "layers_aux" in hf:
+        layers, drop = hf.wholes("layers_aux", **LAYERS), hf.whole("drop_aux", least=0)
+        blocks, ratio = hf.whole("blocks", least=0, most=DEEPEST), hf.whole("ratio")
+        aux = MergeConfig(hf.whole("din_aux"), layers, drop, merge, blocks, ratio)
+    return COMMConfig(encoder, hf.whole("dout"), aux, join)
+
+
+LAYERS = {"least": -DEEPEST, "most": DEEPEST}
+"""Bounds of hidden states' numbers."""
+
+
+def views(hf: Values, images: ImageSpec, encoder: Any, connector: COMMConfig) -> Whole | Pair:
+    """The same pixels for both encoders, each with the mean and deviation it was trained on.
+
+    Raises:
+        InputError: the second encoder takes no pictures of this size, or has other tokens.
+    """
+    aux = hf.any("aux")
+    if aux is None:
+        return Whole(images, connector.tokens(encoder.tokens))
+    if images.size != getattr(aux, "input_size", aux.image_size):
+        raise InputError(
+            "second vision tower",
+            found=f"one for pictures of {aux.image_size} pixels",
+            expected=f"{images.size}, as the first one is shown",
+            fix="choose another",
+        )
+    own = from_preprocessor(
+        hf.mapping("preprocessor_aux"),
+        aspect=images.aspect,
+        name="second vision tower: preprocessor",
+    )
+    shown = dataclasses.replace(images, mean=own.mean, std=own.std)
+    return Pair(images, shown, connector.tokens(encoder.tokens, aux.tokens))
+
+
+def merge_rules(part: str) -> tuple[Rule, ...]:
+    """Rules of one encoder's merge: of each kind that it may be."""
+    layer, block = f"{part}/layers/{{}}", f"{part}/mlp/{{}}"
+    return (
+        Rule(f"{part}.logits", f"{part}/logits"),
+        *norm(f"{part}.layers.{{}}.norm", f"{layer}/norm"),
+        *dense(f"{part}.layers.{{}}.linear", f"{layer}/dense"),
+        *dense(f"{part}.layers.{{}}.conv", layer),
+        *dense(f"{part}.mlp.{{}}.fc1", f"{block}/fc1"),
+        *dense(f"{part}.mlp.{{}}.fc2", f"{block}/fc2"),
+    )
+
+
+TABLE = Table(
+    types=("comm",),
+    read=read,
+    unused=dict.fromkeys(("act", "blocks", "mm_projector_type", "ratio"), ANY),
+    views=views,
+    rules=(
+        *merge_rules("encoder"),
+        *merge_rules("aux"),
+        *dense("projector", "projector"),
+    ),
+)
+
+
+def describe(path: Path, config: Values, towers: Towers) -> Source:
+    """Normal form; options that `mm_comm` lacks have the paper's values, or else ours.
+
+    Layers: all of the first encoder, the last quarter of the second (1..24 and 19..24 of 24). One
+    MLP of ratio 4 on the second.
+
+    Raises:
+        InputError: an unknown option.
+    """
+    options = config.section("mm_comm", None)
+    if unknown := sorted(set(options.data) - set(OPTIONS)):
+        raise InputError(
+            f"{options.where}",
+            found=repr(unknown[0]),
+            expected=", ".join(OPTIONS),
+            fix="remove it",
+        )
+    tower = upstream_tower(path, config, towers)
+    encoder = registry.find(tower.config, str(path)).config(tower.config)
+    branch = upstream_branch(config, tower)
+    connector = branch["connector"]
+    connector |= {
+        "model_type": "comm",
+        "groups": [list(options.wholes("layers", None, **LAYERS) or range(1, encoder.layers + 1))],
+        "drop": encoder.prefix,
+        "merge": options.text("merge", "lln_layerscale"),
+        "blocks": options.whole("blocks", 1, least=0, most=DEEPEST),
+        "ratio": options.whole("ratio", 4),
+        "join": options.text("join", "channels"),
+    }
+    source = upstream_source(path, "comm", config, branch, tower)
+    if name := config.text("mm_vision_tower_aux", None):
+        second = towers.find(path, name, "vision_tower_aux")
+        aux = registry.find(second.config, str(path)).config(second.config)
+        last = range(aux.layers - max(1, aux.layers // 4) + 1, aux.layers + 1)
+        connector |= {
+            "din_aux": aux.width,
+            "layers_aux": list(options.wholes("layers_aux", None, **LAYERS) or last),
+            "drop_aux": aux.prefix,
+            "preprocessor_aux": second.preprocessor,
+        }
+        branch["aux"] = second.config
+        source.towers[f"branches.{branch['name']}.aux"] = second
+    return source
+
+
+LAYOUTS = (
+    Layout(
+        "comm",
+        lambda config: is_upstream(config) and config.get("mm_projector_type") == "comm",
+        describe,
+        upstream_names,
+        unused=llava.UNUSED,
+    ),
+)

@@ -1,0 +1,98 @@
+"""Dense Connector folders (DenseConnector llava/model; arXiv 2405.13800): several layers."""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from converters.formats import llava
+from converters.formats.llava import (
+    is_upstream,
+    upstream_branch,
+    upstream_names,
+    upstream_source,
+    upstream_tower,
+)
+from converters.source import Layout, Source
+from converters.towers import Towers
+from converters.values import ANY, DEEPEST, Unused, Values
+from vfjax.connectors import dense
+
+KINDS = ("sti", "sci", "dci")
+
+
+def groups(config: Values, encoder: Mapping[str, Any]) -> dict[str, Any]:
+    """What the connector reads, by the kind and the tower; see `vfjax.connectors.dense`.
+
+    The published code has fixed layers, those of CLIP-L and SigLIP-so400m (DenseConnector
+    llava/model/multimodal_encoder). CLIP's second mean includes the plain feature, SigLIP's does
+    not. SigLIP has no class token. `mm_dense_connector_layers` is ours, for towers of other depths.
+    """
+    kind = config.choice("mm_dense_connector_type", KINDS)
+    siglip = is_siglip(encoder)
+    layers = config.whole(LAYERS, PUBLISHED[siglip], most=DEEPEST)
+    plain = llava.select_layer(config)
+    if siglip and LAYERS not in config:
+        plain = layers  # fixed there
+    combine = dense(kind, layers, plain, drop=0 if siglip else 1)
+    return {
+        "groups": [list(group) for group in combine.groups],
+        "axis": combine.axis,
+        "pool": combine.pool,
+        "drop": combine.drop,
+    }
+
+
+UNUSED: Unused = {**llava.UNUSED, "if_pool": ANY, "is_video": (False, None)}
+"""Its code pools the tokens of videos, if_pool says whether."""
+
+LAYERS = "mm_dense_connector_layers"
+
+PUBLISHED = {False: 24, True: 26}
+"""Whether it is SigLIP -> hidden states that the published code shares out."""
+
+
+def is_siglip(encoder: Mapping[str, Any]) -> bool:
+    """Whether a tower is a SigLIP, whose last layer Dense Connector leaves out."""
+    return str(encoder["model_type"]).startswith("siglip")
+
+
+def config_of(kind: str, encoder: Mapping[str, Any], layers: int, select: int) -> dict[str, Any]:
+    """Keys of config.json from which `groups` reads a kind over a tower of `layers` layers."""
+    siglip = is_siglip(encoder)
+    shared = layers - siglip
+    fixed = shared == PUBLISHED[siglip] and (not siglip or select == -2)
+    return {"mm_dense_connector_type": kind} | ({} if fixed else {LAYERS: shared})
+
+
+def describe(path: Path, config: Values, towers: Towers) -> Source:
+    """Normal form: LLaVA's, with more layers read.
+
+    `mm_dense_connector_side` is ours: the published code lacks the paper's efficient variant (12
+    tokens a side in place of CLIP's 24, resized before the projector).
+
+    Raises:
+        InputError: a side for tokens that are not on a grid, or one that is no positive number.
+    """
+    tower = upstream_tower(path, config, towers)
+    branch = upstream_branch(config, tower)
+    branch["connector"] |= groups(config, tower.config)
+    if "mm_dense_connector_side" in config:
+        side = config.whole("mm_dense_connector_side")
+        if branch["connector"]["axis"] == "tokens":
+            raise config.error("mm_dense_connector_side", "none without 'sci' or 'dci'")
+        branch["connector"]["side"] = side
+    template = "llama_3_dc" if config.any("vocab_size") == 128256 else ""
+    return upstream_source(
+        path, "dense-connector", config, branch, tower, template=template, own=UNUSED
+    )
+
+
+LAYOUTS = (
+    Layout(
+        "dense-connector",
+        lambda config: is_upstream(config) and config.get("mm_dense_connector_type") in KINDS,
+        describe,
+        upstream_names,
+        unused=UNUSED,
+    ),
+)

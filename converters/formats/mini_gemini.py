@@ -1,0 +1,211 @@
+"""Mini-Gemini folders (MGM mgm/model): CLIP and ConvNeXt, patch info mining."""
+
+import dataclasses
+import math
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from converters import registry
+from converters.formats import dense_connector, llava
+from converters.formats.llava import (
+    Names,
+    upstream_branch,
+    upstream_names,
+    upstream_source,
+    upstream_tower,
+)
+from converters.params import llama, mlp
+from converters.params.mlp import combine, projector, projector_rules
+from converters.params.table import Arrays, Rule, Table, dense, norm
+from converters.source import Layout, Source
+from converters.towers import Tower, Towers
+from converters.values import ANY, Unused, Values
+from vfjax import InputError
+from vfjax.connectors import MiningConfig
+from vfjax.views import TwoScales
+from vfjax.vision.images import ImageSpec
+
+MODELS = {
+    f"{start}{end}": llm
+    for start in ("mgm", "mini_gemini")
+    for end, llm in (
+        ("", "llama"),
+        ("_llama", "llama"),
+        ("_gemma", "gemma"),
+        ("_mistral", "mistral"),
+        ("_mixtral", "mixtral"),
+    )
+}
+"""`model_type` -> the LLM's; early uploads are called mini_gemini."""
+
+OWN = ("image_global", "image_grid", "image_size_aux", "optimize_vision_tower_aux")
+"""Keys that are read, beside LLaVA's and those that begin with mm_."""
+
+UNUSED: Unused = {**llava.UNUSED, "optimize_vision_tower": ANY}  # that copy is always read
+
+TEMPLATES = {"gemma": "gemma", "mixtral": "mistral_instruct_mgm", "mistral": "mistral_instruct"}
+"""LLM -> template of the published models, where it is not Vicuna's or Llama-3's."""
+
+
+def read(hf: Values) -> MiningConfig:
+    """Sizes from the checkpoint's config."""
+    return MiningConfig(
+        projector=projector(hf),
+        width=hf.whole("width"),
+        aux_width=hf.whole("aux_width"),
+        grid=hf.whole("grid", most=GRID),
+        whole=hf.flag("whole"),
+        combine=combine(hf),
+    )
+
+
+GRID = 16
+"""Most views a side."""
+
+
+def views(hf: Values, images: ImageSpec, encoder: Any, connector: MiningConfig) -> TwoScales:
+    """The high-resolution picture, and views of it for the encoder."""
+    side = hf.whole("image_size_aux")
+    high = dataclasses.replace(images, size=side, edge=side)
+    tokens = encoder.prefix + encoder.tokens - connector.combine.drop
+    return TwoScales(high, images.size, connector.grid, connector.whole, tokens)
+
+
+def recorded(config: MiningConfig, inputs: Arrays, stages: Arrays) -> Arrays:
+    """MGM's names; of the joined map the tests keep every few rows and columns, from 1 on."""
+    crops = config.grid**2
+    out = {
+        **stages,
+        "pixel_values": inputs["pixels"].transpose(0, 3, 1, 2),
+        "pixel_values_aux": inputs["pixels_aux"].transpose(0, 3, 1, 2),
+        "aux_features_strided": stages["aux_features"].transpose(0, 3, 1, 2)[:, :, 1::4, 1::4],
+    }
+    if config.whole:
+        mined = out.pop("mined")
+        out |= {"mined_local": mined[:crops], "mined_global": mined[crops:]}
+    return out
+
+
+def asker(source: str, path: str) -> tuple[Rule, ...]:
+    """Rules of a layer norm and a dense layer in a torch Sequential."""
+    return (*norm(f"{source}.0", f"{path}/norm"), *dense(f"{source}.1", f"{path}/dense"))
+
+
+TABLE = Table(
+    types=("mining",),
+    read=read,
+    unused=mlp.UNUSED,
+    views=views,
+    recorded=recorded,
+    limits={"pixel_values": 1e-5},  # resized after their normalisation
+    rules=(
+        *projector_rules("mm_projector.", "projector"),
+        *asker("vlm_uni_query_projector", "query"),
+        *asker("vlm_uni_aux_projector", "key"),
+        *asker("vlm_uni_val_projector", "value"),
+    ),
+)
+
+
+def describe(path: Path, config: Values, towers: Towers) -> Source:
+    """Normal form. The CLIP copy in the checkpoint is the one to read, the ConvNeXt's is not."""
+    tower = upstream_tower(path, config, towers)
+    aux = towers.find(path, config.text("mm_vision_tower_aux"), "vision_tower_aux")
+    branch = upstream_branch(config, tower)
+    branch["aux"] = aux.config
+    if config.choice("mm_dense_connector_type", dense_connector.KINDS, None):
+        branch["connector"] |= dense_connector.groups(config, tower.config)
+    branch["connector"] |= {
+        "model_type": "mining",
+        "width": registry.find(tower.config, str(path)).config(tower.config).width,
+        "aux_width": config.whole("mm_hidden_size_aux"),
+        "grid": config.whole("image_grid", 1, most=GRID),
+        "whole": config.flag("image_global", False, null=True),
+        "image_size_aux": config.whole("image_size_aux", 320),
+    }
+    llm = MODELS[config.text("model_type")]
+    source = upstream_source(
+        path,
+        "mgm",
+        config,
+        branch,
+        tower,
+        llm=llm,
+        template=template(llm, config),
+        own={*OWN, *UNUSED},
+    )
+    if source.llm.get("hidden_act") == "gelu" and llm == "gemma":
+        source.llm["hidden_act"] = "gelu_python"  # MGM's transformers takes it to the letter
+    part = f"branches.{branch['name']}"
+    source.towers[f"{part}.aux"] = aux
+    source.tuned = (f"{part}.encoder",)
+    if config.flag("optimize_vision_tower_aux", False, null=True):
+        source.tuned += (f"{part}.aux",)
+    return source
+
+
+def template(llm: str, config: Values) -> str:
+    """What the authors' scripts pass for each published model, told apart by LLM and vocabulary."""
+    by_vocabulary = {128256: "llama_3", 64000: "chatml_direct"}
+    size = config.whole("vocab_size", 32000, most=llama.VOCABULARY)
+    return TEMPLATES.get(llm) or by_vocabulary.get(size, "vicuna_v1")
+
+
+def config_of(name: str, aux: Tower, encoder: Any, options: Mapping[str, Any]) -> dict[str, Any]:
+    """The keys of config.json around a new connector.
+
+    Args:
+        name: `model_type` of LLaVA's code around the LLM.
+        aux: the ConvNeXt.
+        encoder: config of the low-resolution encoder.
+        options: `image_size_aux`, `image_grid` and `image_global`.
+
+    Raises:
+        InputError: a high-resolution map that the encoder's tokens do not divide.
+    """
+    grid = options.get("image_grid", 1)
+    side = options.get("image_size_aux", 2 * grid * encoder.image_size)
+    cells = grid * math.isqrt(encoder.tokens)
+    if side % 32 or side // 4 % cells:
+        raise InputError(
+            "connector 'mgm': image_size_aux",
+            found=f"{side}, a map of {side // 4} pixels a side",
+            expected=f"a multiple of 32 whose quarter is one of {cells}, the tokens a side",
+            fix="choose another size",
+        )
+    family = name.removeprefix("llava_")
+    return {
+        "model_type": "mgm" if family == "llama" else f"mgm_{family}",
+        "architectures": [f"MGM{family.capitalize()}ForCausalLM"],
+        "mm_hidden_size_aux": sum(
+            registry.find(aux.config, str(aux.path)).config(aux.config).widths
+        ),
+        "image_size_aux": side,
+        "image_grid": grid,
+        "image_global": bool(options.get("image_global", False)),
+    }
+
+
+def names(source: Source) -> Names:
+    """Names of the parts that are not LLaVA's."""
+    branch = f"branches.{source.branches[0]['name']}"
+    aux = "model.vision_tower_aux."
+    return (
+        ("model.mm_projector.", f"{branch}.connector", "mm_projector."),
+        ("model.vlm_uni_", f"{branch}.connector", "vlm_uni_"),
+        (f"{aux}vision_stem.", f"{branch}.aux", "stem."),
+        (f"{aux}vision_stages.", f"{branch}.aux", "stages."),
+        *upstream_names(source),
+    )
+
+
+LAYOUTS = (
+    Layout(
+        "mgm",
+        lambda config: config.get("model_type") in MODELS,
+        describe,
+        names,
+        unused=UNUSED,
+    ),
+)

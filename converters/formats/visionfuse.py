@@ -1,0 +1,128 @@
+"""vfjax's own folders: a fused model under the standard names, and a plain causal LM."""
+
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from converters import registry
+from converters.chat import read_chat_template
+from converters.source import TEMPLATE, Layout, Source, tokenizer_class
+from converters.towers import Towers
+from converters.values import ANY, REQUIRED, Values
+from vfjax.fusion.segments import MASKS, POSITIONS
+from vfjax.text.chat import CHAT_TEMPLATE
+
+
+def describe_fused(path: Path, config: Values, towers: Towers) -> Source:
+    """A fused folder's config.json is the normal form itself."""
+    del towers  # branches are in the folder
+    found = config.any("branches", REQUIRED)
+    if not isinstance(found, list) or not all(isinstance(branch, Mapping) for branch in found):
+        raise config.error("branches", "a list of branches")
+    return Source(
+        path,
+        "visionfuse",
+        dict(config.data),
+        llm=dict(config.mapping("text_config")),
+        branches=[
+            _branch(branch, f"{config.where}: branches[{i}]") for i, branch in enumerate(found)
+        ],
+        template=config.text("template"),
+        tokenizer=dict(config.mapping("tokenizer", {})),
+        chat_template=read_chat_template(path),
+        image_token=config.text("image_token", ""),
+        **{key: config.choice(key, known) for key, known in ARRANGEMENT.items() if key in config},
+    )
+
+
+def _branch(found: Mapping[str, Any], where: str) -> dict[str, Any]:
+    """A branch, its keys checked."""
+    branch = Values(found, where)
+    name = branch.text("name")
+    if not re.fullmatch(r"[\w-]+", name):
+        raise branch.error("name", "letters, digits, - and _")
+    branch.choice("aspect", ("pad", "crop"))
+    branch.choice("code", ("authors", "transformers"), "authors")
+    for key in ("encoder", "connector", "preprocessor"):
+        branch.mapping(key)
+    branch.mapping("aux", {})
+    branch.done({})
+    return dict(found)
+
+
+def fused_prefixes(source: Source) -> tuple[tuple[str, str, str], ...]:
+    """Branches under their names, the LLM under the standard ones."""
+    parts = [f"branches.{b['name']}.{kind}" for b in source.branches for kind in KINDS]
+    return (*((f"{part}.", part, "") for part in parts), ("", "llm", ""))
+
+
+KINDS = ("encoder", "aux", "connector")
+"""Components of a branch."""
+
+ARRANGEMENT = {"positions": POSITIONS, "mask": MASKS}
+"""Keys, absent from older folders, that say where branches' tokens stand and who sees whom, and
+their values."""
+
+
+def arrange(source: Source, positions: str | None, mask: str | None) -> None:
+    """Replaces what is not None, in a fused folder's config.json too; one branch has no choice."""
+    for key, value in zip(ARRANGEMENT, (positions, mask), strict=True):
+        if value is not None:
+            setattr(source, key, value)
+            if source.layout == "visionfuse":
+                source.config = {**source.config, key: value}
+
+
+def fused_config(source: Source, recipe: Mapping[str, Any]) -> dict[str, Any]:
+    """config.json of a fused folder."""
+    return {
+        "architectures": ["VisionFuse"],
+        "model_type": "visionfuse",
+        "text_config": source.llm,
+        "branches": source.branches,
+        "template": source.template,
+        **({"image_token": source.image_token} if source.image_token else {}),
+        **({"tokenizer": source.tokenizer} if source.tokenizer else {}),
+        **{key: getattr(source, key) for key in ARRANGEMENT},
+        "recipe": dict(recipe),
+    }
+
+
+def describe_llm(path: Path, config: Values, towers: Towers) -> Source:
+    """A plain causal LM: no branch."""
+    del towers
+    own, kind, chat = (
+        config.rest({TEMPLATE}),
+        tokenizer_class(config.data),
+        read_chat_template(path),
+    )
+    registry.find(own, config.where).config(own, config.where)  # by its keys in this file
+    template = CHAT_TEMPLATE if chat else "plain"
+    return Source(
+        path, "llm", dict(config.data), own, [], template, tokenizer=kind, chat_template=chat
+    )
+
+
+BARE = tuple(
+    (start, "llm", f"model.{start}")
+    for start in ("embed_tokens.", "layers.", "norm.", "final_layernorm.")
+)
+"""Names of a model that was saved without its head (LlamaModel, PhiModel)."""
+
+
+def _is_llm(config: Mapping[str, Any]) -> bool:
+    table = registry.TABLES.get(str(config.get("model_type")))
+    return table is not None and bool(table.architecture)
+
+
+LAYOUTS = (
+    Layout(
+        "visionfuse",
+        lambda config: config.get("model_type") == "visionfuse",
+        describe_fused,
+        fused_prefixes,
+        unused=dict.fromkeys(("architectures", "dtype", "recipe", "torch_dtype"), ANY),
+    ),
+    Layout("llm", _is_llm, describe_llm, lambda source: (*BARE, ("", "llm", "")), unused={}),
+)

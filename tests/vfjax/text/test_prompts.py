@@ -1,0 +1,255 @@
+"""Prompts, token ids and loss masks against recordings of the four upstream code bases."""
+
+import json
+import shutil
+import warnings
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+from transformers import LlamaTokenizer, PreTrainedTokenizerFast
+
+from converters.tokenizer import load_tokenizer
+from vfjax.errors import InputError
+from vfjax.text.prompts import (
+    IGNORE,
+    IMAGE_ID,
+    TEMPLATES,
+    Template,
+    get_template,
+    labels,
+    render,
+    tokenize,
+)
+
+BASES = ("LLaVA", "MGM", "SliME", "DenseConnector")
+# Names that mean something else in this code base than elsewhere.
+VARIANTS = {("MGM", "mistral_instruct"): "mistral_instruct_mgm"}
+VARIANTS |= {("DenseConnector", "llama_3"): "llama_3_dc"}
+FORMS = ("first_question", "second_question", "complete")
+
+
+def template_of(base: str, name: str) -> Template:
+    return TEMPLATES[VARIANTS.get((base, name), name)]
+
+
+def turns_of(talk: list[list[str]], form: str) -> list[tuple[str, str | None]]:
+    turns = [tuple(turn) for turn in talk]
+    if form == "complete":
+        return turns
+    turns = turns[: 1 if form == "first_question" else 2]
+    return [*turns[:-1], (turns[-1][0], None)]
+
+
+@pytest.fixture(scope="module")
+def prompts(shared: Path) -> dict:
+    return json.loads((shared / "golden" / "prompts.json").read_text())
+
+
+@pytest.fixture(scope="module")
+def rows(shared: Path) -> dict:
+    return json.loads((shared / "golden" / "labels.json").read_text())["rows"]
+
+
+def llama(model: Path, folder: Path, **options) -> LlamaTokenizer:
+    """A SentencePiece file as people have it: a folder with tokenizer.model."""
+    folder.mkdir()
+    shutil.copy(model, folder / "tokenizer.model")
+    (folder / "tokenizer_config.json").write_text(json.dumps(options))
+    return load_tokenizer(folder)
+
+
+@pytest.fixture(scope="module")
+def tokenizers(shared: Path, tmp_path_factory: pytest.TempPathFactory) -> dict:
+    folder, tmp = shared / "golden" / "tokenizers", tmp_path_factory.mktemp("tokenizers")
+    found = {
+        name: PreTrainedTokenizerFast(
+            tokenizer_file=str(folder / f"{name}_tokenizer.json"), bos_token="<|begin_of_text|>"
+        )
+        for name in ("bpe", "bpe_no_bos")
+    }
+    for name, legacy in (("spm_legacy", True), ("spm_not_legacy", False)):
+        found[name] = llama(folder / "spm_tiny.model", tmp / name, legacy=legacy)
+    return found
+
+
+@pytest.fixture(scope="module")
+def llama2(shared: Path, tmp_path_factory: pytest.TempPathFactory) -> LlamaTokenizer:
+    model = shared / "tokenizers" / "llama2" / "tokenizer.model"
+    return llama(model, tmp_path_factory.mktemp("llama2") / "t", legacy=True)
+
+
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("base", BASES)
+def test_prompts_equal_upstream(prompts, base, form):
+    turns = turns_of(prompts["conversation"], form)
+    for name, recorded in prompts["templates"][base].items():
+        if isinstance(recorded[form], dict):
+            assert "upstream_raises" in recorded[form]
+            with pytest.raises(InputError, match="plain"):
+                render(template_of(base, name), turns)
+        else:
+            assert render(template_of(base, name), turns) == recorded[form], name
+
+
+def test_every_recorded_template_is_known(prompts):
+    recorded = {
+        VARIANTS.get((base, name), name) for base in BASES for name in prompts["templates"][base]
+    }
+    assert recorded == set(TEMPLATES) - set(NEXT)
+
+
+VISION = (
+    "You are a helpful language and vision assistant. You are able to understand the visual "
+    "content that the user provides, and assist the user with a variety of tasks using natural "
+    "language."
+)
+NEXT = {
+    "llava_llama_3": "<|start_header_id|>system<|end_header_id|>\n\n"
+    f"{VISION}<|eot_id|><|start_header_id|>user<|end_header_id|>\n\n"
+    "a<|eot_id|><|start_header_id|>assistant<|end_header_id|>\n\n"
+    "b<|eot_id|><|start_header_id|>user<|end_header_id|>\n\n"
+    "c<|eot_id|><|start_header_id|>assistant<|end_header_id|>\n\n",
+    "qwen_1_5": "<|im_start|>system\nYou are a helpful assistant.<|im_end|>\n<|im_start|>user\n"
+    "a<|im_end|>\n<|im_start|>assistant\nb<|im_end|>\n<|im_start|>user\nc<|im_end|>\n"
+    "<|im_start|>assistant\n",
+}
+"""LLaVA-NeXT's (llava/conversation.py), which none of the recorded code bases has."""
+
+
+@pytest.mark.parametrize("name", NEXT)
+def test_prompts_of_llava_next(name):
+    assert render(get_template(name), [("a", "b"), ("c", None)]) == NEXT[name]
+
+
+def test_stop_strings(prompts):
+    for base in BASES:
+        for name, recorded in prompts["templates"][base].items():
+            stop, upstream = template_of(base, name).stop, recorded["stop_string_in_upstream_eval"]
+            # Upstream waits for an empty string or for `<s>`, which no answer ends with.
+            assert upstream in stop or upstream in ("", "<s>"), name
+            assert all(stop)
+
+
+def test_names_are_keys_and_identical_templates_are_one_object():
+    for template in TEMPLATES.values():
+        assert TEMPLATES[template.name] is template
+    texts = [
+        render(t, [("q", None)]) if t.tail is None else render(t, [("q", "a"), ("q", "a")])
+        for t in {id(t): t for t in TEMPLATES.values()}.values()
+    ]
+    assert len(set(texts)) == len(texts)
+
+
+def test_unknown_template():
+    with pytest.raises(InputError, match="'vicuna'.*vicuna_v1"):
+        get_template("vicuna")
+
+
+@pytest.mark.parametrize(
+    ("turns", "message"),
+    [
+        ([], "at least one question"),
+        ([("", None)], "empty question"),
+        ([("q", "")], "empty answer"),
+        ([("q", None), ("q", None)], r"turns\[0\].*no answer"),
+    ],
+)
+def test_bad_turns(turns, message):
+    with pytest.raises(InputError, match=message):
+        render(TEMPLATES["v1"], turns)
+
+
+class Letters:
+    """One id a letter (its code point); puts `bos` first if asked."""
+
+    bos_token_id = 1
+
+    def __init__(self, bos: bool):
+        self.bos = bos
+
+    def __call__(self, text: str) -> SimpleNamespace:
+        return SimpleNamespace(input_ids=[1] * self.bos + [ord(c) for c in text])
+
+
+def test_tokenize_keeps_one_bos():
+    a, b = ord("a"), ord("b")
+    assert tokenize(Letters(True), "a<image>b<image>") == [1, a, IMAGE_ID, b, IMAGE_ID]
+    assert tokenize(Letters(True), "<image>b") == [1, IMAGE_ID, b]
+    assert tokenize(Letters(True), "ab") == [1, a, b]
+
+
+def test_tokenize_drops_nothing_without_bos():
+    a, b = ord("a"), ord("b")
+    assert tokenize(Letters(False), "a<image>b") == [a, IMAGE_ID, b]
+    assert tokenize(Letters(False), "<image>b") == [IMAGE_ID, b]
+
+
+def test_tokenize_drops_a_real_token_after_a_literal_bos():
+    # Upstream behaviour Dense Connector's Llama-3 was trained with (BOS in the template).
+    assert tokenize(Letters(False), "\x01a<image>\nb") == [1, ord("a"), IMAGE_ID, ord("b")]
+
+
+def test_text_after_the_picture_starts_a_sentencepiece_word(llama2):
+    ids = tokenize(llama2, "USER: <image>\nHi")
+    place = ids.index(IMAGE_ID)
+    assert ids[0] == llama2.bos_token_id
+    assert ids[place + 1 : place + 3] == [29871, 13]
+    assert llama2.bos_token_id not in ids[1:]
+
+
+@pytest.mark.parametrize("base", BASES)
+def test_labels_equal_upstream(rows, tokenizers, base):
+    for row in rows[base]:
+        talk = [text for _, text in row["messages"]]
+        turns = list(zip(talk[::2], talk[1::2], strict=True))
+        template = template_of(base, row["template"])
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            ids, targets = labels(tokenizers[row["tokenizer"]], template, turns)
+        where = (row["template"], row["tokenizer"], row["conversation"])
+        assert ids == row["input_ids"], where
+        assert targets == row["labels"], where
+        warned = any("tokenization mismatch" in str(w.message) for w in caught)
+        assert warned == ("upstream_warning" in row), where
+
+
+@pytest.mark.parametrize("name", sorted({t.name for t in TEMPLATES.values() if t.trained_tail}))
+def test_exactly_the_answers_are_trained(name):
+    template = TEMPLATES[name]
+    turns = [("<image>\nWhy?", "It rains.")]
+    if template.tail is not None:
+        turns.append(("And ASSISTANT: now?", "<|eot_id|> Still."))
+    ids, targets = labels(Letters(template.auto_bos), template, turns)
+    kept = "".join(chr(t) for t in targets if t != IGNORE)
+    assert kept == "".join(f"{template.space}{a}{template.trained_tail}" for _, a in turns)
+    assert all(t in (i, IGNORE) for i, t in zip(ids, targets, strict=True))
+
+
+def test_tagged_pictures_in_training():
+    ids, _ = labels(Letters(True), TEMPLATES["v1_mmtag"], [("Why?\n<image>", "So.")])
+    text = "".join("@" if i == IMAGE_ID else chr(i) for i in ids)
+    assert "USER: <Image>@</Image>\nWhy? ASSISTANT: So.</s>" in text
+
+
+@pytest.mark.parametrize(
+    ("name", "turns", "message"),
+    [
+        ("llava_v0", [("q", "a")], "training form"),
+        ("v1", [("q", None)], "open turn"),
+        ("v1", [("q", "<image>")], "<image> in the answer"),
+        ("plain", [("q", "a")], "one turn with <image>"),
+        ("plain", [("<image>", "a"), ("q", "a")], "2 turns"),
+    ],
+)
+def test_untrainable(name, turns, message):
+    with pytest.raises(InputError, match=message):
+        labels(Letters(True), TEMPLATES[name], turns)
+
+
+def test_llama_3_answers_as_the_system():
+    """Mini-Gemini's Llama-3 models were trained with this header before answers; SliME's not."""
+    turns = [("Hello", None)]
+    end = "<|start_header_id|>{}<|end_header_id|>\n\n"
+    assert render(get_template("llama_3"), turns).endswith(end.format("system"))
+    assert render(get_template("llama3"), turns).endswith(end.format("assistant"))

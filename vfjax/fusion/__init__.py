@@ -1,0 +1,1 @@
+"""Several members in one model: where their tokens stand, how they answer, which are left out."""

@@ -1,0 +1,150 @@
+"""A merge method with its parameters, and the tensors that it ranks as one."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import threading
+from collections import OrderedDict
+from collections.abc import Callable, Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from vfjax.merge.engine import kernels, passes, stream
+from vfjax.merge.methods.registry import Array, Flags, Method, Numbers, Params
+
+if TYPE_CHECKING:
+    from vfjax.merge.engine.merger import Merged
+
+
+class Model:
+    """Tensors that `Largest` may rank as one.
+
+    Locks are taken in one order: a tensor's, then those of its sources (which may be merged too),
+    then its rule's, under which nothing waits. Tensors that are ranked as one share a lock: to
+    answer for one of them is to ask all of them. Whoever holds a lock never waits for work that no
+    thread has begun, see `stream._map`.
+
+    Attributes:
+        tensors: of a rule, or of all rules that differ in weights and scale alone.
+        answers: to its requests over all of them, by step.
+        lock: of its tensors, if they are ranked as one.
+    """
+
+    def __init__(self) -> None:
+        self.tensors: list[Merged] = []
+        self.answers: dict[int, Any] = {}
+        self.lock = threading.RLock()
+
+
+@dataclasses.dataclass(eq=False)
+class Rule:
+    """A method with its parameters, shared by the tensors of a merge that use both.
+
+    Attributes:
+        method: what to compute.
+        values: its numbers.
+        flags: its switches.
+        seed: of random methods.
+        has_base: the first source is the base.
+        accounts: its tensors count what their sources did to the base, as they are merged.
+        model: its tensors, and others'.
+    """
+
+    method: Method
+    values: Numbers
+    flags: Flags
+    seed: int
+    has_base: bool
+    accounts: bool
+    model: Model
+
+    def __post_init__(self) -> None:
+        self.params: Params = {**self.values, **dict(self.flags)}
+        self.lock = threading.RLock()
+        self._recent: OrderedDict[str, np.ndarray] = OrderedDict()
+        self._requests: dict[Any, Any] = {}
+        cpu = jax.local_devices(backend="cpu")[0]
+        self._values = jax.device_put(self.values, cpu)
+
+    def run(
+        self, arrays: Sequence[np.ndarray], answers: Sequence[Any], start: int, tensor: Merged
+    ) -> np.ndarray:
+        """The formula on a block of a tensor that starts at a flat index, or on all of it."""
+        if self.method.whole:
+            return np.asarray(kernels.whole_kernel(arrays, self._values, **self.static(tensor)))
+        first, size = np.uint32(start), arrays[0].size
+        words = (
+            kernels.draw(first, self.keys(tensor.name), size=size) if self.method.random else None
+        )
+        known = tuple(answers)
+        return np.asarray(
+            kernels.block_kernel(arrays, self._values, known, first, words, **self.static(tensor))
+        )
+
+    @property
+    def is_joint(self) -> bool:
+        """Its model's tensors are ranked as one."""
+        return ("trim", "model") in self.flags
+
+    def static(self, tensor: Merged) -> dict[str, Any]:
+        """What a kernel is compiled for."""
+        return {
+            "method": self.method,
+            "flags": self.flags,
+            "has_base": self.has_base,
+            "dtype": tensor.dtype,
+            "width": tensor.width if self.method.rows else None,
+            "is_vector": len(tensor.shape) < 2,
+        }
+
+    def keys(self, name: str) -> np.ndarray:
+        """uint32[ceil(K / 2), 2]: a tensor's keys of random numbers, see `passes.draw`."""
+        count = len(self.model.tensors[0].sources) - self.has_base
+        words = (f"{self.seed}/{i}/{name}".encode() for i in range((count + 1) // 2))
+        digests = [hashlib.sha256(word).digest() for word in words]
+        return np.stack([np.frombuffer(digest[:8], np.uint32) for digest in digests])
+
+    def request(self, tensor: Merged, answers: Sequence[Any]) -> Any:
+        """What the method asks for after `answers`, None at its end; nothing is computed.
+
+        Its arrays are left out, as they depend on the block. What is left depends on the step and
+        on what the kernel is compiled for.
+        """
+        static = self.static(tensor)
+        del static["dtype"]
+        key = (len(answers), *static.values())
+        with self.lock:
+            if key not in self._requests:
+                self._requests[key] = self._look(tensor, answers, static)
+            return self._requests[key]
+
+    def _look(self, tensor: Merged, answers: Sequence[Any], static: Mapping[str, Any]) -> Any:
+        found: list[Any] = []
+
+        def look(arrays: Sequence[Array], known: Sequence[Any]) -> int:
+            words = jnp.zeros((len(arrays), size), jnp.uint32)
+            found.append(kernels.advance(arrays, self.values, known, 0, words, **static))
+            return 0
+
+        size = tensor.padded_size(tensor.width)
+        arrays = [jax.ShapeDtypeStruct((size,), each.dtype) for _, each in tensor.sources]
+        members = len(arrays) - self.has_base
+        rows = jax.ShapeDtypeStruct((members, size // tensor.width, tensor.width), np.float32)
+        jax.eval_shape(look, arrays, [rows if each is stream.SORTED else each for each in answers])
+        return passes.bare(found[0])
+
+    def recent(self, name: str, compute: Callable[[], np.ndarray]) -> np.ndarray:
+        """The last two whole results, as their slices are taken one after another."""
+        with self.lock:
+            known = self._recent.get(name)
+        if known is None:
+            known = compute()
+            with self.lock:
+                self._recent[name] = known
+                while len(self._recent) > 2:
+                    self._recent.popitem(last=False)
+        return known

@@ -1,0 +1,1 @@
+"""Merge formulas: pure functions on arrays, found by name; each module registers its own."""

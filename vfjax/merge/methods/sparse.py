@@ -1,0 +1,418 @@
+"""Merge formulas that drop a part of each delta, and those that let members vote on signs."""
+
+from collections.abc import Sequence
+from typing import Any, Literal
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from vfjax.errors import InputError
+from vfjax.merge.engine.passes import Answers, Block, Largest, Sorted, Steps, Sum, above
+from vfjax.merge.methods.elementwise import divisor, from_base, select, weighted_sum
+from vfjax.merge.methods.registry import Array, Each, Params, Weights, register
+
+Rescale = Literal["none", "density", "norm"]
+"""What the kept deltas are multiplied by: nothing; the inverse of their probability of being kept,
+which leaves the expectation as it was; or what restores the tensor's sum of absolute values."""
+Trim = Literal["tensor", "model"]
+"""Whether a share of the largest deltas is of each tensor, or of the whole model."""
+Vote = Literal["weighted", "plain"]
+"""Whether members vote with their deltas times their weights, or with their deltas alone."""
+
+_DRAWS = 65536.0
+"""Values that a random draw takes."""
+
+
+def _check_epsilon(params: Params) -> None:
+    for density, epsilon in zip(params["density"], params["epsilon"], strict=True):
+        if 0 < density < 1 and not 0 < density - epsilon <= density + epsilon < 1:
+            raise InputError(
+                "epsilon",
+                found=f"{epsilon:g} with density {density:g}",
+                expected="density - epsilon and density + epsilon between 0 and 1",
+                fix="choose a smaller epsilon",
+            )
+
+
+@register()
+def ties(
+    base: Array,
+    members: Sequence[Array],
+    *,
+    weights: Weights,
+    density: Each = 1.0,
+    scale: float = 1.0,
+    normalize: bool = True,
+    rescale: Rescale = "none",
+    trim: Trim = "tensor",
+    vote: Vote = "weighted",
+    block: Block,
+) -> Steps:
+    """Trim, elect signs, merge what agrees: TIES-Merging, arXiv 2306.01708, algorithm 1.
+
+    Of each delta the floor(density n) largest by magnitude are kept, at least one unless density is
+    0; of equal ones the first.
+    A position's sign is that of the sum of the votes (plus if it is 0); the deltas with that sign
+    are averaged by their weights.
+
+    Args:
+        base: float array.
+        members: K arrays of its shape.
+        weights: K numbers.
+        density: share of each delta that is kept.
+        scale: the paper's lambda.
+        normalize: divide by the sum of the weights that agree; otherwise their sum is taken.
+        rescale: see `Rescale`; the paper does not.
+        trim: see `Trim`; the paper trims the whole task vector, mergekit each tensor.
+        vote: see `Vote`; the paper has no weights.
+        block: where the arrays lie in the tensor.
+
+    Returns:
+        float32 array of that shape.
+    """
+    start, deltas = from_base(base, members)
+    kept = yield from _trimmed(deltas, density, rescale, trim, block)
+    return start + scale * _elect(kept, weights, normalize, vote)
+
+
+@register()
+def breadcrumbs(
+    base: Array,
+    members: Sequence[Array],
+    *,
+    weights: Weights,
+    density: Each = 1.0,
+    gamma: Each = 0.01,
+    scale: float = 1.0,
+    normalize: bool = False,
+    rescale: Rescale = "none",
+    trim: Trim = "tensor",
+    block: Block,
+) -> Steps:
+    """Sum of the deltas without their largest and smallest elements.
+
+    Model Breadcrumbs, arXiv 2312.06795, section 3. floor(gamma n) outliers are dropped, then the
+    smallest until floor(density n) are left; where density + gamma exceeds 1, fewer outliers are
+    dropped.
+
+    Args:
+        base: float array.
+        members: K arrays of its shape.
+        weights: K numbers.
+        density: share of each delta that is kept.
+        gamma: share of the outliers that are dropped.
+        scale: multiplies the summed deltas.
+        normalize: divide by the sum of the weights.
+        rescale: see `Rescale`; the paper does not.
+        trim: see `Trim`; the paper's masks are a tensor's.
+        block: where the arrays lie in the tensor.
+
+    Returns:
+        float32 array of that shape.
+    """
+    start, deltas = from_base(base, members)
+    kept = yield from _crumbs(deltas, density, rescale, trim, block)
+    return start + scale * _add(kept, weights, normalize)
+
+
+@register()
+def breadcrumbs_ties(
+    base: Array,
+    members: Sequence[Array],
+    *,
+    weights: Weights,
+    density: Each = 1.0,
+    gamma: Each = 0.01,
+    scale: float = 1.0,
+    normalize: bool = False,
+    rescale: Rescale = "none",
+    trim: Trim = "tensor",
+    vote: Vote = "weighted",
+    block: Block,
+) -> Steps:
+    """`breadcrumbs` whose members elect signs as in `ties`; arguments as there."""
+    start, deltas = from_base(base, members)
+    kept = yield from _crumbs(deltas, density, rescale, trim, block)
+    return start + scale * _elect(kept, weights, normalize, vote)
+
+
+@register(random=True)
+def dare_linear(
+    base: Array,
+    members: Sequence[Array],
+    *,
+    weights: Weights,
+    density: Each = 1.0,
+    scale: float = 1.0,
+    normalize: bool = False,
+    rescale: Rescale = "density",
+    block: Block,
+) -> Steps:
+    """Sum of the deltas, each with elements dropped at random and the rest rescaled.
+
+    DARE, arXiv 2311.03099, equation 4. A draw has 16 bits, so a density is met to 1e-5.
+
+    Args:
+        base: float array.
+        members: K arrays of its shape.
+        weights: K numbers.
+        density: probability that an element is kept.
+        scale: multiplies the summed deltas.
+        normalize: divide by the sum of the weights.
+        rescale: see `Rescale`; the paper's is "density", mergekit's "norm".
+        block: where the arrays lie in the tensor.
+
+    Returns:
+        float32 array of that shape.
+    """
+    start, deltas = from_base(base, members)
+    kept = yield from _dropped(deltas, density, rescale, block)
+    return start + scale * _add(kept, weights, normalize)
+
+
+@register(random=True)
+def dare_ties(
+    base: Array,
+    members: Sequence[Array],
+    *,
+    weights: Weights,
+    density: Each = 1.0,
+    scale: float = 1.0,
+    normalize: bool = False,
+    rescale: Rescale = "density",
+    vote: Vote = "weighted",
+    block: Block,
+) -> Steps:
+    """`dare_linear` whose members elect signs as in `ties`; arguments as there."""
+    start, deltas = from_base(base, members)
+    kept = yield from _dropped(deltas, density, rescale, block)
+    return start + scale * _elect(kept, weights, normalize, vote)
+
+
+@register(rows=True, random=True, check=_check_epsilon)
+def della_linear(
+    base: Array,
+    members: Sequence[Array],
+    *,
+    weights: Weights,
+    density: Each = 1.0,
+    epsilon: Each = 0.15,
+    scale: float = 1.0,
+    normalize: bool = False,
+    rescale: Rescale = "density",
+    block: Block,
+) -> Steps:
+    """Sum of the deltas, of which small elements are dropped more often than large ones.
+
+    DELLA, arXiv 2406.11617, section 3.1 (MagPrune): in a row of n, the element of rank r by
+    magnitude (from 1) is kept with probability density - epsilon + 2 epsilon (r - 1) / (n - 1).
+    Equal elements have the highest of their ranks. A row of one element is kept with probability
+    density.
+
+    Args:
+        base: float array.
+        members: K arrays of its shape.
+        weights: K numbers.
+        density: mean probability that an element is kept; 1 keeps all.
+        epsilon: half of the range of the probabilities.
+        scale: multiplies the summed deltas.
+        normalize: divide by the sum of the weights.
+        rescale: see `Rescale`; the paper's is "density", mergekit's "norm".
+        block: where the arrays lie in the tensor.
+
+    Returns:
+        float32 array of that shape.
+    """
+    start, deltas = from_base(base, members)
+    kept = yield from _pruned(deltas, density, epsilon, rescale, block)
+    return start + scale * _add(kept, weights, normalize)
+
+
+@register(rows=True, random=True, check=_check_epsilon)
+def della(
+    base: Array,
+    members: Sequence[Array],
+    *,
+    weights: Weights,
+    density: Each = 1.0,
+    epsilon: Each = 0.15,
+    scale: float = 1.0,
+    normalize: bool = True,
+    rescale: Rescale = "density",
+    vote: Vote = "weighted",
+    block: Block,
+) -> Steps:
+    """`della_linear` whose members elect signs as in `ties`; arguments as there."""
+    start, deltas = from_base(base, members)
+    kept = yield from _pruned(deltas, density, epsilon, rescale, block)
+    return start + scale * _elect(kept, weights, normalize, vote)
+
+
+@register()
+def sce(base: Array, members: Sequence[Array], *, select_topk: float = 1.0, block: Block) -> Steps:
+    """Select by variance, calculate weights, erase minority signs: SCE of FuseChat, 2408.07990.
+
+    The floor(select_topk v) positions with the largest variance over the members are kept, v the
+    number of those where it is not 0. A member's weight is its share of the sum of squares, its
+    deltas count where their sign is that of the sum (section 3.3).
+
+    Args:
+        base: float array.
+        members: K arrays of its shape.
+        select_topk: share of the positions that is merged; 1 keeps all.
+        block: where the arrays lie in the tensor.
+
+    Returns:
+        float32 array of that shape.
+    """
+    start, deltas = from_base(base, members)
+    count = len(deltas)
+    mean = sum(deltas[1:], deltas[0]) / count
+    squares = [(d - mean) ** 2 for d in deltas]
+    variance = sum(squares[1:], squares[0]) / count
+
+    def ranks(params: Params, n: int, answers: Answers) -> np.ndarray:
+        share = params["select_topk"]
+        return np.array([[n if share >= 1 else _floor(share, int(answers[0]))]])
+
+    yield Sum([(variance > 0).astype(jnp.float32)], lambda sums, params, n: np.uint32(sums[0]))
+    cuts = yield Largest([variance], ranks)
+    selected = above(variance, block.index, _cut(cuts, 0, 0))
+    kept = [select(selected, d) for d in deltas]
+    shares = yield Sum([d * d for d in kept], _shares)
+    agree = _agree(kept, kept)
+    total = sum(w * a for w, a in zip(shares, agree, strict=True))
+    merged = weighted_sum([select(a, d) for d, a in zip(kept, agree, strict=True)], shares)
+    return start + merged / jnp.where(total == 0, 1.0, total)
+
+
+def _shares(sums: np.ndarray, params: Params, n: int) -> np.ndarray:
+    total = sums.sum()
+    return np.asarray(sums / (total or 1.0), np.float32)
+
+
+def _floor(share: float, n: int) -> int:
+    """floor(share n), of the decimal number that the float32 was read from."""
+    return min(n, max(0, int(float(str(np.float32(share))) * n)))
+
+
+def _cut(cuts: tuple[Array, Array], member: int, which: int) -> tuple[Array, Array]:
+    return cuts[0][member, which], cuts[1][member, which]
+
+
+def _trimmed(
+    deltas: list[jax.Array], density: Any, rescale: Rescale, trim: Trim, block: Block
+) -> Steps:
+    def ranks(params: Params, n: int, answers: Answers) -> np.ndarray:
+        return np.array([[max(share > 0, _floor(share, n))] for share in params["density"]])
+
+    cuts = yield Largest([jnp.abs(d) for d in deltas], ranks, trim == "model")
+    masks = [above(jnp.abs(d), block.index, _cut(cuts, i, 0)) for i, d in enumerate(deltas)]
+    return (yield from _rescaled(deltas, masks, density, rescale))
+
+
+def _crumbs(
+    deltas: list[jax.Array], density: Any, rescale: Rescale, trim: Trim, block: Block
+) -> Steps:
+    def ranks(params: Params, n: int, answers: Answers) -> np.ndarray:
+        out = []
+        for share, outliers in zip(params["density"], params["gamma"], strict=True):
+            keep = _floor(share, n)
+            top = 0 if keep == n else min(_floor(outliers, n), n - keep)
+            out.append([top, top + keep])
+        return np.array(out)
+
+    cuts = yield Largest([jnp.abs(d) for d in deltas], ranks, trim == "model")
+    masks = []
+    for i, d in enumerate(deltas):
+        outlier, large = (above(jnp.abs(d), block.index, _cut(cuts, i, j)) for j in (0, 1))
+        masks.append(large & ~outlier)
+    return (yield from _rescaled(deltas, masks, density, rescale))
+
+
+def _dropped(deltas: list[jax.Array], density: Any, rescale: Rescale, block: Block) -> Steps:
+    masks = [block.noise(i).astype(jnp.float32) < density[i] * _DRAWS for i in range(len(deltas))]
+    return (yield from _rescaled(deltas, masks, density, rescale))
+
+
+def _pruned(
+    deltas: list[jax.Array], density: Any, epsilon: Any, rescale: Rescale, block: Block
+) -> Steps:
+    orders = yield Sorted([jnp.abs(d) for d in deltas])
+    masks, kept = [], []
+    for i, d in enumerate(deltas):
+        size, order = jnp.abs(d), orders[i]
+        half = jnp.where((density[i] >= 1) | (density[i] <= 0), 0.0, epsilon[i])
+        least = density[i] - half
+        last = size.shape[-1] - 1
+        draw = block.noise(i).reshape(size.shape).astype(jnp.float32) / _DRAWS
+        # Kept if draw < probability(rank), which is if its rank is beyond the one solved for.
+        place = (draw - least) / jnp.maximum(2 * half, 1e-6) * last
+        place = jnp.clip(jnp.floor(place) + 1, -1, last + 1).astype(jnp.int32)
+        there = _at(order, jnp.clip(place, 0, last))
+        varied = (place <= 0) | ((place <= last) & ~(size < there))
+        masks.append(jnp.where((half == 0) | (last == 0), draw < density[i], varied))
+        if rescale == "density":
+            step = 2 * half / max(1, last)
+            probability = least + step * (_not_larger(order, size) - 1)
+            kept.append(jnp.where(last == 0, density[i], probability))
+        else:
+            kept.append(density[i])
+    return (yield from _rescaled(deltas, masks, kept, rescale))
+
+
+def _at(rows: jax.Array, places: jax.Array) -> jax.Array:
+    return jnp.take_along_axis(rows, places, axis=-1)
+
+
+def _not_larger(order: jax.Array, values: jax.Array) -> jax.Array:
+    """How many elements of an ordered row are at most each value: a search by bits."""
+    width = order.shape[-1]
+    bits = width.bit_length()
+
+    def step(i: jax.Array, count: jax.Array) -> jax.Array:
+        more = count + (1 << (bits - 1 - i))
+        fits = (more <= width) & (_at(order, jnp.minimum(more, width) - 1) <= values)
+        return jnp.where(fits, more, count)
+
+    return jax.lax.fori_loop(0, bits, step, jnp.zeros(values.shape, jnp.int32))
+
+
+def _rescaled(
+    deltas: list[jax.Array], masks: list[jax.Array], kept: Sequence[Any], rescale: Rescale
+) -> Steps:
+    """The masked deltas, rescaled."""
+    masked = [select(mask, d) for d, mask in zip(deltas, masks, strict=True)]
+    if rescale == "density":
+        return [d / jnp.maximum(p, 1e-6) for d, p in zip(masked, kept, strict=True)]
+    if rescale == "norm":
+        ratios = yield Sum([jnp.abs(d) for d in [*deltas, *masked]], _ratios)
+        return [d * r for d, r in zip(masked, ratios, strict=True)]
+    return masked
+
+
+def _ratios(sums: np.ndarray, params: Params, n: int) -> np.ndarray:
+    before, after = np.split(sums, 2)
+    return np.asarray(np.where(after > 0, before / np.where(after > 0, after, 1), 1), np.float32)
+
+
+def _add(kept: list[jax.Array], weights: Any, normalize: bool) -> Any:
+    total = weighted_sum(kept, weights)
+    return total / divisor(sum(weights[1:], weights[0])) if normalize else total
+
+
+def _elect(kept: Sequence[Any], weights: Any, normalize: bool, vote: Vote) -> Any:
+    terms = [w * d for w, d in zip(weights, kept, strict=True)]
+    votes = terms if vote == "weighted" else kept
+    agree = _agree(votes, terms)
+    total = sum(select(a, x) for x, a in zip(terms, agree, strict=True))
+    if not normalize:
+        return total
+    return total / divisor(sum(w * a for w, a in zip(weights, agree, strict=True)))
+
+
+def _agree(votes: Sequence[Any], terms: Sequence[Any]) -> list[jax.Array]:
+    """Which terms have the sign of the votes' sum, plus if it is 0."""
+    positive = sum(votes[1:], votes[0]) >= 0
+    return [jnp.where(positive, x > 0, x < 0) for x in terms]

@@ -1,0 +1,1 @@
+"""Layers, attention kernels, low-rank adapters, int8 products."""

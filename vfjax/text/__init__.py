@@ -1,0 +1,1 @@
+"""Prompts and conversations as token ids, and answers as text."""

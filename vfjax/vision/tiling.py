@@ -1,0 +1,242 @@
+"""Pictures cut into tiles, and the order in which the tiles' visual tokens are read; on the host.
+
+Anyres (LLaVA-NeXT, Dense Connector) and SliME's adaptive slicing show the encoder the whole picture
+and, at a higher resolution, a grid of tiles. The grid depends on the picture; merging the tiles'
+tokens is then one gather, by the indices made here. Sizes are (width, height), grids (columns,
+rows). Sources: LLaVA's `llava/mm_utils.py` and `llava/model/llava_arch.py`, and the same files of
+SliME, both with their rounding.
+"""
+
+import math
+from collections.abc import Sequence
+
+import numpy as np
+from PIL import Image
+
+from vfjax.errors import InputError
+from vfjax.vision.images import Source, open_image
+
+Size = tuple[int, int]  # (width, height) or (columns, rows)
+
+_MAX_TILES = 6  # SliME's limit on the wanted number; the grid may have one more
+
+
+def best_resolution(size: Size, candidates: Sequence[Size]) -> Size:
+    """The canvas on which most of a picture's pixels survive; of equals the one with least waste.
+
+    LLaVA's `select_best_resolution`: the picture is scaled to fit, up or down, but counts at most
+    the pixels it has. The first of full equals wins.
+
+    Args:
+        size: the picture's.
+        candidates: at least one canvas, in pixels.
+    """
+    width, height = size
+
+    def merit(canvas: Size) -> tuple[int, int]:
+        scale = min(canvas[0] / width, canvas[1] / height)
+        effective = min(int(width * scale) * int(height * scale), width * height)
+        return effective, effective - canvas[0] * canvas[1]
+
+    return max(candidates, key=merit)
+
+
+def anyres_grid(size: Size, pinpoints: Sequence[Size], tile: int) -> Size:
+    """The grid of tiles of a LLaVA-NeXT or Dense Connector picture.
+
+    LLaVA's `get_anyres_image_grid_shape`.
+
+    Args:
+        size: the picture's.
+        pinpoints: the config's `image_grid_pinpoints`, canvases in pixels, (width, height). (Those
+            of transformers' port are (height, width) in its config.)
+        tile: side of the encoder's input in pixels.
+
+    Raises:
+        InputError: no pinpoint, or one that is not made of whole tiles.
+    """
+    if not pinpoints or any(side < tile or side % tile for point in pinpoints for side in point):
+        raise InputError(
+            "image_grid_pinpoints",
+            found=[list(point) for point in pinpoints],
+            expected=f"at least one [width, height] in multiples of {tile}, the encoder's input",
+            fix="correct config.json or preprocessor_config.json",
+        )
+    width, height = best_resolution(size, pinpoints)
+    return width // tile, height // tile
+
+
+def adaptive_grid(size: Size, tile: int) -> Size:
+    """The grid of 2 to 7 tiles of a SliME picture.
+
+    SliME's `select_best_resolution_uhd`: as many tiles as the picture's area fills, one fewer or
+    one more, in any grid, whichever is the best resolution.
+
+    Args:
+        size: the picture's.
+        tile: side of the encoder's input in pixels.
+    """
+    wanted = min(max(math.ceil(size[0] * size[1] / tile**2), 2), _MAX_TILES)
+    grids = [
+        (cols, count // cols)
+        for count in range(max(wanted - 1, 2), wanted + 2)
+        for cols in range(1, count + 1)
+        if count % cols == 0
+    ]
+    return anyres_grid(size, [(cols * tile, rows * tile) for cols, rows in grids], tile)
+
+
+def resize_pad(image: Image.Image, canvas: Size) -> Image.Image:
+    """Scales a picture to fit a canvas, its aspect kept, and centres it there on black.
+
+    LLaVA's `resize_and_pad_image`: Pillow's bicubic, the free side rounded up.
+
+    Args:
+        image: RGB.
+        canvas: size of the result in pixels.
+    """
+    across, down = canvas[0] / image.width, canvas[1] / image.height
+    if across < down:
+        size = canvas[0], min(math.ceil(image.height * across), canvas[1])
+    else:
+        size = min(math.ceil(image.width * down), canvas[0]), canvas[1]
+    out = Image.new("RGB", canvas)
+    corner = (canvas[0] - size[0]) // 2, (canvas[1] - size[1]) // 2
+    out.paste(image.resize(size, Image.Resampling.BICUBIC), corner)
+    return out
+
+
+def tiles(image: Source, grid: Size, tile: int) -> list[Image.Image]:
+    """The views of one picture, each to go through `vfjax.vision.images.preprocess`.
+
+    LLaVA's `process_anyres_image`, without the processor.
+
+    Args:
+        image: anything `vfjax.vision.images.open_image` takes.
+        grid: from `anyres_grid` or `adaptive_grid`; (0, 0) for the whole picture alone.
+        tile: side of the encoder's input in pixels.
+
+    Returns:
+        1 + columns * rows pictures of tile x tile: the whole one, squashed, then the tiles row by
+        row.
+
+    Raises:
+        InputError: as `open_image`.
+    """
+    image = open_image(image)
+    views = [image.resize((tile, tile), Image.Resampling.BICUBIC)]
+    cols, rows = grid
+    if cols * rows:
+        canvas = resize_pad(image, (cols * tile, rows * tile))
+        corners = [(x * tile, y * tile) for y in range(rows) for x in range(cols)]
+        views += [canvas.crop((x, y, x + tile, y + tile)) for x, y in corners]
+    return views
+
+
+def unpad(size: Size, tokens: Size, decimals: int | None = None) -> tuple[slice, slice]:
+    """Where a raster of tokens shows the picture and not the padding of `resize_pad`.
+
+    LLaVA's `unpad_image`: the picture's side is rounded down and the same is cut at both ends, so
+    that half a token of padding may stay. Nothing is left of a picture thinner than a token, if the
+    raster's side is even.
+
+    Args:
+        size: the picture's, in pixels.
+        tokens: the raster's (columns, rows).
+        decimals: that the picture's side is rounded to before it is rounded down: 7 in
+            transformers' LlavaNext, where upstream has no such step.
+
+    Returns:
+        Slices of its rows and columns.
+    """
+
+    def down(side: float) -> int:
+        return int(side if decimals is None else round(side, decimals))
+
+    (width, height), (cols, rows) = size, tokens
+    if width / height > cols / rows:
+        cut = (rows - down(height * (cols / width))) // 2
+        return slice(cut, rows - cut), slice(0, cols)
+    cut = (cols - down(width * (rows / height))) // 2
+    return slice(0, rows), slice(cut, cols - cut)
+
+
+def raster_indices(grid: Size, side: int) -> np.ndarray:
+    """From tokens stored tile by tile to one raster over all tiles.
+
+    Args:
+        grid: of tiles, stored row by row.
+        side: a tile has side * side tokens, stored row by row.
+
+    Returns:
+        int32[rows * side, columns * side] of indices into the columns * rows * side * side tokens.
+    """
+    cols, rows = grid
+    stored = np.arange(cols * rows * side * side, dtype=np.int32)
+    raster = stored.reshape(rows, cols, side, side).swapaxes(1, 2)
+    return raster.reshape(rows * side, cols * side)
+
+
+def spatial_indices(
+    size: Size, grid: Size, side: int, *, unpad: bool, newline: bool, decimals: int | None = None
+) -> np.ndarray:
+    """The order in which the LLM reads the visual tokens of one picture.
+
+    The merge of `prepare_inputs_labels_for_multimodal` in LLaVA's `llava_arch.py`, by the config's
+    `mm_patch_merge_type`: "spatial_unpad" has both flags, "spatial" neither. ("flat" reads the
+    tokens as they are stored.)
+
+    Args:
+        size: the picture's, in pixels.
+        grid: of tiles; (0, 0) for the whole picture alone.
+        side: a tile has side * side tokens.
+        unpad: leave out the padding around the picture; see `unpad`.
+        newline: end every row of the raster, or the picture if it has no tiles, with the newline.
+        decimals: see `unpad`.
+
+    Returns:
+        int32[n] of indices into the picture's (1 + columns * rows) * side * side tokens, stored as
+        `tiles` orders the views, and one newline after them: the whole picture, then the raster
+        over all tiles.
+    """
+    whole = np.arange(side * side, dtype=np.int32)
+    end = (1 + grid[0] * grid[1]) * side * side
+    if end == side * side:
+        return np.append(whole, np.int32(end)) if newline else whole
+    raster = side * side + raster_indices(grid, side)
+    if unpad:
+        raster = _unpadded(raster, size, decimals)
+    if newline:
+        raster = np.pad(raster, ((0, 0), (0, 1)), constant_values=end)
+    return np.concatenate([whole, raster.ravel()])
+
+
+def _unpadded(raster: np.ndarray, size: Size, decimals: int | None) -> np.ndarray:
+    rows, cols = raster.shape
+    return raster[unpad(size, (cols, rows), decimals)]
+
+
+def frame_indices(n: int, count: int) -> np.ndarray:
+    """Frames that stand for a video: the middles of `count` equal segments.
+
+    Dense Connector's `get_seq_frames`; ends of segments are rounded half to even.
+
+    Args:
+        n: frames in the video. With fewer than `count`, frames repeat.
+        count: frames wanted.
+
+    Returns:
+        int64[count], ascending.
+
+    Raises:
+        InputError: no frames in the video, or none wanted.
+    """
+    if n < 1 or count < 1:
+        raise InputError(
+            "video",
+            found=f"{n} frames, {count} wanted",
+            expected="at least one of each",
+            fix="check the file and the number of frames",
+        )
+    ends = np.round((n - 1) / count * np.arange(count + 1)).astype(np.int64)
+    return (ends[:-1] + ends[1:]) // 2

@@ -13,7 +13,7 @@ from urllib.parse import urlsplit
 
 import httpx2
 
-from experiments.serve.keys import IGNORED, MESSAGE, ONLY, PART, TEMPLATE, allowed
+from experiments.serve.keys import IGNORED, MESSAGE, ONLY, PART, ROLES, TEMPLATE, allowed
 from experiments.serve.logprobs import TOP
 from experiments.serve.pictures import read_picture
 from vfjax import InputError, Processor
@@ -114,7 +114,7 @@ def read(body: bytes, limits: Limits, processor: Processor) -> Asked:
     ignored: list[str] = []
     usage = _stream_options(taken, stream, ignored)
     choices = taken.count("n", 1, limits.choices) or 1
-    schema = _schema(taken)
+    schema = _schema(taken, ignored)
     sampling = _sampling(taken, ignored)
     messages = _messages(taken.get("messages", None, list, "a list"), limits, processor, ignored)
     variables = _variables(taken, processor, ignored)
@@ -161,10 +161,12 @@ class _Taken:
     def count(self, key: str, low: int, high: int) -> int | None:
         if key not in self.rest:
             return None
-        value = self.get(key, None, int, "an integer")
+        value = self.get(key, None, (int, float), "an integer")
         if not low <= value <= high:
             _bad(key, value, f"{low} to {high}")
-        return value
+        if value != int(value):
+            _bad(key, value, "an integer")
+        return int(value)
 
 
 def _stream_options(taken: _Taken, stream: bool, ignored: list[str]) -> bool:
@@ -189,34 +191,32 @@ def _variables(taken: _Taken, processor: Processor, ignored: list[str]) -> dict[
         for key, value in found.items():
             if key in arguments or key == "messages":
                 _bad(where + key, _cut(value), "none of that name, as it is not supported")
-            if _reads(template, key):
+            if re.search(rf"\b{re.escape(key)}\b", template):
                 read[key] = value
             else:
                 ignored.append(where + key)
     return read
 
 
-def _schema(taken: _Taken) -> dict[str, Any] | None:
-    """Of response_format."""
+def _schema(taken: _Taken, ignored: list[str]) -> dict[str, Any] | None:
+    """Of response_format; its name is for people, and every schema is kept to, strict or not."""
     found = _given(taken.get("response_format", {"type": "text"}, dict, "an object"))
     kind = found.pop("type", None)
     held = found.pop("json_schema", None) if kind == "json_schema" else {"schema": {}}
-    schema = _given(held).pop("schema", None) if isinstance(held, dict) else None
+    held = _given(held) if isinstance(held, dict) else {}
+    schema = held.pop("schema", None)
     if kind not in ("text", "json_object", "json_schema") or found or not isinstance(schema, dict):
         _bad(
             "response_format",
             _cut(taken.found.get("response_format")),
             '{"type": "text"}, {"type": "json_object"} or one of json_schema with a schema',
         )
+    ignored += [f"response_format.json_schema.{key}" for key in held.keys() - {"name", "strict"}]
     return {"text": None, "json_object": {"type": "object"}, "json_schema": schema}[kind]
 
 
 def _own_template(processor: Processor) -> str:
     return processor.chat_template if processor.template == CHAT_TEMPLATE else ""
-
-
-def _reads(template: str, name: str) -> bool:
-    return re.search(rf"\b{re.escape(name)}\b", template) is not None
 
 
 def _sampling(taken: _Taken, ignored: list[str]) -> dict[str, Any]:
@@ -283,27 +283,31 @@ def _messages(
 ) -> list[Message]:
     out = []
     budget = _Budget(limits)
-    named = _reads(_own_template(processor), "name")
+    template = _own_template(processor)
     for i, message in enumerate(found):
         where = f"messages[{i}]"
-        role = message.get("role") if isinstance(message, dict) else None
-        if not isinstance(role, str):
-            _bad(where, "no role", "an object with role and content")
+        if not isinstance(message, dict):
+            _bad(where, f"a {type(message).__name__}", "an object with role and content")
         rest = _given(message)
-        name = rest.pop("name", None)
-        if not isinstance(name, str | None):
-            _bad(f"{where}.name", f"a {type(name).__name__}", "a string")
-        if name is not None and not named:
-            ignored.append(f"{where}.name")
-        content = rest.pop("content", None)
-        del rest["role"]
+        role, content = rest.pop("role", None), rest.pop("content", None)
+        if role not in ROLES:
+            _bad(f"{where}.role", _cut(role), " or ".join(ROLES))
+        if not isinstance(content, str | list) or content == []:
+            _bad(f"{where}.content", _cut(content), "a text, or a list of parts")
+        if not isinstance(rest.get("name", ""), str):
+            _bad(f"{where}.name", _cut(rest["name"]), "a string")
+        more = {
+            key: value
+            for key, value in rest.items()
+            if key not in MESSAGE and re.search(rf"[.'\"]{re.escape(key)}\b", template)
+        }
+        rest = {key: value for key, value in rest.items() if key not in more}
         ignored += _others(rest, MESSAGE, f"{where}.")
         parts = content if isinstance(content, list) else [content]
-        role = "system" if role == "developer" else role
         read = [
             _part(part, f"{where}.content[{k}]", budget, ignored) for k, part in enumerate(parts)
         ]
-        out.append(Message(role, tuple(read), name))
+        out.append(Message("system" if role == "developer" else role, tuple(read), more))
     if not out:
         _bad("messages", "none", "at least one")
     return out
@@ -328,6 +332,8 @@ def _part(part: Any, where: str, budget: "_Budget", ignored: list[str]) -> Any:
         value, detail = holds.pop("url", None), holds.pop("detail", "auto")
         if detail not in DETAILS:
             _bad(f"{where}.image_url.detail", _cut(detail), " or ".join(DETAILS))
+        if detail != "auto":
+            ignored.append(f"{where}.image_url.detail")
         ignored += _others(rest, PART, f"{where}.")
         ignored += _others(holds, PART, f"{where}.image_url.")
     if kind != "image_url" or not isinstance(value, str):

@@ -7,6 +7,9 @@ llama.cpp).
 from collections.abc import Mapping
 from typing import Any
 
+ROLES = ("system", "developer", "user", "assistant")
+"""Of messages."""
+
 TEMPLATE = frozenset(("reasoning_effort", "verbosity", "thinking_token_budget", "enable_thinking"))
 """Keys for the chat templates that read them; other models answer as they do."""
 
@@ -14,7 +17,7 @@ IGNORED = frozenset(
     (
         *("user", "metadata", "store", "service_tier", "safety_identifier", "priority"),
         *("prompt_cache_key", "prompt_cache_options", "prompt_cache_retention", "prediction"),
-        *("cache_salt", "keep_alive", "cache_prompt"),
+        *("cache_salt", "keep_alive", "cache_prompt", "session_id"),
         "parallel_tool_calls",  # there are no tools
         *("length_penalty", "early_stopping"),  # of beams
         *("spaces_between_special_tokens", "truncation_side", "include_reasoning"),
@@ -40,6 +43,7 @@ ONLY: Mapping[str, tuple[Any, ...]] = {
     "dry_multiplier": (0,),
     "dynatemp_range": (0,),
     "ebnf": (),
+    "ec_transfer_params": (),
     "echo": (False,),
     "frequency_penalty": (0,),
     "function_call": ("none", "auto"),
@@ -52,7 +56,10 @@ ONLY: Mapping[str, tuple[Any, ...]] = {
     "guided_regex": (),
     "guided_whitespace_pattern": (),
     "ignore_eos": (False,),
+    "images": ([],),
     "include_stop_str_in_output": (False,),
+    "input": (),
+    "instructions": (),
     "json_schema": (),
     "kv_transfer_params": (),
     "logit_bias": ({},),
@@ -78,6 +85,7 @@ ONLY: Mapping[str, tuple[Any, ...]] = {
     "no_stop_trim": (False,),
     "num_beams": (1,),
     "num_return_sequences": (1,),
+    "options": ({},),
     "penalty_alpha": (0,),
     "presence_penalty": (0,),
     "prompt": (),
@@ -87,6 +95,9 @@ ONLY: Mapping[str, tuple[Any, ...]] = {
     "regex": (),
     "repetition_detection": (),
     "return_logprob": (False,),
+    "return_prompt_text": (False,),
+    "return_token_offsets": (False,),
+    "return_weight_versions": (False,),
     "return_token_ids": (False,),
     "return_tokens_as_token_ids": (False,),
     "skip_special_tokens": (True,),
@@ -94,6 +105,7 @@ ONLY: Mapping[str, tuple[Any, ...]] = {
     "stop_token_ids": ([],),
     "structural_tag": (),
     "structured_outputs": (),
+    "system": (),
     "tfs_z": (1,),
     "tool_choice": ("none", "auto"),
     "tools": ([],),
@@ -114,24 +126,39 @@ as good as no key everywhere."""
 MESSAGE: Mapping[str, tuple[Any, ...]] = {
     "annotations": ([],),
     "audio": (),
+    "audios": ([],),
     "documents": ([],),
     "function_call": (),
+    "image": (),
+    "image_url": (),
+    "images": ([],),
     "prefix": (False,),
     "partial": (False,),
     "refusal": ("",),
     "tool_call_id": (),
     "tool_calls": ([],),
     "tools": ([],),
+    "video": (),
+    "videos": ([],),
 }
 """The same of a message."""
 
 PART: Mapping[str, tuple[Any, ...]] = {
+    "audio": (),
+    "audio_url": (),
+    "file": (),
+    "image": (),
+    "image_url": (),
+    "input_audio": (),
     "max_pixels": (),
     "min_pixels": (),
     "resized_height": (),
     "resized_width": (),
+    "text": ("",),
+    "video": (),
+    "video_url": (),
 }
-"""The same of a part of a message, and of what its image_url holds."""
+"""The same of a part of a message beside what its type names, and of what its image_url holds."""
 
 
 def allowed(value: Any, values: tuple[Any, ...]) -> bool:

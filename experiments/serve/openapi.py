@@ -32,22 +32,20 @@ def _or_null(schema: dict[str, Any]) -> dict[str, Any]:
 STRING, INTEGER, FLAG = {"type": "string"}, {"type": "integer"}, {"type": "boolean"}
 COUNT = _or_null({"type": "integer", "minimum": 1, "maximum": 1 << 31})
 STOP = {"type": "string", "minLength": 1, "maxLength": 255}
-TEXT = _object(("type", "text"), type={"const": "text"}, text=STRING, **_only(keys.PART))
+TEXT = _object(("type", "text"), **{**_only(keys.PART), "type": {"const": "text"}, "text": STRING})
 ADDRESS = {"type": "string", "description": "data:image/...;base64,..."}
+HELD = {**_only(keys.PART), "url": ADDRESS, "detail": {"enum": [*DETAILS, None]}}
 PICTURE = _object(
     ("type", "image_url"),
-    type={"const": "image_url"},
-    image_url={
-        "anyOf": [
-            _object(("url",), url=ADDRESS, detail={"enum": [*DETAILS, None]}, **_only(keys.PART)),
-            ADDRESS,
-        ]
+    **{
+        **_only(keys.PART),
+        "type": {"const": "image_url"},
+        "image_url": {"anyOf": [_object(("url",), **HELD), ADDRESS]},
     },
-    **_only(keys.PART),
 )
 MESSAGE = _object(
     ("role", "content"),
-    role={"enum": ["system", "developer", "user", "assistant"]},
+    role={"enum": keys.ROLES},
     content={"anyOf": [STRING, _array({"anyOf": [TEXT, PICTURE, STRING]}, minItems=1)]},
     name=_or_null(STRING),
     **_only(keys.MESSAGE),

@@ -35,33 +35,8 @@ from experiments.serve.keys import IGNORED, ONLY, TEMPLATE
 from experiments.serve.logprobs import Names
 from tests import checkpoints
 from tests.experiments.pictures import black_png
+from tests.experiments.serving import MODEL, QUESTIONS, ROOT, URL, ask, data, part, picture
 from vfjax.generate import _decode, _first, _prefill
-
-ROOT = Path(__file__).resolve().parents[2]
-MODEL = ROOT / "experiments" / "family" / "models" / "clip"
-URL = "/v1/chat/completions"
-QUESTIONS = ["how many digits ?", "where is the 3 ?", "which digit is red ?"]
-
-
-def picture(seed: int = 0, side: int = 48) -> Image.Image:
-    pixels = np.random.default_rng(seed).integers(0, 256, (side, side, 3), dtype=np.uint8)
-    return Image.fromarray(pixels)
-
-
-def data(image: Image.Image, kind: str = "PNG") -> str:
-    out = io.BytesIO()
-    image.save(out, kind)
-    return f"data:image/{kind.lower()};base64," + base64.b64encode(out.getvalue()).decode()
-
-
-def part(address: str) -> dict:
-    return {"type": "image_url", "image_url": {"url": address, "detail": "high"}}
-
-
-def ask(text: str, *images: str, **more) -> dict:
-    content = [{"type": "text", "text": text}, *map(part, images)]
-    messages = [{"role": "user", "content": content}]
-    return {"model": "clip", "messages": messages, "temperature": 0, "max_tokens": 8} | more
 
 
 @pytest.fixture(scope="module")
@@ -340,9 +315,38 @@ WRONG = {
     "bytes": (b"\xff\xfe\x00", "body: found no JSON"),
     "no model": (ask("a", model=None), "model: found nothing"),
     "no messages": (ask("a", messages=[]), "messages: found none"),
-    "role": (ask("a", messages=[{"role": "tool", "content": "a"}]), "messages[0]: found a message"),
+    "role": (
+        ask("a", messages=[{"role": "tool", "content": "a"}]),
+        'messages[0].role: found "tool", expected system or developer or user or assistant',
+    ),
+    "no message": (ask("a", messages=["a"]), "messages[0]: found a str, expected an object"),
+    "no content": (ask("a", messages=[{"role": "user"}]), "messages[0].content: found null"),
+    "no part": (
+        ask("a", messages=[{"role": "user", "content": []}]),
+        "messages[0].content: found [], expected a text, or a list of parts",
+    ),
+    "a picture elsewhere": (
+        ask("a", messages=[{"role": "user", "content": "a", "images": ["data:"]}]),
+        'messages[0].images: found ["data:"], expected []',
+    ),
+    "a picture of a text": (
+        ask(
+            "a",
+            messages=[
+                {"role": "user", "content": [{**part("data:"), "type": "text", "text": "a"}]}
+            ],
+        ),
+        'messages[0].content[0].image_url: found {"url": "data:", "detail": "auto"}, expected none',
+    ),
+    "a text of a picture": (
+        ask("a", messages=[{"role": "user", "content": [{**part("data:"), "text": "a"}]}]),
+        'messages[0].content[0].text: found "a", expected "", as it is not supported',
+    ),
     "no question": (ask("a", messages=[{"role": "system", "content": "a"}]), "no question"),
-    "content": (ask("a", messages=[{"role": "user", "content": 3}]), "messages[0].content[0]"),
+    "content": (
+        ask("a", messages=[{"role": "user", "content": 3}]),
+        "messages[0].content: found 3",
+    ),
     "surrogate": (ask("\ud800"), "surrogate"),
     "many": (ask("a", n=17), "n: found 17, expected 1 to 16"),
     "true is not 1": (ask("a", best_of=True), "best_of: found true, expected 1"),
@@ -401,6 +405,8 @@ WRONG = {
     "infinite": (ask("a", temperature=10**400), "temperature: found 1000"),
     "top_p": (ask("a", top_p="1"), "top_p: found a str"),
     "max_tokens": (ask("a", max_tokens=0), "max_tokens: found 0"),
+    "fraction": (ask("a", max_tokens=1.5), "max_tokens: found 1.5, expected an integer"),
+    "infinite count": (b'{"model": "clip", "max_tokens": 1e999}', "max_tokens: found inf"),
     "true": (ask("a", max_tokens=True), "max_tokens: found a bool"),
     "stop": (ask("a", stop=[""]), "stop: found something else"),
     "usage": (
@@ -474,6 +480,15 @@ def test_the_description_is_true(client):
     bodies += [ask("a", **{key: value}) for key, values in ONLY.items() for value in values[:1]]
     bodies += [ask("a", tools=[{}]), ask("a", min_tokens=1), ask("a", messages=[FULL])]
     bodies += [ask("a", messages=[]), ask("a", stop=""), ask("a", model=None)]
+    bodies += [ask("a", max_tokens=2.0), ask("a", max_tokens=2.5), ask("a", images=["data:"])]
+    contents = ("", [], None, [""], [{"type": "text", "text": ""}], 3)
+    said = [{"role": "user", "content": content} for content in contents]
+    said += [{"role": role, "content": "a"} for role in ("developer", "tool", "assistant")]
+    said += [
+        {"role": "user", "content": [{**part(data(picture())), "text": text}]} for text in ("", "a")
+    ]
+    bodies += [ask("a", messages=[m, *ask("a")["messages"]]) for m in said[:-3]]
+    bodies += [ask("a", messages=[m]) for m in said if m["role"] == "user"]
     for body in bodies:
         answer = client.post(URL, json=body)
         jsonschema.validate(answer.json(), gives[str(answer.status_code)])
@@ -555,6 +570,9 @@ def test_keys_that_are_nothing_here_are_named(client, monkeypatch, caplog):
     assert sum(record.message.startswith("best: a key that") for record in caplog.records) == 1
     many = client.post(URL, json=ask("a", stream=True, **{f"k{i}": i for i in range(1000)}))
     assert many.headers["x-ignored"].endswith(", k19, and 980 more")
+    high = {"type": "image_url", "image_url": {"url": data(picture()), "detail": "high"}}
+    seen = client.post(URL, json=ask("a", messages=[{"role": "user", "content": ["a", high]}]))
+    assert seen.headers["x-ignored"] == "messages[0].content[1].image_url.detail"
     model = client.post(URL, json=ask("a", chat_template_kwargs={"enable_thinking": False}))
     assert model.headers["x-ignored"] == "chat_template_kwargs.enable_thinking"
 
@@ -567,6 +585,15 @@ def test_what_the_models_own_template_reads(loaded):
         "{{ m.content }}{% endfor %} {{ mood }}"
     )
     own = dataclasses.replace(processor, template="chat_template", chat_template=template)
+    why = {"role": "assistant", "content": "3", "reasoning_content": "red", "mood": "good"}
+    asked = ask(
+        "a", messages=[{"role": "user", "content": "a"}, why, {"role": "user", "content": ""}]
+    )
+    reads = "{% for m in messages %}{{ m['reasoning_content'] }}{{ m.content }} {% endfor %}"
+    thinking = dataclasses.replace(processor, template="chat_template", chat_template=reads)
+    found = read(json.dumps(asked).encode(), Limits("clip"), thinking)
+    assert found.ids == processor.tokenizer("a red3").input_ids
+    assert found.ignored == ("messages[1].mood",)
     body = ask("a", messages=[{"role": "user", "content": "red ?", "name": "ann"}], tone=1)
     found = read(json.dumps(body).encode(), Limits("clip"), own)
     assert found.ids == processor.tokenizer("ann : red ?").input_ids

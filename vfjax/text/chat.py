@@ -36,7 +36,7 @@ def from_turns(turns: Sequence[Turn]) -> Messages:
     """A conversation as messages; `<image>` in a question is a picture, newlines around it go.
 
     Raises:
-        InputError: no turns, an empty one, or an unanswered one before the last.
+        InputError: no turns, or an unanswered one before the last.
     """
     check_turns(turns)
     out: Messages = []
@@ -142,9 +142,10 @@ def labels(processor: Any, turns: Sequence[Turn]) -> tuple[list[int], list[int]]
         (input_ids, labels) of equal length; labels are the ids where trained on, else `IGNORE`.
 
     Raises:
-        InputError: an open turn, or a template under which no answer ends, or that writes a talk
-            otherwise once it goes on.
+        InputError: an open or empty turn, or a template under which no answer ends, or that writes
+            a talk otherwise once it goes on.
     """
+    check_turns(turns, trained=True)
     messages, text, spans, ids = from_turns(turns), "", [], list[int]()
     if len(messages) != 2 * len(turns):
         raise InputError("turns", found="an open turn", expected="an answer", fix="drop the row")

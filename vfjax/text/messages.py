@@ -21,12 +21,12 @@ class Message:
     Attributes:
         role: "system", "user" or "assistant".
         parts: texts (str), and pictures or videos (anything else), in order.
-        name: who that is; for a folder's own chat template alone.
+        more: other keys of the message (`name`), for a folder's own chat template alone.
     """
 
     role: str
     parts: tuple[Any, ...]
-    name: str | None = None
+    more: Mapping[str, Any] = dataclasses.field(default_factory=dict)
 
 
 def tokenize(
@@ -51,8 +51,8 @@ def tokenize(
         Ids with -200 at each picture, and the pictures in that order.
 
     Raises:
-        InputError: roles in another order, an empty text, or a picture of the assistant; or what a
-            folder's own template says.
+        InputError: roles in another order, or a picture of the assistant; or what a folder's own
+            template says.
     """
     if processor.template == chat.CHAT_TEMPLATE:
         return _own(processor, messages, variables)
@@ -93,8 +93,7 @@ def _own(
             chat.words(_plain(part, processor)) if isinstance(part, str) else chat.PICTURE
             for part in message.parts
         ]
-        name = {} if message.name is None else {"name": message.name}
-        said.append({"role": message.role, "content": parts, **name})
+        said.append({**message.more, "role": message.role, "content": parts})
     return _ids(processor, processor.render_messages(said, variables=variables)), pictures
 
 

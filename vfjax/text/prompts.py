@@ -282,8 +282,8 @@ def render(template: Template, turns: Sequence[Turn]) -> str:
         The prompt, as by upstream's `Conversation.get_prompt`.
 
     Raises:
-        InputError: no turns, an empty question or answer, an unanswered turn before the last, or
-            an answer where the template cannot hold one (`plain`, for which upstream fails too).
+        InputError: no turns, an unanswered turn before the last, or an answer where the template
+            cannot hold one (`plain`, for which upstream fails too).
     """
     check_turns(turns)
     text = template.head
@@ -437,17 +437,17 @@ def _before_answer(template: Template, question: str, *, first: bool) -> str:
     return (template.head if first else template.again) + question + template.middle
 
 
-def check_turns(turns: Sequence[Turn]) -> None:
-    """Raises InputError for no turns, an empty one, or an unanswered one before the last."""
+def check_turns(turns: Sequence[Turn], *, trained: bool = False) -> None:
+    """Raises InputError for no turns, an open one before the last, or, to train, an empty one."""
     if not turns:
         raise InputError("turns", found="none", expected="at least one question", fix="add one")
     for i, (question, answer) in enumerate(turns):
-        if not question or answer == "":
+        if trained and (not question or answer == ""):
             raise InputError(
                 f"turns[{i}]",
                 found=f"an empty {'answer' if question else 'question'}",
                 expected="text",
-                fix="write it, or leave the last answer None to have it generated",
+                fix="write it or drop the sample",
             )
         if answer is None and i + 1 < len(turns):
             raise InputError(
@@ -459,7 +459,7 @@ def check_turns(turns: Sequence[Turn]) -> None:
 
 
 def _check_trainable(template: Template, turns: Sequence[Turn]) -> None:
-    check_turns(turns)
+    check_turns(turns, trained=True)
     if template.trained_tail is None:
         raise InputError(
             f"template {template.name!r}",

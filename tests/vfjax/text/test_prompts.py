@@ -141,6 +141,11 @@ def test_names_are_keys_and_identical_templates_are_one_object():
     assert len(set(texts)) == len(texts)
 
 
+def test_empty_texts_are_texts():
+    turns = [("", ""), ("", None)]
+    assert render(TEMPLATES["mistral_instruct"], turns) == "[INST]  [/INST]  </s>[INST]  [/INST]"
+
+
 def test_unknown_template():
     with pytest.raises(InputError, match="'vicuna'.*vicuna_v1"):
         get_template("vicuna")
@@ -150,8 +155,6 @@ def test_unknown_template():
     ("turns", "message"),
     [
         ([], "at least one question"),
-        ([("", None)], "empty question"),
-        ([("q", "")], "empty answer"),
         ([("q", None), ("q", None)], r"turns\[0\].*no answer"),
     ],
 )
@@ -237,6 +240,8 @@ def test_tagged_pictures_in_training():
     [
         ("llava_v0", [("q", "a")], "training form"),
         ("v1", [("q", None)], "open turn"),
+        ("v1", [("", "a")], "empty question"),
+        ("v1", [("q", "")], "empty answer"),
         ("v1", [("q", "<image>")], "<image> in the answer"),
         ("plain", [("q", "a")], "one turn with <image>"),
         ("plain", [("<image>", "a"), ("q", "a")], "2 turns"),

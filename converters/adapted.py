@@ -24,6 +24,7 @@ from converters.adapters import ADAPTER, Contents
 from converters.lora import LoRATensor, Part, RowsReplaced, Shifted, Transposed, factors_fit
 from converters.params.table import rename
 from vfjax import InputError
+from vfjax.errors import counted
 from vfjax.merge import LazyTensor, equal
 
 STARTS = (("base_model.model.", ""), ("model.model.", "model."), ("", ""))
@@ -300,7 +301,7 @@ class _Completion:
                 out, into = self.tensors[name].shape
                 if (a.shape, b.shape) != ((rank * count, into), (out * len(each), rank * count)):
                     product = f"a product of {tuple(b.shape)} and {tuple(a.shape)}"
-                    expected = f"rank {rank} and {(out, into)} of {count} experts"
+                    expected = f"rank {rank} and {(out, into)} of {counted(count, 'expert')}"
                     raise self._other_base(where, product, f"{expected} as in {self.contents.base}")
                 own = Part(a, number * rank, rank), Part(b, i * out, out, number, count)
                 self.tensors[name] = LoRATensor(self.tensors[name], *own, scale)
@@ -342,10 +343,10 @@ class _Completion:
         (where, rows), numbers = found, token_numbers(self.settings, module)
         fits = rows.shape == (len(numbers), *weight.shape[1:])
         if not fits or not all(0 <= number < weight.shape[0] for number in numbers):
-            counted = f"{len(numbers)} numbers, up to {max(numbers, default=None)}"
+            numbered = f"{counted(len(numbers), 'number')}, up to {max(numbers, default=None)}"
             expected = f"those of {rows.shape[0]} rows of {where}, below {weight.shape[0]}"
             path = self.contents.path
-            raise refused(path, INDICES, counted, expected, "correct it")
+            raise refused(path, INDICES, numbered, expected, "correct it")
         return RowsReplaced(weight, numbers, rows)
 
     def _shift(self, module: str, found: Found, scale: float) -> None:

@@ -372,7 +372,7 @@ class Fusion:
         request = self.request
         record: dict[str, Any] = {"method": request.method, "params": dict(request.params)}
         if request.recipe is not None:
-            record = {"recipe": Path(request.recipe).read_text()}
+            record = {"recipe": self.yaml.text}
             if self.recipe.unread:
                 record["unread"] = list(self.recipe.unread)
         if request.rules:

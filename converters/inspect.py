@@ -14,6 +14,7 @@ from converters.registry import find
 from converters.source import open_source
 from converters.towers import read_tower
 from vfjax.atomic import findable
+from vfjax.errors import counted
 from vfjax.sharding import nbytes
 from vfjax.text.chat import CHAT_TEMPLATE
 
@@ -43,7 +44,7 @@ def inspect(
     lines = [
         f"{source.path}: layout {source.layout}, template {source.template}"
         + (", the folder's own" if source.template == CHAT_TEMPLATE else ""),
-        f"llm: {source.llm['model_type']}, {llm.layers} layers x {llm.width}, {llm.heads} heads "
+        f"llm: {source.llm['model_type']}, {_size(llm)}, {counted(llm.heads, 'head')} "
         f"({llm.kv_heads} for keys), vocabulary {llm.vocab}, context {llm.context}"
         + (", tied head" if llm.tied else "")
         + (", no head" if llm.headless else ""),
@@ -56,7 +57,8 @@ def inspect(
             x for part in source.parts.values() for x in part.values() if isinstance(x, Updated)
         ]
         lines.append(
-            f"adapter: {kind} of rank {settings['r']}, {len(updated)} tensors of the base updated"
+            f"adapter: {kind} of rank {settings['r']}, {counted(len(updated), 'tensor')} of the "
+            "base updated"
         )
     if len(config.branches) > 1:
         lines.append(f"visual tokens: {config.positions} positions, {config.mask} mask")
@@ -65,11 +67,11 @@ def inspect(
         part = f"branches.{branch.name}.encoder"
         where = source.towers[part].path if part in source.towers else "this folder"
         lines.append(
-            f"branch {branch.name}: {parts['encoder']['model_type']}, {encoder.layers} layers x "
-            f"{encoder.width}, taps {list(branch.connector.taps['encoder'])}, "
+            f"branch {branch.name}: {parts['encoder']['model_type']}, {_size(encoder)}, "
+            f"taps {list(branch.connector.taps['encoder'])}, "
             f"{views.images.size} px {views.images.aspect}, "
-            f"{parts['connector']['mm_projector_type']}, up to {branch.tokens} tokens a picture; "
-            f"tower from {where}"
+            f"{parts['connector']['mm_projector_type']}, "
+            f"up to {counted(branch.tokens, 'token')} a picture; tower from {where}"
         )
     for part, rules in check(source, params).items():
         tensors = source.parts[part]
@@ -78,18 +80,24 @@ def inspect(
         names = {restored(name, source.prefixes[part]) for name in used}
         left = [name for name in source.spare.get(part, ()) if name not in names]
         lines.append(
-            f"{part}: {len(used)} tensors mapped, {size:,} bytes; {len(left)} known, not read"
-            + (f": {', '.join(summary(left))}" if left else "")
+            f"{part}: {counted(len(used), 'tensor')} mapped, {size:,} bytes; "
+            f"{len(left)} known, not read" + (f": {', '.join(summary(left))}" if left else "")
         )
     if words := _beyond(processor(source, config).tokenizer, llm.vocab):
-        lines.append(f"tokenizer: {len(words)} tokens without a row: {', '.join(summary(words))}")
+        lines.append(
+            f"tokenizer: {counted(len(words), 'token')} without a row: {', '.join(summary(words))}"
+        )
     lines += [f"{name}: equal to {like}, not read" for name, like in source.same.items()]
     if source.unread:
         lines.append(
-            f"{len(source.unread)} tensors not read, the tower's own folder is used instead: "
-            + ", ".join(summary(source.unread))
+            f"{counted(len(source.unread), 'tensor')} not read, the tower's own folder is used "
+            "instead: " + ", ".join(summary(source.unread))
         )
     return "\n".join(lines)
+
+
+def _size(config: Any) -> str:
+    return f"{counted(config.layers, 'layer')} x {config.width}"
 
 
 def _tower(path: Path, file: str) -> str:
@@ -106,9 +114,9 @@ def _tower(path: Path, file: str) -> str:
     return "\n".join(
         [
             f"{path}: a vision tower alone, {shown} preprocessor_config.json; {TOWER}",
-            f"encoder: {tower.config['model_type']}, {config.layers} layers x {config.width}, "
-            f"{config.image_size} px",
-            f"encoder: {len(used)} tensors mapped, {size:,} bytes; {left} known, not read",
+            f"encoder: {tower.config['model_type']}, {_size(config)}, {config.image_size} px",
+            f"encoder: {counted(len(used), 'tensor')} mapped, {size:,} bytes; "
+            f"{left} known, not read",
         ]
     )
 

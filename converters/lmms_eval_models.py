@@ -17,6 +17,7 @@ from tqdm import tqdm
 
 import converters
 from vfjax import InputError, generate_ids, open_video
+from vfjax.errors import counted
 from vfjax.text import chat
 from vfjax.text.messages import Message, tokenize
 from vfjax.text.prompts import IMAGE_TOKEN
@@ -148,7 +149,7 @@ class Simple(lmms):
 
     def _count(self, visuals: Sequence[Any]) -> None:
         if self.max_images is not None and len(visuals) > self.max_images:
-            _refuse("max_images", f"{len(visuals)} pictures", f"at most {self.max_images}")
+            _refuse("max_images", counted(len(visuals), "picture"), f"at most {self.max_images}")
 
     def loglikelihood(self, requests: list[Instance]) -> NoReturn:
         """Raises InputError: lmms-eval 0.7.3 breaks on what its own interface says to return."""

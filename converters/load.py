@@ -24,6 +24,7 @@ from converters.towers import KINDS, read_tower
 from converters.values import Values
 from vfjax import InputError, Model, Processor, Settings
 from vfjax.atomic import findable
+from vfjax.errors import counted
 from vfjax.fusion.prune import Prune
 from vfjax.merge import LazyTensor
 from vfjax.model import BranchConfig, ModelConfig
@@ -185,7 +186,7 @@ def check_depth(config: Any, tensors: Mapping[str, LazyTensor], where: str) -> N
     if config.layers > len(tensors):
         raise InputError(
             where,
-            found=f"{len(tensors)} tensors for {config.layers} layers",
+            found=f"{counted(len(tensors), 'tensor')} for {counted(config.layers, 'layer')}",
             expected="the tensors of every layer",
             fix="check that config.json belongs to these weights",
         )

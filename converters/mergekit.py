@@ -1,5 +1,6 @@
 """mergekit's YAML files: the recipe, and the folders that it names."""
 
+import codecs
 import dataclasses
 import functools
 import re
@@ -18,6 +19,9 @@ from vfjax.atomic import contents, findable
 from vfjax.merge import METHODS, LazyTensor, Recipe, from_mergekit, parse
 from vfjax.merge.mergekit import TOP_KEYS
 
+UTF16 = (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)
+"""Marks by which YAML tells UTF-16 from UTF-8."""
+
 DEEPEST, MOST = 50, 100_000
 """Levels and values of a recipe."""
 
@@ -34,6 +38,7 @@ class Yaml:
         merges: label -> the recipe of the same file that makes this model; what `folders` has of it
             is its name.
         tokenizers: label -> folder that is named for its tokenizer alone.
+        text: the file.
     """
 
     recipe: Recipe
@@ -41,6 +46,7 @@ class Yaml:
     below: dict[str, str]
     merges: dict[str, "Yaml"]
     tokenizers: dict[str, str]
+    text: str = ""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -70,18 +76,25 @@ def read_yaml(path: str | Path) -> Yaml:
     """
     path = findable(path)
     try:
-        found = [x for x in yaml.load_all(contents(path), _Loader) if x is not None]
+        data = contents(path)
+        text = data.decode("utf-16" if data[:2] in UTF16 else "utf-8-sig")
+        found = [x for x in yaml.load_all(text, _Loader) if x is not None]
     except Exception as error:  # PyYAML lets through what int, float and its tables raise
         line = first_line(error)
         if isinstance(error, yaml.MarkedYAMLError) and error.problem and error.problem_mark:
             line = f"{error.problem.removeprefix('found ')} in line {error.problem_mark.line + 1}"
         raise InputError(path, found=line, expected="a YAML file", fix="correct it") from error
     _check_size(path, found)
+    return dataclasses.replace(_result(str(path), found), text=text)
+
+
+def _result(path: str, found: Sequence[Any]) -> Yaml:
+    """The document of a file that no other one needs."""
     documents: dict[str | None, Mapping[str, Any]] = {}
     for document in found or [None]:
         if not isinstance(document, Mapping):
             kind = "nothing" if document is None else type(document).__name__
-            parse.fail(str(path), kind, "a mapping", "see mergekit's examples")
+            parse.fail(path, kind, "a mapping", "see mergekit's examples")
         name = document.get("name")
         if not isinstance(name, str | None) or name in documents:
             parse.fail(
@@ -90,7 +103,7 @@ def read_yaml(path: str | Path) -> Yaml:
         documents[name] = {key: value for key, value in document.items() if key != "name"}
     if len(documents) == 1:
         (last,) = documents
-        return _read(str(path), last, documents, ())
+        return _read(path, last, documents, ())
     used = {
         reference.path
         for document in documents.values()
@@ -100,8 +113,8 @@ def read_yaml(path: str | Path) -> Yaml:
     if len(ends) != 1 or (extra := set(documents) - used - {None, *ends}):
         names = ", ".join(map(str, ends if len(ends) != 1 else sorted(map(str, extra))))
         wanted = "one result: a document without a name, or one that no other names"
-        parse.fail(str(path), names or "documents that need one another", wanted, "remove the rest")
-    return _read(str(path), ends[0], documents, ())
+        parse.fail(path, names or "documents that need one another", wanted, "remove the rest")
+    return _read(path, ends[0], documents, ())
 
 
 class _Loader(yaml.SafeLoader):

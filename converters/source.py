@@ -19,7 +19,7 @@ from converters.towers import Prefixes, Tensors, Tower, Towers, pairs, tower_fil
 from converters.values import Unused, Values
 from vfjax import InputError
 from vfjax.atomic import findable
-from vfjax.errors import cut
+from vfjax.errors import counted, cut
 from vfjax.merge import LazyTensor, equal
 
 TOKENIZERS = ("tokenizer.json", "tokenizer.model")
@@ -305,7 +305,7 @@ def assign(
     if unknown := sorted(set(tensors) - set(names)):
         raise InputError(
             f"{source.path}: {unknown[0]}",
-            found=f"{len(unknown)} tensors that belong to no part",
+            found=f"{counted(len(unknown), 'tensor')} belonging to no part",
             expected="the names of layout " + layout.name,
             fix="check that config.json belongs to these weights",
         )

@@ -22,6 +22,7 @@ import numpy as np
 from converters.files.reader import read_json
 from converters.source import Source, tokenizer_class
 from converters.tokenizer import load_tokenizer, tokenizer_of
+from vfjax.errors import counted
 from vfjax.merge import LazyTensor, Recipe, blocks
 from vfjax.merge.parse import fail, keys, mapping
 
@@ -264,7 +265,7 @@ def _cut(tokenizer: Any, rows: int, label: str) -> Any:
     found = json.loads(made.backend_tokenizer.to_str())
     model, words = found["model"], lost - {x["content"] for x in found["added_tokens"]}
     if words and model["type"] != "BPE":
-        beyond = f"a {model['type']} with {len(words)} tokens beyond its {rows} rows"
+        beyond = f"a {model['type']} with {counted(len(words), 'token')} beyond its {rows} rows"
         fail(f"{label}: tokenizer", beyond, "BPE", "take those tokens out of it")
     found["added_tokens"] = [x for x in found["added_tokens"] if x["id"] < rows]
     if model["type"] == "BPE":

@@ -7,6 +7,7 @@ from converters.load import TOKENIZER_FILES
 from converters.source import Source, has_tokenizer
 from converters.tokenizer import tokenizer_of
 from vfjax import InputError
+from vfjax.errors import counted
 from vfjax.merge import LazyTensor, Stacked
 from vfjax.merge.compatibility import VOCABULARY
 from vfjax.text.chat import CHAT_TEMPLATE
@@ -176,7 +177,8 @@ class Vocabularies:
         out = []
         for label, count in rows.items():
             said_of = [f"{count - total} of {count} rows dropped"] if count > total else []
-            said_of += [f"{total - count} rows more than its {count}"] if count < total else []
+            more = f"{counted(total - count, 'row')} more than its {count}"
+            said_of += [more] if count < total else []
             differ = said_of or not self.alike or made is not None
             if owner is not None and label in self.opened and differ:
                 own, kept = self.words(label), self.words(owner) if made is None else made

@@ -242,8 +242,8 @@ def test_pictures(family: dict[str, Path], tmp_path: Path, kind: str):
 def test_prompts(family: dict[str, Path]):
     _, processor = converters.load(family["one"])
     image = np.zeros((8, 8, 3), np.uint8)
-    refused(lambda: processor([image], ["no place"]), "1 pictures for 0 <image>")
-    refused(lambda: processor([image], ["<image> <image>"]), "1 pictures for 2 <image>")
+    refused(lambda: processor([image], ["no place"]), "1 picture for 0 <image>")
+    refused(lambda: processor([image], ["<image> <image>"]), "1 picture for 2 <image>")
     refused(lambda: processor(None, ["word " * 2000]), "tokens", "context")
     refused(lambda: dataclasses.replace(processor, template="x").chat("a"), "template", "'x'")
 

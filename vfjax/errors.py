@@ -41,3 +41,8 @@ def cut(text: str, most: int = 80) -> str:
     """Text in one line, of at most so many characters: the end is left out."""
     text = " ".join(text.split())
     return text if len(text) <= most else text[: most - 3] + "..."
+
+
+def counted(count: int, noun: str) -> str:
+    """A number with its noun: "1 row", "2,000 rows"."""
+    return f"{count:,} {noun}" + "s" * (count != 1)

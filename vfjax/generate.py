@@ -229,7 +229,7 @@ def stream_ids(
     limit = np.asarray(how.limit)
     require(room is None or room >= limit.max(), "room", room, f"at least {limit.max()}")
     require(
-        len(guides) in (0, len(limit)), "guides", len(guides), f"none, or one of {len(limit)} rows"
+        len(guides) in (0, len(limit)), "guides", len(guides), f"none, or {len(limit)}, one a row"
     )
 
     def pieces() -> Iterator[Written]:
@@ -426,7 +426,7 @@ def _decode(
 
 
 def _active(done: AnyArray, i: AnyArray | int, limit: AnyArray) -> Any:
-    """bool[b]: rows that take an i-th token, counted from 0."""
+    """bool[b]: rows that take an i-th token from 0."""
     return ~done & (i < limit)
 
 

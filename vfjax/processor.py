@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from vfjax.errors import InputError
+from vfjax.errors import InputError, counted
 from vfjax.fusion.prune import Groups, marks
 from vfjax.model import AnyArray, Batch, ModelConfig
 from vfjax.settings import Settings
@@ -275,7 +275,7 @@ class Processor:
         if len(rows) % count:
             raise InputError(
                 "batch",
-                found=f"{len(rows)} rows",
+                found=counted(len(rows), "row"),
                 expected=f"a multiple of {count}, the number of processes",
                 fix="choose another batch size",
             )
@@ -338,8 +338,8 @@ class Processor:
             if len(images) != len(rows):
                 raise InputError(
                     "images",
-                    found=f"{len(images)} lists",
-                    expected=f"one list a row, {len(rows)} rows",
+                    found=counted(len(images), "list"),
+                    expected=f"one list a row, {counted(len(rows), 'row')}",
                     fix="pass an empty list where a row has no picture",
                 )
             lists = [list(i) if isinstance(i, (list, tuple)) else [i] for i in images]
@@ -350,7 +350,8 @@ class Processor:
             if len(found) != expected:
                 raise InputError(
                     name,
-                    found=f"{len(found)} pictures for {expected} {text.IMAGE_TOKEN} placeholders",
+                    found=f"{counted(len(found), 'picture')} for "
+                    + counted(expected, f"{text.IMAGE_TOKEN} placeholder"),
                     expected="as many of one as of the other",
                     fix=f"put one {text.IMAGE_TOKEN} into the prompt at each picture",
                 )
@@ -358,7 +359,7 @@ class Processor:
         if pictures and not self.config.branches:
             raise InputError(
                 "images",
-                found=f"{len(pictures)} pictures",
+                found=counted(len(pictures), "picture"),
                 expected="none: this model is a plain LLM without a visual branch",
                 fix="load a multimodal checkpoint",
             )
@@ -457,8 +458,11 @@ def _labels(labels: Sequence[Sequence[int]], i: int, rows: Sequence[np.ndarray])
     if len(labels) != len(rows) or len(labels[i]) != len(rows[i]):
         raise InputError(
             f"labels of row {i}",
-            found=f"{len(labels)} rows" if len(labels) != len(rows) else f"{len(labels[i])} labels",
-            expected=f"{len(rows)} rows, {len(rows[i])} labels in this one, one an id",
+            found=counted(len(labels), "row")
+            if len(labels) != len(rows)
+            else counted(len(labels[i]), "label"),
+            expected=f"{counted(len(rows), 'row')}, {counted(len(rows[i]), 'label')} in this one, "
+            "one an id",
             fix="label every id, -100 where there is nothing to learn",
         )
     return np.asarray(labels[i], np.int32)

@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from vfjax.errors import InputError
+from vfjax.errors import InputError, counted
 from vfjax.model import AnyArray
 
 Array = jax.Array
@@ -123,7 +123,7 @@ def by_row(name: str, value: Any, b: int) -> list[Any]:
     """
     if not isinstance(value, Sequence):
         return [value] * b
-    require(len(value) == b, name, f"{len(value)} values", f"one, or one for each of {b} rows")
+    require(len(value) == b, name, counted(len(value), "value"), f"one, or {b}, one a row")
     return list(value)
 
 

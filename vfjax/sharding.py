@@ -18,7 +18,7 @@ from flax import nnx
 from jax.experimental import mesh_utils
 from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionSpec
 
-from vfjax.errors import InputError
+from vfjax.errors import InputError, counted
 
 T = TypeVar("T")
 
@@ -54,7 +54,7 @@ def make_mesh(data: int = 1, model: int = 1, fsdp: int = 1) -> Mesh:
         raise InputError(
             "mesh",
             found=f"data={data} x model={model} x fsdp={fsdp}",
-            expected=f"{jax.device_count()} devices",
+            expected=counted(jax.device_count(), "device"),
             fix="choose axes whose product is the number of devices",
         )
     types, processes = (AxisType.Auto,) * len(AXES), jax.process_count()

@@ -9,6 +9,7 @@ from converters.params.phi import rotary
 from converters.params.table import TRANSPOSE, Rule
 from converters.values import ANY, Values
 from vfjax import InputError
+from vfjax.errors import counted
 from vfjax.llm import Phi3Config
 
 DEFAULTS = {
@@ -44,7 +45,7 @@ def read(hf: Values) -> Phi3Config:
     if len(short) != features // 2:
         raise InputError(
             f"{section.where}: short_factor",
-            found=f"{len(short)} numbers",
+            found=counted(len(short), "number"),
             expected=f"{features // 2}, half the rotated features of a head",
             fix="use the published config.json",
         )

@@ -11,6 +11,7 @@ import numpy as np
 
 from converters.values import Unused, Values
 from vfjax import InputError
+from vfjax.errors import counted
 from vfjax.merge import LazyTensor
 from vfjax.vision.images import ImageSpec
 
@@ -192,7 +193,7 @@ class Table:
         if missing or extra:
             raise InputError(
                 f"{where}: {(missing or extra)[0]}",
-                found=f"{len(missing)} tensors missing, {len(extra)} unknown",
+                found=f"{counted(len(missing), 'tensor')} missing, {len(extra)} unknown",
                 expected="each parameter's tensor and no other",
                 fix="check that config.json belongs to these weights",
             )

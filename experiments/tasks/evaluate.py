@@ -19,6 +19,7 @@ from converters.files.writer import sha256
 from experiments.tasks.common import FAMILY, load, named, required
 from vfjax import InputError
 from vfjax.atomic import replacing
+from vfjax.errors import counted
 from vfjax.eval import (
     Benchmark,
     Data,
@@ -200,7 +201,7 @@ def collect(
     texts = log.read_parts(workdir, header)
     answered(questions, texts, workdir)
     file = log.join(workdir, header, {q.id: texts[q.id] for q in questions})
-    print(f"{file}: {len(questions):,} answers")
+    print(f"{file}: {counted(len(questions), 'answer')}")
     return header, texts
 
 
@@ -209,7 +210,7 @@ def answered(questions: Sequence[Question], texts: dict[str, str], where: object
     if missing := sum(q.id not in texts for q in questions):
         raise InputError(
             where,
-            found=f"no answer to {missing:,} of {len(questions):,} questions",
+            found=f"no answer to {missing:,} of {counted(len(questions), 'question')}",
             expected="answers to all",
             fix="run that command again with --config.mode=all; it goes on",
         )
@@ -296,8 +297,8 @@ def table(record: dict[str, Any]) -> str:
     width = max(map(len, rows))
     settings = record["settings"]
     lines = [
-        f"{settings['model']} on {settings['benchmark']}: {record['count']:,} questions, "
-        f"95 % intervals over {record['clusters']:,} clusters"
+        f"{settings['model']} on {settings['benchmark']}: {counted(record['count'], 'question')}, "
+        f"95 % intervals over {counted(record['clusters'], 'cluster')}"
     ]
     for name, row in rows.items():
         span = f"   {row['low']:.2f} to {row['high']:.2f}" if "low" in row else ""

@@ -9,6 +9,7 @@ from ml_collections import ConfigDict
 import converters
 from experiments.tasks.common import bar, named, required
 from vfjax import InputError
+from vfjax.errors import counted
 from vfjax.processes import agreeing, together
 
 KEYS = [
@@ -74,7 +75,9 @@ def show(out: Path, found: dict[str, Any]) -> None:
     for name, count in found["files"].items():
         print(f"{out / name}: {count / 1e9:.3f} GB")
     methods = ", ".join(f"{count} by {name}" for name, count in found["methods"].items())
-    print(f"{found['tensors']} tensors, {found['parameters']:,} parameters; LLM: {methods}")
+    print(
+        f"{counted(found['tensors'], 'tensor')}, {found['parameters']:,} parameters; LLM: {methods}"
+    )
     for line in found["vocabulary"]:
         print(f"vocabulary: {line}")
     print(f"reads {found['read'] / 1e9:.3f} GB, writes {size / 1e9:.3f} GB; nothing written yet")

@@ -23,6 +23,7 @@ from converters.load import abstract, join
 from experiments.tasks.shapes import model_config
 from vfjax import Batch, InputError, Model, Processor
 from vfjax.atomic import replacing
+from vfjax.errors import counted
 from vfjax.model import ModelConfig
 from vfjax.nn.flash import kernel_flops
 from vfjax.sharding import AXES, by_token, param_sharding, row_shards, rows_over
@@ -211,7 +212,7 @@ def make_mesh(topology: str, model: int, fsdp: int) -> tuple[Mesh, Chip]:
     if len(devices) % (model * fsdp):
         raise InputError(
             "config.model_axis, config.fsdp",
-            found=f"{model} x {fsdp} for {len(devices)} devices",
+            found=f"{model} x {fsdp} for {counted(len(devices), 'device')}",
             expected="a divisor of their number",
             fix="choose others",
         )
@@ -392,7 +393,7 @@ def at_depth(
     if few == many:
         raise InputError(
             "config.depths",
-            found=f"{many} alone, of {layers} layers",
+            found=f"{many} alone, of {counted(layers, 'layer')}",
             expected=f"two depths, or {layers}",
             fix="add another",
         )

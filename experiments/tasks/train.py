@@ -15,6 +15,7 @@ import converters
 from experiments.tasks.common import required
 from vfjax import InputError, Model, Processor
 from vfjax.data import Batches, Conversations
+from vfjax.errors import counted
 from vfjax.model import ModelConfig
 from vfjax.processes import agreeing, together
 from vfjax.sharding import make_mesh, mesh_of, row_shards
@@ -83,7 +84,8 @@ def read_data(config: ConfigDict, name: str) -> list[Conversations]:
     if not stage.data or len(stage.weights or stage.data) != len(stage.data):
         raise InputError(
             f"config.stages.{name}.data",
-            found=f"{len(stage.data)} data sets, {len(stage.weights)} weights",
+            found=f"{counted(len(stage.data), 'data set')}, "
+            f"{counted(len(stage.weights), 'weight')}",
             expected="one or more, rows.json=folder of pictures, and as many weights or none",
             fix=f"pass --config.stages.{name}.data=\"('rows.json=folder',)\"",
         )
@@ -98,9 +100,15 @@ def read_data(config: ConfigDict, name: str) -> list[Conversations]:
             )
         found = Conversations(rows, pictures, skip_broken=config.skip_broken)
         if found.broken:
-            print(f"{rows}: {len(found.broken)} broken rows left out, the first: {found.broken[0]}")
+            print(
+                f"{rows}: {counted(len(found.broken), 'broken row')} left out, "
+                f"the first: {found.broken[0]}"
+            )
         if found.openings:
-            print(f"{rows}: of {found.openings} rows the first message is left out, as LLaVA does")
+            print(
+                f"{rows}: of {counted(found.openings, 'row')} the first message is left out, "
+                "as LLaVA does"
+            )
         out.append(found)
     return out
 
@@ -206,7 +214,10 @@ def train(
     if stage.lora.rank:
         add_lora(model, LoRAConfig(**stage.lora), seed=config.seed)
     again = " (fewer than a step takes: they are repeated)" if sum(rows) < batches.size else ""
-    print(f"{name}: {sum(rows):,} rows{again}, {batches.steps:,} steps of {batches.size:,}")
+    print(
+        f"{name}: {counted(sum(rows), 'row')}{again}, "
+        f"{counted(batches.steps, 'step')} of {batches.size:,}"
+    )
     model = fit(
         model,
         batches.to_iter,
@@ -227,7 +238,9 @@ def train(
         trackers=trackers(config, name, folder),
     )
     if batches.broken:
-        print(f"{len(batches.broken)} broken rows replaced, the first: {batches.broken[0]}")
+        print(
+            f"{counted(len(batches.broken), 'broken row')} replaced, the first: {batches.broken[0]}"
+        )
     switch(model, own)
     with together(f"writing of {name}"):  # by the first; all read it in the next stage
         converters.export(merge_lora(model), folder / "model")

@@ -130,7 +130,7 @@ def test_tokens_without_a_row(tmp_path: Path):
     flags = dict.fromkeys(("single_word", "lstrip", "rstrip", "normalized"), False)
     file["added_tokens"] += [{"id": 259, "content": "<image>", "special": True, **flags}]
     write_json(tmp_path / "tokenizer.json", file)
-    assert "tokenizer: 1 tokens without a row: '<image>'" in inspect(tmp_path).splitlines()
+    assert "tokenizer: 1 token without a row: '<image>'" in inspect(tmp_path).splitlines()
     _, processor = converters.load(tmp_path)
     with pytest.raises(InputError, match="row 0: found token id 259, expected ids below 259"):
         processor(input_ids=[processor.tokenizer("a<image>").input_ids])

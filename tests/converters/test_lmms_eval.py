@@ -104,7 +104,7 @@ def test_what_is_refused():
     with pytest.raises(InputError, match="template"):
         make(Simple, template="none")
     made = make(Chat, max_images=0)
-    with pytest.raises(InputError, match="max_images: found 1 pictures"):
+    with pytest.raises(InputError, match="max_images: found 1 picture"):
         made.generate_until([request(True, 0, GREEDY)])
     with pytest.raises(InputError, match="num_beams: found 3"):
         made.generate_until([request(True, 4, GREEDY | {"num_beams": 3})])

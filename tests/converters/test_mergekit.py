@@ -3,6 +3,7 @@
 tests/peers/mergekit_tokenizers.py recorded its results, and makes the folders.
 """
 
+import contextlib
 import json
 import os
 import runpy
@@ -159,6 +160,18 @@ dtype: float32
     found = fused(models, tmp_path / "out", text)
     for name, value in fused(models, tmp_path / "like", config).items():
         np.testing.assert_array_equal(found[name], value)
+
+
+@pytest.mark.parametrize("encoding", ["utf-8", "utf-8-sig", "utf-16"])
+def test_encodings(models: Path, tmp_path: Path, encoding: str):
+    """A recipe in any encoding that YAML has is read, and kept as it is in the result's card."""
+    file = tmp_path / "recipe.yml"
+    text = f"# né\n{documents(half('base', 'chatml', tokenizer_source='base'))}"
+    file.write_bytes(text.encode(encoding))
+    with contextlib.chdir(models):
+        converters.fuse({}, tmp_path / "out", recipe=file, export="llm", account=False)
+    card = (tmp_path / "out" / "MERGE.md").read_text("utf-8")
+    assert json.dumps(text)[1:-1] in card
 
 
 def documents(*configs: dict[str, Any]) -> str:

@@ -102,21 +102,50 @@ def test_bfloat16(models: Path, tmp_path: Path):
         assert np.abs(theirs - exact).max() >= np.abs(found[name] - exact).max()
 
 
+WEIGHTS = {"a": 0.6, "b": 0.4}
+UNITS = {"della": (0.5, 0.5)}
+"""What a lone delta is multiplied by, before its sum is restored: its weight; in `della`, which
+divides by the weights of those that agree, its `lambda`."""
+
+
 @pytest.mark.parametrize("case", sorted(RANDOM))
 def test_random_masks(models: Path, tmp_path: Path, case: str):
-    """Each weight is one of what its members can give it; as many are kept as there."""
+    """Each weight of a matrix, ours and mergekit's, is what a random mask can give.
+
+    That is the base plus the weighted deltas of none, one or both members, of both only if they
+    agree where signs are elected, and each times one number, which restores the sum of the delta's
+    absolute values (`dare_linear` was told not to). As many are kept as there.
+    """
+    elects, units = case in ("dare_ties", "della"), UNITS.get(case, tuple(WEIGHTS.values()))
     found = fused(models, tmp_path / "out", CASES[case]["yaml"])
-    base, a, b = (PEER["tensors"](x) for x in ("base", "a", "b"))
-    moved, kept = [], []
+    base, *members = (PEER["tensors"](x) for x in ("base", *WEIGHTS))
+    shares: dict[str, list[float]] = {"ours": [], "theirs": []}
     for name, theirs in recorded(case).items():
-        for made, share in ((found[name], kept), (theirs, moved)):
-            share.append(np.mean(np.abs(made - base[name]) > 1e-7))
-        alone = (0.6 * (a[name] - base[name]), 0.4 * (b[name] - base[name]))
-        ours = found[name] - base[name]
-        if case == "dare_linear":  # without `rescale`: sums of what is kept, as it is
-            near_one = [np.abs(ours - x) < 1e-6 for x in (*alone, sum(alone), 0 * ours)]
-            assert np.logical_or.reduce(near_one).all()
-    assert abs(np.mean(kept) - np.mean(moved)) < 0.12
+        if theirs.ndim == 1:  # too few elements to tell the number from
+            continue
+        deltas = [x[name] - base[name] for x in members]
+        for who, made in (("ours", found[name]), ("theirs", theirs)):
+            moved = made - base[name]
+            factors = units if case == "dare_linear" else [factor(moved, d) for d in deltas]
+            one, other = (x * d for x, d in zip(factors, deltas, strict=True))
+            both = WEIGHTS["a"] * one + WEIGHTS["b"] * other if case == "della" else one + other
+            agree = (one * other > 0) | (not elects)
+            kept = [np.abs(moved - x) < 1e-6 for x in (0 * moved, one, other, both)]
+            kept[3] &= agree
+            assert np.logical_or.reduce(kept).all()
+            shares[who].append(1 - np.mean(kept[0]))
+            for i in range(2) if case != "dare_linear" else ():
+                size, surely = np.abs(deltas[i]), kept[1 + i] | kept[3]
+                maybe = surely | (kept[2 - i] & ~agree)  # or it lost the vote
+                restored = [size.sum() / size[mask].sum() for mask in (maybe, surely)]
+                assert restored[0] - 1e-3 <= factors[i] / units[i] <= restored[1] + 1e-3
+    assert abs(np.mean(shares["ours"]) - np.mean(shares["theirs"])) < 0.12
+
+
+def factor(moved: np.ndarray, delta: np.ndarray) -> float:
+    """The number that most elements of a delta are multiplied by."""
+    ratios = (moved / delta)[(np.abs(delta) > 0.005) & (np.abs(moved) > 1e-7)]
+    return float(max(ratios, key=lambda x: np.sum(np.abs(moved - x * delta) < 1e-7)))
 
 
 @pytest.fixture(scope="module")
@@ -152,15 +181,33 @@ def test_llms_of_mllms(vlms: Path, tmp_path: Path, case: str):
         near(found[name], value)
 
 
-@pytest.mark.parametrize("source", ["a", "union"])
-def test_class_of_a_made_tokenizer(vlms: Path, tmp_path: Path, source: str):
-    """A made tokenizer is read as the folder's that it was made of."""
-    models = "models: [{model: a, parameters: {weight: 1}}, {model: b, parameters: {weight: 1}}]"
-    text = f"{{merge_method: linear, tokenizer_source: {source}, {models}}}"
-    fused(vlms, tmp_path / "out", text, export="model", template="vicuna_v1")
-    kept = converters.open_source(vlms / "a").tokenizer
-    assert kept["model_type"] == "llava"
-    assert read_json(tmp_path / "out" / "config.json")["tokenizer"] == kept
+@pytest.mark.parametrize(
+    ("source", "base", "owner"),
+    [
+        ("a", None, "a"),
+        ("union", None, "a"),
+        ("other", None, "other"),
+        ("union", "other", "other"),
+        ("base", "other", "other"),
+        ("a", "other", "a"),
+    ],
+)
+def test_class_of_a_made_tokenizer(
+    vlms: Path, tmp_path: Path, source: str, base: str | None, owner: str
+):
+    """A made tokenizer is read as the folder's that it was made of, the first member's or not."""
+    for name in ("a", "other"):
+        shutil.copytree(vlms / ("a" if name == "a" else "b"), tmp_path / name)
+    config = read_json(tmp_path / "other" / "config.json")
+    config["tokenizer_class"] = "PreTrainedTokenizerFast"
+    (tmp_path / "other" / "config.json").write_text(json.dumps(config))
+    models = [{"model": name, "parameters": {"weight": 1}} for name in ("a", "other")]
+    recipe = {"merge_method": "linear", "tokenizer_source": source, "models": models}
+    recipe |= {"base_model": base} if base else {}
+    fused(tmp_path, tmp_path / "out", json.dumps(recipe), export="model", template="vicuna_v1")
+    classes = {name: converters.open_source(tmp_path / name).tokenizer for name in ("a", "other")}
+    assert classes["a"] != classes["other"]
+    assert read_json(tmp_path / "out" / "config.json")["tokenizer"] == classes[owner]
 
 
 def test_what_both_refuse(models: Path, tmp_path: Path):

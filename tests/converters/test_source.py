@@ -254,7 +254,7 @@ def test_tensors_that_belong_to_no_part(folders: Path, tmp_path: Path):
     tensors = load_file(folder / "model.safetensors")
     tensors["adapter.weight"] = tensors["language_model.model.norm.weight"].clone()
     save_file(tensors, folder / "model.safetensors")
-    with pytest.raises(InputError, match=r"hf: adapter\.weight: found 1 tensors that belong to no"):
+    with pytest.raises(InputError, match=r"hf: adapter\.weight: found 1 tensor belonging to no"):
         open_source(folder)
 
 

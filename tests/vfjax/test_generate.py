@@ -436,7 +436,7 @@ def test_each_row_in_its_own_way(llm, greedy):
     for i, row in enumerate(TEXTS):
         own = {key: values[i] for key, values in how.items()}
         assert generate_ids(model, processor(input_ids=[row]), **own) == [together[i]]
-    with pytest.raises(InputError, match="seed: found 3 values, expected one, or one for each of"):
+    with pytest.raises(InputError, match="seed: found 3 values, expected one, or "):
         generate_ids(model, processor(input_ids=TEXTS), seed=[1, 2, 3])
     with pytest.raises(InputError, match="found 7 tokens in the longest row and 506 new ones"):
         generate_ids(model, processor(input_ids=TEXTS), max_new_tokens=[506, 1, 1, 1])

@@ -215,9 +215,7 @@ def test_decode(tokenizer):
 def test_plain_llm():
     batch = make()(input_ids=[[5, 6], [7]])
     assert batch.images == {}
-    with pytest.raises(
-        InputError, match="images: found 1 pictures, expected none: this model is a"
-    ):
+    with pytest.raises(InputError, match="images: found 1 picture, expected none: this model is a"):
         make()(pictures(1), input_ids=[[PICTURE]])
     assert make().chat("Why?") == make("clip").chat("Why?", images=0)
 
@@ -225,7 +223,7 @@ def test_plain_llm():
 BAD = {
     "too few pictures": (
         {"images": 1, "input_ids": [[PICTURE], [PICTURE, 5]]},
-        "the batch: found 1 pictures for 2 <image> placeholders",
+        "the batch: found 1 picture for 2 <image> placeholders",
     ),
     "too many pictures": (
         {"images": 3, "input_ids": [[PICTURE], [PICTURE, 5]]},
@@ -233,19 +231,19 @@ BAD = {
     ),
     "a picture and no placeholder": (
         {"images": 1, "input_ids": [[5]]},
-        "the batch: found 1 pictures for 0 <image> placeholders",
+        "the batch: found 1 picture for 0 <image> placeholders",
     ),
     "a placeholder and no picture": (
         {"input_ids": [[PICTURE]]},
-        "the batch: found 0 pictures for 1 <image> placeholders",
+        "the batch: found 0 pictures for 1 <image> placeholder",
     ),
     "right number, wrong rows": (
         {"images": [[], pictures(2)], "input_ids": [[PICTURE], [PICTURE]]},
-        "row 0: found 0 pictures for 1 <image> placeholders",
+        "row 0: found 0 pictures for 1 <image> placeholder",
     ),
     "wrong number of lists": (
         {"images": [pictures(1)], "input_ids": [[PICTURE], [5]]},
-        "images: found 1 lists, expected one list a row, 2 rows",
+        "images: found 1 list, expected one list a row, 2 rows",
     ),
     "too long": (
         {"input_ids": [[5] * (CONTEXT + 1)]},
@@ -270,11 +268,11 @@ BAD = {
     "no tokenizer": ({"prompts": ["a"]}, "tokenizer: found none in the checkpoint folder"),
     "labels of another length": (
         {"input_ids": [[5, 6]], "labels": [[5]]},
-        "labels of row 0: found 1 labels, expected 1 rows, 2 labels in this one",
+        "labels of row 0: found 1 label, expected 1 row, 2 labels in this one",
     ),
     "labels of fewer rows": (
         {"input_ids": [[5], [6]], "labels": [[5]]},
-        "labels of row 0: found 1 rows, expected 2 rows",
+        "labels of row 0: found 1 row, expected 2 rows",
     ),
     "a bare prompt": ({"prompts": "a"}, "prompts: found one str, expected a list of prompts"),
     "a bare path": (

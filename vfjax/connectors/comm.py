@@ -13,7 +13,7 @@ from flax import nnx
 
 from vfjax.connectors.combine import mean
 from vfjax.connectors.mining import Asker
-from vfjax.errors import InputError
+from vfjax.errors import InputError, counted
 from vfjax.nn.layers import linear
 from vfjax.vision.encoders.vit import MLP
 
@@ -166,7 +166,7 @@ class COMMConfig:
         if tokens != aux:
             raise InputError(
                 "COMM: token grids",
-                found=f"{tokens} tokens of one encoder, {aux} of the other",
+                found=f"{counted(tokens, 'token')} of one encoder, {aux} of the other",
                 expected="as many, to join them on channels",
                 fix="choose encoders of one patch size, or join 'tokens'",
             )

@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 
 from vfjax.atomic import contents, findable
-from vfjax.errors import InputError
+from vfjax.errors import InputError, counted
 from vfjax.text.prompts import IMAGE_TOKEN
 
 VIDEO_TOKEN = "<video>"
@@ -322,15 +322,16 @@ def _placed(
     if videos and not images and VIDEO_TOKEN not in places:
         places = [VIDEO_TOKEN] * len(places)
     for names, token, what in (
-        (images, IMAGE_TOKEN, "pictures"),
-        (videos, VIDEO_TOKEN, "videos"),
+        (images, IMAGE_TOKEN, "picture"),
+        (videos, VIDEO_TOKEN, "video"),
     ):
         if places.count(token) != len(names):
             raise InputError(
                 where,
-                found=f"{places.count(token)} {token} placeholders for {len(names)} {what}",
+                found=f"{counted(places.count(token), f'{token} placeholder')} for "
+                + counted(len(names), what),
                 expected="as many of one as of the other",
-                fix=f"put one {token} into a question for each of the {what}, or drop the row",
+                fix=f"put one {token} into a question for each {what}, or drop the row",
             )
     rest = {IMAGE_TOKEN: iter(images), VIDEO_TOKEN: iter(videos)}
     pictures = tuple(next(rest[place]) for place in places)

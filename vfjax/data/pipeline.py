@@ -17,7 +17,7 @@ import jax
 import numpy as np
 
 from vfjax.data.conversations import Conversations
-from vfjax.errors import InputError
+from vfjax.errors import InputError, counted
 from vfjax.model import Batch
 from vfjax.processor import Processor
 from vfjax.text import prompts as text
@@ -161,7 +161,7 @@ class Batches:
             ),
             (
                 "batch",
-                f"{self.batch} rows",
+                counted(self.batch, "row"),
                 self.batch % self.process_count == 0,
                 f"a multiple of {self.process_count}, the number of processes",
             ),

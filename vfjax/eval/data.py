@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from vfjax.atomic import contents, findable
-from vfjax.errors import InputError
+from vfjax.errors import InputError, counted
 from vfjax.eval.stats import Metric
 
 Picture = Path | bytes
@@ -202,7 +202,7 @@ def read_table(path: Path, delimiter: str) -> list[dict[str, str]]:
     for number, row in enumerate(rows, 1):
         rest: Any = row.pop(None, ())
         if any(rest):
-            found = f"{len(row) + len(rest)} columns, {len(row)} names"
+            found = f"{counted(len(row) + len(rest), 'column')}, {counted(len(row), 'name')}"
             raise _unreadable(f"{path} row {number}", found)
     return rows
 

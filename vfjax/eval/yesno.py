@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from vfjax.errors import InputError
+from vfjax.errors import InputError, counted
 from vfjax.eval.data import (
     Benchmark,
     Data,
@@ -127,7 +127,7 @@ def _mme_questions(file: Path, subtask: str, pictures: Path) -> list[Question]:
         if len(lines) != 2 or not asked or answer not in ("Yes", "No"):
             raise InputError(
                 f"{file} line {number}",
-                found=f"{ascii(line[:60])}, of {len(lines)} lines",
+                found=f"{ascii(line[:60])}, of {counted(len(lines), 'line')}",
                 expected="two lines of a question, a tab, and Yes or No",
                 fix="use the file as it is published",
             )

@@ -16,7 +16,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from vfjax.errors import InputError
+from vfjax.errors import InputError, counted
 from vfjax.llm.watch import watched, weights
 
 Array = jax.Array
@@ -69,7 +69,7 @@ class Prune:
         if len(shares) != count:
             raise InputError(
                 "prune.keep",
-                found=f"{len(shares)} shares",
+                found=counted(len(shares), "share"),
                 expected=f"one for all, or one for each of {count} branches",
                 fix="choose as many",
             )

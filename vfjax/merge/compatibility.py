@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from vfjax.errors import InputError
+from vfjax.errors import InputError, counted
 from vfjax.merge.engine.tensors import Header, LazyTensor
 
 REMEDY = "merge only models that were fine-tuned from one base LLM"
@@ -42,8 +42,8 @@ def check_names(label: str, names: list[str], reference: str, expected: list[str
     hint = "lm_head is tied to the embedding in one of them (tie_word_embeddings); " if tied else ""
     raise InputError(
         label,
-        found=f"{len(names)} tensors: {'; '.join(wrong)}",
-        expected=f"the {len(expected)} tensors of {reference}",
+        found=f"{counted(len(names), 'tensor')}: {'; '.join(wrong)}",
+        expected=f"the {counted(len(expected), 'tensor')} of {reference}",
         fix=hint + REMEDY,
     )
 

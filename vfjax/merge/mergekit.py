@@ -174,7 +174,7 @@ class _Reader:
 
     def settings(self, where: str, given: Any, one_member: bool = False) -> Settings:
         """A `parameters` mapping by our names, its values as our methods want them."""
-        renamed = YAML_NAMES[""] | YAML_NAMES.get(self.method, {})
+        renamed = _yaml_names(self.method)
         known = {renamed.get(ours, ours): ours for ours in METHODS[self.method].params}
         settings = {}
         for key, value in parse.mapping(where, given).items():
@@ -198,6 +198,10 @@ class _Reader:
         return settings
 
 
+def _yaml_names(method: str) -> dict[str, str]:
+    return YAML_NAMES[""] | YAML_NAMES.get(method, {})
+
+
 def _slice(
     where: str, method: str, base: str | None, sources: list[tuple[Source, Settings]], chain: Chain
 ) -> Slice:
@@ -219,7 +223,8 @@ def _slice(
     if method == "slerp":
         others = [pair for pair in sources if pair[0] is start] + others
     members = sources if use == "unread" and method != "slerp" else others
-    formula = Formula(method, chain, tuple((own, *chain) for _, own in members))
+    each = tuple((own, *chain) for _, own in members)
+    formula = Formula(method, chain, each, _yaml_names(method))
     return Slice(where, formula, tuple(s for s, _ in members), start if use != "unread" else None)
 
 

@@ -13,6 +13,7 @@ import re
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
+from vfjax.errors import counted
 from vfjax.merge import parse
 from vfjax.merge.methods.registry import METHODS, Each, Weights, find
 
@@ -50,11 +51,15 @@ class TensorPlan:
 
 @dataclasses.dataclass(frozen=True)
 class Formula:
-    """A method, and where its parameters are found: those for all members, and each member's."""
+    """A method, and where its parameters are found: those for all members, and each member's.
+
+    `words` are what the user calls parameters, where that is not our name.
+    """
 
     method: str
     shared: Chain
     each: tuple[Chain, ...]
+    words: Mapping[str, str] = dataclasses.field(default_factory=dict)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -211,7 +216,7 @@ class Recipe:
         if METHODS[formula.method].base != "unread":
             base = _start(name, formula.method, piece)
         params = _params(name, formula, members, t)
-        find(formula.method, params, len(members))
+        find(formula.method, params, len(members), formula.words)
         return TensorPlan(formula.method, at(base) if base else None, members, params)
 
 
@@ -234,7 +239,8 @@ def _params(
         elif param.default is param.empty or any(value is not None for value in found):
             whose = f" for {members[found.index(None)][0]}" if len(found) > 1 else ""
             fix = "set it, or add a filter that fits this tensor"
-            parse.fail(tensor, f"no {key!r}{whose}", f"a value, for {formula.method}", fix)
+            word = formula.words.get(key, key)
+            parse.fail(tensor, f"no {word!r}{whose}", f"a value, for {formula.method}", fix)
     return params
 
 
@@ -263,11 +269,11 @@ def _by_layer(model: str, names: Iterable[str], count: int) -> Tensors:
         layer = int(match[2]) if match else None
         if layer not in found:
             parse.fail(
-                f"{model}: {name}", f"layer {layer}", f"{count} layers", "correct its config"
+                f"{model}: {name}", f"layer {layer}", counted(count, "layer"), "correct its config"
             )
         found[layer][(match[1], match[3]) if match else (name, "")] = name
     if empty := [layer for layer, held in found.items() if layer is not None and not held]:
-        wanted = f"{count} layers"
+        wanted = counted(count, "layer")
         parse.fail(model, f"no tensors of layer {empty[0]}", wanted, "complete the checkpoint")
     return found
 
@@ -279,9 +285,8 @@ def _layer_count(piece: Slice, layers: Mapping[str, int]) -> int:
         stop = has if source.stop is None else source.stop
         if stop > has:
             found = f"layer_range [{source.start}, {stop}]"
-            parse.fail(
-                f"{piece.where}: {source.model}", found, f"at most {has} layers", "shorten it"
-            )
+            wanted = f"at most {counted(has, 'layer')}"
+            parse.fail(f"{piece.where}: {source.model}", found, wanted, "shorten it")
         counts[source.model] = stop - source.start
     if len(set(counts.values())) > 1:
         found = ", ".join(f"{count} of {model}" for model, count in counts.items())
@@ -374,7 +379,8 @@ def _levels(where: str, given: Any, method: str, count: int) -> Levels:
         kind = parse.kind(where, key, method, {name: name for name in METHODS[method].params})
         if kind == Weights or (kind == Each and isinstance(value, tuple)):
             if not isinstance(value, list | tuple) or len(value) != count:
-                parse.fail(at, repr(value), f"{count} values, one a member", "correct it")
+                wanted = f"{counted(count, 'value')}, one a member"
+                parse.fail(at, repr(value), wanted, "correct it")
             for settings, one in zip(own, value, strict=True):
                 settings[key] = parse.setting(at, one)
         else:

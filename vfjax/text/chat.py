@@ -4,7 +4,7 @@ from collections.abc import Mapping, Sequence
 from types import MappingProxyType
 from typing import Any
 
-from vfjax.errors import InputError
+from vfjax.errors import InputError, counted
 from vfjax.text.prompts import IGNORE, IMAGE_TOKEN, Turn, check_turns, get_template
 
 CHAT_TEMPLATE = "chat_template"
@@ -92,7 +92,8 @@ def render(
         ) from error
     if text.count(image_token) != count:
         raise _wrong(
-            f"one that writes {text.count(image_token)} {image_token} for {count} pictures",
+            f"one that writes {text.count(image_token)} {image_token} "
+            f"for {counted(count, 'picture')}",
             "as many of one as of the other",
         )
     return text

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from types import MappingProxyType
 from typing import Any
 
-from vfjax.errors import InputError
+from vfjax.errors import InputError, counted
 
 IMAGE_TOKEN = "<image>"
 IMAGE_ID = -200
@@ -478,7 +478,7 @@ def _check_trainable(template: Template, turns: Sequence[Turn]) -> None:
     if template.tail is None and (len(turns) != 1 or IMAGE_TOKEN not in turns[0][0]):
         raise InputError(
             f"template {template.name!r}",
-            found=f"{len(turns)} turns, first question {turns[0][0][:40]!r}",
+            found=f"{counted(len(turns), 'turn')}, first question {turns[0][0][:40]!r}",
             expected=f"one turn with {IMAGE_TOKEN}",
             fix="use a conversation template",
         )

@@ -17,7 +17,7 @@ import numpy as np
 from flax import nnx
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from vfjax.errors import InputError
+from vfjax.errors import InputError, counted
 from vfjax.model import Batch, Model
 from vfjax.processes import agreeing, preempted
 from vfjax.sharding import by_token, mesh_of, row_axes, row_shards
@@ -136,7 +136,7 @@ def fit(
             raise InputError(
                 "data",
                 found=f"an end after step {done}",
-                expected=f"batches for {optim.steps} steps",
+                expected=f"batches for {counted(optim.steps, 'step')}",
                 fix="repeat the data, or train fewer steps",
             )
     trained = nnx.merge(graph, state.params, frozen)

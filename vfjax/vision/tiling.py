@@ -13,7 +13,7 @@ from collections.abc import Sequence
 import numpy as np
 from PIL import Image
 
-from vfjax.errors import InputError
+from vfjax.errors import InputError, counted
 from vfjax.vision.images import Source, open_image
 
 Size = tuple[int, int]  # (width, height) or (columns, rows)
@@ -234,7 +234,7 @@ def frame_indices(n: int, count: int) -> np.ndarray:
     if n < 1 or count < 1:
         raise InputError(
             "video",
-            found=f"{n} frames, {count} wanted",
+            found=f"{counted(n, 'frame')}, {count} wanted",
             expected="at least one of each",
             fix="check the file and the number of frames",
         )

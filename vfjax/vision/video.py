@@ -11,7 +11,7 @@ from typing import Any
 
 from PIL import Image
 
-from vfjax.errors import InputError
+from vfjax.errors import InputError, counted
 from vfjax.vision.images import Source, open_image
 from vfjax.vision.tiling import frame_indices
 
@@ -33,7 +33,7 @@ class Video:
         if not self.frames or self.pool < 1:
             raise InputError(
                 "video",
-                found=f"{len(self.frames)} frames, pool {self.pool}",
+                found=f"{counted(len(self.frames), 'frame')}, pool {self.pool}",
                 expected="at least one of each",
                 fix="pass frames, and pool=1 to keep all tokens",
             )

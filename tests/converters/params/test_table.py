@@ -90,7 +90,7 @@ def test_tensors_that_fit(more: dict[str, tuple[int, ...]]):
     [
         (
             lambda t: t.pop("layers.11.out.bias"),
-            "x: layers.11.out.bias: found 1 tensors missing, 0 unknown, expected each parameter's "
+            "x: layers.11.out.bias: found 1 tensor missing, 0 unknown, expected each parameter's "
             "tensor and no other; check that config.json belongs to these weights",
         ),
         (

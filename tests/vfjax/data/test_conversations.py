@@ -110,15 +110,15 @@ BAD_ROWS = {
     ),
     "no placeholder": (
         row(conversations=talk("What?", "A cat.")),
-        "row 1 (id a): found 0 <image> placeholders for 1 pictures",
+        "row 1 (id a): found 0 <image> placeholders for 1 picture",
     ),
     "no picture": (
         row(image="absent"),
-        "row 1 (id a): found 1 <image> placeholders for 0 pictures",
+        "row 1 (id a): found 1 <image> placeholder for 0 pictures",
     ),
     "too many pictures": (
         row(image=["1.png", "1.png"]),
-        "row 1 (id a): found 1 <image> placeholders for 2 pictures",
+        "row 1 (id a): found 1 <image> placeholder for 2 pictures",
     ),
     "a number as picture": (row(image=5), "row 1 (id a): found image 5, expected a name or"),
     "numbers as pictures": (row(image=[5]), "row 1 (id a): found image [5], expected a name or"),
@@ -140,7 +140,7 @@ BAD_ROWS = {
     ),
     "a video without placeholder": (
         row(image=None, video="1.png", conversations=talk("What happens?", "Rain.")),
-        "row 1 (id a): found 0 <video> placeholders for 1 videos",
+        "row 1 (id a): found 0 <video> placeholders for 1 video",
     ),
     "a placeholder of a video": (
         row(image=None, conversations=talk("<video>\nWhat happens?", "Rain.")),

@@ -110,7 +110,7 @@ def test_mme_reads_both_layouts(tmp_path: Path) -> None:
 def test_mme_of_a_damaged_file(tmp_path: Path) -> None:
     mme_folder(tmp_path)
     (tmp_path / "count" / "a.txt").write_text("Is it one?\tYes\n")
-    with pytest.raises(InputError, match="a.txt line 1.*of 1 lines"):
+    with pytest.raises(InputError, match="a.txt line 1.*of 1 line"):
         read(get_benchmark("mme"), Data(tmp_path), {})
 
 

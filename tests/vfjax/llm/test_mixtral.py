@@ -99,5 +99,5 @@ def test_a_missing_expert_is_named(tmp_path):
     name = "model.layers.1.block_sparse_moe.experts.2.w3.weight"
     tensors.pop(name)
     save_file(tensors, tmp_path / "model.safetensors")
-    with pytest.raises(InputError, match=f"{name}: found 1 tensors missing"):
+    with pytest.raises(InputError, match=f"{name}: found 1 tensor missing"):
         converters.load(tmp_path)

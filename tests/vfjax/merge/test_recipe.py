@@ -400,12 +400,18 @@ def test_keys_that_a_method_does_not_read_are_skipped_and_named(config, path, ke
 @pytest.mark.parametrize(
     ("config", "message"),
     [
-        (change(LINEAR, FIRST, {}), "no 'weights' for a"),
-        (change(LINEAR, FIRST, {"weight": [{"filter": "mlp", "value": 1}]}), "no 'weights' for a"),
-        (change(LINEAR, FIRST, {"weight": "much"}), "linear.weights: found ('much', 3)"),
-        (change(LINEAR, FIRST, {"weight": True}), "linear.weights: found (True, 3)"),
+        (change(LINEAR, FIRST, {}), "no 'weight' for a"),
+        (change(LINEAR, FIRST, {"weight": [{"filter": "mlp", "value": 1}]}), "no 'weight' for a"),
+        (change(LINEAR, FIRST, {"weight": "much"}), "linear.weight: found ('much', 3)"),
+        (change(LINEAR, FIRST, {"weight": True}), "linear.weight: found (True, 3)"),
         (LINEAR | {"parameters": {"normalize": 0.5}}, "linear.normalize: found 0.5"),
-        (LINEAR | {"base_model": "c"}, "no 'weights' for c"),
+        (LINEAR | {"base_model": "c"}, "no 'weight' for c"),
+        (TIES | {"parameters": {"lambda": "x", "weight": 1}}, "ties.lambda: found 'x'"),
+        (
+            models("multislerp", ("a", {"weight": 1}), ("b", {"weight": 1}))
+            | {"parameters": {"normalize_weights": "x"}},
+            "multislerp.normalize_weights: found 'x'",
+        ),
         (SLERP | {"parameters": {}}, "no 't', expected a value, for slerp"),
         (LINEAR | {"merge_method": "passthrough", "models": [{"model": "a"}, {"model": "b"}]}, "2"),
         (change(SLERP, (*SOURCE, "layer_range"), [1, 6]), "slices[0]: a: found layer_range [1, 6]"),

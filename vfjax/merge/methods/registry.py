@@ -24,7 +24,7 @@ from typing import Any, Literal
 import jax
 import numpy as np
 
-from vfjax.errors import InputError
+from vfjax.errors import InputError, counted
 
 Array = jax.Array | np.ndarray
 Weights = Sequence[float]
@@ -119,13 +119,16 @@ SHARES = ("density", "gamma", "select_topk")
 """Parameters that are a share of a tensor's elements."""
 
 
-def find(name: str, params: Mapping[str, Any], count: int) -> tuple[Method, Numbers, Flags]:
+def find(
+    name: str, params: Mapping[str, Any], count: int, words: Mapping[str, str] | None = None
+) -> tuple[Method, Numbers, Flags]:
     """Looks a method up and checks its parameters.
 
     Args:
         name: key of `METHODS`.
         params: what the user gave, by parameter name.
         count: number of members.
+        words: what the user calls parameters, where that is not our name.
 
     Returns:
         The method, its numbers by name (float32, `Weights` and `Each` as float32[K]), its switches.
@@ -149,14 +152,15 @@ def find(name: str, params: Mapping[str, Any], count: int) -> tuple[Method, Numb
         )
     values: dict[str, Any] = {}
     for key, param in method.params.items():
+        word = (words or {}).get(key, key)
         if key not in params and param.default is param.empty:
             raise InputError(
-                f"method {name}", found=f"no {key!r}", expected=_wants(param, count), fix="set it"
+                f"method {name}", found=f"no {word!r}", expected=_wants(param, count), fix="set it"
             )
-        values[key] = _typed(f"{name}.{key}", param, params.get(key, param.default), count)
+        values[key] = _typed(f"{name}.{word}", param, params.get(key, param.default), count)
         if key in SHARES and np.any((values[key] < 0) | (values[key] > 1)):
             raise InputError(
-                f"{name}.{key}",
+                f"{name}.{word}",
                 found=f"{np.asarray(params[key]).tolist()}",
                 expected="a share, 0 to 1",
                 fix="divide per cent by 100",
@@ -178,7 +182,7 @@ def _check_count(method: Method, count: int) -> None:
         wanted = f"{low}" if low == high else f"{low} or more"
         raise InputError(
             f"method {method.name}",
-            found=f"{count} members",
+            found=counted(count, "member"),
             expected=wanted,
             fix="change the members or the method",
         )
@@ -186,7 +190,7 @@ def _check_count(method: Method, count: int) -> None:
 
 def _wants(param: inspect.Parameter, count: int) -> str:
     if param.annotation == Weights:
-        return f"{count} finite numbers, one a member"
+        return f"{counted(count, 'finite number')}, one a member"
     if param.annotation == Each:
         return f"a finite number, or {count} of them, one a member"
     if choices := _choices(param):

@@ -371,7 +371,7 @@ class Fusion:
         """What was done, from what: every source file by its SHA-256."""
         request = self.request
         record: dict[str, Any] = {"method": request.method, "params": dict(request.params)}
-        if request.recipe is not None:
+        if self.yaml is not None:
             record = {"recipe": self.yaml.text}
             if self.recipe.unread:
                 record["unread"] = list(self.recipe.unread)

@@ -121,7 +121,10 @@ class Fusion:
         if self.yaml is not None:
             recipe, folders, below = self.yaml.recipe, dict(self.yaml.folders), self.yaml.below
             plain = Request({}, "", recipe=request.recipe, export=request.export, seed=request.seed)
-            self.inner = {name: Fusion(plain, each) for name, each in self.yaml.merges.items()}
+            self.inner = {
+                name: Fusion(plain, dataclasses.replace(each, text=self.yaml.text))
+                for name, each in self.yaml.merges.items()
+            }
             if recipe.unread:
                 skipped = ", ".join(recipe.unread)
                 warnings.warn(f"{request.recipe}: the method does not read {skipped}", stacklevel=3)

@@ -1,12 +1,17 @@
-"""A small trained family: base, encoders, members, and what their fusion gains; from nothing."""
+"""A small trained family: base, encoders, members, and what their fusion gains; from nothing.
+
+`family.py:shipped` measures the members that ship with vfjax alone, in minutes.
+"""
 
 from ml_collections import ConfigDict, config_dict
 
 
-def get_config() -> ConfigDict:
-    return ConfigDict(
+def get_config(which: str = "") -> ConfigDict:
+    config = ConfigDict(
         {
             "task": "family",
+            # Take base and members, of one seed, from experiments/family/models.
+            "shipped": {"": False, "shipped": True}[which],
             "seed": 0,  # of scenes, base and encoders
             "seeds": (0, 1, 2),  # of members: connector, order of the data
             "members": (  # that are made; of tasks.family.MEMBERS
@@ -33,3 +38,7 @@ def get_config() -> ConfigDict:
             "ship": config_dict.placeholder(str),  # a folder for base and members of the first seed
         }
     )
+    if config.shipped:
+        config.update({"seeds": (0,), "members": ("clip", "dino", "dci"), "sweep": ()})
+        config.pairs = ("clip+dino", "clip+dci", "clip+dino+dci")
+    return config

@@ -17,6 +17,8 @@ from experiments.family import encoders, language, scenes
 from experiments.family.distil import train_distilled
 from experiments.family.members import Quiz, Recipe, load, make, means, score
 from experiments.family.study import Scores, fuse, paired, study, table, with_llm
+from experiments.tasks.common import FAMILY
+from vfjax import InputError
 from vfjax.atomic import empty, replacing
 from vfjax.train import Stopped
 
@@ -70,9 +72,12 @@ def run(config: ConfigDict, workdir: Path) -> None:
 
 
 def _run(config: ConfigDict, workdir: Path) -> None:
-    for split in ("train", "validation", "test"):
+    splits = ("validation", "test") if config.shipped else ("train", "validation", "test")
+    for split in splits:
         turns = 6 if split == "train" else 1
         scenes.ensure(workdir / split, split, config.scenes[split], config.seed, turns=turns)
+    if config.shipped:
+        unpack(config, workdir)
     if not (workdir / "base").is_dir():
         language.build(workdir / "base", seed=config.seed)
     make_encoders(config, workdir)
@@ -94,6 +99,29 @@ def _run(config: ConfigDict, workdir: Path) -> None:
     write_report(workdir, told, known, alone, pairs, sweep)
     if config.ship:
         ship(workdir, Path(config.ship), config.members, config.seeds[0])
+
+
+def unpack(config: ConfigDict, workdir: Path) -> None:
+    """The shipped base, towers and members, in the places of those that would be made.
+
+    Raises:
+        InputError: members that do not ship, or several seeds.
+    """
+    known = sorted(path.name for path in FAMILY.iterdir() if path.name != "base")
+    if not set(config.members) <= set(known) or len(config.seeds) != 1:
+        raise InputError(
+            "config.members, config.seeds",
+            found=f"{tuple(config.members)}, {tuple(config.seeds)}",
+            expected=f"some of {', '.join(known)}, and one seed, with config.shipped",
+            fix="correct them",
+        )
+    folders = {"base": workdir / "base"}
+    for name in config.members:
+        folders[name] = member_folder(workdir, name, config.seeds[0]) / "model"
+        folders[f"{name}/vision_tower"] = workdir / "encoders" / MEMBERS[name]["encoder"]
+    for name, folder in folders.items():
+        if not folder.is_dir():
+            shutil.copytree(FAMILY / name, folder)
 
 
 def make_encoders(config: ConfigDict, workdir: Path) -> None:
@@ -138,15 +166,16 @@ def make_member(
     """
     out = member_folder(workdir, name, seed, **other)
     if not (out / "scores.npz").is_file():
-        empty(out)
-        recipe = dict(MEMBERS[name])
-        recipe |= {key: workdir / "encoders" / recipe[key] for key in KEYS if key in recipe}
-        times = recipe.pop("times", 1)
-        recipe |= {key: config[key] for key in ("align", "rate")} | {"seed": seed}
-        recipe |= {key: times * config[key] for key in ("first", "tune")} | other
         print(f"member {out.name}", flush=True)
-        model, _ = make(Recipe(**recipe), workdir / "base", workdir / "train", out / "stages")
-        converters.export(model, out / "model")
+        if not config.shipped:
+            empty(out)
+            recipe = dict(MEMBERS[name])
+            recipe |= {key: workdir / "encoders" / recipe[key] for key in KEYS if key in recipe}
+            times = recipe.pop("times", 1)
+            recipe |= {key: config[key] for key in ("align", "rate")} | {"seed": seed}
+            recipe |= {key: times * config[key] for key in ("first", "tune")} | other
+            model, _ = make(Recipe(**recipe), workdir / "base", workdir / "train", out / "stages")
+            converters.export(model, out / "model")
         found: dict[str, Any] = score(*load(out / "model"), test)
         save(out / "scores.npz", found)
     return dict(np.load(out / "scores.npz"))

@@ -1,0 +1,135 @@
+"""Writes the documents' tables from the JSON files that their measurements left.
+
+    python experiments/tables.py [--check]
+
+A table stands between <!-- NAME --> and <!-- /NAME -->; what is there is replaced. With --check
+nothing is written, and the exit code is 1 where a document says something else.
+"""
+
+import json
+import re
+import sys
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parents[1]
+RESULTS = ROOT / "experiments" / "bench" / "results"
+FAMILY = ROOT / "experiments" / "family"
+
+Record = Mapping[str, Any]
+
+
+def read(file: Path) -> Any:
+    return json.loads(file.read_text())
+
+
+def markdown(head: Sequence[str], rows: Iterable[Sequence[str]]) -> list[str]:
+    """A table; columns after the first are to the right."""
+    lines = [head, ["---", *["--:"] * (len(head) - 1)], *rows]
+    return [f"| {' | '.join(line)} |".replace("|  |", "| |") for line in lines]
+
+
+def basic() -> list[str]:
+    """Times beside transformers' on the AMD CPU, and the ratios on the Intel CPU."""
+    intel = {row["name"]: row["ratio"] for row in read(RESULTS / "basic-intel.json")["rows"]}
+    rows = []
+    for row in read(RESULTS / "basic-amd.json")["rows"]:
+        times = [f"{row[key]:.3f} {row['unit']}" for key in ("ours", "peer")]
+        other = f"{intel[row['name']]:.2f}" if row["name"] in intel else ""
+        rows.append([row["name"], *times, f"{row['ratio']:.2f}", other])
+    return markdown(["", "vfjax", "transformers", "ratio", "ratio on the Intel CPU"], rows)
+
+
+MERGES = {
+    "dare": "dare_ties, rescaled as mergekit does",
+    "dare, default rescale": "dare_ties, rescaled as the paper does",
+}
+
+
+def merge() -> list[str]:
+    """Merges of 1.1 billion parameters beside mergekit's and a copy."""
+    found: dict[str, dict[str, Record]] = {}
+    for row in read(RESULTS / "merge-cpu.json")["rows"]:
+        name, _, what = row["name"].partition(": ")
+        found.setdefault(name, {})[what] = row
+    rows = []
+    for name, row in found.items():
+        wall, memory, copy = (
+            row[key] for key in ("wall", "anonymous memory", "wall beside a copy")
+        )
+        rows.append(
+            [
+                MERGES.get(name, name),
+                f"{wall['ours']:.1f} s",
+                f"{wall['peer']:.1f} s",
+                f"{wall['ratio']:.1f}",
+                f"{copy['peer']:.1f} s",
+                f"{memory['ours']:.0f}, {memory['peer']:.0f} MiB",
+            ]
+        )
+    head = ["", "vfjax", "mergekit", "ratio", "copy", "own memory of vfjax, mergekit"]
+    return markdown(head, rows)
+
+
+def costs() -> list[str]:
+    """What members, tokens and rows cost, planned and measured."""
+    found = read(RESULTS / "costs.json")
+    whole = {"first answers a second": ".0f", "tokens a second": ".0f", "GiB": ".1f"}
+    small = {"first answers a second": ".2f", "GiB": ".1f"}
+    rows = []
+    for how, keys in (("planned", whole), ("measured", small)):
+        for key, style in keys.items():
+            curves = found[how].values()
+            cells = [", ".join(format(p[key], style) for p in c.values()) for c in curves]
+            unit = f"{key} a chip" if (how, key) == ("planned", "GiB") else key
+            rows.append([f"{how}: {unit}", *cells])
+    heads = [f"{name} {', '.join(curve)}" for name, curve in found["planned"].items()]
+    heads[-1] += f" (measured: {', '.join(found['measured']['rows'])}), two members"
+    return markdown(["", *heads], rows)
+
+
+def saving() -> list[str]:
+    """Answers and right ones of the fused family with fewer tokens or bits."""
+    found = read(RESULTS / "saving-amd.json")["notes"]["family"]
+    width = max(map(len, found))
+    lines = [f"{name:{width}}{row['agree']:9.1f}{row['right']:8.1f}" for name, row in found.items()]
+    return ["```", f"{'':{width}}{'agree':>9}{'right':>8}", *lines, "```"]
+
+
+TABLES: dict[str, Callable[[], list[str]]] = {
+    "basic": basic,
+    "merge": merge,
+    "costs": costs,
+    "saving": saving,
+}
+"""Name -> lines."""
+
+DOCUMENTS = (ROOT / "README.md", ROOT / "BUILD.md", FAMILY / "README.md")
+
+
+def filled(text: str) -> str:
+    """A document with its tables as they are now.
+
+    Raises:
+        KeyError: a mark names no table.
+    """
+
+    def table(match: re.Match[str]) -> str:
+        return "\n".join([match[1], *TABLES[match[2]](), f"<!-- /{match[2]} -->"])
+
+    return re.sub(r"(<!-- ([\w-]+) -->)\n.*?<!-- /\2 -->", table, text, flags=re.DOTALL)
+
+
+def main(argv: Sequence[str]) -> int:
+    check = "--check" in argv
+    stale = [path for path in DOCUMENTS if filled(text := path.read_text()) != text]
+    for path in stale:
+        print(f"{path.relative_to(ROOT)}: {'not what its JSON says' if check else 'written'}")
+        if not check:
+            path.write_text(filled(path.read_text()))
+    return int(check and bool(stale))
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

@@ -15,10 +15,11 @@ from jax.experimental import multihost_utils
 
 from converters.files.reader import read_file
 from converters.files.writer import write_folder
-from converters.load import TOKENIZER_FILES, Params, flatten, part_of, source_of
+from converters.load import TOKENIZER_FILES, Params, flatten, part_of
+from converters.origin import Origin, origin_of
 from converters.params.table import Rule, restored
 from converters.registry import find
-from converters.source import Prefixes
+from converters.towers import Prefixes
 from vfjax import InputError, Model
 from vfjax.merge import LazyTensor
 
@@ -27,6 +28,7 @@ def export(
     model: Model,
     out: str | Path,
     *,
+    like: Model | None = None,
     shard_bytes: float = 5e9,
     progress: Callable[[int], object] | None = None,
 ) -> None:
@@ -41,6 +43,8 @@ def export(
     Args:
         model: made by `converters.load`; its parameters may have changed.
         out: folder to make.
+        like: the model that was loaded, where `model` is another object of its structure, as
+            `nnx.merge` and `jax.tree.map` make them.
         shard_bytes: largest size of a weights file.
         progress: called with the number of bytes after each write.
 
@@ -48,7 +52,7 @@ def export(
         InputError: `out` exists, the model was not loaded or has int8 weights, the folder it came
             from is gone or has other tensors now, or the disk fills up; nothing is left then.
     """
-    record = source_of(model)
+    origin = origin_of(model if like is None else like)
     if any(x.dtype == np.int8 for x in jax.tree.leaves(nnx.state(model))):
         raise InputError(
             "model",
@@ -56,10 +60,9 @@ def export(
             expected="those of its checkpoint",
             fix="export the model as it was loaded without int8",
         )
-    origin = Path(record["path"])
-    if not origin.is_dir():
+    if not origin.home.is_dir():
         raise InputError(
-            origin,
+            origin.home,
             found="no folder",
             expected="the checkpoint that the model was loaded from, for its tokenizer files",
             fix="put it back",
@@ -68,7 +71,7 @@ def export(
     if jax.process_index():
         return
     parts: dict[str, dict[str, list[tuple[nnx.Variable, Rule]]]] = {"": {}}
-    for name, (rule, prefixes, folder) in _places(record, params).items():
+    for name, (rule, prefixes, folder) in _places(origin, params).items():
         target = parts.setdefault(folder, {})
         for one in rule.each(params[name].shape):
             target.setdefault(restored(one.source, prefixes), []).append((params[name], one))
@@ -76,13 +79,14 @@ def export(
         folder: {name: _Exported(pieces) for name, pieces in tensors.items()}
         for folder, tensors in parts.items()
     }
-    for folder, name, tensor in _spare(record, weights):
+    for folder, name, tensor in _spare(origin, weights):
         weights[folder][name] = tensor
-    own = () if record["created"] else ("preprocessor_config.json", "processor_config.json")
-    files = {name: origin / name for name in (*TOKENIZER_FILES, *own) if (origin / name).is_file()}
+    own = () if origin.created else ("preprocessor_config.json", "processor_config.json")
+    places = {name: origin.home / name for name in (*TOKENIZER_FILES, *own)}
+    files = {name: path for name, path in places.items() if path.is_file()}
     dtype = np.dtype(params["llm/embedding"].dtype)
-    texts: dict[str, Mapping[str, Any]] = {"config.json": with_dtype(record["config"], dtype)}
-    for part, tower in {**record["towers"], **record["held"]}.items():
+    texts: dict[str, Mapping[str, Any]] = {"config.json": with_dtype(origin.config, dtype)}
+    for part, tower in {**origin.towers, **origin.held}.items():
         for file, value in tower.items():
             texts[f"{FOLDERS[part.split('.')[-1]]}/{file}"] = value
     write_folder(
@@ -103,41 +107,34 @@ def to_bytes(value: Mapping[str, Any]) -> bytes:
     return (json.dumps(value, indent=2, ensure_ascii=False) + "\n").encode()
 
 
-def _places(record: Mapping[str, Any], params: Params) -> dict[str, tuple[Rule, Prefixes, str]]:
+def _places(origin: Origin, params: Params) -> dict[str, tuple[Rule, Prefixes, str]]:
     """Parameter name -> its rule, its component's prefixes, the sub-folder it is written to."""
-    configs = {"llm": record["llm"]}
-    for branch in record["branches"]:
-        for kind in ("encoder", "aux", "connector"):
-            if kind in branch:
-                configs[f"branches.{branch['name']}.{kind}"] = branch[kind]
     out = {}
-    for part, config in configs.items():
+    for part, config in origin.components.items():
         names = {path: name for name in params for p, path in [part_of(name)] if p == part}
-        table = find(config, part)
-        folder = _folder(record, part)
-        prefixes = tuple(tuple(pair) for pair in record["prefixes"][part])
+        table, folder = find(config, part), _folder(origin, part)
         for path, rule in table.match({path: params[n].shape for path, n in names.items()}).items():
-            out[names[path]] = (rule, prefixes, folder)
+            out[names[path]] = (rule, origin.prefixes[part], folder)
     return out
 
 
-def _folder(record: Mapping[str, Any], part: str) -> str:
+def _folder(origin: Origin, part: str) -> str:
     """The sub-folder that a component's tensors are written to."""
-    return FOLDERS[part.split(".")[-1]] if part in record["towers"] else ""
+    return FOLDERS[part.split(".")[-1]] if part in origin.towers else ""
 
 
 def _spare(
-    record: Mapping[str, Any], weights: Mapping[str, Mapping[str, LazyTensor]]
+    origin: Origin, weights: Mapping[str, Mapping[str, LazyTensor]]
 ) -> Iterator[tuple[str, str, LazyTensor]]:
     """Sub-folder, name and values of each tensor that the model lacks, as its file has it."""
-    files: dict[str, Mapping[str, LazyTensor]] = {}
-    for part, places in record["spare"].items():
-        folder = _folder(record, part)
+    files: dict[Path, Mapping[str, LazyTensor]] = {}
+    for part, places in origin.spare.items():
+        folder = _folder(origin, part)
         for name, path in places.items():
             if name in weights[folder]:  # one that some models have, and this one has
                 continue
             if path not in files:
-                files[path] = read_file(Path(path)) if Path(path).is_file() else {}
+                files[path] = read_file(path) if path.is_file() else {}
             if name not in files[path]:
                 raise InputError(
                     f"{path}: {name}",

@@ -1,7 +1,6 @@
 """Checkpoint folder -> sharded model: streams a few tensors at a time onto the devices."""
 
 import dataclasses
-import json
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -15,6 +14,7 @@ from converters.files.reader import read_json
 from converters.fingerprint import fingerprint
 from converters.formats.visionfuse import arrange
 from converters.load_params import fill
+from converters.origin import remember
 from converters.params.table import FLOATS, Rule, Table
 from converters.preprocessor import from_preprocessor
 from converters.registry import find
@@ -129,7 +129,9 @@ def read_model(
         narrow = {name for name, p in wanted.items() if p.dtype == np.int8}
     its = processor(source, config)
     fill(params, tensors, mesh, dtype, progress, narrow, shard)
-    return join(graph, params), its
+    model = join(graph, params)
+    remember(model, source)
+    return model, its
 
 
 def read_llm(
@@ -222,7 +224,7 @@ def model_config(source: Source) -> ModelConfig:
             check_depth(source.config_of(part), tensors, f"{source.path}: {part}")
     for branch in branches:
         _check_width(source, branch, llm)
-    return ModelConfig(branches, llm, source.to_json(), source.positions, source.mask)
+    return ModelConfig(branches, llm, source.positions, source.mask)
 
 
 def _branch_config(source: Source, branch: Mapping[str, Any]) -> BranchConfig:
@@ -431,19 +433,3 @@ def _check_tokens(source: Source, tokenizer: Any, rows: int) -> None:
             expected=f"ids below {rows}, the rows of the embedding",
             fix="use the checkpoint's own tokenizer",
         )
-
-
-def source_of(model: Model) -> dict[str, Any]:
-    """What `Source.to_json` kept of the folder a model was loaded from.
-
-    Raises:
-        InputError: the model was not loaded by `converters.load`.
-    """
-    if not model.config.source:
-        raise InputError(
-            "model",
-            found="no description of its checkpoint",
-            expected="a model made by converters.load",
-            fix="load it, then change its parameters",
-        )
-    return json.loads(model.config.source)

@@ -5,7 +5,6 @@ merging, inspecting and exporting know only the normal form.
 """
 
 import dataclasses
-import json
 import re
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -15,7 +14,7 @@ from converters import adapters, registry
 from converters.adapted import completed
 from converters.files.others import TOWER, no_model
 from converters.params.table import Table, rename
-from converters.towers import Prefixes, Tensors, Tower, Towers, pairs, tower_files
+from converters.towers import Prefixes, Tensors, Tower, Towers, pairs
 from converters.values import Unused, Values
 from vfjax import InputError
 from vfjax.atomic import findable
@@ -114,6 +113,17 @@ class Source:
             return self.path
         return self.base
 
+    @property
+    def components(self) -> tuple[str, ...]:
+        """All components, the LLM first."""
+        parts = [
+            f"branches.{branch['name']}.{kind}"
+            for branch in self.branches
+            for kind in ("encoder", "aux", "connector")
+            if kind in branch
+        ]
+        return ("llm", *parts)
+
     def branch(self, part: str) -> dict[str, Any]:
         """The branch that a component is of."""
         return next(b for b in self.branches if b["name"] == part.split(".")[1])
@@ -145,27 +155,6 @@ class Source:
         for part, tower in self.towers.items():
             files |= {f"{part}/{name}": path for name, path in tower.files.items()}
         return files
-
-    def to_json(self) -> str:
-        """All but the tensors, for `ModelConfig.source`."""
-        keep = ("layout", "config", "llm", "branches", "template", "prefixes", "created")
-        record = {key: getattr(self, key) for key in keep}
-        record["path"] = str(self.home)
-        for key in ("towers", "held"):
-            record[key] = {
-                part: t.json or tower_files(t.config, t.preprocessor)
-                for part, t in getattr(self, key).items()
-            }
-        record["spare"] = {
-            part: {name: _place(tensor) for name, tensor in tensors.items()}
-            for part, tensors in self.spare.items()
-        }
-        return json.dumps(record, sort_keys=True)
-
-
-def _place(tensor: Any) -> str:
-    """The file of a tensor; under an adapter the base's: its update of what nothing reads is 0."""
-    return str(tensor.path if hasattr(tensor, "path") else _place(tensor.base))
 
 
 @dataclasses.dataclass(frozen=True)

@@ -154,8 +154,6 @@ class ModelConfig:
     Attributes:
         branches: K configs.
         llm: config of an LLM (`vfjax.llm`).
-        source: the normal-form description of the checkpoint as JSON text; `converters` writes and
-            reads it, vfjax only carries it.
         positions: "running", one branch after another; or "parallel", each where the picture
             stands, the text after the longest.
         mask: "causal", or "block": a branch's tokens don't see another's
@@ -168,7 +166,6 @@ class ModelConfig:
 
     branches: tuple[BranchConfig, ...]
     llm: Any
-    source: str = ""
     positions: str = "running"
     mask: str = "causal"
     prune: Prune | None = None

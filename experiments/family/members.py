@@ -196,13 +196,8 @@ class Quiz:
 
 
 def load(folder: Path, prune: Prune | None = None) -> tuple[Model, Processor]:
-    """A member or a fusion, in float32, without the description of its checkpoint.
-
-    That is part of what JAX compiles for: without it, models of one shape share a program.
-    """
-    model, processor = converters.load(folder, dtype="float32", prune=prune)
-    model.config = dataclasses.replace(model.config, source="")
-    return model, processor
+    """A member or a fusion, in float32."""
+    return converters.load(folder, dtype="float32", prune=prune)
 
 
 @jax.jit

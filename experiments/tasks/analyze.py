@@ -147,7 +147,6 @@ def watch(config: ConfigDict, folder: Path, asked: Sequence[Asked]) -> Seen:
     """Loads a model and asks it everything."""
     towers = named("towers", config.towers)
     model, processor = converters.load(folder, dtype=config.dtype, towers=towers)
-    model.config = dataclasses.replace(model.config, source="")  # models of a shape share programs
     branches = [branch.name for branch in model.config.branches]
     shares: dict[str, list[np.ndarray]] = {}
     maps: dict[str, dict[str, list[np.ndarray]]] = {}

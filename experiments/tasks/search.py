@@ -252,7 +252,7 @@ class Search:
     def fused(self, weights: Weights) -> tuple[Any, Any]:
         """A candidate, merged in memory."""
         params = {"weights": tuple(x[0] if len(x) == 1 else list(x) for x in weights)}
-        model, processor = converters.load_fused(
+        return converters.load_fused(
             self.members,
             base=self.base,
             method=self.config.method,
@@ -260,9 +260,6 @@ class Search:
             dtype=self.config.dtype,
             towers=named("towers", self.config.towers),
         )
-        bare: Any = model
-        bare.config = dataclasses.replace(bare.config, source="")  # candidates share programs
-        return bare, processor
 
     def metrics(self, asked: list[Question], texts: list[str]) -> dict[str, Metric]:
         """All scores of answers, the one that counts first."""

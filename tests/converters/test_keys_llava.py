@@ -5,7 +5,6 @@ which is compared there; a few of its keys are compared here again, inside the m
 """
 
 import copy
-import dataclasses
 import json
 import shutil
 from collections.abc import Iterator
@@ -151,7 +150,7 @@ PICTURE = Image.fromarray(np.random.default_rng(0).integers(0, 256, (15, 29, 3),
 
 
 def read(folder: Path) -> ModelConfig:
-    return dataclasses.replace(model_config(open_source(folder)), source="")
+    return model_config(open_source(folder))
 
 
 def ours(folder: Path) -> np.ndarray:

@@ -76,7 +76,7 @@ def fit(
     """Trains a model for `optim.steps` steps; a folder with states goes on from the newest.
 
     Args:
-        model: any; used up.
+        model: any; trained in place.
         data: its batches.
         groups: what trains.
         optim: how.
@@ -86,7 +86,7 @@ def fit(
         trackers: more that take the metrics, on process 0.
 
     Returns:
-        The trained model, parameters in the model's dtypes.
+        The model itself, trained; parameters in the dtypes that they had.
 
     Raises:
         InputError: the folder's states are of another config, a group names nothing, a loss is not
@@ -104,7 +104,7 @@ def fit(
     graph, params, frozen = split(model, groups)
     tx = optim.build(groups)
     state = init(params, tx, mesh)
-    del model, params  # their arrays are the state's
+    del params  # the state has its arrays
     step = make_step(graph, tx, state, dtype=options.dtype, mesh=mesh, seed=options.seed)
     states = Checkpoints(folder / "states", config or {}, keep=options.keep)
     with states, _stop_requested() as stop_requested, contextlib.ExitStack() as stack:
@@ -139,10 +139,10 @@ def fit(
                 expected=f"batches for {counted(optim.steps, 'step')}",
                 fix="repeat the data, or train fewer steps",
             )
-    trained = nnx.merge(graph, state.params, frozen)
-    trained.llm.remat, trained.llm.stream = False, None
-    nnx.update(trained, jax.tree.map(lambda x, to: x.astype(to), nnx.state(trained), dtypes))
-    return trained
+    nnx.update(model, state.params, frozen)
+    model.llm.remat, model.llm.stream = False, None
+    nnx.update(model, jax.tree.map(lambda x, to: x.astype(to), nnx.state(model), dtypes))
+    return model
 
 
 def put(batches: Batch, mesh: Mesh | None) -> Batch:

@@ -1,0 +1,81 @@
+"""Where a loaded model came from, beside the model: JAX compiles for all that is inside one."""
+
+import dataclasses
+import weakref
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from converters.source import Source
+from converters.towers import Prefixes, tower_files
+from vfjax import InputError, Model
+
+ORIGINS: "weakref.WeakKeyDictionary[Model, Origin]" = weakref.WeakKeyDictionary()
+"""Model -> its checkpoint, as long as the model lives."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Origin:
+    """What of a checkpoint is needed to write its model back, or another like it.
+
+    Attributes:
+        home: folder of the tokenizer's files.
+        config: its config.json.
+        components: component -> its config, whose `model_type` names a table.
+        prefixes: component -> see `Source.prefixes`.
+        towers: component that has a folder of its own -> JSON files there.
+        held: component that the checkpoint holds, and whose configs it lacks -> those.
+        spare: component -> name of a tensor that its model may lack -> the file that has it.
+        created: see `Source.created`.
+    """
+
+    home: Path
+    config: Mapping[str, Any]
+    components: Mapping[str, Mapping[str, Any]]
+    prefixes: Mapping[str, Prefixes]
+    towers: Mapping[str, Mapping[str, Mapping[str, Any]]]
+    held: Mapping[str, Mapping[str, Mapping[str, Any]]]
+    spare: Mapping[str, Mapping[str, Path]]
+    created: bool
+
+
+def remember(model: Model, source: Source) -> None:
+    """Keeps what `origin_of` gives; tensors are not kept."""
+    towers, held = (
+        {p: t.json or tower_files(t.config, t.preprocessor) for p, t in found.items()}
+        for found in (source.towers, source.held)
+    )
+    ORIGINS[model] = Origin(
+        home=source.home,
+        config=source.config,
+        components={part: source.component(part) for part in source.components},
+        prefixes=source.prefixes,
+        towers=towers,
+        held=held,
+        spare={
+            part: {name: _file(tensor) for name, tensor in tensors.items()}
+            for part, tensors in source.spare.items()
+        },
+        created=source.created,
+    )
+
+
+def origin_of(model: Model) -> Origin:
+    """The checkpoint of a model of `converters.load` or its kin.
+
+    Raises:
+        InputError: it is of none, or JAX made another object of it.
+    """
+    if model not in ORIGINS:
+        raise InputError(
+            "model",
+            found="one that no checkpoint was read into",
+            expected="what converters.load, create or load_fused returned, or vfjax.train.fit",
+            fix="load it, and change it in place: nnx.update(model, state)",
+        )
+    return ORIGINS[model]
+
+
+def _file(tensor: Any) -> Path:
+    """Of a tensor; under an adapter the base's: its update of what nothing reads is 0."""
+    return tensor.path if hasattr(tensor, "path") else _file(tensor.base)

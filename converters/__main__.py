@@ -2,7 +2,11 @@
 
 import argparse
 import os
+import signal
 import sys
+
+if __name__ == "__main__" and signal.getsignal(signal.SIGINT) is signal.default_int_handler:
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # nothing is written: Ctrl-C needs no traceback
 
 from vfjax import InputError
 

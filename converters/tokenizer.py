@@ -2,7 +2,6 @@
 
 import contextlib
 import json
-import tempfile
 import warnings
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -11,6 +10,7 @@ from typing import Any
 from converters.files.reader import first_line, read_json
 from converters.source import TOKENIZERS, Source, has_tokenizer
 from vfjax import InputError
+from vfjax.atomic import temporary
 from vfjax.errors import cut
 
 LLAMA = ("LlamaTokenizer", "LlamaTokenizerFast", "LLaMATokenizer", "LLaMATokenizerFast")
@@ -72,11 +72,11 @@ def _alone(folder: Path) -> Iterator[Path]:
 
     Transformers reads config.json in several places, and refuses what it doesn't know there.
     """
-    with tempfile.TemporaryDirectory() as home:
+    with temporary() as home:
         for path in folder.iterdir():
             if path.name != "config.json" and path.suffix != ".py":
-                Path(home, path.name).symlink_to(path.absolute())
-        yield Path(home)
+                (home / path.name).symlink_to(path.absolute())
+        yield home
 
 
 def _load(home: Path, known: Mapping[str, Any], config: dict[str, str]) -> Any:

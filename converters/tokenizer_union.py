@@ -22,6 +22,7 @@ import numpy as np
 from converters.files.reader import read_json
 from converters.source import Source, tokenizer_class
 from converters.tokenizer import load_tokenizer, tokenizer_of
+from vfjax.atomic import UNFINISHED
 from vfjax.errors import counted
 from vfjax.merge import LazyTensor, Recipe, blocks
 from vfjax.merge.parse import fail, keys, mapping
@@ -120,6 +121,7 @@ class Vocabulary:
             made.chat_template = template
         self._home = tempfile.TemporaryDirectory()
         self.folder = Path(self._home.name)
+        UNFINISHED.add(self.folder)
         made.save_pretrained(self.folder)
         self.words = made.get_vocab()
 

@@ -10,6 +10,7 @@ import subprocess
 import sys
 import threading
 import time
+import traceback
 from collections.abc import Sequence
 from pathlib import Path
 from types import ModuleType
@@ -139,15 +140,20 @@ def main(argv: Sequence[str]) -> None:
         with processes.agreeing(config.task) as facts:
             facts |= {"vfjax": __version__, "jax": jax.__version__} | flat("config", config)
         task.run(config, Path(WORKDIR.value))
+        signals.ready.clear()
     except KeyboardInterrupt as error:
         number = error.args[0] if error.args else signal.SIGINT
         if alone:  # threads that still compute are not waited for
+            traceback.clear_frames(error.__traceback__)  # and temporary folders that they hold
             signals.leave(number, getattr(error, "__notes__", ()))
         watched.set()
         leave_soon(128 + number, signals.name(number))
         print("\n".join((signals.name(number), *getattr(error, "__notes__", ()))), file=sys.stderr)
         sys.exit(128 + number)
     except Exception as error:
+        signals.ready.clear()
+        if alone and signals.heard:  # a library made this of the KeyboardInterrupt
+            signals.leave(signals.heard[0])
         if not alone:
             watched.set()
             if isinstance(error, jax.errors.JaxRuntimeError):

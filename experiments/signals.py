@@ -5,6 +5,8 @@ thread, which reads the signals' numbers from a pipe as they come, ends the proc
 too long, or at a second signal.
 """
 
+import contextlib
+import io
 import os
 import select
 import signal
@@ -12,6 +14,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterable
+from typing import NoReturn
 
 NUMBERS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
 MOMENT = 1.0
@@ -19,9 +22,10 @@ MOMENT = 1.0
 GRACE = 8.0
 """Seconds for it to clean up."""
 
-heard = threading.Event()
+heard: list[int] = []
+"""The signal that the main thread was asked to end by."""
 ready = threading.Event()
-"""Set once there is somebody to catch the KeyboardInterrupt."""
+"""Set while there is somebody to catch the KeyboardInterrupt."""
 
 
 def name(number: int) -> str:
@@ -33,13 +37,13 @@ def raise_it(number: int, _: object) -> None:
     """The handler."""
     if not ready.is_set():
         leave(number)
-    if not heard.is_set():
-        heard.set()
+    if not heard:
+        heard.append(number)
         raise KeyboardInterrupt(number)
 
 
 def install() -> None:
-    """Handles all three, but for one that is ignored, as by nohup."""
+    """Handles all three, but for one that is ignored, as by nohup; has stdout written by lines."""
     reader, writer = os.pipe()
     os.set_blocking(writer, False)
     for each in NUMBERS:
@@ -47,6 +51,8 @@ def install() -> None:
             signal.signal(each, raise_it)
     signal.set_wakeup_fd(writer, warn_on_full_buffer=False)
     threading.Thread(target=_watch, args=(reader,), name="signals", daemon=True).start()
+    if isinstance(sys.stdout, io.TextIOWrapper):  # else a pipe would lose what is not flushed
+        sys.stdout.reconfigure(line_buffering=True)
 
 
 def _watch(reader: int) -> None:
@@ -59,25 +65,36 @@ def _watch(reader: int) -> None:
             if first:
                 leave(number)
             first, came = number, time.monotonic()
-        if time.monotonic() - came > (GRACE if heard.is_set() or left() else MOMENT):
+        if time.monotonic() - came > (GRACE if heard or left() else MOMENT):
             leave(first)
 
 
 def left() -> list[str]:
-    """Folders that are being written."""
-    writer = sys.modules.get("converters.files.writer")
-    return [str(stage) for stage in getattr(writer, "STAGES", ())]
+    """Files and folders that are being written under a name that nothing loads."""
+    atomic = sys.modules.get("vfjax.atomic")
+    return [str(path) for path in tuple(getattr(atomic, "UNFINISHED", ())) if path.exists()]
 
 
 before: list[Callable[[str], object]] = []
 """Called with what is said before the process ends."""
 
 
-def leave(number: int, notes: Iterable[str] = ()) -> None:
+def leave(number: int, notes: Iterable[str] = ()) -> NoReturn:
     """Ends the process at once, with a line and the shell's exit code."""
-    lines = [name(number), *notes, *(f"{stage} is left; nothing loads it" for stage in left())]
-    print("\n".join(lines), file=sys.stderr, flush=True)
+    lines = [name(number), *notes, *(f"{path} is left; nothing loads it" for path in left())]
+    say("\n".join(lines) + "\n")
+    if before:  # which may wait for another process
+        timer = threading.Timer(MOMENT, os._exit, (128 + number,))
+        timer.daemon = True
+        timer.start()
     for call in before:
         call(name(number))
-    sys.stdout.flush()
     os._exit(128 + number)
+
+
+def say(text: str) -> None:
+    """Writes to stderr, whoever holds its lock, unless that would wait for a reader or has none."""
+    with contextlib.suppress(AttributeError, OSError, ValueError):  # none, a terminal that is gone
+        file = sys.stderr.fileno()
+        if select.select([], [file], [], 0)[1]:
+            os.write(file, text.encode()[: select.PIPE_BUF])

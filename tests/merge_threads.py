@@ -1,14 +1,16 @@
 """Merges by every method, as `fuse` writes them, under a watchdog; see test_merge_threads.py.
 
-`python -m tests.merge_threads` runs all: each method, trim and number of threads, 20 times.
+`python -m tests.merge_threads` runs all: each method, trim, scope and number of threads, 20 times.
 """
 
 import argparse
+import functools
 import os
 import shutil
 import sys
 import tempfile
 import threading
+import time
 import traceback
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -21,34 +23,43 @@ import converters
 from converters.files import writer
 from tests import checkpoints
 from vfjax.merge import METHODS, merge
+from vfjax.merge.engine import stream
 
 PARAMS: dict[str, Any] = {"density": 0.5, "select_topk": 0.5, "t": 0.3, "gamma": 0.05}
+SCOPES = {"all": (), "blocks": (("embed_tokens|lm_head|model.norm", {"take": "base"}),)}
 
 
-def recipes() -> Iterator[tuple[str, dict[str, Any]]]:
-    """Every method with the parameters that it must have, at every scope of its trimming."""
+def recipes() -> Iterator[tuple[str, dict[str, Any], str]]:
+    """Every method with the parameters that it must have, each way of its trimming, each scope."""
     for name, method in METHODS.items():
         params = {k: v for k, v in PARAMS.items() if k in method.params}
         for trim in ("tensor", "model") if "trim" in method.params else (None,):
-            yield name, params | ({} if trim is None else {"trim": trim})
+            for scope in SCOPES:
+                yield name, params | ({} if trim is None else {"trim": trim}), scope
 
 
 def make_family(root: Path) -> None:
     """A base and two members, of so many tensors that threads meet."""
     sizes = {"intermediate_size": 32, "num_key_value_heads": 4}  # few shapes to compile for
-    llm = checkpoints.make_llama(0, num_hidden_layers=4, **sizes)
+    llm = checkpoints.make_llama(0, num_hidden_layers=3, **sizes)
     checkpoints.llama_folder(root / "base", llm=llm)
     for i, name in enumerate(("a", "b"), 1):
         checkpoints.llama_folder(root / name, llm=checkpoints.tuned(llm, i))
 
 
-def run(root: Path, method: str, params: dict[str, Any], threads: int) -> None:
-    """One fuse; `threads` read ahead of the writing."""
+def use(threads: int) -> None:
+    """So many threads read ahead of the writing, and so many answer for tensors' blocks."""
     writer._THREADS = threads
-    members = dict.fromkeys("ab"[: METHODS[method].takes[1] or 2], "")
-    members = {name: root / name for name in members}
+    stream._pool.cache_clear()
+    stream._pool = functools.cache(lambda: ThreadPoolExecutor(threads, "vfjax-merge"))
+
+
+def run(root: Path, method: str, params: dict[str, Any], scope: str) -> None:
+    """One fuse."""
+    members = {name: root / name for name in "ab"[: METHODS[method].takes[1] or 2]}
     options = {"base": root / "base", "export": "llm", "checksums": False}
-    converters.fuse(members, root / "out", method=method, params=params, **options)
+    options |= {"method": method, "params": params, "rules": SCOPES[scope]}
+    converters.fuse(members, root / "out", **options)
     shutil.rmtree(root / "out")
 
 
@@ -89,24 +100,35 @@ def main() -> None:
     parser.add_argument("--methods", nargs="*", default=[*METHODS, "nested"])
     parser.add_argument("--threads", nargs="*", type=int, default=(1, 2, 8))
     parser.add_argument("--runs", type=int, default=20)
-    parser.add_argument("--seconds", type=float, default=60)
+    parser.add_argument("--seconds", type=float, default=60, help="that a merge may take")
+    parser.add_argument(
+        "--folder", help="to work in, such as /dev/shm, where no disk is waited for"
+    )
     args = parser.parse_args()
-    count = 0
-    with tempfile.TemporaryDirectory() as folder:
+    count, begun = 0, time.monotonic()
+    sys.modules["converters.fuse"].find_spec = lambda _: (
+        None
+    )  # matplotlib's pictures would take most of the time
+    with tempfile.TemporaryDirectory(dir=args.folder) as folder:
         make_family(Path(folder))
-        for method, params in recipes():
-            for threads in args.threads if method in args.methods else ():
-                timer = watch(args.seconds, f"{method} {params}, {threads} threads")
+        for threads in args.threads:
+            use(threads)
+            for method, params, scope in recipes():
+                if method not in args.methods:
+                    continue
+                what = f"{method} {params}, {scope}, {threads} threads"
                 for _ in range(args.runs):
-                    run(Path(folder), method, params, threads)
+                    timer = watch(args.seconds, what)
+                    run(Path(folder), method, params, scope)
+                    timer.cancel()
                     count += 1
+                took = time.monotonic() - begun
+                print(f"{what}: {count} merges in {took:.0f} s", file=sys.stderr, flush=True)
+            for _ in range(args.runs if "nested" in args.methods else 0):
+                timer = watch(args.seconds, f"merges of merges, {threads} threads")
+                nested(threads)
                 timer.cancel()
-    for threads in args.threads if "nested" in args.methods else ():
-        timer = watch(args.seconds, f"merges of merges, {threads} threads")
-        for _ in range(args.runs):
-            nested(threads)
-            count += 1
-        timer.cancel()
+                count += 1
     print(f"{count} merges")
 
 

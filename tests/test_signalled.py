@@ -4,9 +4,14 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
+
+from experiments import signals
+from experiments.serve.server import server
+from vfjax import atomic
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -44,3 +49,70 @@ def test_a_signal_ends(number: int, ready: bool, python: bool, notes: list[str])
     assert time.monotonic() - sent < 10
     what = "interrupted" if number == signal.SIGINT else f"ended by {signal.strsignal(number)}"
     assert said == [what, *notes] and process.returncode == 128 + number
+
+
+NOBODY = """
+import os, signal, sys, time
+sys.path.insert(0, {root!r})
+from experiments import signals
+signals.install()
+print("runs", flush=True)
+if {full}:
+    os.set_blocking(2, False)
+    try:
+        while True:
+            os.write(2, bytes(65536))
+    except BlockingIOError:
+        os.set_blocking(2, True)
+    print("full", flush=True)
+time.sleep(60)
+"""
+
+
+@pytest.mark.parametrize("full", [False, True])
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP])
+def test_nobody_reads(number: int, full: bool) -> None:
+    """Where stderr has no reader any more, as of a closed terminal, or one that does not read."""
+    code = NOBODY.format(root=str(ROOT), full=full)
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    with subprocess.Popen([sys.executable, "-c", code], **pipes) as process:
+        assert process.stdout.readline() == "runs\n"
+        if full:
+            assert process.stdout.readline() == "full\n"
+        else:
+            process.stderr.close()
+        process.send_signal(number)
+        try:
+            assert process.wait(10) == 128 + number
+        finally:
+            process.kill()
+
+
+def test_what_is_left_is_named(tmp_path: Path) -> None:
+    """While it has its temporary name, and not after it."""
+    with atomic.temporary(tmp_path, ".made") as folder, atomic.replacing(tmp_path / "x") as part:
+        part.write_text("half")
+        assert sorted(signals.left()) == sorted([str(folder), str(part)])
+    assert not signals.left()
+    assert [path.name for path in tmp_path.iterdir()] == ["x"]
+
+
+def test_a_server_ends_in_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A second signal ends it at once; the first what still runs when its time is over."""
+    left: list[int] = []
+
+    def leave(number: int, notes: Sequence[str] = ()) -> None:
+        left.append(number)
+        raise SystemExit
+
+    monkeypatch.setattr(signals, "leave", leave)
+    runs = server(None, timeout=1)
+    runs.handle_exit(signal.SIGTERM, None)
+    assert runs.should_exit and not left
+    with pytest.raises(SystemExit):
+        runs.handle_exit(signal.SIGINT, None)
+    assert left.pop(0) == signal.SIGINT
+    end = time.monotonic() + 10
+    while not left and time.monotonic() < end:
+        time.sleep(0.1)
+    assert left == [signal.SIGTERM]

@@ -5,6 +5,7 @@ import errno
 import os
 import shutil
 import stat
+import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -12,6 +13,9 @@ from vfjax.errors import InputError, cut
 
 MARK = ".vfjax"
 """A file that says of its folder that vfjax made it, and may empty it."""
+
+UNFINISHED: set[Path] = set()
+"""What has a temporary name just now, for whoever must end the process at once to name it."""
 
 
 def contents(path: str | os.PathLike[str]) -> bytes:
@@ -70,11 +74,29 @@ def replacing(file: Path) -> Iterator[Path]:
         if part.is_symlink() or not part.is_file():
             raise _taken(part, "a link" if part.is_symlink() else "a folder")
         part.unlink()  # what a killed run left; not written into, as it may have other names
+    UNFINISHED.add(part)
     try:
         yield part
         os.replace(part, file)
     finally:
         part.unlink(missing_ok=True)
+        UNFINISHED.discard(part)
+
+
+@contextlib.contextmanager
+def temporary(parent: Path | None = None, prefix: str | None = None) -> Iterator[Path]:
+    """A new folder, which is removed with all that is in it when the block ends.
+
+    Args:
+        parent: where; by default where the system has such folders.
+        prefix: of its name.
+    """
+    with tempfile.TemporaryDirectory(dir=parent, prefix=prefix) as name:
+        UNFINISHED.add(Path(name))
+        try:
+            yield Path(name)
+        finally:
+            UNFINISHED.discard(Path(name))
 
 
 def claim(folder: Path) -> Path:

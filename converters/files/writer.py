@@ -28,7 +28,7 @@ import numpy as np
 
 from converters.files.reader import DTYPES
 from vfjax import InputError
-from vfjax.atomic import claim, empty
+from vfjax.atomic import UNFINISHED, claim, empty
 from vfjax.merge import LazyTensor, blocks
 
 NAMES = {dtype: name for name, dtype in DTYPES.items()}
@@ -136,10 +136,6 @@ def write_folder(
             _sync(out.parent)
 
 
-STAGES: set[Path] = set()
-"""Folders that are being written, for whoever must end at once to name them."""
-
-
 class Ended(KeyboardInterrupt):
     """SIGTERM or SIGHUP came; the signal is its argument."""
 
@@ -197,7 +193,7 @@ def _stage(out: Path, shards: Iterable[Shard], key: str, resume: bool) -> Iterat
                     empty(stage)
                 found.write_text(digest.hexdigest())
                 (stage / out.name).mkdir(exist_ok=True)
-            STAGES.add(stage)
+            UNFINISHED.add(stage)
             yield stage
         except BaseException as error:
             if resume and isinstance(error, KeyboardInterrupt):
@@ -207,7 +203,7 @@ def _stage(out: Path, shards: Iterable[Shard], key: str, resume: bool) -> Iterat
             raise
         shutil.rmtree(stage, ignore_errors=True)
     finally:
-        STAGES.discard(stage)
+        UNFINISHED.discard(stage)
         os.close(lock)
         if not out.exists():
             for folder in made:

@@ -18,7 +18,8 @@ def get_config() -> ConfigDict:
             "every": 8,  # tokens from one piece of a streamed answer to the next
             "warm_up": False,  # compiles for a picture and a short question before it answers
             "queue": 128,  # requests in the house; others get status 429
-            "timeout": 600.0,  # seconds for a request; also what a shutdown waits
+            "timeout": 600.0,  # seconds for a request
+            "grace": 7.0,  # seconds that SIGTERM or Ctrl-C leaves to what runs; a second ends it
             "max_body": 20 << 20,  # bytes of a request
             "max_pixels": 32_000_000,  # of a request's pictures, 3 bytes each while it waits
             "max_queue_pixels": 512_000_000,  # of all requests in the house

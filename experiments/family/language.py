@@ -9,7 +9,6 @@ captions of one scene, of which each may lack something.
 
 import json
 import random
-import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from pathlib import Path
@@ -28,6 +27,7 @@ from converters.source import Source
 from experiments.family.optim import fit
 from experiments.family.scenes import COLOURS, KINDS, NUMBERS, PLACES, ask, layouts
 from vfjax import Model
+from vfjax.atomic import temporary
 
 SPECIAL = ("<unk>", "<s>", "</s>")
 EMPTY, HIDDEN = ",", "?"
@@ -347,9 +347,9 @@ def build(out: Path, *, seed: int = 0, report: Callable[[str], object] = print) 
     Raises:
         InputError: `out` exists.
     """
-    with tempfile.TemporaryDirectory() as name:
-        write_tokenizer(Path(name))
-        model = new(Path(name), seed)
+    with temporary() as folder:
+        write_tokenizer(folder)
+        model = new(folder, seed)
         train(model, seed=seed, report=report)
         converters.export(model, out)
     return model

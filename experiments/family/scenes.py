@@ -10,7 +10,6 @@ import dataclasses
 import functools
 import json
 import random
-import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -19,6 +18,7 @@ import skimage.data
 import sklearn.datasets
 from PIL import Image
 
+from vfjax.atomic import temporary
 from vfjax.train import same_config
 
 SIZE, CELL, CELLS = 48, 16, 9
@@ -269,8 +269,8 @@ def write(folder: str | Path, split: str, count: int, seed: int, *, turns: int =
     rng = random.Random(f"{split} {seed}")
     rows, labels = [], []
     folder.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=folder.parent, prefix=f".{folder.name}") as name:
-        out = Path(name) / "data"
+    with temporary(folder.parent, f".{folder.name}") as made:
+        out = made / "data"
         (out / "images").mkdir(parents=True)
         both = zip(scenes.digits.tolist(), scenes.colours.tolist(), strict=True)
         for i, (digits, colours) in enumerate(both):

@@ -2,13 +2,15 @@
 
 import asyncio
 import ctypes
-import signal
 import socket
+import threading
+from types import FrameType
 from typing import Any
 
 import uvicorn
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
+from experiments import signals
 from vfjax import InputError
 
 M_ARENA_MAX = -8
@@ -85,6 +87,19 @@ class Impatient(H11Protocol):
             self.transport.close()
 
 
+class _Server(uvicorn.Server):
+    """One that SIGTERM and SIGINT end within its timeout, and a second signal at once."""
+
+    def handle_exit(self, sig: int, frame: FrameType | None) -> None:
+        if self.should_exit:
+            signals.leave(sig)
+        self.should_exit = True
+        patience = (self.config.timeout_graceful_shutdown or 0) + 1
+        end = threading.Timer(patience, signals.leave, (sig, ["what still ran is cut off"]))
+        end.daemon = True  # what ends in time ends with code 0
+        end.start()
+
+
 def server(app: Any, timeout: float, log_level: str = "warning", rest: int = 75) -> uvicorn.Server:
     """A server of an ASGI application.
 
@@ -94,7 +109,7 @@ def server(app: Any, timeout: float, log_level: str = "warning", rest: int = 75)
         log_level: of uvicorn.
         rest: seconds that a connection may wait for a request; longer than clients keep one.
     """
-    return uvicorn.Server(
+    return _Server(
         uvicorn.Config(
             app,
             http=Impatient,
@@ -110,7 +125,4 @@ def server(app: Any, timeout: float, log_level: str = "warning", rest: int = 75)
 def serve(app: Any, listener: socket.socket, timeout: float, log_level: str = "warning") -> None:
     """Runs an ASGI application until SIGTERM or SIGINT; arguments as in `server`."""
     share_memory()
-    # The server ends what runs, then sends itself the signal that it was ended by.
-    signal.signal(signal.SIGTERM, lambda *_: None)
-    signal.signal(signal.SIGINT, lambda *_: None)
     server(app, timeout, log_level).run(sockets=[listener])

@@ -159,4 +159,5 @@ def draw(file: Path, rows: list[dict[str, Any]]) -> None:
         axes.set(title=panel, ylabel="right (%)")
         axes.tick_params(axis="x", labelsize=7)
         axes.legend(fontsize=7)
-    figure.savefig(file, dpi=120)
+    with replacing(file) as part:
+        figure.savefig(part, dpi=120, format="png")

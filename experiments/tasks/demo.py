@@ -17,7 +17,7 @@ from experiments.family.members import Quiz, means
 from experiments.family.study import FUSED, WAYS, paired, study, table
 from experiments.tasks.common import FAMILY
 from vfjax import InputError
-from vfjax.atomic import empty
+from vfjax.atomic import empty, replacing
 
 
 def run(config: ConfigDict, workdir: Path) -> None:
@@ -56,7 +56,8 @@ def run(config: ConfigDict, workdir: Path) -> None:
         "against the best member": gain,
         "answers": answers,
     }
-    (workdir / "results.json").write_bytes(to_bytes(record))
+    with replacing(workdir / "results.json") as part:
+        part.write_bytes(to_bytes(record))
     print(f"\n{workdir}/fused is the fused model; results.json and results.png lie beside it")
     print(f"{time.perf_counter() - start:.0f} s")
 
@@ -93,4 +94,5 @@ def draw(file: Path, rows: Mapping[str, Mapping[str, float]]) -> None:
     axes.set_xticks(np.arange(len(kinds)), kinds)
     axes.set(ylabel="right answers (%)", ylim=(0, 100))
     axes.legend(frameon=False, ncols=len(rows))
-    figure.savefig(file, dpi=120)
+    with replacing(file) as part:
+        figure.savefig(part, dpi=120, format="png")

@@ -283,7 +283,8 @@ def draw_sweep(file: Path, sweep: list[dict[str, float]]) -> None:
         axes.minorticks_off()
     panels[0].set_ylabel("right answers (%)")
     panels[0].legend(frameon=False, fontsize=8)
-    figure.savefig(file, dpi=120)
+    with replacing(file) as part:
+        figure.savefig(part, dpi=120, format="png")
 
 
 def write_report(

@@ -439,4 +439,5 @@ def draw(file: Path, record: Mapping[str, Any], chip: Chip) -> None:
     left.legend(handles[:2], labels[:2], frameon=False, fontsize=7)
     right.set(xlabel="ms at best", xscale="log")
     right.tick_params(axis="y", labelsize=7)
-    figure.savefig(file, dpi=120)
+    with replacing(file) as part:
+        figure.savefig(part, dpi=120, format="png")

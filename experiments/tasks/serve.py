@@ -49,12 +49,12 @@ def run(config: ConfigDict, workdir: Path) -> None:
             timeout=config.timeout,
         )
         print(f"{limits.model} at {address(listener)}/v1", flush=True)
-        serve(service.app(), listener, config.timeout)
+        serve(service.app(), listener, config.grace)
         batcher.close()
 
 
 def _check(config: ConfigDict) -> None:
-    positive(config, "max_new_tokens", "batch", "every", "queue", "timeout")
+    positive(config, "max_new_tokens", "batch", "every", "queue", "timeout", "grace")
     positive(config, "max_body", "max_pixels", "max_queue_pixels")
     if jax.process_count() > 1:
         raise InputError(

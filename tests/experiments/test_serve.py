@@ -714,7 +714,7 @@ def wait_for(true, seconds: float = 60.0) -> None:
         time.sleep(0.05)
 
 
-SIZES = ["queue=48", "timeout=120", "batch=4", "every=2", "max_new_tokens=64"]
+SIZES = ["queue=48", "timeout=120", "grace=60", "batch=4", "every=2", "max_new_tokens=64"]
 
 
 def test_a_process_under_load():

@@ -126,7 +126,9 @@ with _stop_requested() as stop:
     slow(1.0).block_until_ready()
 """
     start = time.monotonic()
-    done = subprocess.run([sys.executable, "-c", code], timeout=60, check=False)
+    command = [sys.executable, "-c", code]
+    done = subprocess.run(command, timeout=60, check=False, capture_output=True, text=True)
+    assert ("the step's state is not saved" in done.stderr) == (moment == "twice")
     assert done.returncode == (128 + number if moment == "twice" else -number)
     assert time.monotonic() - start < 50
 

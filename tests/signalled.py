@@ -249,7 +249,7 @@ def strike(
         return "saved" if task.saves else "answered", took
     if code == 0:
         return "done meanwhile", took
-    if code == -number:  # before Python runs any line of it; or a verb that writes nothing
+    if code == -number or "init_import_site" in said:  # before its first line, or a verb
         return "ended by the system", took
     assert "Traceback" not in said, said
     what = "interrupted" if number == signal.SIGINT else f"ended by {signal.strsignal(number)}"

@@ -4,7 +4,9 @@ import json
 from pathlib import Path
 
 import jax
+import jax.numpy as jnp
 import pytest
+from jax.sharding import NamedSharding, PartitionSpec
 
 from experiments.configs.plan import get_config
 from experiments.tasks import plan
@@ -62,6 +64,18 @@ def test_the_line_through_two_depths_is_the_whole(tmp_path):
     whole = planned(tmp_path / "whole", small("generate", depths=()))["programs"]["token"]
     for key in ("arguments", "flops", "all-reduce"):
         assert line[key] == pytest.approx(whole[key], rel=0.02)
+
+
+def test_bfloat16_on_gpus_keeps_no_float32_copies():
+    """The result and one product between, at two bytes a number, and nothing of the weights."""
+    mesh, _ = plan.make_mesh(small("generate").topology, 1, 1)
+    at = NamedSharding(mesh, PartitionSpec())
+    args = [jax.ShapeDtypeStruct((256, 256), "bfloat16", sharding=at)] * 2
+    program = plan.Program.of(jax.jit(lambda x, w: jnp.tanh(x @ w) @ w), args, mesh, *args)
+    found, one = plan.measured(program, 0), 2 * 256 * 256
+    assert found["arguments"] == 2 * one
+    assert one <= found["bytes"] - found["arguments"] < 2.2 * one
+    assert found["flops"] == pytest.approx(2 * 2 * 256**3, rel=0.02)
 
 
 def test_training(tmp_path):

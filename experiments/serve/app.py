@@ -82,7 +82,8 @@ class Service:
         return _json({"status": "ok", "requests": self.reading + self.batcher.pending})
 
     async def openapi(self, request: Request) -> Response:
-        return _json(describe(self.limits))
+        able = await anyio.to_thread.run_sync(lambda: self.grammars.able)
+        return _json(describe(self.limits, able))
 
     async def models(self, request: Request) -> Response:
         own = self.limits.model

@@ -62,6 +62,14 @@ class Grammars:
                 fix="ask for the form in words",
             ) from None
 
+    @functools.cached_property
+    def able(self) -> bool:
+        """Whether the tokenizer is one that answers can be kept to a schema with."""
+        try:
+            return self._tokenizer is not None
+        except InputError:
+            return False
+
     def guide(self, schema: dict[str, Any]) -> Guide:
         """Keeps an answer to JSON of a schema.
 

@@ -50,8 +50,10 @@ MESSAGE = _object(
     name=_or_null(STRING),
     **_only(keys.MESSAGE),
 )
+PLAIN = {**_object(("type",), type={"const": "text"}), "additionalProperties": False}
 FORMATS = [
-    {**_object(("type",), type={"enum": ["text", "json_object"]}), "additionalProperties": False},
+    PLAIN,
+    {**PLAIN, "properties": {"type": {"const": "json_object"}}},
     {
         **_object(
             ("type", "json_schema"),
@@ -112,8 +114,12 @@ FAULTS = {
 }
 
 
-def describe(limits: Limits) -> dict[str, Any]:
+def describe(limits: Limits, able: bool) -> dict[str, Any]:
     """The description of a server of a model.
+
+    Args:
+        limits: of requests.
+        able: whether answers in JSON are, with the model's tokenizer.
 
     Other keys are taken, and named by the answer's header `X-Ignored`. What it leaves to words:
     roles come in the order of a conversation, the prompt fits the context, pictures can be decoded,
@@ -135,7 +141,7 @@ def describe(limits: Limits) -> dict[str, Any]:
                 "post": {
                     "requestBody": {
                         "required": True,
-                        "content": {"application/json": {"schema": _chat(limits)}},
+                        "content": {"application/json": {"schema": _chat(limits, able)}},
                     },
                     "responses": {
                         "200": completed,
@@ -157,7 +163,7 @@ def _get(answer: dict[str, Any], others: Any = None, **more: Any) -> dict[str, A
     return {"get": {**more, "responses": {"200": answer, **(others or {})}}}
 
 
-def _chat(limits: Limits) -> dict[str, Any]:
+def _chat(limits: Limits, able: bool) -> dict[str, Any]:
     """A request; a key that is null counts as absent."""
     properties = {
         "model": {"enum": [limits.model]},
@@ -183,7 +189,7 @@ def _chat(limits: Limits) -> dict[str, Any]:
         "n": _or_null({"type": "integer", "minimum": 1, "maximum": limits.choices}),
         "logprobs": _or_null(FLAG),
         "top_logprobs": _or_null({"type": "integer", "minimum": 0, "maximum": TOP}),
-        "response_format": _or_null({"anyOf": FORMATS}),
+        "response_format": _or_null({"anyOf": FORMATS} if able else PLAIN),
         **_only(keys.ONLY),
         **{key: {} for key in sorted(keys.IGNORED | keys.TEMPLATE)},
     }

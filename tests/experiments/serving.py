@@ -7,6 +7,8 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
+import vfjax
+
 ROOT = Path(__file__).resolve().parents[2]
 MODEL = ROOT / "experiments" / "family" / "models" / "clip"
 URL = "/v1/chat/completions"
@@ -32,3 +34,9 @@ def ask(text: str, *images: str, **more) -> dict:
     content = [{"type": "text", "text": text}, *map(part, images)]
     messages = [{"role": "user", "content": content}]
     return {"model": "clip", "messages": messages, "temperature": 0, "max_tokens": 8} | more
+
+
+def direct(loaded: tuple, text: str, *images: Image.Image, **how) -> str:
+    model, processor = loaded
+    prompt = processor.chat(text, images=len(images))
+    return vfjax.generate(model, processor, processor(list(images), [prompt]), **how)[0]

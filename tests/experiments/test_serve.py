@@ -30,40 +30,13 @@ import vfjax
 from experiments.serve import app
 from experiments.serve.app import Service
 from experiments.serve.asked import Limits, Refused, fetch, read
-from experiments.serve.batcher import LENGTHS, Batcher, Job
+from experiments.serve.batcher import Batcher, Job
 from experiments.serve.keys import IGNORED, ONLY, TEMPLATE
 from experiments.serve.logprobs import Names
 from tests import checkpoints
 from tests.experiments.pictures import black_png
-from tests.experiments.serving import MODEL, QUESTIONS, ROOT, URL, ask, data, part, picture
+from tests.experiments.serving import MODEL, QUESTIONS, ROOT, URL, ask, data, direct, part, picture
 from vfjax.generate import _decode, _first, _prefill
-
-
-@pytest.fixture(scope="module")
-def loaded() -> tuple:
-    """With the batcher's lengths, so that both run the same programs."""
-    model, processor = converters.load(MODEL, dtype="float32")
-    return model, dataclasses.replace(processor, lengths=LENGTHS)
-
-
-@pytest.fixture(scope="module")
-def service(loaded):
-    batcher = Batcher(*loaded, batch=4, every=2, max_new_tokens=64)
-    limits = Limits("clip", body=1 << 20, pixels=200_000, pictures=3)
-    yield Service(batcher, limits, queue=8)
-    batcher.close()
-
-
-@pytest.fixture(scope="module")
-def client(service):
-    with TestClient(service.app(), raise_server_exceptions=False) as client:
-        yield client
-
-
-def direct(loaded: tuple, text: str, *images: Image.Image, **how) -> str:
-    model, processor = loaded
-    prompt = processor.chat(text, images=len(images))
-    return vfjax.generate(model, processor, processor(list(images), [prompt]), **how)[0]
 
 
 def programs() -> tuple[int, ...]:
@@ -278,6 +251,7 @@ SCHEMA = {
 
 def test_answers_keep_to_a_schema(tmp_path):
     """A random model's, greedy and drawn; beside free ones; what can't be kept to is refused."""
+    jsonschema = pytest.importorskip("jsonschema")
     checkpoints.llama_folder(tmp_path, 3)
     batcher = Batcher(*converters.load(tmp_path), batch=2, max_new_tokens=256)
     asked = {"type": "json_schema", "json_schema": {"name": "a", "schema": SCHEMA, "strict": True}}
@@ -285,6 +259,7 @@ def test_answers_keep_to_a_schema(tmp_path):
         "a", response_format=asked, max_tokens=256, temperature=1, seed=3, n=2, logprobs=True
     )
     with TestClient(Service(batcher, Limits("clip")).app()) as client:
+        chat = client.get("/openapi.json").json()["paths"][URL]["post"]["requestBody"]
         found = client.post(URL, json=body)
         free = client.post(URL, json=body | {"response_format": None, "max_tokens": 20})
         wrong = []
@@ -293,6 +268,7 @@ def test_answers_keep_to_a_schema(tmp_path):
             wrong.append(client.post(URL, json=body))
     batcher.close()
     assert found.status_code == 200, found.text
+    jsonschema.validate(body, chat["content"]["application/json"]["schema"])
     for choice in found.json()["choices"]:
         answer = json.loads(choice["message"]["content"])
         assert answer.keys() == {"colour", "count"} and answer["colour"] in ("red", "blue")
@@ -476,7 +452,9 @@ def test_the_description_is_true(client):
     for schema in (takes, *gives.values()):
         jsonschema.Draft202012Validator.check_schema(schema)
     bodies = [ask("a", data(picture()), stop=["b"], seed=1, n=2), ask("a", n=17), ask("a", best=1)]
-    bodies += [ask("a", logprobs=True, top_logprobs=2), ask("a", response_format={"type": "xml"})]
+    bodies += [ask("a", logprobs=True, top_logprobs=2)]
+    kinds = ("text", "json_object", "xml")  # the model's tokenizer is one of words
+    bodies += [ask("a", response_format={"type": kind}) for kind in kinds]
     bodies += [ask("a", **{key: value}) for key, values in ONLY.items() for value in values[:1]]
     bodies += [ask("a", tools=[{}]), ask("a", min_tokens=1), ask("a", messages=[FULL])]
     bodies += [ask("a", messages=[]), ask("a", stop=""), ask("a", model=None)]

@@ -1,6 +1,7 @@
 """`python -m converters inspect|verify`."""
 
 import argparse
+import io
 import os
 import signal
 import sys
@@ -49,4 +50,6 @@ def _pair(text: str) -> tuple[str, str]:
 
 
 if __name__ == "__main__":
+    if isinstance(sys.stdout, io.TextIOWrapper):  # names of files may be no UTF-8
+        sys.stdout.reconfigure(errors="backslashreplace")
     sys.exit(main())

@@ -11,8 +11,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from converters.files.reader import read_json
 from vfjax import InputError
+from vfjax.atomic import read_json
 from vfjax.errors import cut
 
 SETTINGS = "adapter_config.json"

@@ -12,11 +12,11 @@ from pathlib import Path
 from typing import Any
 
 from converters.adapter_config import SETTINGS, read_settings
-from converters.files.reader import has_weights, read_config, read_json, read_weights
+from converters.files.reader import has_weights, read_config, read_weights
 from converters.towers import Towers
 from converters.values import Values
 from vfjax import InputError
-from vfjax.atomic import findable
+from vfjax.atomic import findable, read_json
 from vfjax.merge import LazyTensor, check_family
 
 ADAPTER, EXTRA, PROJECTOR = "adapter_model", "non_lora_trainables", "mm_projector"

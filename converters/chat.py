@@ -1,14 +1,19 @@
 """The chat template of a folder."""
 
 from pathlib import Path
+from typing import Any
 
-from converters.files.reader import read_json
 from vfjax import InputError
-from vfjax.atomic import contents
+from vfjax.atomic import contents, read_json
 from vfjax.errors import cut
 
 FILES = ("chat_template.json", "chat_template.jinja", "tokenizer_config.json")
 """Files that may hold one, beside processor_config.json."""
+
+
+def _is_text(value: Any) -> bool:
+    """Text that a file can hold: JSON may have half a character."""
+    return isinstance(value, str) and not any("\ud800" <= letter <= "\udfff" for letter in value)
 
 
 def read_chat_template(folder: Path) -> str:
@@ -38,7 +43,7 @@ def read_chat_template(folder: Path) -> str:
             found = {str(one.get("name")): one.get("template") for one in named}
         if isinstance(found, dict):
             found = found.get("default", found)
-        if found is not None and not isinstance(found, str):
+        if found is not None and not _is_text(found):
             raise InputError(
                 f"{file}: chat_template",
                 found=cut(repr(given), 60),

@@ -104,7 +104,8 @@ FOLDERS = {"encoder": "vision_tower", "aux": "vision_tower_aux"}
 
 def to_bytes(value: Mapping[str, Any]) -> bytes:
     """A JSON file's content."""
-    return (json.dumps(value, indent=2, ensure_ascii=False) + "\n").encode()
+    text = json.dumps(value, indent=2, ensure_ascii=False) + "\n"
+    return text.encode(errors="backslashreplace")  # which writes half a character as JSON does
 
 
 def _places(origin: Origin, params: Params) -> dict[str, tuple[Rule, Prefixes, str]]:

@@ -10,7 +10,6 @@ import numpy as np
 from flax import nnx
 from jax.sharding import Mesh
 
-from converters.files.reader import read_json
 from converters.fingerprint import fingerprint
 from converters.formats.visionfuse import arrange
 from converters.load_params import fill
@@ -23,7 +22,7 @@ from converters.tokenizer import tokenizer_of
 from converters.towers import KINDS, read_tower
 from converters.values import Values
 from vfjax import InputError, Model, Processor, Settings
-from vfjax.atomic import findable
+from vfjax.atomic import findable, read_json
 from vfjax.errors import counted
 from vfjax.fusion.prune import Prune
 from vfjax.merge import LazyTensor

@@ -58,7 +58,7 @@ def card(
         lines += ["", f"![The same by layer]({PLOT})"] if find_spec("matplotlib") else []
     else:
         lines += ["Not counted: the method reads no base, or it was not asked for."]
-    return ("\n".join(lines) + "\n").encode()
+    return ("\n".join(lines) + "\n").encode(errors="backslashreplace")  # names may be no UTF-8
 
 
 def _table(layers: Mapping[str, Account], labels: Sequence[str]) -> list[str]:

@@ -5,9 +5,9 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal
 
-from converters.files.reader import read_json
 from converters.values import MOST, Values, is_number
 from vfjax import InputError
+from vfjax.atomic import read_json
 from vfjax.errors import cut
 from vfjax.vision.images import Convert, ImageSpec
 

@@ -7,10 +7,10 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from converters.files.reader import first_line, read_json
+from converters.files.reader import first_line
 from converters.source import TOKENIZERS, Source, has_tokenizer
 from vfjax import InputError
-from vfjax.atomic import temporary
+from vfjax.atomic import read_json, temporary
 from vfjax.errors import cut
 
 LLAMA = ("LlamaTokenizer", "LlamaTokenizerFast", "LLaMATokenizer", "LLaMATokenizerFast")

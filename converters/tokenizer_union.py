@@ -19,10 +19,9 @@ from typing import Any
 import jax.numpy as jnp
 import numpy as np
 
-from converters.files.reader import read_json
 from converters.source import Source, tokenizer_class
 from converters.tokenizer import load_tokenizer, tokenizer_of
-from vfjax.atomic import UNFINISHED
+from vfjax.atomic import UNFINISHED, read_json
 from vfjax.errors import counted
 from vfjax.merge import LazyTensor, Recipe, blocks
 from vfjax.merge.parse import fail, keys, mapping

@@ -6,12 +6,12 @@ from pathlib import Path
 from typing import Any
 
 from converters import registry
-from converters.files.reader import has_weights, read_config, read_json, read_weights
+from converters.files.reader import has_weights, read_config, read_weights
 from converters.params.table import rename
 from converters.preprocessor import read_preprocessor
 from converters.values import ANY, Values
 from vfjax import InputError
-from vfjax.atomic import findable
+from vfjax.atomic import findable, read_json
 from vfjax.merge import LazyTensor
 
 Tensors = dict[str, LazyTensor]

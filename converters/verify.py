@@ -9,10 +9,10 @@ import jax
 import numpy as np
 from safetensors.numpy import load_file
 
-from converters.files.reader import read_json
 from converters.load import load
 from converters.source import Source, open_source
 from vfjax import Batch, InputError, Model, Processor, generate_ids
+from vfjax.atomic import read_json
 
 LIMITS: Mapping[str, float] = {
     "attention_mask": 0,

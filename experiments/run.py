@@ -4,6 +4,7 @@
 """
 
 import importlib
+import io
 import os
 import signal
 import subprocess
@@ -22,6 +23,8 @@ from experiments import signals
 
 if __name__ == "__main__":
     signals.install()  # before the imports, which take seconds
+    if isinstance(sys.stdout, io.TextIOWrapper):  # names of files may be no UTF-8
+        sys.stdout.reconfigure(errors="backslashreplace")
 
 os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")  # tokenizers need no torch
 
@@ -29,6 +32,7 @@ import jax
 from absl import app, flags, logging
 from ml_collections import ConfigDict, config_flags
 
+from experiments.values import check_values
 from vfjax import InputError, __version__, processes
 
 CONFIG = config_flags.DEFINE_config_file("config", None, "What to run.", lock_config=True)
@@ -81,7 +85,9 @@ def join_processes() -> None:
     Python keeps stdout and stderr; what native code writes there goes through `relay.py`, as Gloo
     greets on file descriptor 1 and XLA aborts a process when another is lost.
     """
-    sys.stdout, sys.stderr = (os.fdopen(os.dup(file), "w", buffering=1) for file in (1, 2))
+    sys.stdout, sys.stderr = (
+        os.fdopen(os.dup(file), "w", buffering=1, errors="backslashreplace") for file in (1, 2)
+    )
     relay = [sys.executable, str(Path(__file__).with_name("relay.py"))]
     pipe = subprocess.Popen(relay, stdin=subprocess.PIPE).stdin
     assert pipe is not None
@@ -137,6 +143,7 @@ def main(argv: Sequence[str]) -> None:
         signals.before.append(processes.announce)
     try:
         signals.ready.set()
+        check_values(config)
         with processes.agreeing(config.task) as facts:
             facts |= {"vfjax": __version__, "jax": jax.__version__} | flat("config", config)
         task.run(config, Path(WORKDIR.value))

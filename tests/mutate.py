@@ -44,8 +44,8 @@ from vfjax.data import Conversations
 LONGEST = 1000
 """Characters that a message stays below."""
 
-PATIENCE = 30
-"""Seconds that reading may take."""
+PATIENCE = {signal.ITIMER_PROF: 30, signal.ITIMER_REAL: 300}
+"""Seconds that reading may take: of the processor, which others may use meanwhile; and in all."""
 
 COUNTS = {"config": 2400, "index": 1000, "tokenizer": 600, "yaml": 500, "rows": 500}
 """Kind of file -> how many mutations a full run tries."""
@@ -240,8 +240,10 @@ class Report:
 
 def outcome(read: Callable[[], Any]) -> tuple[str, str, Any]:
     """("refused", "read" or "fault", message, what was read)."""
-    signal.signal(signal.SIGALRM, _late)
-    signal.alarm(PATIENCE)
+    for each in (signal.SIGPROF, signal.SIGALRM):
+        signal.signal(each, _late)
+    for timer, seconds in PATIENCE.items():
+        signal.setitimer(timer, seconds)
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
@@ -257,11 +259,12 @@ def outcome(read: Callable[[], Any]) -> tuple[str, str, Any]:
         place = f"{Path(own[-1].filename).name}:{own[-1].lineno}" if own else "?"
         return "fault", f"{place} {type(error).__name__}: {str(error)[:150]!r}", None
     finally:
-        signal.alarm(0)
+        for timer in PATIENCE:
+            signal.setitimer(timer, 0)
 
 
 def _late(*_: object) -> None:
-    raise TimeoutError(f"{PATIENCE} s")
+    raise TimeoutError
 
 
 def kind_of(value: Any) -> str:

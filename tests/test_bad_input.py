@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import os
 import shutil
 import subprocess
 import sys
@@ -66,7 +67,7 @@ def edit_weights(folder: Path, change: Callable[[dict[str, torch.Tensor]], objec
 NORM = "model.layers.1.input_layernorm.weight"
 
 BROKEN = {
-    "missing tensor": (lambda t: t.pop(NORM), [NORM, "1 tensors missing"]),
+    "missing tensor": (lambda t: t.pop(NORM), [NORM, "1 tensor missing"]),
     "extra tensor": (lambda t: t.update(surplus=torch.zeros(3)), ["surplus", "1 unknown"]),
     "misshaped tensor": (lambda t: t.update({NORM: torch.ones(5)}), [NORM, "(5,)", "(32,)"]),
     "integer tensor": (
@@ -309,3 +310,18 @@ def test_the_command_with_an_unknown_key():
     assert done.returncode != 0
     (line,) = done.stderr.strip().splitlines()
     assert "membres" in line and "expected" in line
+
+
+def test_names_that_are_no_utf8(family: dict[str, Path], tmp_path: Path):
+    """Folders of any name are read and written; what says their names escapes them."""
+    odd = Path(shutil.copytree(family["one"], tmp_path / os.fsdecode(b"m\xff")))
+    edit_config(odd, _name_or_path="\ud800")
+    out = tmp_path / os.fsdecode(b"o\xff")
+    fuse({**family, "one": odd}, family["two"], out)
+    assert "`m\\udcff`" in (out / "MERGE.md").read_text("utf-8")
+    assert converters.open_source(out).layout == "visionfuse"
+    done = subprocess.run(
+        [sys.executable, "-m", "converters", "inspect", odd], cwd=ROOT, capture_output=True
+    )
+    assert done.returncode == 0 and b"m\\udcff: layout llava" in done.stdout, done.stderr
+    refused(lambda: converters.open_source(odd / "\ud800"), "\\ud800", "found no folder")

@@ -2,12 +2,14 @@
 
 import contextlib
 import errno
+import json
 import os
 import shutil
 import stat
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 from vfjax.errors import InputError, cut
 
@@ -31,6 +33,30 @@ def contents(path: str | os.PathLike[str]) -> bytes:
     if not stat.S_ISREG(mode):
         raise OSError(errno.EINVAL, "a folder" if stat.S_ISDIR(mode) else "no regular file")
     return Path(path).read_bytes()
+
+
+def read_json(path: Path, fix: str = "download it again") -> dict[str, Any]:
+    """A JSON object.
+
+    Args:
+        path: the file.
+        fix: what to do if it is damaged.
+
+    Raises:
+        InputError: no such file, or not a JSON object.
+    """
+    try:
+        value = json.loads(contents(path).decode())
+    except FileNotFoundError as error:
+        raise InputError(
+            path, found="no file", expected="a JSON file", fix="check the path"
+        ) from error
+    except (ValueError, OSError, RecursionError) as error:
+        found = f"no readable JSON ({str(error) or type(error).__name__})"
+        raise InputError(path, found=found, expected="JSON", fix=fix) from error
+    if not isinstance(value, dict):
+        raise InputError(path, found=type(value).__name__, expected="a JSON object", fix=fix)
+    return value
 
 
 def findable(path: str | os.PathLike[str], where: object = "path") -> Path:

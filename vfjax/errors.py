@@ -22,13 +22,18 @@ class InputError(ValueError):
     """
 
     def __init__(self, where: object, *, found: object, expected: object, fix: str):
-        texts = [" ".join(str(part).split()) for part in (found, expected, fix, where)]
+        texts = [" ".join(_said(part).split()) for part in (found, expected, fix, where)]
         over = sum(map(len, texts)) + len(": found , expected ; ") - LONGEST + 1
         for i, text in enumerate(texts):
             left = max(len(text) - max(over, 0), min(len(text), PART))
             over -= len(text) - left
             texts[i] = cut(text, left) if i < 3 else _ends(text, left)
         super().__init__("{3}: found {0}, expected {1}; {2}".format(*texts))
+
+
+def _said(part: object) -> str:
+    """Its text; what no file can hold, as the halves of characters, escaped."""
+    return str(part).encode(errors="backslashreplace").decode()
 
 
 def _ends(text: str, most: int) -> str:

@@ -23,6 +23,7 @@ from converters.params.table import restored
 from converters.source import Source
 from converters.towers import Tensors
 from vfjax import InputError
+from vfjax.atomic import contents
 from vfjax.merge.engine.tensors import (
     EXPONENTS,
     blocks,
@@ -164,9 +165,9 @@ def _cache() -> Path:
 def _load() -> dict[str, Any]:
     """What is known of files; nothing if the cache is absent or not what `_save` writes."""
     try:
-        found = json.loads(_cache().read_text())
+        found = json.loads(contents(_cache()))
         return {path: {k: entry[k] for k in KEPT} for path, entry in found.items()}
-    except (OSError, ValueError, AttributeError, KeyError, TypeError):
+    except (OSError, ValueError, AttributeError, KeyError, TypeError, RecursionError):
         return {}
 
 

@@ -6,6 +6,7 @@ their header. They are not mapped: a shard that shrinks under us ends in an erro
 
 import dataclasses
 import json
+import math
 import os
 import re
 import struct
@@ -19,7 +20,7 @@ import numpy as np
 from safetensors import SafetensorError, safe_open
 
 from vfjax import InputError
-from vfjax.atomic import contents, findable
+from vfjax.atomic import findable, read_json
 from vfjax.errors import cut
 from vfjax.merge import Inner, LazyTensor, aligned
 
@@ -41,6 +42,9 @@ DTYPES: dict[str, np.dtype] = {
     "BOOL": np.dtype(np.bool_),
 }
 """safetensors dtype names."""
+
+LARGEST = 1 << 59
+"""Elements of an array that numpy can address, of the widest dtype."""
 
 STEMS = ("model", "pytorch_model")
 """Names of a checkpoint's weights files, without their ending."""
@@ -213,8 +217,15 @@ def _safetensors(path: Path) -> Iterator[tuple[str, FileTensor | TorchTensor]]:
     for name, entry in header.items():
         if entry["dtype"] not in DTYPES:
             raise _bad_dtype(f"{path}: {name}", entry["dtype"])
-        start = 8 + size + entry["data_offsets"][0]
-        yield name, FileTensor(path, tuple(entry["shape"]), DTYPES[entry["dtype"]], start, name)
+        start, shape = 8 + size + entry["data_offsets"][0], tuple(entry["shape"])
+        if math.prod(max(side, 1) for side in shape) >= LARGEST:  # of no elements
+            raise InputError(
+                f"{path}: {name}",
+                found=f"shape {shape}",
+                expected=f"sides whose product is below {LARGEST}",
+                fix="download it again",
+            )
+        yield name, FileTensor(path, shape, DTYPES[entry["dtype"]], start, name)
 
 
 def _bad_dtype(where: str, dtype: str) -> InputError:
@@ -261,6 +272,13 @@ def _torch(path: Path) -> Iterator[tuple[str, FileTensor | TorchTensor]]:
                 expected="a tensor",
                 fix="save the state dict alone",
             )
+        if tensor.layout != torch.strided or tensor.is_meta:
+            raise InputError(
+                f"{path}: {name}",
+                found="a sparse tensor" if tensor.layout != torch.strided else "one without values",
+                expected="a dense tensor",
+                fix="save it dense (tensor.to_dense()), or take the model it was made from",
+            )
         kind = str(tensor.dtype).removeprefix("torch.")
         if kind not in dtypes:
             raise _bad_dtype(f"{path}: {name}", kind)
@@ -306,29 +324,3 @@ def read_config(path: Path) -> dict[str, Any]:
                     "from",
                 )
     return config
-
-
-def read_json(path: Path) -> dict[str, Any]:
-    """A JSON object of a checkpoint folder.
-
-    Raises:
-        InputError: no such file, or not a JSON object.
-    """
-    try:
-        value = json.loads(contents(path).decode())
-    except FileNotFoundError as error:
-        raise InputError(
-            path, found="no file", expected="a JSON file", fix="check the path"
-        ) from error
-    except (ValueError, OSError, RecursionError) as error:
-        raise InputError(
-            path,
-            found=f"no readable JSON ({first_line(error)})",
-            expected="JSON",
-            fix="download it again",
-        ) from error
-    if not isinstance(value, dict):
-        raise InputError(
-            path, found=type(value).__name__, expected="a JSON object", fix="download it again"
-        )
-    return value

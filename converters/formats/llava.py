@@ -14,7 +14,6 @@ from typing import Any
 
 from converters import registry
 from converters.chat import read_chat_template
-from converters.files.reader import read_json
 from converters.params.mlp import MERGES
 from converters.params.table import LM
 from converters.preprocessor import from_preprocessor, read_preprocessor
@@ -22,6 +21,7 @@ from converters.source import Layout, Source, tokenizer_class
 from converters.towers import Tower, Towers
 from converters.values import ANY, DEEPEST, PRETRAINED, Unused, Values
 from vfjax import InputError
+from vfjax.atomic import read_json
 from vfjax.text.chat import CHAT_TEMPLATE
 from vfjax.text.prompts import IMAGE_TOKEN
 

@@ -2,7 +2,6 @@
 
 import dataclasses
 import functools
-import json
 import math
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -20,6 +19,7 @@ from experiments.configs.train import CONNECTOR, LLM
 from experiments.family import encoders, language, scenes
 from vfjax import CacheFusion, LogitsFusion, Model, Processor, Prune, encode
 from vfjax.data import Batches, Conversations
+from vfjax.eval.data import read_lines
 from vfjax.train import Group, Optim, Options, fit
 
 Array = jax.Array
@@ -105,7 +105,7 @@ def align(model: Model, data: Path, recipe: Recipe, *, report: Report = print) -
     of the LLM, so that merging halves little. Tokens beyond a picture's patches (Dense Connector's
     STI has some) have no word and are left free.
     """
-    labels = json.loads((data / "scenes.json").read_text())
+    labels = read_lines(data / "scenes.json")
     digits, colours = (np.array([row[key] for row in labels]) for key in ("digits", "colours"))
     (branch,) = model.branches.values()
     told = language.caption(digits, colours, see=recipe.see)
@@ -190,7 +190,7 @@ class Quiz:
     @classmethod
     def read(cls, folder: Path, start: int = 0, stop: int | None = None) -> "Quiz":
         """Scenes of a folder of `scenes.write`."""
-        rows = json.loads((folder / "scenes.json").read_text())[start:stop]
+        rows = read_lines(folder / "scenes.json")[start:stop]
         questions = {kind: [tuple(row["questions"][kind]) for row in rows] for kind in scenes.KINDS}
         return cls([folder / "images" / row["image"] for row in rows], questions)
 

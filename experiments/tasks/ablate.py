@@ -1,7 +1,6 @@
 """Fuses the shipped family in many ways and draws what each choice does; goes on where it was."""
 
 import itertools
-import json
 import shutil
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -17,7 +16,7 @@ from experiments.family import scenes
 from experiments.family.members import Quiz, load, means, score
 from experiments.family.study import WAYS, fuse
 from experiments.tasks.common import FAMILY, named
-from vfjax.atomic import claim, replacing
+from vfjax.atomic import claim, read_json, replacing
 from vfjax.fusion.prune import RULES, Prune
 from vfjax.train import same_config
 
@@ -50,7 +49,7 @@ def run(config: ConfigDict, workdir: Path) -> None:
     own = workdir / "ablate"
     same_config(claim(own), config.to_dict())
     file = own / "results.json"
-    done = json.loads(file.read_text()) if file.is_file() else {}
+    done = read_json(file, "pass another --workdir") if file.is_file() else {}
     alone: dict[str, float] = {}
     folders = {p.name: p for p in FAMILY.iterdir() if p.name != "base"}
     folders |= {name: Path(path) for name, path in named("more", config.more).items()}

@@ -1,7 +1,6 @@
 """Draws where members and their fusion look, how alike their features are, what layers know."""
 
 import dataclasses
-import json
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -21,6 +20,7 @@ from vfjax.analysis import draw
 from vfjax.analysis.regions import Box
 from vfjax.analysis.report import Section, write
 from vfjax.atomic import replacing
+from vfjax.eval.data import read_lines
 from vfjax.vision.images import open_image
 
 SUFFIXES = (".bmp", ".gif", ".jpeg", ".jpg", ".png", ".tif", ".tiff", ".webp")
@@ -117,7 +117,7 @@ def questions(config: ConfigDict, workdir: Path) -> list[Asked]:
     """Two questions about each new scene whose answer lies in one cell."""
     folder = workdir / f"scenes-{config.pictures}-{config.seed}"
     scenes.ensure(folder, "test", config.pictures, config.seed)
-    rows = json.loads((folder / "scenes.json").read_text())
+    rows = read_lines(folder / "scenes.json")
     out = []
     for row in rows[: config.pictures]:
         for kind in ("colour", "ocr"):

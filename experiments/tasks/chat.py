@@ -2,7 +2,6 @@
 
 import dataclasses
 import importlib
-import json
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -17,6 +16,7 @@ from experiments.tasks.common import FAMILY, load, named, positive
 from experiments.tasks.evaluate import MEMBERS, shipped
 from vfjax import Batch, InputError, Model, Processor, stream
 from vfjax import analysis as look
+from vfjax.eval.data import read_lines
 from vfjax.eval.extras import needs
 from vfjax.text.messages import Message, tokenize
 from vfjax.vision.images import File
@@ -163,7 +163,7 @@ def scenes(workdir: Path, count: int = 4) -> list[list[str]]:
 
     folder = workdir / f"scenes-{count}"
     family.ensure(folder, "test", count, seed=0)
-    rows = json.loads((folder / "scenes.json").read_text())
+    rows = read_lines(folder / "scenes.json")
     kinds = ("colour", "ocr", "locdig", "count")
     return [
         [str((folder / "images" / row["image"]).absolute()), row["questions"][kind][0]]

@@ -171,7 +171,7 @@ def model_id(folder: Path) -> str:
 def config_digest(folder: Path) -> str:
     """SHA-256 of what a model's answers depend on beside weights: configs, tokenizer, templates."""
     kinds, total = {".json", ".model", ".txt", ".jinja"}, hashlib.sha256()
-    for path in sorted(path for path in folder.iterdir() if path.suffix in kinds):
+    for path in sorted(x for x in folder.iterdir() if x.suffix in kinds and x.is_file()):
         total.update(f"{path.name} {sha256(path)}\n".encode())
     return total.hexdigest()
 

@@ -37,7 +37,7 @@ from vfjax.eval import (
     predict,
     read,
 )
-from vfjax.eval.data import Options
+from vfjax.eval.data import Options, read_lines
 from vfjax.eval.stats import ratio
 from vfjax.merge import METHODS
 
@@ -124,7 +124,7 @@ def family_questions(config: ConfigDict, workdir: Path, split: str, seed: int) -
             answers=(answer,),
             cluster=row["image"],
         )
-        for row in json.loads((folder / "scenes.json").read_text())
+        for row in read_lines(folder / "scenes.json")
         for kind, (question, answer) in row["questions"].items()
     ]
 

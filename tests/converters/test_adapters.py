@@ -18,7 +18,7 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 import converters
-from converters.files.reader import read_json, read_weights
+from converters.files.reader import read_weights
 from converters.inspect import inspect
 from converters.lora import LoRATensor
 from tests.adapters import llava_lora_folder, lora_folder, peft_folder, projector_folder
@@ -31,6 +31,7 @@ from tests.checkpoints import (
     upstream_llava_folder,
 )
 from vfjax import InputError
+from vfjax.atomic import read_json
 
 BASE = "someone/base"
 PICTURE = np.random.default_rng(0).integers(0, 256, (40, 60, 3), dtype=np.uint8)

@@ -12,7 +12,6 @@ import transformers
 from safetensors.torch import load_file, save_file
 
 import converters
-from converters.files.reader import read_json
 from tests.adapters import lora_folder, peft_folder
 from tests.checkpoints import (
     hf_llava_folder,
@@ -21,6 +20,7 @@ from tests.checkpoints import (
     published,
     write_json,
 )
+from vfjax.atomic import read_json
 
 PICTURE = np.random.default_rng(0).integers(0, 256, (40, 60, 3), dtype=np.uint8)
 IMAGE = 319

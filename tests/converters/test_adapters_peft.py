@@ -18,11 +18,11 @@ from safetensors.torch import load_file, save_file
 
 import converters
 from converters import adapter_config
-from converters.files.reader import read_json
 from converters.lora import LoRATensor, Part, RowsReplaced, Shifted, Transposed
 from tests.adapters import peft_folder
 from tests.checkpoints import LLAMA, llama_folder, published, randomize, write_json
 from vfjax import InputError
+from vfjax.atomic import read_json
 
 IDS = torch.tensor([[1, 7, 200, 31, 319, 280]])
 MLP = ["gate_proj", "up_proj", "down_proj"]

@@ -13,7 +13,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import converters
-from converters.files.reader import read_json, read_weights
+from converters.files.reader import read_weights
 from tests.checkpoints import (
     fused_folder,
     hf_llava_folder,
@@ -25,6 +25,7 @@ from tests.checkpoints import (
     write_json,
 )
 from vfjax import InputError
+from vfjax.atomic import read_json
 from vfjax.merge import LazyTensor
 from vfjax.sharding import make_mesh
 

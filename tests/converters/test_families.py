@@ -12,9 +12,9 @@ from safetensors.numpy import load_file
 
 import converters
 import vfjax
-from converters.files.reader import read_json
 from converters.verify import verify
 from vfjax import InputError, Model
+from vfjax.atomic import read_json
 
 CASES = [
     "dc_anyres",

@@ -11,7 +11,6 @@ from safetensors.torch import save_file
 
 import converters
 from converters.create import describe
-from converters.files.reader import read_json
 from converters.inspect import inspect
 from converters.load import model_config
 from converters.source import open_source
@@ -26,6 +25,7 @@ from tests.checkpoints import (
     write_json,
 )
 from vfjax import InputError
+from vfjax.atomic import read_json
 
 
 def refused(path: Path, **options: Any) -> str:

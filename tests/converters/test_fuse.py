@@ -18,7 +18,7 @@ from flax import nnx
 from safetensors.torch import load_file, save_file
 
 import converters
-from converters.files.reader import read_json, read_weights
+from converters.files.reader import read_weights
 from converters.mergekit import layer_lists
 from tests import checkpoints
 from tests.adapters import lora_folder
@@ -31,6 +31,7 @@ from tests.checkpoints import (
     write_json,
 )
 from vfjax import InputError
+from vfjax.atomic import read_json
 from vfjax.sharding import make_mesh
 
 BF16 = np.dtype(ml_dtypes.bfloat16)

@@ -20,7 +20,6 @@ import transformers
 from transformers.initialization import no_init_weights
 
 from converters import open_source
-from converters.files.reader import read_json
 from converters.load import load_encoder, model_config, read_llm
 from converters.registry import TABLES, find
 from tests.checkpoints import (
@@ -32,6 +31,7 @@ from tests.checkpoints import (
 )
 from tests.keys import UNTRIED, WIDEST, mutations, same, show
 from vfjax import InputError
+from vfjax.atomic import read_json
 
 DECODER = {
     "vocab_size": 40,

@@ -18,7 +18,6 @@ from sentencepiece import sentencepiece_model_pb2
 
 import converters
 from converters import registry
-from converters.files.reader import read_json
 from converters.inspect import inspect
 from converters.load import model_config
 from converters.source import open_source
@@ -31,6 +30,7 @@ from tests.checkpoints import (
     write_json,
 )
 from vfjax import InputError, Processor
+from vfjax.atomic import read_json
 from vfjax.vision.encoders import CLIP
 
 

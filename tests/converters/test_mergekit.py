@@ -17,8 +17,9 @@ import yaml
 from safetensors.numpy import save_file
 
 import converters
-from converters.files.reader import read_json, read_weights
+from converters.files.reader import read_weights
 from vfjax import InputError
+from vfjax.atomic import read_json
 
 TESTS = Path(__file__).resolve().parents[1]
 RECORD = np.load(TESTS / "data" / "mergekit_tokenizers.npz")
@@ -86,7 +87,7 @@ def test_what_becomes_of_tokens_is_said(models: Path, tmp_path: Path):
     assert lines == [
         "- member 'base-2': 3 rows more than its 32, with 'more' (32), 'words' (33), "
         "'<|im_end|>' (34)",
-        "- member 'chatml': 1 rows more than its 34, without its tokens '<|im_start|>' (32), "
+        "- member 'chatml': 1 row more than its 34, without its tokens '<|im_start|>' (32), "
         "with 'more' (32), 'words' (33)",
         "- member 'other': 5 of 40 rows dropped",
     ]

@@ -18,9 +18,10 @@ from safetensors.numpy import save_file
 from safetensors.torch import save_file as save_torch
 
 import converters
-from converters.files.reader import read_json, read_weights
+from converters.files.reader import read_weights
 from tests.checkpoints import hf_llava_folder, published
 from vfjax import InputError
+from vfjax.atomic import read_json
 
 TESTS = Path(__file__).resolve().parents[1]
 RECORD = np.load(TESTS / "data" / "mergekit_folders.npz")

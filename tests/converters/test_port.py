@@ -10,12 +10,12 @@ from PIL import Image
 
 import converters
 from converters.chat import read_chat_template
-from converters.files.reader import read_json
 from converters.fuse import Fusion, Request
 from converters.inspect import inspect
 from converters.load import model_config, processor
 from tests.checkpoints import hf_llava_folder, llava_next_folder, write_json
 from vfjax import InputError, Processor
+from vfjax.atomic import read_json
 from vfjax.text.messages import Message, tokenize
 
 LLAVA = (
@@ -232,7 +232,7 @@ def test_templates_that_fail(folders: dict[str, Path]):
         ("{{ raise_exception('no system here') }}", r"fails \(TemplateError: no system here\)"),
         ("{% for m in", r"fails \(TemplateSyntaxError: "),
         ("{{ messages.__class__.__mro__ }}", r"fails \(SecurityError: "),
-        ("hello", "writes 0 <image> for 1 pictures"),
+        ("hello", "writes 0 <image> for 1 picture"),
     ):
         ours.chat_template = template
         with pytest.raises(InputError, match=f"chat_template: found one that {line}"):

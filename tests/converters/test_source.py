@@ -18,7 +18,6 @@ from safetensors.torch import load_file, save_file
 
 import converters
 from converters import open_source
-from converters.files.reader import read_json
 from converters.load import abstract, check, model_config
 from converters.params.table import Published
 from converters.registry import TABLES
@@ -39,6 +38,7 @@ from tests.checkpoints import (
     write_json,
 )
 from vfjax import Batch, InputError, Model, Processor
+from vfjax.atomic import read_json
 
 NAME = "openai/clip-vit-large-patch14-336"
 

@@ -11,7 +11,6 @@ import transformers
 from safetensors.torch import load_file, save_file
 
 import converters
-from converters.files.reader import read_json
 from converters.inspect import inspect
 from tests.checkpoints import (
     LLAMA,
@@ -24,6 +23,7 @@ from tests.checkpoints import (
     write_json,
 )
 from vfjax import InputError
+from vfjax.atomic import read_json
 
 IDS = [1, 5, 9, 250, 7, 33]
 EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"

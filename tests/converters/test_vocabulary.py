@@ -11,7 +11,7 @@ import transformers
 from tokenizers.pre_tokenizers import Metaspace
 
 import converters
-from converters.files.reader import read_json, read_weights
+from converters.files.reader import read_weights
 from converters.source import open_source
 from converters.tokenizer import load_tokenizer, tokenizer_of
 from experiments.configs.fuse import get_config
@@ -25,6 +25,7 @@ from tests.checkpoints import (
     write_json,
 )
 from vfjax import InputError
+from vfjax.atomic import read_json
 
 ROWS = 259
 """Of the base, as many as its tokenizer has tokens."""

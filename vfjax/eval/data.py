@@ -172,7 +172,7 @@ def read_lines(path: Path) -> list[dict[str, Any]]:
         for number, line in enumerate(text.split("\n"), 1):
             try:
                 rows += [json.loads(line)] if line.strip() else []
-            except ValueError as error:
+            except (ValueError, RecursionError) as error:
                 raise _unreadable(f"{path} line {number}", f"no JSON ({error})") from None
     for number, row in enumerate(rows):
         if not isinstance(row, dict):

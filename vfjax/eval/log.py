@@ -8,7 +8,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
-from vfjax.atomic import replacing
+from vfjax.atomic import contents, replacing
 from vfjax.errors import InputError
 
 NAME = "predictions.jsonl"
@@ -57,7 +57,12 @@ class Log:
 
 def _whole(path: Path) -> tuple[list[bytes], int]:
     """The lines of a file that were written whole, and the bytes they take."""
-    data = path.read_bytes()
+    try:
+        data = contents(path)
+    except OSError as error:
+        raise InputError(
+            path, found=error.strerror, expected="predictions", fix="check the path"
+        ) from None
     end = data.rfind(b"\n") + 1
     lines = data[:end].split(b"\n")[:-1]
     if lines and not _parsed(lines[-1]):  # zeros, after the machine went down
@@ -68,7 +73,7 @@ def _whole(path: Path) -> tuple[list[bytes], int]:
 def _parsed(line: bytes) -> dict[str, Any] | None:
     try:
         value = json.loads(line)
-    except ValueError:
+    except (ValueError, RecursionError):
         return None
     return value if isinstance(value, dict) else None
 
@@ -83,12 +88,7 @@ def read(path: Path, header: Header | None = None) -> tuple[Header, dict[str, st
     Raises:
         InputError: no such file, other settings, a damaged line, an id that comes twice.
     """
-    try:
-        lines, _ = _whole(path)
-    except OSError as error:
-        raise InputError(
-            path, found=error.strerror, expected="predictions", fix="check the path"
-        ) from None
+    lines, _ = _whole(path)
     first = _parsed(lines[0]) if lines else None
     if lines and (first is None or "benchmark" not in first):
         raise _damaged(path, 1)
@@ -98,7 +98,7 @@ def read(path: Path, header: Header | None = None) -> tuple[Header, dict[str, st
     texts: dict[str, str] = {}
     for number, line in enumerate(lines[1:], 2):
         row = _parsed(line)
-        if row is None or not {"id", "text"} <= row.keys():
+        if row is None or not all(isinstance(row.get(key), str) for key in ("id", "text")):
             raise _damaged(path, number)
         if row["id"] in texts:
             raise InputError(

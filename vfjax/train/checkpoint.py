@@ -8,7 +8,7 @@ from typing import Any
 import jax
 from orbax.checkpoint import v1 as ocp
 
-from vfjax.atomic import replacing
+from vfjax.atomic import read_json, replacing
 from vfjax.errors import InputError
 from vfjax.train.optim import named
 from vfjax.train.step import State
@@ -108,7 +108,7 @@ def same_config(folder: Path, config: Mapping[str, Any]) -> None:
     """Keeps a config in a new folder; raises InputError where an old one's differs in a key."""
     file, config = folder / CONFIG, json.loads(json.dumps(config))
     if file.is_file():
-        known = json.loads(file.read_text())
+        known = read_json(file, "pass another --workdir")
         for key in sorted({*known, *config}):
             if known.get(key) != config.get(key):
                 raise InputError(

@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
-from vfjax.atomic import replacing
+from vfjax.atomic import contents, replacing
 from vfjax.errors import InputError
 from vfjax.train.flops import peak
 
@@ -142,11 +142,14 @@ class Record:
 def read(file: Path) -> list[dict[str, Any]]:
     """The rows of a JSONL; a last one that a kill cut off is left out."""
     rows = []
-    for line in file.read_text().split("\n")[:-1]:
+    for line in contents(file).split(b"\n")[:-1]:
         try:
-            rows.append(json.loads(line))
-        except json.JSONDecodeError:
+            row = json.loads(line)
+        except (ValueError, RecursionError):
             break
+        if not isinstance(row, dict) or "step" not in row:
+            break
+        rows.append(row)
     return rows
 
 

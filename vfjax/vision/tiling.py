@@ -216,6 +216,10 @@ def _unpadded(raster: np.ndarray, size: Size, decimals: int | None) -> np.ndarra
     return raster[unpad(size, (cols, rows), decimals)]
 
 
+MOST_FRAMES = 1 << 16
+"""That a video may be shown as; far beyond any context."""
+
+
 def frame_indices(n: int, count: int) -> np.ndarray:
     """Frames that stand for a video: the middles of `count` equal segments.
 
@@ -229,13 +233,13 @@ def frame_indices(n: int, count: int) -> np.ndarray:
         int64[count], ascending.
 
     Raises:
-        InputError: no frames in the video, or none wanted.
+        InputError: no frames in the video, or none wanted, or too many.
     """
-    if n < 1 or count < 1:
+    if n < 1 or not 1 <= count <= MOST_FRAMES:
         raise InputError(
             "video",
             found=f"{counted(n, 'frame')}, {count} wanted",
-            expected="at least one of each",
+            expected=f"at least one of each, and at most {MOST_FRAMES} wanted",
             fix="check the file and the number of frames",
         )
     ends = np.round((n - 1) / count * np.arange(count + 1)).astype(np.int64)

@@ -83,7 +83,7 @@ def _decode(path: str | os.PathLike[str]) -> Iterator[Any]:
     if not os.path.isfile(name):
         raise InputError(name, found="no file", expected="a video", fix="check the path")
     try:
-        with av.open(name) as container:
+        with av.open(name, metadata_errors="replace") as container:
             if not container.streams.video:
                 raise InputError(
                     name, found="no pictures", expected="a video stream", fix="check the file"

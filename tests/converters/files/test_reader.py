@@ -13,9 +13,10 @@ import pytest
 import torch
 from safetensors.numpy import save_file
 
-from converters.files.reader import DTYPES, read_json, read_weights
+from converters.files.reader import DTYPES, read_weights
 from tests.checkpoints import write_json
 from vfjax import InputError
+from vfjax.atomic import read_json
 
 FLOATS = (torch.float32, torch.float16, torch.bfloat16)
 
@@ -235,6 +236,28 @@ def test_a_dtype_without_a_numpy_type(tmp_path: Path):
     save_file({"a": np.zeros(4, np.uint8)}, file)
     file.write_bytes(file.read_bytes().replace(b'"U8"', b'"F4"').replace(b"[4]", b"[8]"))
     assert f"{file}: a: found dtype F4, expected float64, " in refused(tmp_path)
+
+
+def test_sides_beyond_an_array(tmp_path: Path):
+    """The library takes any sides of a tensor without elements."""
+    file = tmp_path / "model.safetensors"
+    header = {"a": {"dtype": "F32", "shape": [0, 1 << 62], "data_offsets": [0, 0]}}
+    data = json.dumps(header).encode()
+    file.write_bytes(len(data).to_bytes(8, "little") + data)
+    assert f"{file}: a: found shape (0, {1 << 62}), expected sides" in refused(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("tensor", "found"),
+    [
+        (torch.eye(3).to_sparse(), "a sparse tensor"),
+        (torch.ones(2, device="meta"), "one without values"),
+        (torch.ones(2, dtype=torch.complex64), "dtype complex64"),
+    ],
+)
+def test_a_bin_of_other_tensors(tmp_path: Path, tensor: torch.Tensor, found: str):
+    torch.save({"a": tensor}, tmp_path / "pytorch_model.bin")
+    assert f"pytorch_model.bin: a: found {found}, expected " in refused(tmp_path)
 
 
 class Trap:

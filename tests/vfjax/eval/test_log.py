@@ -1,6 +1,7 @@
 """Answers on disk survive a kill at any byte."""
 
 import json
+import os
 from pathlib import Path
 
 import pytest
@@ -52,9 +53,10 @@ def test_other_settings_are_refused(tmp_path: Path) -> None:
 def test_damage_and_duplicates_are_refused(tmp_path: Path) -> None:
     path = written(tmp_path / "predictions.jsonl", 2)
     lines = path.read_text().splitlines()
-    path.write_text("\n".join([lines[0], "{", lines[2], ""]))
-    with pytest.raises(InputError, match="jsonl line 2: found a damaged line"):
-        log.read(path)
+    for line in ("{", "[" * 100_000, '{"id": [], "text": "x"}', '{"id": "1", "text": 5}', "\xff"):
+        path.write_text("\n".join([lines[0], line, lines[2], ""]), "latin-1")
+        with pytest.raises(InputError, match="jsonl line 2: found a damaged line"):
+            log.read(path)
     path.write_text("\n".join([lines[0], lines[1], lines[1], ""]))
     with pytest.raises(InputError, match="line 3: found a second answer to 0"):
         log.read(path)
@@ -63,6 +65,10 @@ def test_damage_and_duplicates_are_refused(tmp_path: Path) -> None:
         log.read(path)
     with pytest.raises(InputError, match="nowhere.jsonl: found No such file"):
         log.read(tmp_path / "nowhere.jsonl")
+    os.mkfifo(tmp_path / "pipe.jsonl")
+    for use in (log.read, lambda path: log.Log(path, HEADER)):
+        with pytest.raises(InputError, match="pipe.jsonl: found no regular file"):
+            use(tmp_path / "pipe.jsonl")
 
 
 def test_parts_are_joined_in_order_and_removed(tmp_path: Path) -> None:

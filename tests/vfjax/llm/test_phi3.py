@@ -72,5 +72,5 @@ def test_factors_of_another_number():
         "model_type": "phi3",
         "rope_scaling": {"type": "longrope", "short_factor": [1.0], "long_factor": [1.0]},
     }
-    with pytest.raises(InputError, match="short_factor: found 1 numbers, expected 48"):
+    with pytest.raises(InputError, match="short_factor: found 1 number, expected 48"):
         find(config, "x").config(config)

@@ -150,10 +150,25 @@ def test_bad_files(clip: Path, tmp_path: Path, kind: str):
     assert "\n" not in str(error.value)
 
 
+def test_metadata_that_is_no_text(tmp_path: Path):
+    """Tags of a film that are no UTF-8 do not matter."""
+    path = tmp_path / "film.avi"
+    with av.open(str(path), "w") as container:
+        container.metadata["title"] = "QQQQ"
+        stream = container.add_stream("mpeg4", rate=5)
+        stream.width = stream.height = 16
+        container.mux(stream.encode(av.VideoFrame.from_ndarray(np.zeros((16, 16, 3), np.uint8))))
+        container.mux(stream.encode(None))
+    assert path.read_bytes().count(b"QQQQ") == 1
+    path.write_bytes(path.read_bytes().replace(b"QQQQ", b"\xff\xfe\xff\x96"))
+    assert len(open_video(path, frames=1).frames) == 1
+
+
 def test_no_frames():
     with pytest.raises(InputError, match="found 0 frames"):
         open_video([])
     with pytest.raises(InputError, match="found 0 frames, pool 2"):
         Video(())
-    with pytest.raises(InputError, match="0 wanted"):
-        open_video([np.zeros((8, 8, 3), np.uint8)], frames=0)
+    for frames in (0, 10**12):
+        with pytest.raises(InputError, match=f"{frames} wanted"):
+            open_video([np.zeros((8, 8, 3), np.uint8)], frames=frames)

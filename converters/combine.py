@@ -67,8 +67,7 @@ def load_fused(
         return _side_by_side(request, mesh, progress)
     with agreeing("load_fused", processes := owners(mesh)) as facts:
         fusion = Fusion(request)
-        for label, source in fusion.opened.items() if len(processes) > 1 else ():
-            facts |= fingerprint(source, label)
+        facts |= fusion.facts() if len(processes) > 1 else {}
         facts |= {"mode": mode} | {key: str(options[key]) for key in sorted({*options} - PATHS)}
     merged, processor = read_model(fusion.source(), mesh, None, progress)
     if mode == "tokens":

@@ -17,6 +17,7 @@ from converters.branches import Tensors, branch_name, branch_tensors, own_embedd
 from converters.export import to_bytes
 from converters.files.checksums import audit, mapped, stat, unread
 from converters.files.writer import Content, plan_shards, stage_of, write_folder
+from converters.fingerprint import fingerprint, sampled
 from converters.formats.visionfuse import arrange, fused_config
 from converters.mergekit import Yaml, read_yaml
 from converters.model_card import CARD, PLOT, by_layer, card, plot
@@ -296,6 +297,17 @@ class Fusion:
         assign(source, layout, self.weights, "auto")
         settle(source)
         return source
+
+    def facts(self) -> dict[str, Any]:
+        """What several processes agree on before one of them merges, see `fingerprint`."""
+        recipe = self.request.recipe
+        facts = {} if recipe is None else {"recipe": sampled(Path(recipe))}
+        for label, source in self.opened.items():
+            if inner := self.inner.get(label):
+                facts |= {f"{label}: {name}": value for name, value in inner.facts().items()}
+            else:
+                facts |= fingerprint(source, label)
+        return facts
 
     def describe(self) -> dict[str, Any]:
         """See `dry_run`."""

@@ -42,7 +42,7 @@ START = 45
 """Seconds for all processes to start, unless VFJAX_INITIALIZATION_TIMEOUT says otherwise."""
 HEARTBEAT = 30
 """Seconds without a sign of life after which one of several processes counts as lost."""
-PATIENCE = 5
+PATIENCE = 3
 """Seconds for which a process that failed waits for the others to fail as well."""
 
 
@@ -115,8 +115,12 @@ def join_processes() -> None:
 def leave_soon(code: int, said: str = "") -> None:
     """Ends this process, of several, though others run on: JAX would wait minutes for them.
 
-    They end too: by what is said to them, or when they miss its heartbeats.
+    They end too: by what is said to them, or when they miss its heartbeats. What native code says
+    of those that are gone before it is of no use any more.
     """
+    nowhere = os.open(os.devnull, os.O_WRONLY)
+    for file in (1, 2):
+        os.dup2(nowhere, file)
     if said:
         processes.announce(said)
     timer = threading.Timer(PATIENCE, os._exit, (code,))
@@ -126,7 +130,7 @@ def leave_soon(code: int, said: str = "") -> None:
 
 def follow(line: str) -> None:
     """Ends this process as another one has ended."""
-    print(line, file=sys.stderr)
+    print("\n".join((line, *signals.leftovers())), file=sys.stderr)
     os._exit(2)
 
 
@@ -162,9 +166,10 @@ def main(argv: Sequence[str]) -> None:
         if alone and signals.heard:  # a library made this of the KeyboardInterrupt
             signals.leave(signals.heard[0])
         if not alone:
-            watched.set()
             if isinstance(error, jax.errors.JaxRuntimeError):
-                time.sleep(1.5 * HEARTBEAT)  # for XLA to say that a process is lost, if one is
+                # For another process, or XLA, to say that one has ended or is lost, if one is.
+                time.sleep(1.5 * HEARTBEAT)
+            watched.set()
             known = isinstance(error, processes.Disagreement)
             leave_soon(2, "" if known else str(error).partition("\n")[0])
         if isinstance(error, InputError):

@@ -75,16 +75,21 @@ def left() -> list[str]:
     return [str(path) for path in tuple(getattr(atomic, "UNFINISHED", ())) if path.exists()]
 
 
+def leftovers() -> list[str]:
+    """A line for each of them that a process leaves."""
+    return [f"{path} is left; nothing loads it" for path in left()]
+
+
 before: list[Callable[[str], object]] = []
 """Called with what is said before the process ends."""
 
 
 def leave(number: int, notes: Iterable[str] = ()) -> NoReturn:
     """Ends the process at once, with a line and the shell's exit code."""
-    lines = [name(number), *notes, *(f"{path} is left; nothing loads it" for path in left())]
+    lines = [name(number), *notes, *leftovers()]
     say("\n".join(lines) + "\n")
     if before:  # which may wait for another process
-        timer = threading.Timer(MOMENT, os._exit, (128 + number,))
+        timer = threading.Timer(2 * MOMENT, os._exit, (128 + number,))
         timer.daemon = True
         timer.start()
     for call in before:

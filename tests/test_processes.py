@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 from converters import fingerprint
+from tests import disagreeing
 from tests.checkpoints import make_llama, upstream_llava_folder
 from tests.test_distributed import PATIENT, ROOT, SMALL, run_workers, started, two_hosts
 
@@ -56,14 +57,14 @@ def command(task: str, **config: object) -> list[str]:
     return [sys.executable, run, f"--config={ROOT}/experiments/configs/{task}.py", *flags]
 
 
-def test_commands_that_differ(root: Path) -> None:
-    asked = {"model": root / "llava", "mesh": (1, 8)}
-    commands = [command("generate", prompt=word, **asked) for word in ("What?", "Who?")]
-    with started(commands, two_hosts()) as processes:
-        said = [process.communicate(timeout=PATIENT) for process in processes]
-    line = "process 1: config.prompt: found \"'Who?'\", expected \"'What?'\", as on process 0"
-    assert said == [("", f"{line}{TAIL}\n")] * 2
-    assert [process.returncode for process in processes] == [2, 2]
+@pytest.mark.parametrize(
+    ("task", "what"), [("generate", "prompt"), ("fuse", "weights"), ("generate", "Ctrl-C last")]
+)
+def test_commands_that_differ(tmp_path: Path, task: str, what: str) -> None:
+    """A part of what `python -m tests.disagreeing` tries."""
+    (trial,) = (x for x in disagreeing.TRIALS if (x.task, x.what) == (task, what))
+    seconds, line = disagreeing.attempt(trial, 2, tmp_path)
+    print(f"{seconds:.1f} s: {line}")
 
 
 def test_a_process_that_does_not_come(root: Path) -> None:

@@ -37,10 +37,15 @@ PATIENCE = 1800
 JAX ends all when one does not live, by `jax.distributed.initialize`'s `heartbeat_timeout_seconds`.
 """
 
-SHARING = 30
+SHARING = 20
 """Seconds after which a file that one process wrote is seen by all that share its folder."""
 
 ENDED = "vfjax/ended"
+
+STAY = 5
+"""Seconds that the first process, which has the store, goes on when another one has ended."""
+HEARD = 1.5
+"""Seconds after which all others have heard of its own end."""
 
 _rounds = Counter[str]()
 
@@ -130,7 +135,9 @@ def agreeing(
             verdict = _get(f"{key}/verdict", patience=patience)
             verdict = _silent(members[0], patience) if verdict is None else verdict
     except BaseException as error:
-        said = str(error) if isinstance(error, InputError) else type(error).__name__
+        ended = isinstance(error, KeyboardInterrupt)
+        said = "interrupted" if ended else type(error).__name__
+        said = str(error) if isinstance(error, InputError) else said
         _set(own, {"failed": _failed(index, said)} if index != members[0] else _failed(index, said))
         raise
     if verdict:
@@ -262,6 +269,8 @@ def announce(said: str) -> None:
     """Tells the other processes that this one ends, and why; see `watch`."""
     with contextlib.suppress(jax.errors.JaxRuntimeError):
         _set(ENDED, _failed(jax.process_index(), said))
+        if jax.process_index() == 0:  # with which the store ends
+            time.sleep(HEARD)
 
 
 def watch(end: Callable[[str], None]) -> threading.Event:
@@ -276,10 +285,10 @@ def watch(end: Callable[[str], None]) -> threading.Event:
         while not stop.wait(1):
             try:
                 found = json.loads(client.key_value_try_get(ENDED))
-            except jax.errors.JaxRuntimeError as error:
-                if "NOT_FOUND" not in str(error):
-                    return  # the store has ended
+            except jax.errors.JaxRuntimeError:  # nothing yet, or a store that is slow or has ended
                 continue
+            if jax.process_index() == 0:
+                stop.wait(STAY)  # all look there, every second
             if not stop.is_set():
                 end(str(InputError(**found)))
             return

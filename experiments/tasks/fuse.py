@@ -7,6 +7,8 @@ import jax
 from ml_collections import ConfigDict
 
 import converters
+from converters.fuse import Fusion
+from converters.request import make_request
 from experiments.tasks.common import bar, named, required
 from vfjax import InputError
 from vfjax.errors import counted
@@ -43,8 +45,9 @@ def fuse(config: ConfigDict, workdir: Path) -> None:
     if config.dry_run:
         show(out, converters.dry_run(members, out, **options))
         return
-    with agreeing("fuse", folder=out.absolute().parent):
-        pass
+    with agreeing("fuse", folder=out.absolute().parent) as facts:
+        if jax.process_count() > 1:
+            facts |= Fusion(make_request(members, out, options)).facts()
     source = None
     with together("fuse"):
         if jax.process_index() == 0:

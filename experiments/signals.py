@@ -19,7 +19,7 @@ from typing import NoReturn
 NUMBERS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
 MOMENT = 1.0
 """Seconds for the main thread to hear of a signal while nothing is being written."""
-GRACE = 8.0
+GRACE = 7.0
 """Seconds for it to clean up."""
 
 heard: list[int] = []

@@ -1,9 +1,12 @@
 """PyTorch and Hugging Face checkpoints <-> vfjax models."""
 
-from converters import registry
-from converters.source import Source, open_source
+from converters import registry, source
+from converters.folder import open_source
+from converters.source import Source
 
-registry.register()
+for _module in registry.modules():
+    registry.register(_module)
+    source.register(getattr(_module, "LAYOUTS", ()))
 
 from converters.combine import load_fused  # noqa: E402  (the registry must be there first)
 from converters.create import create  # noqa: E402

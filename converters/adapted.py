@@ -7,7 +7,7 @@ its llava/model/builder.py.
 import functools
 import itertools
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 
 from converters.adapter_config import (
     MERGE,
@@ -22,16 +22,13 @@ from converters.adapter_config import (
 )
 from converters.adapters import ADAPTER, Contents
 from converters.lora import LoRATensor, Part, RowsReplaced, Shifted, Transposed, factors_fit
-from converters.params.table import rename
+from converters.params.table import Names, Place, placed, rename
 from vfjax import InputError
 from vfjax.errors import counted
 from vfjax.merge import LazyTensor, equal
 
 STARTS = (("base_model.model.", ""), ("model.model.", "model."), ("", ""))
 """What PEFT puts before a model's own names -> what is left of it."""
-
-Names = Sequence[tuple[str, str, str]]
-"""See `converters.source.Layout.prefixes`."""
 
 WRAPPER = re.compile(
     r"\.(?:(token_adapter\.base_layer|base_layer|original_module)|modules_to_save(?:\.default)?)(?=\.)"
@@ -95,11 +92,10 @@ class _Completion:
     def __init__(self, contents: Contents, names: Names, tied: bool):
         self.contents, self.settings = contents, contents.settings
         self.tensors = dict(contents.tensors)
-        starts = [(old, f"{part}\0{new}") for old, part, new in names]
-        self.meanings = functools.partial(rename, prefixes=starts)
-        self.known = {new: old for old, (new, _) in self.meanings(self.tensors).items()}
-        self.embedding = self.known.setdefault(f"llm\0{EMBEDDING}", EMBEDDING)
-        self.head = self.known.setdefault(f"llm\0{HEAD}", HEAD)
+        self.places = functools.partial(placed, prefixes=names)
+        self.known = {new: old for old, (new, _) in self.places(self.tensors).items()}
+        self.embedding = self.known.setdefault(Place("llm", EMBEDDING), EMBEDDING)
+        self.head = self.known.setdefault(Place("llm", HEAD), HEAD)
         own = [self.tensors[x] for x in (self.embedding, self.head) if x in self.tensors]
         self.tied = len(own) == 1 or (tied and self._adapts_words() and equal(*own))
         if self.tied:
@@ -118,10 +114,10 @@ class _Completion:
         PEFT wraps whole models, or the one inside of another: then a start is missing.
         """
         for spelling in (name, f"model.{name}", name.replace(".mlp.gate.", f".{MIXTRAL}.gate.")):
-            meaning, _ = self.meanings([spelling]).get(spelling, (spelling, None))
-            if meaning in self.known:
-                return self.known[meaning]
-        inner = (self.known.get(f"llm\0{start}{name}") for start in ("", "model."))
+            for place, _ in self.places([spelling]).values():
+                if place in self.known:
+                    return self.known[place]
+        inner = (self.known.get(Place("llm", start + name)) for start in ("", "model."))
         return next((found for found in inner if found), name)
 
     def run(self) -> dict[str, LazyTensor]:

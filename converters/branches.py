@@ -1,10 +1,10 @@
 """Tensors of the members' branches, under the names that they have in a fused folder."""
 
+import dataclasses
 from collections.abc import Mapping
 
-from converters.formats.visionfuse import KINDS
 from converters.load import model_config
-from converters.source import Source
+from converters.source import Branch, Source
 from vfjax.merge import LazyTensor
 
 Tensors = dict[str, LazyTensor]
@@ -22,28 +22,28 @@ def branch_tensors(member: str, source: Source, parts: Mapping[str, Tensors]) ->
     """Those of one member; `parts` is its tensors by component."""
     out: Tensors = {}
     for branch in source.branches:
-        name = branch_name(member, source, branch["name"])
-        for kind in KINDS:
-            tensors = parts.get(f"branches.{branch['name']}.{kind}", {})  # few have an aux
-            out |= {f"branches.{name}.{kind}.{key}": value for key, value in tensors.items()}
+        own = dataclasses.replace(branch, name=branch_name(member, source, branch.name))
+        for part, new in zip(branch.parts, own.parts, strict=True):
+            out |= {f"{new}.{key}": value for key, value in parts.get(part, {}).items()}
     return out
 
 
 def own_embeddings(
     result: Source, opened: Mapping[str, Source], llms: Mapping[str, Tensors]
-) -> Tensors:
-    """Embeddings of the members whose connectors read the prompt; says so in `result`."""
+) -> tuple[tuple[Branch, ...], Tensors]:
+    """The result's branches with embeddings of their own where the prompt is read, and those."""
     reads = {b.name for b in model_config(result).branches if b.views.reads_text}
     owners = {
-        branch_name(member, source, branch["name"]): member
+        branch_name(member, source, branch.name): member
         for member, source in opened.items()
         for branch in source.branches
     }
-    out = {}
+    branches, out = [], {}
     for branch in result.branches:
-        name = branch["name"]
-        if name in reads and not branch["connector"].get("vocab"):  # fused before, it has its own
-            table = llms[owners[name]]["model.embed_tokens.weight"]
-            branch["connector"] = {**branch["connector"], "vocab": table.shape[0]}
-            out[f"branches.{name}.connector.{EMBEDDING}"] = table
-    return out
+        if branch.name in reads and not branch.connector.get("vocab"):  # fused before, it has one
+            table = llms[owners[branch.name]]["model.embed_tokens.weight"]
+            connector = {**branch.connector, "vocab": table.shape[0]}
+            branch = dataclasses.replace(branch, connector=connector)
+            out[f"branches.{branch.name}.connector.{EMBEDDING}"] = table
+        branches.append(branch)
+    return tuple(branches), out

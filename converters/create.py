@@ -11,12 +11,13 @@ from flax import nnx
 from jax.sharding import Mesh
 
 from converters.fingerprint import fingerprint
+from converters.folder import open_source
 from converters.formats import comm, dense_connector, llava, mini_gemini, slime
 from converters.formats.visionfuse import fused_config
 from converters.load import flatten, float_dtype, model_config, read_model
 from converters.params.table import FLOATS
 from converters.registry import find
-from converters.source import TEMPLATE, Source, open_source
+from converters.source import TEMPLATE, Source
 from converters.towers import KINDS, Tower, Towers, read_tower
 from converters.values import Values
 from vfjax import InputError, Model, Processor
@@ -119,7 +120,8 @@ def create(
     stored = next(iter(source.parts["llm"].values())).dtype
     part = f"branches.{branch.name}.connector"
     stored = stored if stored in FLOATS else FLOATS[-1]
-    source.parts[part] = drawn(source, branch, seed, stored, init)
+    parts = {**source.parts, part: drawn(source, branch, seed, stored, init)}
+    source = dataclasses.replace(source, parts=parts)
     return read_model(source, mesh, dtype)
 
 
@@ -162,26 +164,29 @@ def describe(
     source = LAYOUTS.get(kind, dense_connector.describe)(
         text.path, Values(config, "the new config.json"), _Given(found=towers)
     )
-    source.llm, source.path, source.base, source.files = text.llm, text.path, text.base, text.files
-    source.created, source.seen = True, text.seen
     named = text.branches and text.template != CHAT_TEMPLATE
     default = text.template if named else source.template
     template = template or default
     get_template(template)
-    if template != source.template:
-        source.template = source.config[TEMPLATE] = template
+    own = {} if template == source.template else {TEMPLATE: template}
     (branch,) = source.branches
-    start = f"branches.{branch['name']}"
-    source.parts = {part: tower.tensors for part, tower in source.towers.items()}
-    source.parts["llm"] = text.parts["llm"]
-    source.spare = {part: tower.spare for part, tower in source.towers.items()}
-    source.prefixes = {part: tower.prefixes for part, tower in source.towers.items()}
-    source.prefixes |= {"llm": (("", ""),), f"{start}.connector": _names(source, kind)}
-    prefix = find(branch["encoder"], str(encoder)).config(branch["encoder"]).prefix
+    connector_part, towers_of = f"branches.{branch.name}.connector", source.towers.items()
+    source = dataclasses.replace(
+        source,
+        **{key: getattr(text, key) for key in ("path", "llm", "base", "files", "seen")},
+        config={**source.config, **own},
+        template=template,
+        parts={"llm": text.parts["llm"]} | {part: tower.tensors for part, tower in towers_of},
+        spare={part: tower.spare for part, tower in towers_of},
+        prefixes={"llm": (("", ""),), connector_part: _names(source, kind)}
+        | {part: tower.prefixes for part, tower in towers_of},
+        created=True,
+    )
+    prefix = find(branch.encoder, str(encoder)).config(branch.encoder).prefix
     if text.llm["model_type"] in UPSTREAM and (prefix < 2 or kind == "comm"):
         return source
-    branch["connector"]["drop"] = prefix
-    return _fused(source)
+    branch = dataclasses.replace(branch, connector={**branch.connector, "drop": prefix})
+    return _fused(dataclasses.replace(source, branches=(branch,)))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -199,7 +204,7 @@ def _names(source: Source, kind: str) -> tuple[tuple[str, str], ...]:
     if kind in ("mgm", "slime"):
         names = (mini_gemini if kind == "mgm" else slime).names(source)
         return tuple((old, new) for old, part, new in names if new and part.endswith(".connector"))
-    lone = source.branches[0]["connector"]["mm_projector_type"] == "linear"
+    lone = source.branches[0].connector["mm_projector_type"] == "linear"
     return (("model.mm_projector.", "0." if lone else ""),)
 
 
@@ -311,9 +316,14 @@ def _config(
 
 def _fused(source: Source) -> Source:
     """The same as a fused folder of one branch, for what LLaVA's code cannot say."""
-    source.layout, source.towers, source.spare = "visionfuse", {}, {}
-    source.prefixes = {
+    prefixes = {
         part: ((f"{part}.", ""),) if part != "llm" else (("", ""),) for part in source.prefixes
     }
-    source.config = fused_config(source, {})
-    return source
+    return dataclasses.replace(
+        source,
+        layout="visionfuse",
+        config=fused_config(source, {}),
+        towers={},
+        spare={},
+        prefixes=prefixes,
+    )

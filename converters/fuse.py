@@ -18,13 +18,13 @@ from converters.export import to_bytes
 from converters.files.checksums import audit, mapped, stat, unread
 from converters.files.writer import Content, plan_shards, stage_of, write_folder
 from converters.fingerprint import fingerprint, sampled
-from converters.formats.visionfuse import arrange, fused_config
+from converters.folder import assigned, open_source, settled
+from converters.formats.visionfuse import arranged, fused_config
 from converters.mergekit import Yaml, read_yaml
 from converters.model_card import CARD, PLOT, by_layer, card, plot
 from converters.plan import llm_config, merge_llms
-from converters.registry import LAYOUTS
 from converters.request import Request, check_request, make_request
-from converters.source import Source, assign, open_source, settle
+from converters.source import LAYOUTS, Source
 from converters.tokenizer_union import made_tokenizer
 from converters.towers import Towers
 from converters.vocabulary import (
@@ -188,8 +188,10 @@ class Fusion:
         self.made = made_tokenizer(self.recipe, others, opened, llms)
         rowed = llms if union else one_vocabulary(llms, request.vocab, self.base)
         self.merged = merge_llms(self.recipe, request, opened, rowed, self.made)
-        self.result = _describe(opened, list(request.members), self.out, request.template)
-        self.result.llm = llm_config(self.result.llm, self.merged, self.recipe, opened)
+        result = _describe(opened, list(request.members), self.out, request.template)
+        llm = llm_config(result.llm, self.merged, self.recipe, opened)
+        result = dataclasses.replace(result, llm=llm)
+        self.result = arranged(result, request.positions, request.mask)
         self.vocabulary: list[str] = []
         if self.made is None:
             self._keep_tokenizer(known, rows)
@@ -201,14 +203,15 @@ class Fusion:
             )
             total, words = self.result.llm["vocab_size"], self.made.words
             self.vocabulary = known.changes(next(iter(opened)), rows, total, words)
-        self.result.tokenizer = self.owner.tokenizer
-        arrange(self.result, request.positions, request.mask)
+        self.result = dataclasses.replace(self.result, tokenizer=self.owner.tokenizer)
         self.weights: Tensors = dict(self.merged)
         if request.export == "model":
             for name in request.members:
                 self.weights |= branch_tensors(name, opened[name], parts[name])
             if request.router == "member":
-                self.weights |= own_embeddings(self.result, opened, llms)
+                branches, tables = own_embeddings(self.result, opened, llms)
+                self.result = dataclasses.replace(self.result, branches=branches)
+                self.weights |= tables
 
     def _read(self, label: str, parts: Mapping[str, Tensors]) -> Mapping[str, Tensors]:
         """The components that go into the output: without branches, the LLM alone."""
@@ -293,10 +296,8 @@ class Fusion:
         config = fused_config(self.result, self._record({}))
         layout = next(x for x in LAYOUTS if x.name == "visionfuse")
         source = layout.open(self.owner.home, config, Towers({}, "auto"))
-        source.chat_template = self.result.chat_template
-        assign(source, layout, self.weights, "auto")
-        settle(source)
-        return source
+        source = dataclasses.replace(source, chat_template=self.result.chat_template)
+        return settled(assigned(source, layout, self.weights))
 
     def facts(self) -> dict[str, Any]:
         """What several processes agree on before one of them merges, see `fingerprint`."""
@@ -418,11 +419,11 @@ def _describe(
 ) -> Source:
     """The fused folder's normal form: all members' branches, the first opened model's LLM."""
     reference = next(iter(opened.values()))
-    branches = [
-        {**branch, "name": branch_name(name, opened[name], branch["name"])}
+    branches = tuple(
+        dataclasses.replace(branch, name=branch_name(name, opened[name], branch.name))
         for name in members
         for branch in opened[name].branches
-    ]
+    )
     llm = {**reference.llm, "architectures": [reference.table("llm").architecture]}
     first = opened[members[0]]
     template = template or first.template

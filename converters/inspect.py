@@ -7,11 +7,11 @@ from typing import Any
 
 from converters.adapter_config import SETTINGS, read_settings
 from converters.files.others import TOWER
+from converters.folder import open_source
 from converters.load import abstract, check, check_depth, model_config, processor, tower_file
 from converters.lora import Updated
 from converters.params.table import restored
 from converters.registry import find
-from converters.source import open_source
 from converters.towers import read_tower
 from vfjax.atomic import findable
 from vfjax.errors import counted
@@ -67,10 +67,10 @@ def inspect(
         part = f"branches.{branch.name}.encoder"
         where = source.towers[part].path if part in source.towers else "this folder"
         lines.append(
-            f"branch {branch.name}: {parts['encoder']['model_type']}, {_size(encoder)}, "
+            f"branch {branch.name}: {parts.encoder['model_type']}, {_size(encoder)}, "
             f"taps {list(branch.connector.taps['encoder'])}, "
             f"{views.images.size} px {views.images.aspect}, "
-            f"{parts['connector']['mm_projector_type']}, "
+            f"{parts.connector['mm_projector_type']}, "
             f"up to {counted(branch.tokens, 'token')} a picture; tower from {where}"
         )
     for part, rules in check(source, params).items():

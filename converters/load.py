@@ -11,13 +11,14 @@ from flax import nnx
 from jax.sharding import Mesh
 
 from converters.fingerprint import fingerprint
-from converters.formats.visionfuse import arrange
+from converters.folder import open_source
+from converters.formats.visionfuse import arranged
 from converters.load_params import fill
 from converters.origin import remember
 from converters.params.table import FLOATS, Rule, Table
 from converters.preprocessor import from_preprocessor
 from converters.registry import find
-from converters.source import TOKENIZERS, Source, is_tower, open_source
+from converters.source import TOKENIZERS, Branch, Source, is_tower
 from converters.tokenizer import tokenizer_of
 from converters.towers import KINDS, read_tower
 from converters.values import Values
@@ -94,7 +95,7 @@ def load(
     dtype = float_dtype(dtype)
     with agreeing("load", members := owners(mesh)) as facts:
         source = open_source(path, towers=towers, tower_source=tower_source, base=base)
-        arrange(source, positions, mask)
+        source = arranged(source, positions, mask)
         if len(members) > 1:
             how = {"dtype": dtype, "prune": prune, "int8": int8, "int8_cache": int8_cache}
             facts |= fingerprint(source) | {key: str(value) for key, value in how.items()}
@@ -226,11 +227,10 @@ def model_config(source: Source) -> ModelConfig:
     return ModelConfig(branches, llm, source.positions, source.mask)
 
 
-def _branch_config(source: Source, branch: Mapping[str, Any]) -> BranchConfig:
-    part = f"branches.{branch['name']}"
+def _branch_config(source: Source, branch: Branch) -> BranchConfig:
+    part = f"branches.{branch.name}"
     where = f"{source.path}: {part}"
-    code = branch.get("code", "authors")
-    if not branch["preprocessor"]:
+    if not branch.preprocessor:
         raise InputError(
             source.path,
             found="no preprocessor_config.json",
@@ -238,7 +238,7 @@ def _branch_config(source: Source, branch: Mapping[str, Any]) -> BranchConfig:
             fix="copy it from the published repository",
         )
     images = from_preprocessor(
-        branch["preprocessor"], aspect=branch["aspect"], code=code, name=where
+        branch.preprocessor, aspect=branch.aspect, code=branch.code, name=where
     )
     encoder = source.config_of(f"{part}.encoder", input_size=images.size)
     if images.size != getattr(encoder, "input_size", encoder.image_size):
@@ -249,20 +249,20 @@ def _branch_config(source: Source, branch: Mapping[str, Any]) -> BranchConfig:
             fix="use the preprocessor_config.json of the encoder's repository",
         )
     aux = None
-    if "aux" in branch:
-        size = {"input_size": images.size} if "preprocessor_aux" in branch["connector"] else {}
+    if branch.aux is not None:
+        size = {"input_size": images.size} if "preprocessor_aux" in branch.connector else {}
         aux = source.config_of(f"{part}.aux", **size)
     table = source.table(f"{part}.connector")
-    fed = {**branch["connector"], "aux": aux}
+    fed = {**branch.connector, "aux": aux}
     connector, views = table.connector(fed, f"{where}.connector", images, encoder)
     _check_channels(source, part, connector, {"encoder": encoder, "aux": aux})
     return BranchConfig(
-        name=branch["name"],
+        name=branch.name,
         encoder=encoder,
         connector=connector,
         views=views,
         aux=aux,
-        scaled=code == "authors",
+        scaled=branch.code == "authors",
     )
 
 
@@ -273,7 +273,7 @@ def _check_channels(source: Source, part: str, connector: Any, encoders: Mapping
         resolve_taps(connector.taps[name], encoder.layers, f"{source.path}: {where}: taps")
         if states * encoder.width != channels:
             tower = source.towers.get(where)
-            kind = source.component(where)["model_type"]
+            kind = source.components[where]["model_type"]
             raise InputError(
                 f"{source.path}: {part}.connector",
                 found=f"a connector that reads {channels} channels",

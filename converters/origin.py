@@ -48,7 +48,7 @@ def remember(model: Model, source: Source) -> None:
     ORIGINS[model] = Origin(
         home=source.home,
         config=source.config,
-        components={part: source.component(part) for part in source.components},
+        components=source.components,
         prefixes=source.prefixes,
         towers=towers,
         held=held,

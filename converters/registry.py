@@ -1,24 +1,18 @@
-"""Every table of `params` and layout of `formats`, found by looking: a new family is a new file."""
+"""Every table of `params` and `formats`, found by looking: a new family is a new file."""
 
 import importlib
 import pkgutil
 from collections.abc import Mapping
 from types import ModuleType
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from converters import formats, params
 from converters.params.table import Table
 from vfjax import InputError
 from vfjax.errors import cut
 
-if TYPE_CHECKING:
-    from converters.source import Layout
-
 TABLES: dict[str, Table] = {}
 """`model_type` of a component's config -> its table."""
-
-LAYOUTS: list["Layout"] = []
-"""All layouts; at most one matches a config."""
 
 
 def find(config: Mapping[str, Any], where: str) -> Table:
@@ -38,24 +32,25 @@ def find(config: Mapping[str, Any], where: str) -> Table:
     return TABLES[kind]
 
 
-def register() -> None:
-    """Imports the modules of `params` and `formats`; collects their TABLE or TABLES, and LAYOUTS.
+def modules() -> list[ModuleType]:
+    """Imports those of `params` and `formats`."""
+    return [
+        importlib.import_module(found.name)
+        for package in (params, formats)
+        for found in sorted(
+            pkgutil.iter_modules(package.__path__, f"{package.__name__}."), key=lambda m: m.name
+        )
+    ]
+
+
+def register(module: ModuleType) -> None:
+    """Adds a module's TABLE or TABLES.
 
     Raises:
-        ValueError: two tables of one `model_type`, or two layouts of one name.
+        ValueError: another table reads the same `model_type`.
     """
-    for package in (params, formats):
-        for found in map(importlib.import_module, _modules(package)):
-            own = (found.TABLE,) if hasattr(found, "TABLE") else getattr(found, "TABLES", ())
-            for table in own:
-                for kind in table.types:
-                    if TABLES.setdefault(kind, table) is not table:
-                        raise ValueError(f"{found.__name__}: another table reads {kind!r}, too")
-            for layout in getattr(found, "LAYOUTS", ()):
-                if any(layout.name == known.name for known in LAYOUTS):
-                    raise ValueError(f"{found.__name__}: another layout is called {layout.name!r}")
-                LAYOUTS.append(layout)
-
-
-def _modules(package: ModuleType) -> list[str]:
-    return sorted(m.name for m in pkgutil.iter_modules(package.__path__, f"{package.__name__}."))
+    own = (module.TABLE,) if hasattr(module, "TABLE") else getattr(module, "TABLES", ())
+    for table in own:
+        for kind in table.types:
+            if TABLES.setdefault(kind, table) is not table:
+                raise ValueError(f"{module.__name__}: another table reads {kind!r}, too")

@@ -1,25 +1,18 @@
-"""Layouts: how a whole checkpoint folder is put together from components.
+"""A checkpoint folder in normal form, the same whatever wrote the folder.
 
-A layout turns a folder into a `Source`: the same normal form whatever wrote the folder. Loading,
-merging, inspecting and exporting know only the normal form.
+Loading, merging, inspecting and exporting know only the normal form. A layout says how one kind of
+folder is read into it; `converters.folder` does so.
 """
 
 import dataclasses
-import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
-from converters import adapters, registry
-from converters.adapted import completed
-from converters.files.others import TOWER, no_model
-from converters.params.table import Table, rename
-from converters.towers import Prefixes, Tensors, Tower, Towers, pairs
+from converters import registry
+from converters.params.table import Names, Table
+from converters.towers import Prefixes, Tensors, Tower, Towers
 from converters.values import Unused, Values
-from vfjax import InputError
-from vfjax.atomic import findable
-from vfjax.errors import counted, cut
-from vfjax.merge import LazyTensor, equal
 
 TOKENIZERS = ("tokenizer.json", "tokenizer.model")
 """Files that hold a vocabulary."""
@@ -30,6 +23,12 @@ PAIR = ("vocab.json", "merges.txt")
 
 TEMPLATE = "mm_prompt_template"
 """Key of config.json, ours: prompt template of a model that was not trained with its layout's."""
+
+KINDS = ("encoder", "aux", "connector")
+"""Components of a branch."""
+
+Config = Mapping[str, Any]
+"""A component's config, as JSON has it; `model_type` names a table."""
 
 
 def tokenizer_class(config: Mapping[str, Any]) -> dict[str, str]:
@@ -44,7 +43,43 @@ def has_tokenizer(folder: Path) -> bool:
     return alone or all((folder / name).is_file() for name in PAIR)
 
 
-@dataclasses.dataclass
+@dataclasses.dataclass(frozen=True)
+class Branch:
+    """A member's visual path in normal form.
+
+    Attributes:
+        name: unique in the model.
+        encoder: config of its encoder.
+        preprocessor: preprocessor_config.json; empty where there is none.
+        aspect: "pad" or "crop".
+        connector: config of what makes visual tokens of the encoder's hidden states.
+        aux: config of a second encoder, None without one.
+        code: whose code reads it: "transformers" or "authors".
+    """
+
+    name: str
+    encoder: Config
+    preprocessor: Config
+    aspect: Literal["pad", "crop"]
+    connector: Config
+    aux: Config | None = None
+    code: Literal["authors", "transformers"] = "authors"
+
+    @property
+    def parts(self) -> dict[str, Config]:
+        """Component, by its name in the model -> its config."""
+        found = {kind: getattr(self, kind) for kind in KINDS}
+        return {f"branches.{self.name}.{kind}": x for kind, x in found.items() if x is not None}
+
+    def to_json(self) -> dict[str, Any]:
+        """As a fused folder's config.json has it."""
+        keys = ("name", "encoder", "preprocessor", "aspect", "code", "connector", "aux")
+        found = {key: getattr(self, key) for key in keys}
+        default = {"code": "authors", "aux": None}
+        return {key: x for key, x in found.items() if key not in default or x != default[key]}
+
+
+@dataclasses.dataclass(frozen=True)
 class Source:
     """A checkpoint folder in normal form.
 
@@ -53,9 +88,7 @@ class Source:
         layout: name of its layout.
         config: its config.json.
         llm: Hugging Face config of the language model.
-        branches: one dict a branch: `name`; `encoder`, `connector` and perhaps `aux`, configs
-            whose `model_type` names a table; `preprocessor` (preprocessor_config.json); `aspect`,
-            "pad" or "crop"; `code`, whose code reads it: "transformers", or "authors" if absent.
+        branches: in the order in which their tokens are read.
         template: name of the prompt template, "chat_template" for the folder's own.
         chat_template: the folder's own, Jinja; "" if its code does not read one.
         image_token: see `vfjax.Processor`.
@@ -83,24 +116,24 @@ class Source:
 
     path: Path
     layout: str
-    config: dict[str, Any]
-    llm: dict[str, Any]
-    branches: list[dict[str, Any]]
+    config: Config
+    llm: Config
+    branches: tuple[Branch, ...]
     template: str
-    tokenizer: dict[str, str] = dataclasses.field(default_factory=dict)
+    tokenizer: Mapping[str, str] = dataclasses.field(default_factory=dict)
     chat_template: str = ""
     image_token: str = ""
-    parts: dict[str, Tensors] = dataclasses.field(default_factory=dict)
-    prefixes: dict[str, Prefixes] = dataclasses.field(default_factory=dict)
-    towers: dict[str, Tower] = dataclasses.field(default_factory=dict)
-    held: dict[str, Tower] = dataclasses.field(default_factory=dict)
+    parts: Mapping[str, Tensors] = dataclasses.field(default_factory=dict)
+    prefixes: Mapping[str, Prefixes] = dataclasses.field(default_factory=dict)
+    towers: Mapping[str, Tower] = dataclasses.field(default_factory=dict)
+    held: Mapping[str, Tower] = dataclasses.field(default_factory=dict)
     tuned: tuple[str, ...] = ()
     unread: tuple[str, ...] = ()
-    spare: dict[str, Tensors] = dataclasses.field(default_factory=dict)
-    seen: dict[str, bool] = dataclasses.field(default_factory=dict)
+    spare: Mapping[str, Tensors] = dataclasses.field(default_factory=dict)
+    seen: Mapping[str, bool] = dataclasses.field(default_factory=dict)
     own_head: bool = False
-    same: dict[str, str] = dataclasses.field(default_factory=dict)
-    files: dict[str, Path] = dataclasses.field(default_factory=dict)
+    same: Mapping[str, str] = dataclasses.field(default_factory=dict)
+    files: Mapping[str, Path] = dataclasses.field(default_factory=dict)
     base: Path | None = None
     created: bool = False
     positions: str = "running"
@@ -114,31 +147,16 @@ class Source:
         return self.base
 
     @property
-    def components(self) -> tuple[str, ...]:
-        """All components, the LLM first."""
-        parts = [
-            f"branches.{branch['name']}.{kind}"
-            for branch in self.branches
-            for kind in ("encoder", "aux", "connector")
-            if kind in branch
-        ]
-        return ("llm", *parts)
-
-    def branch(self, part: str) -> dict[str, Any]:
-        """The branch that a component is of."""
-        return next(b for b in self.branches if b["name"] == part.split(".")[1])
-
-    def component(self, part: str) -> dict[str, Any]:
-        """The config of a component."""
-        if part == "llm":
-            return self.llm
-        return self.branch(part)[part.split(".")[2]]
+    def components(self) -> dict[str, Config]:
+        """Component -> its config, the LLM's first."""
+        parts = [item for branch in self.branches for item in branch.parts.items()]
+        return {"llm": self.llm, **dict(parts)}
 
     def table(self, part: str) -> Table:
         """The table of a component."""
-        return registry.find(self.component(part), f"{self.path}: {part}")
+        return registry.find(self.components[part], f"{self.path}: {part}")
 
-    def config_of(self, part: str, **more: Any) -> Any:
+    def config_of(self, part: str, **more: int) -> Any:
         """The config of a component, read by its table.
 
         Args:
@@ -146,7 +164,7 @@ class Source:
             more: keys beside, or in place of, its own.
         """
         folder = (self.towers[part].path if part in self.towers else None) or self.path
-        config = self.table(part).config({**self.component(part), **more}, f"{folder}: {part}")
+        config = self.table(part).config({**self.components[part], **more}, f"{folder}: {part}")
         return dataclasses.replace(config, **self.seen) if part == "llm" else config
 
     def weight_files(self) -> dict[str, Path]:
@@ -175,7 +193,7 @@ class Layout:
     name: str
     matches: Callable[[Mapping[str, Any]], bool]
     describe: Callable[[Path, Values, Towers], Source]
-    prefixes: Callable[[Source], tuple[tuple[str, str, str], ...]]
+    prefixes: Callable[[Source], Names]
     unused: Unused
     general: bool = False
 
@@ -195,191 +213,33 @@ class Layout:
         template = values.text(TEMPLATE, None)
         source = self.describe(path, values, towers)
         values.done(self.unused)
-        source.template = template or source.template
-        return source
+        return dataclasses.replace(source, template=template or source.template)
 
 
-def open_source(
-    path: str | Path,
-    *,
-    towers: Mapping[str, str | Path] | None = None,
-    tower_source: str = "auto",
-    base: str | Path | None = None,
-) -> Source:
-    """A checkpoint folder in normal form; reads headers only, but for `settle`.
-
-    Args:
-        path: a folder with config.json and weights, or one that holds a LoRA adapter or a projector
-            for a base LLM.
-        towers: name of a vision tower in config.json -> the folder where it is; so too of the base.
-        tower_source: see `Towers.source`.
-        base: folder of that base LLM, in place of the one that the configs name; a folder that is
-            complete does not read it.
-
-    Raises:
-        InputError: no such folder, a config of no known layout, unreadable weights, a vision tower
-            or base that is nowhere to be found, or tensors that don't fit the base.
-    """
-    path = findable(path)
-    if not path.is_dir() or not adapters.is_part(path) and not (path / "config.json").exists():
-        raise no_model(path)
-    places = Towers(towers or {}, tower_source)
-    contents = adapters.read(path, base, places)
-    config = contents.config
-    Values(config, str(contents.home / "config.json")).text("model_type", None)
-    layout = layout_of(config)
-    if layout is None:
-        kinds = ", ".join(sorted(x.name for x in registry.LAYOUTS))
-        tower = is_tower(config)
-        raise InputError(
-            contents.home / "config.json",
-            found=f"model_type {cut(repr(config.get('model_type')))}" + ", a vision tower" * tower,
-            expected=f"one of the layouts {kinds}",
-            fix=TOWER if tower else "this kind of checkpoint is not supported",
-        )
-    source = layout.open(contents.home, config, places)
-    if all(branch.get("code") == "transformers" for branch in source.branches):
-        source.template = source.template or "plain"  # a template is not needed to open it there
-    if source.branches and not source.template:
-        source.table("llm")  # an LLM that is not known is said first
-        raise InputError(
-            contents.home / "config.json",
-            found=f"no {TEMPLATE}, and an LLM of type {source.llm.get('model_type')!r}",
-            expected="the name of one of vfjax.text.prompts.TEMPLATES",
-            fix=f"add {TEMPLATE} with that which the model was trained with",
-        )
-    source.path, source.base, source.files = path, contents.base, contents.files
-    tensors = contents.tensors
-    if contents.base is not None:
-        tied = source.config_of("llm").tied
-        tensors = completed(contents, layout.prefixes(source), tied=tied)
-    assign(source, layout, tensors, tower_source)
-    settle(source)
-    return source
+LAYOUTS: list[Layout] = []
+"""All layouts; at most one matches a config."""
 
 
-def layout_of(config: Mapping[str, Any]) -> Layout | None:
+def register(layouts: Iterable[Layout]) -> None:
+    """Adds layouts; raises ValueError if another one has the name of one."""
+    for layout in layouts:
+        if any(layout.name == known.name for known in LAYOUTS):
+            raise ValueError(f"another layout is called {layout.name!r}")
+        LAYOUTS.append(layout)
+
+
+def layout_of(config: Config) -> Layout | None:
     """The layout of a folder with this config.json, None if there is none for it."""
     if not isinstance(config.get("model_type"), str):
         return None
-    known = sorted(registry.LAYOUTS, key=lambda layout: layout.general)
+    known = sorted(LAYOUTS, key=lambda layout: layout.general)
     return next((x for x in known if x.matches(config)), None)
 
 
-def is_tower(config: Mapping[str, Any]) -> bool:
+def is_tower(config: Config) -> bool:
     """Whether a config.json, or OpenCLIP's, is of a vision tower that has a table."""
     half = config.get("vision_config")
     kind = (half if isinstance(half, dict) else config).get("model_type", config.get("model_type"))
     table = registry.TABLES.get("open_clip_convnext" if "model_cfg" in config else str(kind))
     model = layout_of(config) is not None
     return not model and table is not None and not table.architecture and table.views is None
-
-
-def assign(
-    source: Source, layout: Layout, tensors: Mapping[str, LazyTensor], tower_source: str
-) -> None:
-    """Distributes a folder's tensors over the components of its source.
-
-    Args:
-        source: what the layout made of config.json; its `parts` are filled.
-        layout: of the folder.
-        tensors: all of the folder's.
-        tower_source: see `Towers.source`.
-
-    Raises:
-        InputError: a tensor that belongs to no component, or a tower without weights.
-    """
-    prefixes = layout.prefixes(source)
-    names = rename(tensors, [(old, f"{part}\0{new}") for old, part, new in prefixes])
-    if unknown := sorted(set(tensors) - set(names)):
-        raise InputError(
-            f"{source.path}: {unknown[0]}",
-            found=f"{counted(len(unknown), 'tensor')} belonging to no part",
-            expected="the names of layout " + layout.name,
-            fix="check that config.json belongs to these weights",
-        )
-    held = {new.partition("\0")[0] for new, _ in names.values()}
-    for part, tower in list(source.towers.items()):
-        if _reads_own(part, tower, held, source.tuned, tower_source):
-            source.held[part] = _held(source, part, source.towers.pop(part), names)
-        elif not tower.tensors:
-            raise InputError(
-                f"{source.path}: {part}",
-                found=f"no weights here, nor in {tower.path or tower.places}",
-                expected="the vision tower that config.json names",
-                fix="download its weights",
-            )
-    found: dict[str, list[tuple[str, str]]] = {}
-    unread = []
-    for old, (new, (prefix, target)) in names.items():
-        part, _, name = new.partition("\0")
-        if part in source.towers:
-            unread.append(old)
-            continue
-        table = source.table(part)
-        if table.spares(name):
-            source.spare.setdefault(part, {})[old] = tensors[old]
-        if not table.ignores(name):
-            own = table.split(name, tensors[old]) or {name: tensors[old]}
-            source.parts.setdefault(part, {}).update(own)
-            found.setdefault(part, []).append((prefix, target.partition("\0")[2]))
-    for part, tower in source.towers.items():
-        source.parts[part], source.spare[part] = tower.tensors, tower.spare
-        found[part] = list(tower.prefixes)
-    source.unread = tuple(sorted(unread))
-    source.prefixes = {part: pairs(each) for part, each in found.items()}
-
-
-def settle(source: Source) -> None:
-    """Decides by the tensors what head an LLM has.
-
-    Under a config that ties it to the embedding as transformers does (modeling_utils.py,
-    tie_weights), by values: a head that equals the embedding is left out, one that does not is
-    kept, and the LLM's config in the normal form is no longer tied. Of a head alone the embedding
-    is taken. Without a head or a tie (LlamaModel saved alone) there are hidden states only.
-    Whether Phi's head has a bias (PhiForCausalLM's does, LLaVA's around a Phi does not) no config
-    says.
-    """
-    table, tensors = source.table("llm"), source.parts.get("llm", {})
-    config = source.config_of("llm")
-    (name, like) = next((rule.source, rule.like) for rule in table.rules if rule.like)
-    source.seen = {
-        "headless": not config.tied and name not in tensors and like in tensors,
-        "head_bias": config.head_bias and name.replace(".weight", ".bias") in tensors,
-    }
-    if not config.tied or name not in tensors:
-        return
-    if like not in tensors:
-        tensors[like] = tensors.pop(name)
-    elif equal(tensors[name], tensors[like]):
-        del tensors[name]
-        source.same[name] = like
-    else:
-        source.llm, source.own_head = {**source.llm, "tie_word_embeddings": False}, True
-
-
-def _held(source: Source, part: str, tower: Tower, names: Mapping[str, Any]) -> Tower:
-    """A tower as the checkpoint holds it: perhaps without the last layers, if no tap reads them.
-
-    Dense Connector's code drops SigLIP's last layer before it saves (siglip_encoder.py).
-    """
-    pattern = re.compile(re.escape(part) + r"\0encoder\.layers\.(\d+)\.")
-    count = len({m[1] for new, _ in names.values() if (m := pattern.match(new))})
-    taps = [tap for group in source.branch(part)["connector"]["groups"] for tap in group]
-    layers = source.config_of(part).layers
-    if part.endswith(".encoder") and 0 <= min(taps) <= max(taps) <= count < layers:
-        config = {**tower.config, "num_hidden_layers": count}
-        source.branch(part)["encoder"] = config
-        return dataclasses.replace(tower, config=config)
-    return tower
-
-
-def _reads_own(
-    part: str, tower: Tower, held: set[str], tuned: tuple[str, ...], tower_source: str
-) -> bool:
-    """Whether the checkpoint's own copy of a tower is read."""
-    if part in held and not tower.tensors:  # only the checkpoint has it
-        return True
-    if tower_source != "auto":
-        return tower_source == "checkpoint"
-    return part in held and part in tuned

@@ -214,9 +214,9 @@ class Values:
             self.parts[key] = Values(self.mapping(key, default) or {}, f"{self.where}: {key}")
         return self.parts[key]
 
-    def rest(self, own: Container[str] = (), prefix: str = "\0") -> dict[str, Any]:
+    def rest(self, own: Container[str] = (), *prefixes: str) -> dict[str, Any]:
         """The keys that are not this reader's own, by name or prefix, for another to take."""
-        keys = [key for key in self.data if key not in own and not key.startswith(prefix)]
+        keys = [key for key in self.data if key not in own and not key.startswith(prefixes)]
         found = {key: self.data[key] for key in keys}
         self.taken.update(found)
         return found

@@ -9,8 +9,9 @@ import jax
 import numpy as np
 from safetensors.numpy import load_file
 
+from converters.folder import open_source
 from converters.load import load
-from converters.source import Source, open_source
+from converters.source import Source
 from vfjax import Batch, InputError, Model, Processor, generate_ids
 from vfjax.atomic import read_json
 
@@ -128,7 +129,7 @@ def verify(case: str | Path) -> list[Row]:
 
 def _limits(source: Source) -> Mapping[str, float]:
     """Limits that a connector's table sets for itself."""
-    parts = [f"branches.{branch['name']}.connector" for branch in source.branches]
+    parts = [f"branches.{branch.name}.connector" for branch in source.branches]
     return {k: v for part in parts for k, v in source.table(part).limits.items()}
 
 

@@ -84,6 +84,11 @@ def test_python_files_are_short() -> None:
     assert not {name: n for name, n in lines.items() if n > MAX_LINES}
 
 
+def test_names_are_not_glued_with_a_zero_byte() -> None:
+    sources = [p for p in files() if p.suffix == ".py" and p.relative_to(ROOT).parts[0] in PACKAGES]
+    assert [str(p) for p in sources if "\\0" in p.read_text() or "\\x00" in p.read_text()] == []
+
+
 def test_readme_commands_are_make_targets() -> None:
     commands = re.findall(r"^make (\w+)", (ROOT / "README.md").read_text(), re.MULTILINE)
     targets = re.findall(r"^(\w+):", (ROOT / "Makefile").read_text(), re.MULTILINE)

@@ -53,7 +53,7 @@ def mapped(source: Source, export: str = "model") -> dict[str, Tensors]:
         InputError: parameters and tensors don't fit one to one.
     """
     if export == "llm":
-        source = dataclasses.replace(source, branches=[], parts={"llm": source.parts["llm"]})
+        source = dataclasses.replace(source, branches=(), parts={"llm": source.parts["llm"]})
     _, shapes = abstract(model_config(source).build)
     return {
         part: {

@@ -129,7 +129,7 @@ def describe(path: Path, config: Values, towers: Towers) -> Source:
         "ratio": options.whole("ratio", 4),
         "join": options.text("join", "channels"),
     }
-    source = upstream_source(path, "comm", config, branch, tower)
+    second = None
     if name := config.text("mm_vision_tower_aux", None):
         second = towers.find(path, name, "vision_tower_aux")
         aux = registry.find(second.config, str(path)).config(second.config)
@@ -141,8 +141,7 @@ def describe(path: Path, config: Values, towers: Towers) -> Source:
             "preprocessor_aux": second.preprocessor,
         }
         branch["aux"] = second.config
-        source.towers[f"branches.{branch['name']}.aux"] = second
-    return source
+    return upstream_source(path, "comm", config, branch, tower, aux=second)
 
 
 LAYOUTS = (

@@ -7,6 +7,7 @@ nearly the same, see `describe_next`.
 
 import ast
 import contextlib
+import dataclasses
 import re
 from collections.abc import Iterable, Mapping
 from pathlib import Path
@@ -15,9 +16,9 @@ from typing import Any
 from converters import registry
 from converters.chat import read_chat_template
 from converters.params.mlp import MERGES
-from converters.params.table import LM
+from converters.params.table import LM, Names
 from converters.preprocessor import from_preprocessor, read_preprocessor
-from converters.source import Layout, Source, tokenizer_class
+from converters.source import Branch, Layout, Source, tokenizer_class
 from converters.towers import Tower, Towers
 from converters.values import ANY, DEEPEST, PRETRAINED, Unused, Values
 from vfjax import InputError
@@ -72,8 +73,6 @@ features, positions that skip, frames that are left out."""
 
 _PROCESSORS = {"llava": "LlavaImageProcessor", "llava_next": "LlavaNextImageProcessor"}
 """`model_type` of transformers' folders -> the image processor of files that don't name one."""
-
-Names = tuple[tuple[str, str, str], ...]
 
 
 def is_upstream(config: Mapping[str, Any]) -> bool:
@@ -144,6 +143,7 @@ def upstream_source(
     branch: dict[str, Any],
     tower: Tower,
     *,
+    aux: Tower | None = None,
     llm: str = "",
     template: str = "",
     own: Iterable[str] = (),
@@ -156,6 +156,7 @@ def upstream_source(
         config: its config.json.
         branch: its only one.
         tower: the branch's.
+        aux: its second one.
         llm: `model_type` of the LLM, by default upstream's.
         template: name of the prompt template, by default upstream's, see `prompt_template`.
         own: more keys that are not the LLM's.
@@ -165,17 +166,18 @@ def upstream_source(
     table = registry.find(kept, str(path))
     _check_class(config, table.architecture)
     table.config(kept, config.where)  # by its keys in this file
-    encoder = f"branches.{branch['name']}.encoder"
-    tuned = (encoder,) if config.flag("unfreeze_mm_vision_tower", False, null=True) else ()
+    start = f"branches.{branch['name']}"
+    towers = {f"{start}.encoder": tower} | ({f"{start}.aux": aux} if aux else {})
+    tuned = config.flag("unfreeze_mm_vision_tower", False, null=True)
     return Source(
         path,
         layout,
         dict(config.data),
         kept,
-        [branch],
+        (Branch(**branch),),
         template or prompt_template(kept),
-        towers={encoder: tower},
-        tuned=tuned,
+        towers=towers,
+        tuned=(f"{start}.encoder",) if tuned else (),
     )
 
 
@@ -212,7 +214,7 @@ def prompt_template(llm: Mapping[str, Any]) -> str:
 
 def upstream_names(source: Source) -> Names:
     """Upstream's names."""
-    branch = f"branches.{source.branches[0]['name']}"
+    branch = f"branches.{source.branches[0].name}"
     return (
         ("model.mm_projector.weight", f"{branch}.connector", "0.weight"),
         ("model.mm_projector.bias", f"{branch}.connector", "0.bias"),
@@ -270,7 +272,7 @@ def describe_hf(path: Path, config: Values, towers: Towers) -> Source:
         "llava-hf",
         dict(config.data),
         llm,
-        [branch],
+        (Branch(**branch),),
         CHAT_TEMPLATE if chat else prompt_template(llm),
         tokenizer=tokenizer_class(config.data),
         chat_template=chat,
@@ -324,11 +326,11 @@ def describe_next(path: Path, config: Values, towers: Towers) -> Source:
             class token, which have no place on a grid.
     """
     source = describe_hf(path, config, towers)
-    source.llm["tie_word_embeddings"] = config.flag("tie_word_embeddings", False)  # not the text's
+    llm = {**source.llm, "tie_word_embeddings": config.flag("tie_word_embeddings", False)}
     (branch,) = source.branches
     config.choice("vision_feature_select_strategy", ("default",), "default")
     pinpoints = [list(pair) for pair in config.pairs("image_grid_pinpoints", None) or PINPOINTS]
-    images = branch["preprocessor"].get("image_grid_pinpoints") or pinpoints
+    images = branch.preprocessor.get("image_grid_pinpoints") or pinpoints
     if images != pinpoints:
         raise InputError(
             f"{path}: image_grid_pinpoints",
@@ -336,13 +338,15 @@ def describe_next(path: Path, config: Values, towers: Towers) -> Source:
             expected=f"{pinpoints} as in config.json",
             fix="correct one of the files",
         )
-    branch["connector"] |= {
+    connector = {
+        **branch.connector,
         "merge": "spatial_unpad",
         "pinpoints": [[width, height] for height, width in pinpoints],
         "unpad_decimals": 7,
     }
-    source.layout = "llava-next-hf"
-    return source
+    branches = (dataclasses.replace(branch, connector=connector),)
+    # The text's own tie_word_embeddings counts for nothing.
+    return dataclasses.replace(source, layout="llava-next-hf", llm=llm, branches=branches)
 
 
 PINPOINTS = [[336, 672], [672, 336], [672, 672], [1008, 336], [336, 1008]]
@@ -422,7 +426,7 @@ def _check_processor(path: Path, branch: Mapping[str, Any]) -> None:
 
 def hf_names(source: Source) -> Names:
     """Names of the hub, and of later transformers in memory and on disk."""
-    branch = f"branches.{source.branches[0]['name']}"
+    branch = f"branches.{source.branches[0].name}"
     return (
         ("language_model.model.", "llm", "model."),
         ("language_model.lm_head.", "llm", "lm_head."),

@@ -9,7 +9,6 @@ from typing import Any
 from converters import registry
 from converters.formats import dense_connector, llava
 from converters.formats.llava import (
-    Names,
     upstream_branch,
     upstream_names,
     upstream_source,
@@ -17,7 +16,7 @@ from converters.formats.llava import (
 )
 from converters.params import llama, mlp
 from converters.params.mlp import combine, projector, projector_rules
-from converters.params.table import Arrays, Rule, Table, dense, norm
+from converters.params.table import Arrays, Names, Rule, Table, dense, norm
 from converters.source import Layout, Source
 from converters.towers import Tower, Towers
 from converters.values import ANY, Unused, Values
@@ -131,18 +130,21 @@ def describe(path: Path, config: Values, towers: Towers) -> Source:
         config,
         branch,
         tower,
+        aux=aux,
         llm=llm,
         template=template(llm, config),
         own={*OWN, *UNUSED},
     )
-    if source.llm.get("hidden_act") == "gelu" and llm == "gemma":
-        source.llm["hidden_act"] = "gelu_python"  # MGM's transformers takes it to the letter
+    own = dict(source.llm)
+    if own.get("hidden_act") == "gelu" and llm == "gemma":
+        own["hidden_act"] = "gelu_python"  # MGM's transformers takes it to the letter
     part = f"branches.{branch['name']}"
-    source.towers[f"{part}.aux"] = aux
-    source.tuned = (f"{part}.encoder",)
-    if config.flag("optimize_vision_tower_aux", False, null=True):
-        source.tuned += (f"{part}.aux",)
-    return source
+    tuned = config.flag("optimize_vision_tower_aux", False, null=True)
+    return dataclasses.replace(
+        source,
+        llm=own,
+        tuned=(f"{part}.encoder", *([f"{part}.aux"] if tuned else [])),
+    )
 
 
 def template(llm: str, config: Values) -> str:
@@ -189,7 +191,7 @@ def config_of(name: str, aux: Tower, encoder: Any, options: Mapping[str, Any]) -
 
 def names(source: Source) -> Names:
     """Names of the parts that are not LLaVA's."""
-    branch = f"branches.{source.branches[0]['name']}"
+    branch = f"branches.{source.branches[0].name}"
     aux = "model.vision_tower_aux."
     return (
         ("model.mm_projector.", f"{branch}.connector", "mm_projector."),

@@ -10,7 +10,6 @@ import numpy as np
 from converters import registry
 from converters.formats import llava
 from converters.formats.llava import (
-    Names,
     is_upstream,
     upstream_branch,
     upstream_names,
@@ -19,7 +18,7 @@ from converters.formats.llava import (
 )
 from converters.params import llama, mlp
 from converters.params.mlp import combine, projector, projector_rules
-from converters.params.table import TRANSPOSE, Arrays, Rule, Table, dense, norm
+from converters.params.table import TRANSPOSE, Arrays, Names, Rule, Table, dense, norm
 from converters.source import Layout, Source
 from converters.towers import Towers
 from converters.values import Values
@@ -189,7 +188,7 @@ def config_of(options: Mapping[str, Any], vocab: int) -> dict[str, Any]:
 
 def names(source: Source) -> Names:
     """Names of the parts that are not LLaVA's."""
-    branch = f"branches.{source.branches[0]['name']}"
+    branch = f"branches.{source.branches[0].name}"
     return (
         ("model.mm_projector.", f"{branch}.connector", "mm_projector."),
         ("model.sampler.", f"{branch}.connector", "sampler."),

@@ -1,5 +1,6 @@
 """vfjax's own folders: a fused model under the standard names, and a plain causal LM."""
 
+import dataclasses
 import re
 from collections.abc import Mapping
 from pathlib import Path
@@ -7,7 +8,7 @@ from typing import Any
 
 from converters import registry
 from converters.chat import read_chat_template
-from converters.source import TEMPLATE, Layout, Source, tokenizer_class
+from converters.source import TEMPLATE, Branch, Layout, Source, tokenizer_class
 from converters.towers import Towers
 from converters.values import ANY, REQUIRED, Values
 from vfjax.fusion.segments import MASKS, POSITIONS
@@ -25,9 +26,9 @@ def describe_fused(path: Path, config: Values, towers: Towers) -> Source:
         "visionfuse",
         dict(config.data),
         llm=dict(config.mapping("text_config")),
-        branches=[
+        branches=tuple(
             _branch(branch, f"{config.where}: branches[{i}]") for i, branch in enumerate(found)
-        ],
+        ),
         template=config.text("template"),
         tokenizer=dict(config.mapping("tokenizer", {})),
         chat_template=read_chat_template(path),
@@ -36,7 +37,7 @@ def describe_fused(path: Path, config: Values, towers: Towers) -> Source:
     )
 
 
-def _branch(found: Mapping[str, Any], where: str) -> dict[str, Any]:
+def _branch(found: Mapping[str, Any], where: str) -> Branch:
     """A branch, its keys checked."""
     branch = Values(found, where)
     name = branch.text("name")
@@ -48,30 +49,30 @@ def _branch(found: Mapping[str, Any], where: str) -> dict[str, Any]:
         branch.mapping(key)
     branch.mapping("aux", {})
     branch.done({})
-    return dict(found)
+    return Branch(**found)
 
 
 def fused_prefixes(source: Source) -> tuple[tuple[str, str, str], ...]:
     """Branches under their names, the LLM under the standard ones."""
-    parts = [f"branches.{b['name']}.{kind}" for b in source.branches for kind in KINDS]
+    parts = [part for branch in source.branches for part in branch.parts]
     return (*((f"{part}.", part, "") for part in parts), ("", "llm", ""))
 
-
-KINDS = ("encoder", "aux", "connector")
-"""Components of a branch."""
 
 ARRANGEMENT = {"positions": POSITIONS, "mask": MASKS}
 """Keys, absent from older folders, that say where branches' tokens stand and who sees whom, and
 their values."""
 
 
-def arrange(source: Source, positions: str | None, mask: str | None) -> None:
-    """Replaces what is not None, in a fused folder's config.json too; one branch has no choice."""
-    for key, value in zip(ARRANGEMENT, (positions, mask), strict=True):
-        if value is not None:
-            setattr(source, key, value)
-            if source.layout == "visionfuse":
-                source.config = {**source.config, key: value}
+def arranged(source: Source, positions: str | None, mask: str | None) -> Source:
+    """With what is not None, in a fused folder's config.json too; one branch has no choice."""
+    asked = {"positions": positions, "mask": mask}
+    given = {key: value for key, value in asked.items() if value is not None}
+    return dataclasses.replace(
+        source,
+        config={**source.config, **given} if source.layout == "visionfuse" else source.config,
+        positions=given.get("positions", source.positions),
+        mask=given.get("mask", source.mask),
+    )
 
 
 def fused_config(source: Source, recipe: Mapping[str, Any]) -> dict[str, Any]:
@@ -80,7 +81,7 @@ def fused_config(source: Source, recipe: Mapping[str, Any]) -> dict[str, Any]:
         "architectures": ["VisionFuse"],
         "model_type": "visionfuse",
         "text_config": source.llm,
-        "branches": source.branches,
+        "branches": [branch.to_json() for branch in source.branches],
         "template": source.template,
         **({"image_token": source.image_token} if source.image_token else {}),
         **({"tokenizer": source.tokenizer} if source.tokenizer else {}),
@@ -100,7 +101,7 @@ def describe_llm(path: Path, config: Values, towers: Towers) -> Source:
     registry.find(own, config.where).config(own, config.where)  # by its keys in this file
     template = CHAT_TEMPLATE if chat else "plain"
     return Source(
-        path, "llm", dict(config.data), own, [], template, tokenizer=kind, chat_template=chat
+        path, "llm", dict(config.data), own, (), template, tokenizer=kind, chat_template=chat
     )
 
 
@@ -124,5 +125,5 @@ LAYOUTS = (
         fused_prefixes,
         unused=dict.fromkeys(("architectures", "dtype", "recipe", "torch_dtype"), ANY),
     ),
-    Layout("llm", _is_llm, describe_llm, lambda source: (*BARE, ("", "llm", "")), unused={}),
+    Layout("llm", _is_llm, describe_llm, lambda _: (*BARE, ("", "llm", "")), unused={}),
 )

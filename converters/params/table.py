@@ -4,7 +4,7 @@ import dataclasses
 import re
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import replace
-from typing import Any
+from typing import Any, NamedTuple
 
 import ml_dtypes
 import numpy as np
@@ -242,6 +242,31 @@ def rename(
         for old, new in prefixes:
             if name.startswith(old):
                 out[name] = (new + name.removeprefix(old), (old, new))
+                break
+    return out
+
+
+class Place(NamedTuple):
+    """Which tensor of which component one is."""
+
+    part: str
+    name: str
+
+
+Names = tuple[tuple[str, str, str], ...]
+"""(prefix in the folder, component, prefix in the component's table), the first that fits."""
+
+
+def placed(
+    names: Iterable[str], prefixes: Iterable[tuple[str, str, str]]
+) -> dict[str, tuple[Place, tuple[str, str]]]:
+    """Name -> its place, the (old, new) pair of prefixes used; without names that none fits."""
+    prefixes = tuple(prefixes)
+    out = {}
+    for name in names:
+        for old, part, new in prefixes:
+            if name.startswith(old):
+                out[name] = Place(part, new + name.removeprefix(old)), (old, new)
                 break
     return out
 

@@ -23,6 +23,7 @@ from flax import nnx
 
 import converters
 from converters.load import abstract, join, model_config
+from converters.origin import remember
 from converters.source import Source
 from experiments.family.optim import fit
 from experiments.family.scenes import COLOURS, KINDS, NUMBERS, PLACES, ask, layouts
@@ -226,7 +227,7 @@ def new(folder: Path, seed: int) -> Model:
     Large tied embeddings with a small final norm, and small writes to the stream: with the usual
     0.02 the model does not learn to look words up in the time there is.
     """
-    source = Source(folder, "llm", LLM, LLM, [], TEMPLATE, prefixes={"llm": (("", ""),)})
+    source = Source(folder, "llm", LLM, LLM, (), TEMPLATE, prefixes={"llm": (("", ""),)})
     graph, params = abstract(model_config(source).build)
     rng = np.random.default_rng(seed)
     for name, param in params.items():
@@ -240,7 +241,9 @@ def new(folder: Path, seed: int) -> Model:
             small = 0.2 if name.endswith(("out/kernel", "down/kernel")) else 1
             value = rng.normal(0, std * small, param.shape)
         params[name] = param.replace(jnp.asarray(value, jnp.float32))
-    return join(graph, params)
+    model = join(graph, params)
+    remember(model, source)
+    return model
 
 
 PHASES: tuple[tuple[int, float, dict[str, Any]], ...] = (

@@ -3,8 +3,8 @@
 from collections.abc import Callable
 from pathlib import Path
 
+from converters.folder import open_source
 from converters.load import model_config as config_of
-from converters.source import open_source
 from vfjax import InputError
 from vfjax.connectors import (
     COMMConfig,

@@ -21,7 +21,7 @@ import converters
 from converters.files.checksums import audit
 from converters.files.reader import read_weights
 from converters.files.writer import write_folder
-from converters.source import open_source
+from converters.folder import open_source
 from experiments.tasks import demo
 from tests import checkpoints
 from tests.checkpoints import write_json

@@ -11,9 +11,9 @@ from safetensors.torch import save_file
 
 import converters
 from converters.create import describe
+from converters.folder import open_source
 from converters.inspect import inspect
 from converters.load import model_config
-from converters.source import open_source
 from tests.checkpoints import (
     fused_folder,
     hf_llava_folder,
@@ -82,11 +82,11 @@ def test_comm(tmp_path: Path):
     for kind, more in (("comm", {"aux": tmp_path / "dino"}), ("dci", {})):
         source = describe(llm, tmp_path / "clip", {"kind": kind}, **more)
         model_config(source)
-        source.branches[0]["connector"]["din"] += 1
+        source.branches[0].connector["din"] += 1
         with pytest.raises(InputError, match="the width of clip_vision_model from .*/clip; take"):
             model_config(source)
     source = describe(llm, tmp_path / "clip", {"kind": "comm"}, aux=tmp_path / "dino")
-    source.branches[0]["connector"]["din_aux"] = 31
+    source.branches[0].connector["din_aux"] = 31
     with pytest.raises(InputError, match="reads 31 channels, expected 1 x 32, the width of dinov2"):
         model_config(source)
 

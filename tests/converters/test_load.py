@@ -18,9 +18,9 @@ from sentencepiece import sentencepiece_model_pb2
 
 import converters
 from converters import registry
+from converters.folder import open_source
 from converters.inspect import inspect
 from converters.load import model_config
-from converters.source import open_source
 from converters.tokenizer import load_tokenizer, tokenizer_of
 from tests.checkpoints import (
     hf_llava_folder,

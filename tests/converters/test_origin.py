@@ -10,9 +10,9 @@ from flax import nnx
 from PIL import Image
 
 import converters
-from converters.files.reader import read_json
 from tests.checkpoints import llama_folder, make_llama, upstream_llava_folder, write_json
 from vfjax import InputError, encode, forward, generate
+from vfjax.atomic import read_json
 
 PROGRAMS = ("jit(forward)", "jit(_encoded)", "jit(_prefill)", "jit(_first)", "jit(_decode)")
 """What `ask` compiles that depends on the model."""

@@ -11,11 +11,12 @@ from typing import Any
 import pytest
 
 from converters.export import _places
+from converters.folder import open_source
 from converters.fuse import _describe
 from converters.load import Params, abstract, check, model_config
 from converters.params.table import restored
 from converters.registry import find
-from converters.source import Source, open_source
+from converters.source import Source
 from converters.towers import Tower, read_tower
 from tests.checkpoints import header_file, write_json
 from vfjax.merge import check_family
@@ -202,7 +203,7 @@ def row(name: str, source: Source) -> str:
     total = sum(params.values())
     llm = sum(n for path, n in params.items() if path.startswith("llm/"))
     kinds = " + ".join(
-        " and ".join(plain(b[kind]) for kind in ("encoder", "aux") if kind in b)
+        " and ".join(plain(part) for part in (b.encoder, b.aux) if part is not None)
         for b in source.branches
     )
     tokens = " + ".join(str(b.views.most()) for b in branches)

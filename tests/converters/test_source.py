@@ -167,14 +167,14 @@ def test_preprocessor_of_transformers_5(folders: Path, tmp_path: Path):
     with pytest.raises(InputError, match="hf: found no preprocessor_config.json, expected it, or"):
         model_config(open_source(folder))
     write_json(folder / "processor_config.json", {"image_processor": images, "patch_size": 7})
-    assert open_source(folder).branches[0]["preprocessor"] == images
+    assert open_source(folder).branches[0].preprocessor == images
 
 
 def test_what_upstream_and_transformers_do_differently(folders: Path):
     (upstream,), (hf,) = (open_source(folders / name).branches for name in ("up", "hf"))
-    assert (upstream["aspect"], hf["aspect"]) == ("pad", "crop")
-    assert upstream["connector"]["groups"] == hf["connector"]["groups"] == [[-2]]
-    assert open_source(folders / "llm").branches == []
+    assert (upstream.aspect, hf.aspect) == ("pad", "crop")
+    assert upstream.connector["groups"] == hf.connector["groups"] == [[-2]]
+    assert open_source(folders / "llm").branches == ()
 
 
 def test_the_llm_has_none_of_the_keys_of_the_rest(folders: Path):
@@ -270,7 +270,7 @@ def test_a_tower_of_a_kind_that_is_not_known(folders: Path, tmp_path: Path):
         open_source(folder)
     shutil.rmtree(folder / "vision_tower")
     tower_folder(folder / "vision_tower", "dinov2")
-    assert open_source(folder).branches[0]["name"] == "dinov2"
+    assert open_source(folder).branches[0].name == "dinov2"
 
 
 @pytest.fixture(scope="module")
@@ -324,7 +324,7 @@ def test_spellings_of_the_port_of_llava_1_6(port: tuple[Path, Any], tmp_path: Pa
     folder, model = port
     expected = open_source(folder)
     assert (expected.layout, expected.template) == ("llava-next-hf", "vicuna_v1")
-    assert expected.branches[0]["connector"]["pinpoints"] == [x[::-1] for x in NEXT_PINPOINTS]
+    assert expected.branches[0].connector["pinpoints"] == [x[::-1] for x in NEXT_PINPOINTS]
     shutil.copytree(folder, tmp_path / "port")
     file = tmp_path / "port" / "model.safetensors"
     assert {"image_newline", "language_model.lm_head.weight"} <= load_file(file).keys()
@@ -345,7 +345,7 @@ def test_pinpoints_as_text(folders: Path, tmp_path: Path, text: str):
         with pytest.raises(InputError, match="image_grid_pinpoints: found '28x56', expected pairs"):
             open_source(folder)
     else:
-        found = open_source(folder).branches[0]["connector"]["pinpoints"]
+        found = open_source(folder).branches[0].connector["pinpoints"]
         assert found == [[28, 56], [56, 28]]
 
 
@@ -397,7 +397,7 @@ def test_models_that_hold_their_towers(shared: Path, tmp_path: Path, name: str):
     write_json(tmp_path / "config.json", spec["config"])
     header_file(tmp_path / "model.safetensors", spec["files"]["model"])
     source = open_source(tmp_path)
-    kinds = {f"branches.{source.branches[0]['name']}.{x}" for x in OWN_TOWERS[name].values()}
+    kinds = {f"branches.{source.branches[0].name}.{x}" for x in OWN_TOWERS[name].values()}
     assert (source.towers, set(source.held), source.unread) == ({}, kinds, ())
     check(source, abstract(model_config(source).build)[1])
 
@@ -460,7 +460,7 @@ def test_a_tower_without_its_last_layer(tmp_path: Path, monkeypatch: pytest.Monk
     for folder, options in (("with", {"tower_source": "checkpoint"}), ("without", {})):
         source = open_source(tmp_path / folder, **options)
         assert set(source.held) == {"branches.siglip.encoder"}
-        assert source.branches[0]["encoder"]["num_hidden_layers"] == 26
+        assert source.branches[0].encoder["num_hidden_layers"] == 26
         model, processor = converters.load(tmp_path / folder, **options)
         if folder == "without":
             np.testing.assert_array_equal(dense_tokens(model, processor), expected)

@@ -12,7 +12,7 @@ from tokenizers.pre_tokenizers import Metaspace
 
 import converters
 from converters.files.reader import read_weights
-from converters.source import open_source
+from converters.folder import open_source
 from converters.tokenizer import load_tokenizer, tokenizer_of
 from experiments.configs.fuse import get_config
 from experiments.tasks import fuse as task

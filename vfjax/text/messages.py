@@ -10,7 +10,7 @@ from vfjax.processor import Picture, Processor
 from vfjax.text import chat, prompts
 from vfjax.text.prompts import IMAGE_TOKEN
 
-_LITERAL = "\0image\0"
+_LITERAL = "\ue000image\ue000"
 """Stands for `<image>` in people's words until the pictures' places are found."""
 
 

@@ -6,7 +6,8 @@ import numpy as np
 import pytest
 
 from converters.params.table import CONV, TRANSPOSE, Rule, Table, dense, rename
-from converters.registry import LAYOUTS, TABLES, find
+from converters.registry import TABLES, find
+from converters.source import LAYOUTS
 from vfjax import InputError
 
 TABLE = Table(

@@ -1,0 +1,202 @@
+"""Opening a checkpoint folder: its layout's normal form, with all its tensors in their places."""
+
+import dataclasses
+import re
+from collections.abc import Container, Iterable, Mapping, Sequence
+from pathlib import Path
+
+from converters import adapters
+from converters.adapted import completed
+from converters.files.others import TOWER, no_model
+from converters.params.table import Place, placed
+from converters.source import LAYOUTS, TEMPLATE, Layout, Source, is_tower, layout_of
+from converters.towers import Prefixes, Tensors, Tower, Towers, pairs
+from converters.values import Values
+from vfjax import InputError
+from vfjax.atomic import findable
+from vfjax.errors import counted, cut
+from vfjax.merge import LazyTensor, equal
+
+
+def open_source(
+    path: str | Path,
+    *,
+    towers: Mapping[str, str | Path] | None = None,
+    tower_source: str = "auto",
+    base: str | Path | None = None,
+) -> Source:
+    """A checkpoint folder in normal form; reads headers only, but for `settle`.
+
+    Args:
+        path: a folder with config.json and weights, or one that holds a LoRA adapter or a projector
+            for a base LLM.
+        towers: name of a vision tower in config.json -> the folder where it is; so too of the base.
+        tower_source: see `Towers.source`.
+        base: folder of that base LLM, in place of the one that the configs name; a folder that is
+            complete does not read it.
+
+    Raises:
+        InputError: no such folder, a config of no known layout, unreadable weights, a vision tower
+            or base that is nowhere to be found, or tensors that don't fit the base.
+    """
+    path = findable(path)
+    if not path.is_dir() or not adapters.is_part(path) and not (path / "config.json").exists():
+        raise no_model(path)
+    places = Towers(towers or {}, tower_source)
+    contents = adapters.read(path, base, places)
+    config = contents.config
+    Values(config, str(contents.home / "config.json")).text("model_type", None)
+    layout = layout_of(config)
+    if layout is None:
+        kinds = ", ".join(sorted(x.name for x in LAYOUTS))
+        tower = is_tower(config)
+        raise InputError(
+            contents.home / "config.json",
+            found=f"model_type {cut(repr(config.get('model_type')))}" + ", a vision tower" * tower,
+            expected=f"one of the layouts {kinds}",
+            fix=TOWER if tower else "this kind of checkpoint is not supported",
+        )
+    source = layout.open(contents.home, config, places)
+    template = source.template
+    if all(branch.code == "transformers" for branch in source.branches):
+        template = template or "plain"  # a template is not needed to open it there
+    if source.branches and not template:
+        source.table("llm")  # an LLM that is not known is said first
+        raise InputError(
+            contents.home / "config.json",
+            found=f"no {TEMPLATE}, and an LLM of type {source.llm.get('model_type')!r}",
+            expected="the name of one of vfjax.text.prompts.TEMPLATES",
+            fix=f"add {TEMPLATE} with that which the model was trained with",
+        )
+    source = dataclasses.replace(
+        source, path=path, template=template, base=contents.base, files=contents.files
+    )
+    tensors = contents.tensors
+    if contents.base is not None:
+        tied = source.config_of("llm").tied
+        tensors = completed(contents, layout.prefixes(source), tied=tied)
+    return settled(assigned(source, layout, tensors, tower_source))
+
+
+def assigned(
+    source: Source, layout: Layout, tensors: Mapping[str, LazyTensor], tower_source: str = "auto"
+) -> Source:
+    """The source with a folder's tensors distributed over its components.
+
+    Args:
+        source: what the layout made of config.json.
+        layout: of the folder.
+        tensors: all of the folder's.
+        tower_source: see `Towers.source`.
+
+    Raises:
+        InputError: a tensor that belongs to no component, or a tower without weights.
+    """
+    names = placed(tensors, layout.prefixes(source))
+    if unknown := sorted(set(tensors) - set(names)):
+        raise InputError(
+            f"{source.path}: {unknown[0]}",
+            found=f"{counted(len(unknown), 'tensor')} belonging to no part",
+            expected="the names of layout " + layout.name,
+            fix="check that config.json belongs to these weights",
+        )
+    source = _held(source, [place for place, _ in names.values()], tower_source)
+    parts: dict[str, Tensors] = {}
+    spare: dict[str, Tensors] = {}
+    found: dict[str, list[tuple[str, str]]] = {}
+    unread = []
+    for old, (place, pair) in names.items():
+        if place.part in source.towers:
+            unread.append(old)
+            continue
+        table = source.table(place.part)
+        if table.spares(place.name):
+            spare.setdefault(place.part, {})[old] = tensors[old]
+        if not table.ignores(place.name):
+            own = table.split(place.name, tensors[old]) or {place.name: tensors[old]}
+            parts.setdefault(place.part, {}).update(own)
+            found.setdefault(place.part, []).append(pair)
+    prefixes: dict[str, Prefixes] = {part: pairs(each) for part, each in found.items()}
+    for part, tower in source.towers.items():
+        parts[part], spare[part], prefixes[part] = tower.tensors, tower.spare, tower.prefixes
+    return dataclasses.replace(
+        source, parts=parts, spare=spare, prefixes=prefixes, unread=tuple(sorted(unread))
+    )
+
+
+def settled(source: Source) -> Source:
+    """The source with the head that its LLM's tensors say.
+
+    Under a config that ties it to the embedding as transformers does (modeling_utils.py,
+    tie_weights), by values: a head that equals the embedding is left out, one that does not is
+    kept, and the LLM's config in the normal form is no longer tied. Of a head alone the embedding
+    is taken. Without a head or a tie (LlamaModel saved alone) there are hidden states only.
+    Whether Phi's head has a bias (PhiForCausalLM's does, LLaVA's around a Phi does not) no config
+    says.
+    """
+    table, tensors = source.table("llm"), dict(source.parts.get("llm", {}))
+    config = source.config_of("llm")
+    (name, like) = next((rule.source, rule.like) for rule in table.rules if rule.like)
+    seen = {
+        "headless": not config.tied and name not in tensors and like in tensors,
+        "head_bias": config.head_bias and name.replace(".weight", ".bias") in tensors,
+    }
+    source = dataclasses.replace(source, seen=seen)
+    if not config.tied or name not in tensors:
+        return source
+    if like in tensors and not equal(tensors[name], tensors[like]):
+        llm = {**source.llm, "tie_word_embeddings": False}
+        return dataclasses.replace(source, llm=llm, own_head=True)
+    head, same = tensors.pop(name), {}
+    if like in tensors:
+        same = {name: like}
+    else:
+        tensors[like] = head
+    return dataclasses.replace(source, parts={**source.parts, "llm": tensors}, same=same)
+
+
+def _held(source: Source, places: Sequence[Place], tower_source: str) -> Source:
+    """The source with those of its towers in `held` whose tensors are read from the checkpoint."""
+    there = {part for part, _ in places}
+    towers, held = dict(source.towers), {}
+    branches = {branch.name: branch for branch in source.branches}
+    for part, tower in source.towers.items():
+        if _reads_own(part, tower, there, source.tuned, tower_source):
+            held[part] = _as_held(source, part, towers.pop(part), places)
+            _, name, kind = part.split(".")
+            if kind == "encoder":
+                branches[name] = dataclasses.replace(branches[name], encoder=held[part].config)
+        elif not tower.tensors:
+            raise InputError(
+                f"{source.path}: {part}",
+                found=f"no weights here, nor in {tower.path or tower.places}",
+                expected="the vision tower that config.json names",
+                fix="download its weights",
+            )
+    return dataclasses.replace(source, branches=tuple(branches.values()), towers=towers, held=held)
+
+
+def _as_held(source: Source, part: str, tower: Tower, places: Iterable[Place]) -> Tower:
+    """A tower as the checkpoint holds it: perhaps without the last layers, if no tap reads them.
+
+    Dense Connector's code drops SigLIP's last layer before it saves (siglip_encoder.py).
+    """
+    names = (name for own, name in places if own == part)
+    count = len({m[1] for name in names if (m := re.match(r"encoder\.layers\.(\d+)\.", name))})
+    connector = source.components[part.rpartition(".")[0] + ".connector"]
+    taps = [tap for group in connector["groups"] for tap in group]
+    layers = source.config_of(part).layers
+    if part.endswith(".encoder") and 0 <= min(taps) <= max(taps) <= count < layers:
+        return dataclasses.replace(tower, config={**tower.config, "num_hidden_layers": count})
+    return tower
+
+
+def _reads_own(
+    part: str, tower: Tower, there: Container[str], tuned: Container[str], tower_source: str
+) -> bool:
+    """Whether the checkpoint's own copy of a tower is read; `there` is what it holds."""
+    if part in there and not tower.tensors:  # only the checkpoint has it
+        return True
+    if tower_source != "auto":
+        return tower_source == "checkpoint"
+    return part in there and part in tuned

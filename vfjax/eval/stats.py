@@ -4,6 +4,7 @@ import dataclasses
 from collections.abc import Mapping, Sequence
 
 import numpy as np
+from numpy.typing import ArrayLike
 
 DRAWS = 5_000
 CONFIDENCE = 95.0
@@ -53,7 +54,8 @@ def total(metrics: Sequence[Metric], *, mean: bool = False, value: float | None 
     return Metric(float(whole), terms)  # type: ignore[arg-type]
 
 
-def _divided(top: np.ndarray, bottom: np.ndarray) -> np.ndarray:
+def _divided(top: ArrayLike, bottom: ArrayLike) -> np.ndarray:
+    top, bottom = np.asarray(top), np.asarray(bottom)
     return np.divide(top, bottom, out=np.zeros_like(top, dtype=np.float64), where=bottom != 0)
 
 

@@ -5,9 +5,7 @@ import io
 import os
 import signal
 import sys
-
-if __name__ == "__main__" and signal.getsignal(signal.SIGINT) is signal.default_int_handler:
-    signal.signal(signal.SIGINT, signal.SIG_DFL)  # nothing is written: Ctrl-C needs no traceback
+from typing import NoReturn
 
 from vfjax import InputError
 
@@ -42,6 +40,13 @@ def main() -> int:
         return 1
 
 
+def _end(number: int, _: object) -> NoReturn:
+    """Ends by a signal, with the shell's code; temporary folders are removed on the way."""
+    what = "interrupted" if number == signal.SIGINT else f"ended by {signal.strsignal(number)}"
+    print(what, file=sys.stderr)
+    raise SystemExit(128 + number)
+
+
 def _pair(text: str) -> tuple[str, str]:
     name, given, folder = text.partition("=")
     if not given:
@@ -52,4 +57,7 @@ def _pair(text: str) -> tuple[str, str]:
 if __name__ == "__main__":
     if isinstance(sys.stdout, io.TextIOWrapper):  # names of files may be no UTF-8
         sys.stdout.reconfigure(errors="backslashreplace")
+    for each in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
+        if signal.getsignal(each) is not signal.SIG_IGN:  # as by nohup
+            signal.signal(each, _end)
     sys.exit(main())

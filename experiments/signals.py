@@ -49,10 +49,18 @@ def install() -> None:
     for each in NUMBERS:
         if signal.getsignal(each) is not signal.SIG_IGN:
             signal.signal(each, raise_it)
+    sys.unraisablehook = _uncaught
     signal.set_wakeup_fd(writer, warn_on_full_buffer=False)
     threading.Thread(target=_watch, args=(reader,), name="signals", daemon=True).start()
     if isinstance(sys.stdout, io.TextIOWrapper):  # else a pipe would lose what is not flushed
         sys.stdout.reconfigure(line_buffering=True)
+
+
+def _uncaught(error: "sys.UnraisableHookArgs") -> None:
+    """Ends the process if the KeyboardInterrupt came where none is caught, as in a destructor."""
+    if heard and issubclass(error.exc_type, KeyboardInterrupt):
+        leave(heard[0])
+    sys.__unraisablehook__(error)
 
 
 def _watch(reader: int) -> None:

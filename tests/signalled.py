@@ -157,7 +157,8 @@ def started(task: Task, out: Path) -> Iterator[tuple[subprocess.Popen[str], thre
         config = f"--config={ROOT}/experiments/configs/{file}.py{colon}{rest}"
         run = str(ROOT / "experiments" / "run.py")
         command = [sys.executable, run, config, *flags, f"--workdir={out}"]
-    env = {"JAX_PLATFORMS": "cpu", "PYTHONPATH": str(ROOT), "TMPDIR": str(out.parent / "tmp")}
+    path = os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])
+    env = {"JAX_PLATFORMS": "cpu", "PYTHONPATH": path, "TMPDIR": str(out.parent / "tmp")}
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
     with subprocess.Popen(command, env={**os.environ, **env}, **pipes) as process:
         reader = threading.Thread(target=read, args=(task, process, served), daemon=True)
@@ -191,10 +192,15 @@ def read(task: Task, process: subprocess.Popen[str], served: threading.Event) ->
                     served.set()
 
 
-def whole(task: Task, out: Path) -> float:
-    """Runs a task to its end, which must be a good one; the seconds that it takes."""
+def whole(task: Task, out: Path, most: float = 1e9) -> float | None:
+    """Runs a task to its end, which must be a good one: the seconds; None if it takes more."""
     begun = time.monotonic()
     with started(task, out) as (process, served):
+        if not task.serves:
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                process.wait(most)
+            if process.poll() is None:
+                return None
         while task.serves and process.poll() is None and not served.wait(0.2):
             pass
         if task.serves:
@@ -334,8 +340,11 @@ def main() -> None:
     parser.add_argument("--runs", type=int, default=3)
     parser.add_argument("--kills", type=float, default=1.0, help="share of `KILLS`")
     parser.add_argument("--slow", type=float, default=1.0, help="how much slower the machine is")
+    parser.add_argument("--most", type=float, default=120.0, help="seconds that a task is run")
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
+    signal.signal(signal.SIGHUP, signal.SIG_DFL)  # children ignore what nohup, and a shell's &,
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # have this process ignore
     failed = sent = 0
     with tempfile.TemporaryDirectory() as folder:
         for name, task in tasks(Path(folder)).items():
@@ -344,12 +353,14 @@ def main() -> None:
             draw, root = random.Random(f"{args.seed} {name}"), Path(folder, name)
             (root / "whole" / "out").mkdir(parents=True)
             try:
-                seconds = whole(task, root / "whole" / "out")
+                seconds = whole(task, root / "whole" / "out", args.most)
             except Exception as error:
                 failed += 1
                 print(f"{name}, whole: {error}", flush=True)
                 continue
-            print(f"{name}: {seconds:.1f} s", flush=True)
+            took = f"more than {args.most:.0f}" if seconds is None else f"{seconds:.1f}"
+            print(f"{name}: {took} s", flush=True)
+            seconds = args.most if seconds is None else seconds
             good = digests(task, root / "whole" / "out")
             for word in args.signals:
                 count = args.runs

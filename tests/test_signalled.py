@@ -118,3 +118,23 @@ def test_a_server_ends_in_time(monkeypatch: pytest.MonkeyPatch) -> None:
     while not left and time.monotonic() < end:
         time.sleep(0.1)
     assert left == [signal.SIGTERM]
+
+
+def test_an_interrupt_that_nobody_can_catch() -> None:
+    """In a destructor, as in the garbage collector's callbacks of JAX."""
+    code = f"""
+import os, signal, sys, time
+sys.path.insert(0, {str(ROOT)!r})
+from experiments import signals
+signals.install()
+signals.ready.set()
+class Slow:
+    def __del__(self):
+        os.kill(os.getpid(), signal.SIGTERM)
+        time.sleep(60)
+Slow()
+print("goes on")
+"""
+    command = [sys.executable, "-c", code]
+    done = subprocess.run(command, timeout=30, check=False, capture_output=True, text=True)
+    assert (done.returncode, done.stdout, done.stderr) == (143, "", "ended by Terminated\n")

@@ -104,7 +104,8 @@ def matrices(file: Path, tables: Mapping[str, np.ndarray], labels: Sequence[str]
     figure = _figure(size * len(tables), size)
     plots = figure.subplots(1, len(tables), squeeze=False)[0]
     for axes, (title, table) in zip(plots, tables.items(), strict=True):
-        axes.imshow(table, cmap="viridis", vmin=0)
+        highest = max([0.0, *table[np.isfinite(table)]])  # unbiased measures may all be below 0
+        axes.imshow(table, cmap="viridis", vmin=0, vmax=highest)
         for (i, j), value in np.ndenumerate(table):
             if np.isfinite(value):
                 axes.text(j, i, f"{value:.2f}", ha="center", va="center", color="w", fontsize=8)

@@ -1,12 +1,15 @@
 """Distances of features against what they are by definition."""
 
 import itertools
+from pathlib import Path
 
 import numpy as np
 import pytest
+from PIL import Image
 
 from vfjax import InputError
 from vfjax import analysis as look
+from vfjax.analysis import draw
 
 
 @pytest.fixture(scope="module")
@@ -101,3 +104,10 @@ def test_a_split_keeps_clusters_whole() -> None:
         out != look.apart(clusters, 0.4, 1)
     ).any()
     assert look.apart(["a", "b"], 0.01, 0).sum() == 1
+
+
+def test_matrices_below_zero_are_drawn(tmp_path: Path) -> None:
+    """As unbiased measures of one branch with itself may be; and those without a number."""
+    tables = {"MMD²": np.array([[-0.2]]), "none": np.array([[np.nan]])}
+    draw.matrices(tmp_path / "x.png", tables, ["clip"])
+    assert np.asarray(Image.open(tmp_path / "x.png")).std() > 0

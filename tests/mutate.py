@@ -87,8 +87,8 @@ class Mutation:
         return f"{self.file} {place}: {repr(self.old)[:60]} -> {shown[:80]}"
 
 
-LISTS = ("eos_token_id",)
-"""Keys that may have one value or a list."""
+LISTS = ("eos_token_id", "size", "crop_size")
+"""Keys that may have one value or a list: an id or several, a side or height and width."""
 
 SCALARS: tuple[Any, ...] = (
     *(None, True, False, 0, 1, -1, 7, 10**9, 10**12, -(10**12), 2**63, 10**40, 10**400),

@@ -48,6 +48,10 @@ PATIENCE = 3
 
 def parse(argv: Sequence[str]) -> list[str]:
     """Flags, with one line in place of a traceback for a config that is absent or misspelt."""
+    for flag, _, value in (each.partition("=") for each in argv):
+        path = Path(value.partition(":")[0])
+        if flag in ("--config", "-config") and path.exists() and not path.is_file():
+            fail(f"--config: found {path}, which is no file, expected one; correct the path")
     try:
         return flags.FLAGS(list(argv))
     except (AttributeError, KeyError) as error:

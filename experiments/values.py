@@ -1,5 +1,6 @@
 """Values of a config that the command line takes, and no task could use."""
 
+import dataclasses
 import fnmatch
 import math
 from collections.abc import Callable, Mapping
@@ -9,8 +10,20 @@ from ml_collections import ConfigDict
 
 from vfjax import InputError
 
-Kind = tuple[str, Callable[[Any], bool]]
-"""Items of a tuple in words, and whether something is one."""
+
+@dataclasses.dataclass(frozen=True)
+class Kind:
+    """What a tuple holds.
+
+    Attributes:
+        what: its items in words.
+        good: whether something is one.
+        numbers: of items that there may be; None for any.
+    """
+
+    what: str
+    good: Callable[[Any], bool]
+    numbers: tuple[int, ...] | None = None
 
 
 def _number(value: Any) -> bool:
@@ -29,15 +42,21 @@ def _text(value: Any) -> bool:
     return isinstance(value, str)
 
 
-TEXTS: Kind = ("texts", _text)
-COUNTS: Kind = ("whole numbers from 0", lambda value: type(value) is int and value >= 0)
-NUMBERS: Kind = ("numbers", _number)
-RATES: Kind = ("(pattern, rate) pairs", _pair(_text, _number))
-SHARDS: Kind = ("(pattern, mapping) pairs", _pair(_text, lambda value: isinstance(value, Mapping)))
+def _count(value: Any) -> bool:
+    return type(value) is int and 0 <= value < 1 << 31
+
+
+TEXTS = Kind("texts", _text)
+COUNTS = Kind("whole numbers from 0", _count)
+NUMBERS = Kind("numbers", _number)
+RATES = Kind("(pattern, rate) pairs", _pair(_text, _number))
+SHARDS = Kind("(pattern, mapping) pairs", _pair(_text, lambda value: isinstance(value, Mapping)))
 
 ITEMS: Mapping[str, Kind] = {
     **dict.fromkeys(("members", "towers", "more", "allow_hosts", "pairs", "order"), TEXTS),
-    **dict.fromkeys(("mesh", "depths", "profile", "seeds"), COUNTS),
+    **dict.fromkeys(("depths", "seeds"), COUNTS),
+    "mesh": Kind("one to three whole numbers", _count, (0, 1, 2, 3)),
+    "profile": Kind("two whole numbers", _count, (2,)),
     **dict.fromkeys(("grid", "prune.keep", "stages.*.weights"), NUMBERS),
     **dict.fromkeys(("stages.*.train", "train.*"), RATES),
     "stages.*.data": TEXTS,
@@ -65,12 +84,18 @@ def check_values(config: ConfigDict, where: str = "") -> None:
                 f"config.{path}", found=value, expected="a finite number", fix="correct it"
             )
         elif isinstance(value, tuple):
-            kinds = (kind for name, kind in ITEMS.items() if fnmatch.fnmatch(path, name))
-            what, good = next(kinds, ("", lambda _: True))
-            if wrong := [item for item in value if not good(item)]:
-                raise InputError(
-                    f"config.{path}",
-                    found=repr(wrong[0]),
-                    expected=f"a tuple of {what}",
-                    fix=f'pass --config.{path}="(...,)"',
-                )
+            _check_items(path, value)
+
+
+def _check_items(path: str, value: tuple[Any, ...]) -> None:
+    kind = next((kind for name, kind in ITEMS.items() if fnmatch.fnmatch(path, name)), None)
+    if kind is None:
+        return
+    wrong = [item for item in value if not kind.good(item)]
+    if wrong or len(value) not in (kind.numbers or (len(value),)):
+        raise InputError(
+            f"config.{path}",
+            found=repr(wrong[0] if wrong else value),
+            expected=f"a tuple of {kind.what}",
+            fix=f'pass --config.{path}="(...,)"',
+        )

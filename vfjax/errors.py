@@ -51,3 +51,9 @@ def cut(text: str, most: int = 80) -> str:
 def counted(count: int, noun: str) -> str:
     """A number with its noun: "1 row", "2,000 rows"."""
     return f"{count:,} {noun}" + "s" * (count != 1)
+
+
+def require(ok: bool, where: str, found: object, expected: str) -> None:
+    """Raises InputError if an argument is not ok."""
+    if not ok:
+        raise InputError(where, found=found, expected=expected, fix="change the argument")

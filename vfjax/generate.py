@@ -10,10 +10,10 @@ import jax.numpy as jnp
 import numpy as np
 from jax.experimental import multihost_utils
 
-from vfjax.errors import InputError
+from vfjax.errors import InputError, require
 from vfjax.model import AnyArray, Batch
 from vfjax.processes import agreeing, digest, owners
-from vfjax.sampling import How, by_row, how, log_probabilities, pick, require
+from vfjax.sampling import How, by_row, how, log_probabilities, pick
 from vfjax.sharding import mesh_of, place
 
 if TYPE_CHECKING:

@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from vfjax.errors import InputError, counted
+from vfjax.errors import counted, require
 from vfjax.model import AnyArray
 
 Array = jax.Array
@@ -125,12 +125,6 @@ def by_row(name: str, value: Any, b: int) -> list[Any]:
         return [value] * b
     require(len(value) == b, name, counted(len(value), "value"), f"one, or {b}, one a row")
     return list(value)
-
-
-def require(ok: bool, where: str, found: object, expected: str) -> None:
-    """Raises InputError if an argument is not ok."""
-    if not ok:
-        raise InputError(where, found=found, expected=expected, fix="change the argument")
 
 
 def pick(i: Array, logits: Array, how: How, seen: Array) -> Array:

@@ -37,6 +37,10 @@ _CHARACTERS = 4
 """Of a token, about; only the order of rows by length is made of it."""
 
 
+MOST = 1 << 24
+"""Rows of a step, whose order is held in memory."""
+
+
 @dataclasses.dataclass(frozen=True)
 class _Talk:
     """A row as ids; labels are as long."""
@@ -152,6 +156,13 @@ class Batches:
             ("length", self.length, 1 <= self.length <= context, f"1 to {context}, the context"),
             ("frames", self.frames, self.frames >= 1, "at least 1"),
             ("window", self.window, self.window >= 1, "at least 1 batch"),
+            ("batch, accumulate", self.size, self.size <= MOST, f"at most {MOST} rows a step"),
+            (
+                "window",
+                self.window,
+                min(self.window, self.steps) * self.size <= 16 * MOST,
+                f"at most {16 * MOST} rows sorted together",
+            ),
             ("prune", "a rule", self.processor.config.prune is None, "none: training reads all"),
             (
                 "process_index",

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jax.sharding import Mesh
 
-from vfjax.errors import InputError
+from vfjax.errors import InputError, require
 from vfjax.model import Model
 from vfjax.sharding import mesh_of, param_sharding
 
@@ -22,11 +22,23 @@ DENSE = r"llm/blocks/.*"
 
 @dataclasses.dataclass(frozen=True)
 class LoRAConfig:
-    """Rank and scale; `pattern` matches the names of the layers that get an adapter."""
+    """Rank and scale; `pattern` matches the names of the layers that get an adapter.
+
+    Raises:
+        InputError: a rank below 1 or beyond any matrix's, or no regular expression.
+    """
 
     rank: int = 128
     alpha: float = 256.0
     pattern: str = DENSE
+
+    def __post_init__(self) -> None:
+        require(1 <= self.rank <= 1 << 16, "lora.rank", self.rank, f"1 to {1 << 16}")
+        try:
+            re.compile(self.pattern)
+        except re.error as error:
+            found = f"{self.pattern!r} ({error})"
+            require(False, "lora.pattern", found, "a regular expression")
 
 
 class LoRA(nnx.Module):

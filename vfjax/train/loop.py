@@ -18,7 +18,7 @@ import numpy as np
 from flax import nnx
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from vfjax.errors import InputError, counted
+from vfjax.errors import InputError, counted, require
 from vfjax.model import Batch, Model
 from vfjax.processes import agreeing, preempted
 from vfjax.sharding import by_token, mesh_of, row_axes, row_shards
@@ -47,6 +47,9 @@ class Options:
         log_every: steps between two looks at the metrics.
         profile: (first, last) step of a profiler's trace; None takes none.
         seed: of the noise that connectors add in training (SliME's); None: they add none.
+
+    Raises:
+        InputError: a number out of range, or another dtype than a floating one.
     """
 
     dtype: Any = jnp.bfloat16
@@ -57,6 +60,18 @@ class Options:
     log_every: int = 10
     profile: tuple[int, int] | None = None
     seed: int | None = 0
+
+    def __post_init__(self) -> None:
+        for key in ("save_every", "keep", "log_every"):
+            value = getattr(self, key)
+            require(1 <= value < 1 << 31, key, value, "at least 1")
+        first, last = self.profile or (1, 1)
+        require(1 <= first <= last, "profile", self.profile, "a first step from 1, and a last")
+        try:
+            floating = jnp.issubdtype(jnp.dtype(self.dtype), jnp.floating)
+        except TypeError:
+            floating = False
+        require(floating, "dtype", self.dtype, "bfloat16, float16 or float32")
 
 
 class Stopped(Exception):

@@ -10,7 +10,7 @@ import jax
 import optax
 from flax import nnx
 
-from vfjax.errors import InputError
+from vfjax.errors import InputError, require
 
 
 @dataclasses.dataclass(frozen=True)
@@ -22,11 +22,19 @@ class Group:
             "branches/clip/connector/projector/layers/0/kernel", matches from its start.
         learning_rate: peak of the schedule.
         weight_decay: of matrices; vectors (biases, scales) never decay, as in LLaVA's trainer.
+
+    Raises:
+        InputError: a negative number.
     """
 
     pattern: str
     learning_rate: float
     weight_decay: float = 0.0
+
+    def __post_init__(self) -> None:
+        where = f"group {self.pattern!r}"
+        require(self.learning_rate >= 0, where, f"rate {self.learning_rate}", "at least 0")
+        require(self.weight_decay >= 0, where, f"decay {self.weight_decay}", "at least 0")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -41,6 +49,9 @@ class Optim:
         b1: decay of the gradients' mean.
         b2: decay of the squared gradients' mean.
         eps: added to the root of the latter.
+
+    Raises:
+        InputError: a number out of range.
     """
 
     steps: int
@@ -50,6 +61,10 @@ class Optim:
     b1: float = 0.9
     b2: float = 0.999
     eps: float = 1e-8
+
+    def __post_init__(self) -> None:
+        require(0 <= self.warmup <= 1, "warmup", self.warmup, "a share of the steps, 0 to 1")
+        require(self.clip is None or self.clip > 0, "clip", self.clip, "more than 0, or None")
 
     def rate(self, peak: float) -> optax.Schedule:
         """Learning rate of each step, 0-based; transformers' get_{cosine,linear}_schedule.

@@ -488,6 +488,11 @@ BAD = {
     "steps": ({"steps": 0}, "steps: found 0, expected at least 1"),
     "length": ({"length": 601}, "length: found 601, expected 1 to 600, the context"),
     "window": ({"window": 0}, "window: found 0, expected at least 1"),
+    "a huge batch": ({"batch": 10**12}, f"batch, accumulate: found {10**12}, expected at most"),
+    "a huge window": (
+        {"batch": 1000, "window": 10**9, "steps": 10**9},
+        f"window: found {10**9}, expected at most",
+    ),
     "processes": (
         {"batch": 5, "process_count": 2},
         "batch: found 5 rows, expected a multiple of 2, the number of processes",

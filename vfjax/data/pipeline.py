@@ -152,7 +152,7 @@ class Batches:
             ("batch", self.batch, self.batch >= 1, "at least 1 row"),
             ("accumulate", self.parts, self.parts >= 1, "at least 1 part"),
             ("seed", self.seed, self.seed >= 0, "at least 0"),
-            ("steps", self.steps, self.steps >= 1, "at least 1"),
+            ("steps", self.steps, 1 <= self.steps < 1 << 31, "at least 1"),
             ("length", self.length, 1 <= self.length <= context, f"1 to {context}, the context"),
             ("frames", self.frames, self.frames >= 1, "at least 1"),
             ("window", self.window, self.window >= 1, "at least 1 batch"),

@@ -69,7 +69,7 @@ class Options:
         require(1 <= first <= last, "profile", self.profile, "a first step from 1, and a last")
         try:
             floating = jnp.issubdtype(jnp.dtype(self.dtype), jnp.floating)
-        except TypeError:
+        except (TypeError, ValueError):
             floating = False
         require(floating, "dtype", self.dtype, "bfloat16, float16 or float32")
 

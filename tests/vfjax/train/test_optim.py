@@ -23,6 +23,7 @@ from vfjax.train import Group, Optim, Options
         (lambda: Options(profile=(5, 2)), "profile: found (5, 2)"),
         (lambda: Options(dtype="abc"), "dtype: found abc"),
         (lambda: Options(dtype="int8"), "dtype: found int8"),
+        (lambda: Options(dtype="\udcff"), "dtype: found \\udcff"),
         (lambda: LoRAConfig(rank=-1), "lora.rank: found -1"),
         (lambda: LoRAConfig(pattern="("), "lora.pattern: found '('"),
     ],

@@ -313,7 +313,7 @@ class Fusion:
     def describe(self) -> dict[str, Any]:
         """See `dry_run`."""
         shards = plan_shards({"": self.weights}, self.request.shard_bytes)
-        methods = [x.rule.method.name if x.rule else "unchanged" for x in self.merged.values()]
+        methods = [x.method for x in self.merged.values()]
         return {
             "files": {shard.path: shard.size for shard in shards},
             "tensors": len(self.weights),
@@ -358,7 +358,7 @@ class Fusion:
         return [
             name
             for name, x in self.merged.items()
-            if x.rule and x.rule.has_base and [label for label, _ in x.sources[1:]] == labels
+            if x.has_base and [label for label, _ in x.sources[1:]] == labels
         ]
 
     @property

@@ -16,7 +16,7 @@ from jax.sharding import Mesh, NamedSharding
 from converters.files.reader import FileTensor, TorchTensor
 from converters.params.table import Rule
 from vfjax.merge import LazyTensor, aligned
-from vfjax.merge.engine.tensors import count_nonfinite, has_nonfinite, nonfinite_error
+from vfjax.merge.tensors import count_nonfinite, has_nonfinite, nonfinite_error
 from vfjax.nn.int8 import quantize
 from vfjax.sharding import Overrides, param_sharding
 

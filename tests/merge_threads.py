@@ -23,7 +23,7 @@ import converters
 from converters.files import writer
 from tests import checkpoints
 from vfjax.merge import METHODS, merge
-from vfjax.merge.engine import stream
+from vfjax.merge.engine import reductions
 
 PARAMS: dict[str, Any] = {"density": 0.5, "select_topk": 0.5, "t": 0.3, "gamma": 0.05}
 SCOPES = {"all": (), "blocks": (("embed_tokens|lm_head|model.norm", {"take": "base"}),)}
@@ -50,8 +50,8 @@ def make_family(root: Path) -> None:
 def use(threads: int) -> None:
     """So many threads read ahead of the writing, and so many answer for tensors' blocks."""
     writer._THREADS = threads
-    stream._pool.cache_clear()
-    stream._pool = functools.cache(lambda: ThreadPoolExecutor(threads, "vfjax-merge"))
+    reductions.pool.cache_clear()
+    reductions.pool = functools.cache(lambda: ThreadPoolExecutor(threads, "vfjax-merge"))
 
 
 def run(root: Path, method: str, params: dict[str, Any], scope: str) -> None:

@@ -24,7 +24,7 @@ from converters.source import Source
 from converters.towers import Tensors
 from vfjax import InputError
 from vfjax.atomic import contents
-from vfjax.merge.engine.tensors import (
+from vfjax.merge.tensors import (
     EXPONENTS,
     blocks,
     count_nonfinite,

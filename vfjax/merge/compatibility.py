@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 
 from vfjax.errors import InputError, counted
-from vfjax.merge.engine.tensors import Header, LazyTensor
+from vfjax.merge.tensors import Header, LazyTensor
 
 REMEDY = "merge only models that were fine-tuned from one base LLM"
 VOCABULARY = ("embed_tokens.weight", "lm_head.weight")

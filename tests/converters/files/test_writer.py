@@ -22,7 +22,7 @@ from converters.files.reader import DTYPES, read_weights
 from converters.files.writer import sha256, write_folder
 from vfjax import InputError
 from vfjax.merge import merge
-from vfjax.merge.engine import tensors as lazy
+from vfjax.merge import tensors as lazy
 
 BF16 = np.dtype(ml_dtypes.bfloat16)
 REPO = Path(__file__).resolve().parents[3]

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from vfjax import InputError
 from vfjax.merge import METHODS, Merger, check_family, linear, merge, task_arithmetic
-from vfjax.merge.engine import tensors as lazy
+from vfjax.merge import tensors as lazy
 
 BF16 = np.dtype(ml_dtypes.bfloat16)
 F16 = np.dtype(np.float16)

@@ -1,5 +1,6 @@
 """What is compiled: a formula on a block of a tensor, or on all of it."""
 
+import dataclasses
 import functools
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -8,33 +9,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from vfjax.merge.engine import passes
 from vfjax.merge.methods.registry import Array, Flags, Method
+from vfjax.merge.methods.requests import Block, Largest, Sorted, Sum
 
-
-def advance(
-    sources: Sequence[Array],
-    values: Mapping[str, Array],
-    answers: Sequence[Any],
-    start: Any,
-    words: Any,
-    *,
-    method: Method,
-    flags: Flags,
-    has_base: bool,
-    width: int | None,
-    is_vector: bool,
-) -> Any:
-    """`passes.advance` on sources in one list, the base first if `has_base`."""
-    size = sources[0].size
-    block = passes.Block(jnp.asarray(start, jnp.uint32), words, size, is_vector)
-    params = {**values, **dict(flags)}
-    base, members = (sources[0], sources[1:]) if has_base else (None, sources)
-    return passes.advance(method, base, members, params, tuple(answers), block, width)
-
-
-draw = functools.partial(jax.jit, static_argnames=("size",))(passes.draw)
-"""A call of its own: XLA would draw again for every use in a kernel."""
+LANES = 1024
+"""Partial sums of a block: element i goes to lane i mod 1024, in order."""
 
 STATIC = ("method", "flags", "has_base", "dtype", "width", "is_vector")
 
@@ -50,12 +29,22 @@ def block_kernel(
     dtype: np.dtype,
     **static: Any,
 ) -> jax.Array:
-    """A block of the result, in its dtype, or what the block adds to the next answer."""
+    """A block of the result, in its dtype, or what the block adds to the next answer.
+
+    Args:
+        sources: flat arrays, see `advance`.
+        values: numbers of the method.
+        answers: to its first requests.
+        start: flat index in the tensor of the block's first element.
+        words: random, of `draw`; None for methods that draw none.
+        dtype: of the result.
+        **static: see `advance`.
+    """
     result = advance(sources, values, answers, start, words, **static)
     return (
         result.astype(dtype)
         if isinstance(result, jax.Array)
-        else passes.partial(result, static["width"])
+        else partial_answer(result, static["width"])
     )
 
 
@@ -71,6 +60,107 @@ def whole_kernel(
     width: None,
     is_vector: bool,
 ) -> jax.Array:
-    """The whole result, in its dtype."""
+    """The whole result, in its dtype, of a method that takes full tensors."""
     base, members = (sources[0], sources[1:]) if has_base else (None, sources)
     return method(base, members, **values, **dict(flags)).astype(dtype)
+
+
+@functools.partial(jax.jit, static_argnames=("size",))
+def draw(start: jax.Array, keys: jax.Array, size: int) -> jax.Array:
+    """Random words of a block: Threefry 2x32 with the flat index as counter.
+
+    So a draw depends on the key and the index alone, not on how the tensor is cut. The caller hands
+    the words to `block_kernel`: drawn inside it, XLA would draw again for every use.
+
+    Args:
+        start: uint32, flat index in the tensor of the block's first element.
+        keys: uint32[m, 2].
+        size: number of elements.
+
+    Returns:
+        uint32[m, size].
+    """
+    first, rest = start // 2, start % 2  # a count makes two words
+    words = []
+    for key in keys:
+        state = jnp.concatenate([key, first[None], jnp.zeros(1, jnp.uint32)])
+        algorithm = jax.lax.RandomAlgorithm.RNG_THREE_FRY
+        drawn = jax.lax.rng_bit_generator(state, (size + 2,), jnp.uint32, algorithm)[1]
+        words.append(jax.lax.dynamic_slice(drawn, (rest,), (size,)))
+    return jnp.stack(words)
+
+
+def advance(
+    sources: Sequence[Array],
+    values: Mapping[str, Array],
+    answers: Sequence[Any],
+    start: Any,
+    words: Any,
+    *,
+    method: Method,
+    flags: Flags,
+    has_base: bool,
+    width: int | None,
+    is_vector: bool,
+) -> Any:
+    """Runs a formula up to the request that follows `answers`, or to its end.
+
+    Args:
+        sources: flat arrays, the base first if `has_base`.
+        values: numbers of the method.
+        answers: to its first requests.
+        start: flat index in the tensor of the block's first element.
+        words: random, of `draw`; None for methods that draw none.
+        method: what to run.
+        flags: its switches.
+        has_base: the first source is the base.
+        width: of the tensor's rows, for methods that compare the elements of a row.
+        is_vector: the tensor has one axis, or none.
+
+    Returns:
+        A request, or the flat result.
+    """
+    block = Block(jnp.asarray(start, jnp.uint32), words, sources[0].size, is_vector)
+    arrays = [x.reshape(-1, width) for x in sources] if width else sources
+    base, members = (arrays[0], arrays[1:]) if has_base else (None, arrays)
+    params = {**values, **dict(flags)}
+    if not method.multipass:
+        return method(base, members, **params).reshape(-1)
+    steps = method(base, members, **params, block=block)
+    try:
+        request = next(steps)
+        for answer in answers:
+            request = steps.send(answer)
+    except StopIteration as stop:
+        return stop.value.reshape(-1)
+    return request
+
+
+def bare(request: Any) -> Any:
+    """A request without its arrays, of which as many Nones are left; None for a result."""
+    if isinstance(request, Sum):
+        return dataclasses.replace(request, terms=(None,) * len(request.terms))
+    if isinstance(request, Largest | Sorted):
+        return dataclasses.replace(request, values=(None,) * len(request.values))
+    return None
+
+
+def lanes(terms: jax.Array) -> jax.Array:
+    """float32[m, size] -> float32[m, LANES], partial sums that do not depend on padding."""
+    terms = jnp.pad(terms, ((0, 0), (0, -terms.shape[1] % LANES)))
+    return terms.reshape(len(terms), -1, LANES).sum(1)
+
+
+def partial_answer(request: Any, width: int | None) -> jax.Array:
+    """What a block adds to the answer to a request, to be computed under jit.
+
+    Returns:
+        `Sum`: float32[len(terms), LANES], or [len(terms), width] of columns. Otherwise the values,
+        float32[len(values), size].
+    """
+    if isinstance(request, Sum):
+        terms = jnp.stack([term.reshape(-1) for term in request.terms])
+        if request.columns:
+            return terms.reshape(len(terms), -1, width).sum(1)
+        return lanes(terms)
+    return jnp.stack([x.reshape(-1) for x in request.values]).astype(jnp.float32)

@@ -1,25 +1,26 @@
-"""The merge engine on sharded arrays: the formulas of the stream, under jit, to the same bits.
+"""The merge engine on sharded arrays: the same formulas, under jit, to the same bits.
 
-A tensor is cut into the blocks that the stream reads, which are spread over the devices: each runs
-the same kernel on its blocks. What a formula asks of the whole tensor is found as the stream finds
-it, sums by the lanes of each block, or exactly, by counting.
+A tensor is cut into the blocks that `merge` reads one after another, which are spread over the
+devices: each runs the same kernel on its blocks. What a formula asks of the whole tensor is found
+to the same bits as in `reductions`: sums by the lanes of each block, the rest exactly, by counting.
 """
 
 import functools
 import math
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, cast
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from vfjax.merge.engine import stream
-from vfjax.merge.engine.kernels import block_kernel, whole_kernel
-from vfjax.merge.engine.merger import Merged, merge
-from vfjax.merge.engine.passes import Largest, Sorted, Sum, draw
-from vfjax.merge.engine.tensors import block_rows
+from vfjax.merge.engine.kernels import block_kernel, draw, whole_kernel
+from vfjax.merge.engine.merged import Computed, Unmerged
+from vfjax.merge.engine.merger import merge
+from vfjax.merge.engine.reductions import ALL, Blockwise, order_answer, solve_sum
+from vfjax.merge.methods.requests import SORTED, Largest, Sorted, Sum
+from vfjax.merge.tensors import block_rows
 
 Arrays = Mapping[str, jax.Array]
 
@@ -55,17 +56,30 @@ def merge_arrays(
     Raises:
         InputError: as `merge`, and what slicing its tensors raises.
     """
-    first: Any = base  # arrays can be sliced too, which is all that the stream asks for
+    first: Any = base  # arrays can be sliced too, which is all that `merge` asks for
     others: Any = members
     lazy: Any = merge(first, others, method, params, dtype=dtype, seed=seed)
     like = next(iter(members.values())) if base is None else base
-    return {name: _Sharded(t, mesh).result(like[name].sharding) for name, t in lazy.items()}
+    return {
+        name: _unmerged(tensor)
+        if isinstance(tensor, Unmerged)
+        else _Sharded(tensor, mesh).result(like[name].sharding)
+        for name, tensor in lazy.items()
+    }
+
+
+def _unmerged(tensor: Unmerged) -> jax.Array:
+    arrays: list[Any] = [array for _, array in tensor.sources]
+    for i, x in enumerate(arrays):
+        if not bool(jnp.array_equal(x, arrays[0])):
+            raise tensor.unequal(i)
+    return arrays[0]
 
 
 class _Sharded:
-    """A tensor of the stream, computed on a mesh."""
+    """A tensor of the result, computed on a mesh."""
 
-    def __init__(self, tensor: Merged, mesh: Mesh):
+    def __init__(self, tensor: Computed, mesh: Mesh):
         self.tensor, self.mesh = tensor, mesh
         self.over = NamedSharding(mesh, PartitionSpec(mesh.axis_names))
         self.everywhere = NamedSharding(mesh, PartitionSpec())
@@ -73,9 +87,7 @@ class _Sharded:
 
     def result(self, sharding: jax.sharding.Sharding) -> jax.Array:
         tensor = self.tensor
-        if tensor.rule is None:
-            return self._equal()
-        if tensor.rule.method.whole:
+        if tensor.operation.method.whole:
             out = np.asarray(self._whole())
         else:
             out = _unblocked(self.evaluate(self.answers()), shape=tensor.shape, rows=self.height)
@@ -85,10 +97,9 @@ class _Sharded:
 
     def _whole(self) -> jax.Array:
         """By one device of every process, as SVDs are not spread."""
-        rule = self.tensor.rule
-        assert rule is not None
+        operation = self.tensor.operation
         arrays = [jax.device_put(x, self.everywhere).addressable_data(0) for x in self.sources]
-        return whole_kernel(arrays, rule.values, **rule.static(self.tensor))
+        return whole_kernel(arrays, operation.values, **operation.static(self.tensor))
 
     @property
     def height(self) -> int:
@@ -108,23 +119,23 @@ class _Sharded:
         return max(1, math.ceil(self._rows / self.height))
 
     def answers(self, count: int | None = None) -> list[Any]:
-        """As `Merged.answers`."""
+        """As `Computed.answers`."""
         return self.tensor.answers(count, self._answer)
 
-    def _answer(self, tensor: Merged, request: Any, earlier: list[Any]) -> Any:
+    def _answer(self, tensor: Computed, request: Any, earlier: list[Any]) -> Any:
         if isinstance(request, Sorted):
-            return stream.SORTED
+            return SORTED
         if isinstance(request, Sum):
             parts = jax.device_put(self.evaluate(earlier), self.everywhere)
-            return stream.solved(request, list(np.asarray(parts)[: self.count]), tensor)
+            return solve_sum(request, list(np.asarray(parts)[: self.count]), tensor)
         assert isinstance(request, Largest)
-        return stream.order_answer(tensor, request, earlier, self._cuts)
+        return order_answer(tensor, request, earlier, self._cuts)
 
     def _cuts(
-        self, tensors: Sequence[Merged], step: int, ranks: np.ndarray
+        self, tensors: Sequence[Blockwise], step: int, ranks: np.ndarray
     ) -> list[tuple[np.ndarray, np.ndarray]]:
         """The answers to `Largest`, found bit by bit by counting what is not smaller."""
-        each = [_Sharded(tensor, self.mesh) for tensor in tensors]
+        each = [_Sharded(cast(Computed, tensor), self.mesh) for tensor in tensors]
         values = [(one.evaluate(one.answers(step)), one) for one in each]
 
         def count(bits: np.ndarray, equal: bool, ends: np.ndarray) -> np.ndarray:
@@ -136,7 +147,7 @@ class _Sharded:
             )
 
         total = sum(tensor.size for tensor in tensors)
-        everything = np.full((len(tensors), *ranks.shape), stream.ALL)
+        everything = np.full((len(tensors), *ranks.shape), ALL)
         found = _bisect(31, ranks, lambda x: count(x, False, everything).sum(0) >= ranks)
         ties = ranks - count(found + np.uint32(1), False, everything).sum(0)
         counts = count(found, True, everything)
@@ -144,13 +155,13 @@ class _Sharded:
         wanted = ties - before  # of each tensor's equal values, how many lie above the cut
         inside = (wanted > 0) & (wanted < counts)
         last = _bisect(32, wanted, lambda x: count(found, True, x) < wanted)
-        ends = np.where(inside, last + np.uint32(1), np.where(wanted > 0, stream.ALL, 0))
+        ends = np.where(inside, last + np.uint32(1), np.where(wanted > 0, ALL, 0))
         out = found.view(np.float32)
-        ends = np.where(found == 0, stream.ALL, ends).astype(np.uint32)
+        ends = np.where(found == 0, ALL, ends).astype(np.uint32)
         none = ranks <= 0
         out, ends = np.where(none, np.float32(np.inf), out), np.where(none, np.uint32(0), ends)
         full = ranks >= total
-        out, ends = np.where(full, np.float32(0), out), np.where(full, stream.ALL, ends)
+        out, ends = np.where(full, np.float32(0), out), np.where(full, ALL, ends)
         return [(out, ends[i]) for i in range(len(tensors))]
 
     def starts(self) -> np.ndarray:
@@ -163,29 +174,21 @@ class _Sharded:
         return -(-self.count // self.mesh.size) * self.mesh.size
 
     def evaluate(self, answers: Sequence[Any]) -> jax.Array:
-        """As `Merged.evaluate`, for all blocks: [blocks, ...], with padding."""
-        tensor = self.tensor
-        assert tensor.rule is not None
+        """As `Computed.evaluate`, for all blocks: [blocks, ...], with padding."""
+        tensor, operation = self.tensor, self.tensor.operation
         block = self.height * (tensor.size // max(1, self._rows))
         return _evaluate(
             self.sources,
-            tensor.rule.values,
-            [each for each in answers if each is not stream.SORTED],
+            operation.values,
+            [each for each in answers if each is not SORTED],
             self.starts(),
-            tensor.rule.keys(tensor.name),
-            is_sorted=tuple(each is stream.SORTED for each in answers),
+            operation.keys(tensor.name),
+            is_sorted=tuple(each is SORTED for each in answers),
             blocked=(self._padded_count, self.height, self._rows, tensor.padded_size(block)),
             width=tensor.width,
             over=self.over,
-            static=tuple(tensor.rule.static(tensor).items()),
+            static=tuple(operation.static(tensor).items()),
         )
-
-    def _equal(self) -> jax.Array:
-        first = self.sources[0]
-        for i, x in enumerate(self.sources):
-            if not bool(jnp.array_equal(x, first)):
-                raise self.tensor.unequal(i)
-        return first
 
     def _blame(self) -> None:
         counts = [int(jnp.sum(~jnp.isfinite(x))) for x in self.sources]

@@ -7,9 +7,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from vfjax.merge.engine.passes import Answers, Block, Largest, Steps, Sum
 from vfjax.merge.methods.elementwise import from_base, select
 from vfjax.merge.methods.registry import Array, Params, register
+from vfjax.merge.methods.requests import Answers, Block, Largest, Steps, Sum
 
 
 @register()

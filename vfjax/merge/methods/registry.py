@@ -5,13 +5,13 @@ dtype, then its parameters by keyword. It accumulates in float32 and returns flo
 rounds once. A NaN or infinity in a source must reach the result. There are three kinds:
 
 * elementwise: a function whose slice of the result is the result of the slices;
-* in passes: a generator that yields a request (`vfjax.merge.engine.passes`) for each number it
+* multi-pass: a generator that yields a request (`vfjax.merge.methods.requests`) for each number it
   needs of the whole tensor, is sent the answer, and returns the result, elementwise given the
   answers;
 * whole: a function of full tensors, for those that decompose matrices.
 
-The first two see a tensor a block at a time, which is what lets the engine stream; the keyword
-`block`, if they have it, is the `Block` that they see.
+The first two see a tensor a block at a time, which bounds the engine's memory; the keyword `block`,
+if they have it, is the `Block` that they see.
 """
 
 import dataclasses
@@ -67,8 +67,8 @@ class Method:
     check: Callable[[Params], None] | None = None
 
     @property
-    def in_passes(self) -> bool:
-        """It asks for numbers of the whole tensor."""
+    def multipass(self) -> bool:
+        """It asks for numbers of the whole tensor, and so reads it more than once."""
         return inspect.isgeneratorfunction(self.fn)
 
     def leaves(self, tensor: str) -> bool:

@@ -8,9 +8,9 @@ import jax.numpy as jnp
 import numpy as np
 
 from vfjax.errors import InputError
-from vfjax.merge.engine.passes import Answers, Block, Largest, Sorted, Steps, Sum, above
 from vfjax.merge.methods.elementwise import divisor, from_base, select, weighted_sum
 from vfjax.merge.methods.registry import Array, Each, Params, Weights, register
+from vfjax.merge.methods.requests import Answers, Block, Largest, Sorted, Steps, Sum, above
 
 Rescale = Literal["none", "density", "norm"]
 """What the kept deltas are multiplied by: nothing; the inverse of their probability of being kept,

@@ -11,9 +11,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from vfjax.merge.engine.passes import Block, Steps, Sum
 from vfjax.merge.methods.elementwise import from_base, weighted_sum
 from vfjax.merge.methods.registry import Array, Params, Weights, register
+from vfjax.merge.methods.requests import Block, Steps, Sum
 
 
 def _origin(base: Array | None, members: Sequence[Array]) -> tuple[jax.Array | float, list]:

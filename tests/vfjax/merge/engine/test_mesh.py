@@ -6,7 +6,7 @@ from jax.sharding import AxisType, NamedSharding, PartitionSpec
 from tests.vfjax.merge.test_merger import BF16, arguments, family
 from vfjax import InputError
 from vfjax.merge import METHODS, merge, merge_arrays
-from vfjax.merge.engine import tensors as lazy
+from vfjax.merge import tensors as lazy
 
 pytestmark = pytest.mark.usefixtures("optimised")
 

@@ -1,29 +1,26 @@
-"""Answers to the requests of formulas in passes, from blocks that are read in turn.
+"""Numbers of whole tensors that formulas ask for, found by blocks that are read one after another.
 
-An order statistic takes one pass over the tensor. A sample says between which two values the cut
-must lie; the pass counts what lies above them and keeps what lies between. If the sample misled,
-the next window is where the counts say; so the answer is exact.
+Sums add up what each block gives. An order statistic takes one pass over the tensor: a sample says
+between which two values the cut must lie; the pass counts what lies above them and keeps what lies
+between. If the sample misled, the next window is where the counts say; so the answer is exact.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import os
+import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import cache
 from types import EllipsisType
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import Any, Protocol, TypeVar
 
 import numpy as np
 
-from vfjax.merge.engine.passes import Largest, Sorted, Sum
-
-if TYPE_CHECKING:
-    from vfjax.merge.engine.merger import Merged
-
-SORTED = Sorted(())
-"""Stands for the answer to `Sorted`, which is found block by block."""
+from vfjax.merge.methods.registry import Params
+from vfjax.merge.methods.requests import SORTED, Largest, Sorted, Sum
+from vfjax.merge.tensors import LazyTensor
 
 ALL = np.uint32(0xFFFFFFFF)
 TOP = 0x7FFFFFFF
@@ -47,32 +44,102 @@ R = TypeVar("R")
 
 
 @cache
-def _pool() -> ThreadPoolExecutor:
+def pool() -> ThreadPoolExecutor:
+    """The threads that blocks are read and evaluated by, one a core."""
     return ThreadPoolExecutor(len(os.sched_getaffinity(0)), "vfjax-merge")
 
 
-def answer(tensor: Merged, request: Any, earlier: Sequence[Any]) -> Any:
+class Blockwise(Protocol):
+    """A tensor that is computed block by block, as requests and operations see it."""
+
+    @property
+    def name(self) -> str:
+        """Of the tensor."""
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Of it and its sources."""
+
+    @property
+    def dtype(self) -> np.dtype:
+        """Of the result."""
+
+    @property
+    def sources(self) -> Sequence[tuple[str, LazyTensor]]:
+        """Labels and tensors, the base first if it is read."""
+
+    @property
+    def params(self) -> Params:
+        """Of its method."""
+
+    @property
+    def group(self) -> RankGroup:
+        """Tensors that are ranked with it, where its method ranks the whole model."""
+
+    @property
+    def size(self) -> int:
+        """Number of elements."""
+
+    @property
+    def width(self) -> int:
+        """Elements in a row: along the last axis."""
+
+    def padded_size(self, count: int) -> int:
+        """Elements that a kernel is run on, for a block of `count`."""
+
+    def blocks(self) -> Iterator[Rows]:
+        """All blocks in order, as sums are taken over them."""
+
+    def row_count(self, rows: Rows) -> int:
+        """Elements in some rows."""
+
+    def answers(self, count: int | None = None) -> list[Any]:
+        """Answers to the first `count` requests of its method."""
+
+    def evaluate(self, rows: Rows, answers: Sequence[Any]) -> np.ndarray:
+        """What the request after `answers` reduces on some rows, or their result; padded."""
+
+
+class RankGroup:
+    """Tensors that `Largest` may rank as one.
+
+    Locks are taken in one order: a tensor's, then those of its sources (which may be merged too),
+    then its operation's, under which nothing waits. Tensors that are ranked as one share a lock: to
+    answer for one of them is to ask all of them. Whoever holds a lock never waits for work that no
+    thread has begun, see `_map`.
+
+    Attributes:
+        tensors: of an operation, or of all operations that differ in weights and scale alone.
+        answers: to their method's requests over all of them, by step.
+        lock: of its tensors, if they are ranked as one.
+    """
+
+    def __init__(self) -> None:
+        self.tensors: list[Blockwise] = []
+        self.answers: dict[int, Any] = {}
+        self.lock = threading.RLock()
+
+
+def answer(tensor: Blockwise, request: Any, earlier: Sequence[Any]) -> Any:
     """The answer to a request of a tensor's method, given those before it."""
-    assert tensor.rule is not None
     if isinstance(request, Sorted):
         return SORTED
     if isinstance(request, Sum):
         parts = _map(lambda rows: tensor.evaluate(rows, earlier), tensor.blocks())
-        return solved(request, list(parts), tensor)
+        return solve_sum(request, list(parts), tensor)
     assert isinstance(request, Largest)
     return order_answer(tensor, request, earlier, cuts)
 
 
-Cuts = Callable[[Sequence["Merged"], int, np.ndarray], list[tuple[np.ndarray, np.ndarray]]]
+Cuts = Callable[[Sequence[Blockwise], int, np.ndarray], list[tuple[np.ndarray, np.ndarray]]]
 
 
-def order_answer(tensor: Merged, request: Largest, earlier: Sequence[Any], find: Cuts) -> Any:
-    """The answer to `Largest`, of the tensor or of all of its rule, by a function as `cuts`."""
-    assert tensor.rule is not None
-    step, params = len(earlier), tensor.rule.params
+def order_answer(tensor: Blockwise, request: Largest, earlier: Sequence[Any], find: Cuts) -> Any:
+    """The answer to `Largest`, of the tensor or of all of its group, by a function as `cuts`."""
+    step, params = len(earlier), tensor.params
     if not request.model:
         return find([tensor], step, request.ranks(params, tensor.size, tuple(earlier)))[0]
-    known, everything = tensor.rule.model.answers, tensor.rule.model.tensors
+    known, everything = tensor.group.answers, tensor.group.tensors
     if step not in known:  # the caller holds the lock that they share
         size = sum(each.size for each in everything)
         found = find(everything, step, request.ranks(params, size, tuple(earlier)))
@@ -80,15 +147,14 @@ def order_answer(tensor: Merged, request: Largest, earlier: Sequence[Any], find:
     return known[step][id(tensor)]
 
 
-def solved(request: Sum, parts: Sequence[np.ndarray], tensor: Merged) -> Any:
+def solve_sum(request: Sum, parts: Sequence[np.ndarray], tensor: Blockwise) -> Any:
     """The answer to `Sum` from what the blocks add to it, in order."""
-    assert tensor.rule is not None
     lanes = np.sum(np.stack(parts).astype(np.float64), axis=0)
     with np.errstate(
         invalid="ignore"
     ):  # of infinite weights, which end in an error that names them
         sums = lanes if request.columns else lanes.sum(-1)
-        return request.solve(sums, tensor.rule.params, tensor.size)
+        return request.solve(sums, tensor.params, tensor.size)
 
 
 def _map(fn: Callable[[T], R], items: Iterable[T]) -> Iterator[R]:
@@ -97,7 +163,7 @@ def _map(fn: Callable[[T], R], items: Iterable[T]) -> Iterator[R]:
     What no thread has begun when its turn comes is done by the caller: the pool's threads may all
     be waiting for a lock that the caller holds, or be callers themselves.
     """
-    begun = [(_pool().submit(fn, item), item) for item in items]
+    begun = [(pool().submit(fn, item), item) for item in items]
     try:
         for future, item in begun:
             yield fn(item) if future.cancel() else future.result()
@@ -131,12 +197,12 @@ class _Count:
 
 
 def cuts(
-    tensors: Sequence[Merged], step: int, ranks: np.ndarray
+    tensors: Sequence[Blockwise], step: int, ranks: np.ndarray
 ) -> list[tuple[np.ndarray, np.ndarray]]:
     """The answers to `Largest` of one tensor, or of several taken as one.
 
     Args:
-        tensors: of one `Model`.
+        tensors: of one `RankGroup`.
         step: number of requests before this one.
         ranks: int [m, j].
 
@@ -169,7 +235,7 @@ def cuts(
 
 
 def _sample(
-    tensors: Sequence[Merged],
+    tensors: Sequence[Blockwise],
     bits: Callable[[int, Rows], np.ndarray],
     todo: Mapping[Key, int],
     total: int,
@@ -267,7 +333,7 @@ def _together(counts: Sequence[_Count]) -> tuple[np.ndarray, np.ndarray]:
 
 
 def _ends(
-    tensors: Sequence[Merged],
+    tensors: Sequence[Blockwise],
     places: Sequence[Place],
     bits: Callable[[int, Rows], np.ndarray],
     m: int,

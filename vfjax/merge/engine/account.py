@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from vfjax.merge.engine.passes import lanes
+from vfjax.merge.engine.kernels import lanes
 from vfjax.merge.methods.registry import Array
 
 

@@ -1,47 +1,24 @@
-"""A merge method with its parameters, and the tensors that it ranks as one."""
-
-from __future__ import annotations
+"""A merge method with its parameters bound, which the tensors that use both share."""
 
 import dataclasses
 import hashlib
 import threading
 from collections import OrderedDict
 from collections.abc import Callable, Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from vfjax.merge.engine import kernels, passes, stream
+from vfjax.merge.engine import kernels
+from vfjax.merge.engine.reductions import Blockwise, RankGroup
 from vfjax.merge.methods.registry import Array, Flags, Method, Numbers, Params
-
-if TYPE_CHECKING:
-    from vfjax.merge.engine.merger import Merged
-
-
-class Model:
-    """Tensors that `Largest` may rank as one.
-
-    Locks are taken in one order: a tensor's, then those of its sources (which may be merged too),
-    then its rule's, under which nothing waits. Tensors that are ranked as one share a lock: to
-    answer for one of them is to ask all of them. Whoever holds a lock never waits for work that no
-    thread has begun, see `stream._map`.
-
-    Attributes:
-        tensors: of a rule, or of all rules that differ in weights and scale alone.
-        answers: to its requests over all of them, by step.
-        lock: of its tensors, if they are ranked as one.
-    """
-
-    def __init__(self) -> None:
-        self.tensors: list[Merged] = []
-        self.answers: dict[int, Any] = {}
-        self.lock = threading.RLock()
+from vfjax.merge.methods.requests import SORTED
 
 
 @dataclasses.dataclass(eq=False)
-class Rule:
+class Operation:
     """A method with its parameters, shared by the tensors of a merge that use both.
 
     Attributes:
@@ -51,7 +28,8 @@ class Rule:
         seed: of random methods.
         has_base: the first source is the base.
         accounts: its tensors count what their sources did to the base, as they are merged.
-        model: its tensors, and others'.
+        group: its tensors, and those of other operations that are ranked with them.
+        params: numbers and switches together.
     """
 
     method: Method
@@ -60,7 +38,7 @@ class Rule:
     seed: int
     has_base: bool
     accounts: bool
-    model: Model
+    group: RankGroup
 
     def __post_init__(self) -> None:
         self.params: Params = {**self.values, **dict(self.flags)}
@@ -71,7 +49,7 @@ class Rule:
         self._values = jax.device_put(self.values, cpu)
 
     def run(
-        self, arrays: Sequence[np.ndarray], answers: Sequence[Any], start: int, tensor: Merged
+        self, arrays: Sequence[np.ndarray], answers: Sequence[Any], start: int, tensor: Blockwise
     ) -> np.ndarray:
         """The formula on a block of a tensor that starts at a flat index, or on all of it."""
         if self.method.whole:
@@ -87,10 +65,10 @@ class Rule:
 
     @property
     def is_joint(self) -> bool:
-        """Its model's tensors are ranked as one."""
+        """The tensors of its group are ranked as one."""
         return ("trim", "model") in self.flags
 
-    def static(self, tensor: Merged) -> dict[str, Any]:
+    def static(self, tensor: Blockwise) -> dict[str, Any]:
         """What a kernel is compiled for."""
         return {
             "method": self.method,
@@ -102,13 +80,13 @@ class Rule:
         }
 
     def keys(self, name: str) -> np.ndarray:
-        """uint32[ceil(K / 2), 2]: a tensor's keys of random numbers, see `passes.draw`."""
-        count = len(self.model.tensors[0].sources) - self.has_base
+        """A tensor's keys of random numbers, uint32[ceil(K / 2), 2]; see `kernels.draw`."""
+        count = len(self.group.tensors[0].sources) - self.has_base
         words = (f"{self.seed}/{i}/{name}".encode() for i in range((count + 1) // 2))
         digests = [hashlib.sha256(word).digest() for word in words]
         return np.stack([np.frombuffer(digest[:8], np.uint32) for digest in digests])
 
-    def request(self, tensor: Merged, answers: Sequence[Any]) -> Any:
+    def request(self, tensor: Blockwise, answers: Sequence[Any]) -> Any:
         """What the method asks for after `answers`, None at its end; nothing is computed.
 
         Its arrays are left out, as they depend on the block. What is left depends on the step and
@@ -119,10 +97,10 @@ class Rule:
         key = (len(answers), *static.values())
         with self.lock:
             if key not in self._requests:
-                self._requests[key] = self._look(tensor, answers, static)
+                self._requests[key] = self._trace(tensor, answers, static)
             return self._requests[key]
 
-    def _look(self, tensor: Merged, answers: Sequence[Any], static: Mapping[str, Any]) -> Any:
+    def _trace(self, tensor: Blockwise, answers: Sequence[Any], static: Mapping[str, Any]) -> Any:
         found: list[Any] = []
 
         def look(arrays: Sequence[Array], known: Sequence[Any]) -> int:
@@ -134,8 +112,8 @@ class Rule:
         arrays = [jax.ShapeDtypeStruct((size,), each.dtype) for _, each in tensor.sources]
         members = len(arrays) - self.has_base
         rows = jax.ShapeDtypeStruct((members, size // tensor.width, tensor.width), np.float32)
-        jax.eval_shape(look, arrays, [rows if each is stream.SORTED else each for each in answers])
-        return passes.bare(found[0])
+        jax.eval_shape(look, arrays, [rows if each is SORTED else each for each in answers])
+        return kernels.bare(found[0])
 
     def recent(self, name: str, compute: Callable[[], np.ndarray]) -> np.ndarray:
         """The last two whole results, as their slices are taken one after another."""

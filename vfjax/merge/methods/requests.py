@@ -1,0 +1,114 @@
+"""What a formula may ask of a whole tensor, and the block of the tensor that it sees.
+
+A formula that asks is a generator: it yields a request and is sent the answer, numbers of the whole
+tensor (`Sum`, `Largest`) or of its rows (`Sorted`), as a tree of float32 and uint32 arrays.
+`vfjax.merge.engine` answers, by blocks that are read one after another (`reductions`) or that lie
+on a mesh (`mesh`), to the same bits: sums are kept in fixed lanes, everything else is exact.
+"""
+
+import dataclasses
+from collections.abc import Callable, Generator, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from vfjax.merge.methods.registry import Array, Params
+
+Answers = tuple[Any, ...]
+Steps = Generator[Any, Any, Any]
+"""A formula that asks: a generator of requests that returns the result."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Block:
+    """The part of a tensor that a formula sees.
+
+    Attributes:
+        start: uint32, flat index in the tensor of its first element.
+        words: uint32[ceil(K / 2), size], random; None for methods that draw none.
+        size: number of elements, with those that pad the block at its end.
+        is_vector: the tensor has one axis, or none.
+    """
+
+    start: jax.Array
+    words: Any
+    size: int
+    is_vector: bool = False
+
+    @property
+    def index(self) -> jax.Array:
+        """Flat indices in the tensor of the block's elements, uint32[size]."""
+        return self.start + jnp.arange(self.size, dtype=jnp.uint32)
+
+    def noise(self, member: int) -> jax.Array:
+        """uint32[size], uniform in 0..65535; two members share a word, of which each has a half."""
+        word = self.words[member // 2]
+        return word >> 16 if member % 2 else word & 0xFFFF
+
+
+@dataclasses.dataclass(frozen=True)
+class Sum:
+    """Sums over the tensor.
+
+    Attributes:
+        terms: float32 arrays of the block's shape, zero where all sources are zero.
+        solve: (float64 sums [len(terms)], parameters, number of elements) -> the answer, on the
+            host in float64. It may not use traced values.
+        columns: sums of each column instead, [len(terms), width], for methods with `rows`.
+    """
+
+    terms: Sequence[Any]
+    solve: Callable[[np.ndarray, Params, int], Any]
+    columns: bool = False
+
+
+@dataclasses.dataclass(frozen=True)
+class Largest:
+    """Order statistics: where the k largest elements of the tensor end.
+
+    Attributes:
+        values: arrays of the block's shape, at least 0, and 0 where all sources are zero.
+        ranks: (parameters, number of elements n, earlier answers) -> int [len(values), j], each in
+            0..n: how many elements are to lie above each cut.
+        model: over all tensors of the merge that use the method with the same shares, not this one
+            alone.
+
+    The answer holds float32 and uint32 [len(values), j]: the value at the cut, and the flat index
+    before which equal values lie above it. Read it by `above`.
+    """
+
+    values: Sequence[Any]
+    ranks: Callable[[Params, int, Answers], np.ndarray]
+    model: bool = False
+
+
+@dataclasses.dataclass(frozen=True)
+class Sorted:
+    """Each row of a block in ascending order; the answer is float32[m, rows, width].
+
+    Attributes:
+        values: m arrays, float32 [rows, width], at least 0.
+    """
+
+    values: Any
+
+
+SORTED = Sorted(())
+"""Stands for the answer to `Sorted`, which is found anew for each block."""
+
+
+def above(values: Array, index: Array, cut: tuple[Array, Array]) -> Any:
+    """Which elements lie above a cut of `Largest`: of equal ones, those that come first.
+
+    Args:
+        values: float32 array.
+        index: uint32 array, the elements' flat indices.
+        cut: scalars of `Largest`'s answer.
+
+    Returns:
+        bool array; true for NaN, so that it goes on.
+    """
+    value, end = cut
+    return ~((values < value) | ((values == value) & (index >= end)))

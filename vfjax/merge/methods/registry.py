@@ -95,9 +95,16 @@ def register(
     takes: tuple[int, int | None] = (1, None),
     check: Callable[[Params], None] | None = None,
 ) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
-    """Adds a formula to `METHODS`; its signature is its schema. See `Method` for the arguments."""
+    """Adds a formula to `METHODS`; its signature is its schema. See `Method` for the arguments.
+
+    Raises:
+        ValueError: of the decorator, where there is a method of that name.
+    """
 
     def add(fn: Callable[..., Any]) -> Callable[..., Any]:
+        if fn.__name__ in METHODS:
+            known = METHODS[fn.__name__].fn.__module__
+            raise ValueError(f"{fn.__module__}: {known} has a method {fn.__name__!r}, too")
         signature = inspect.signature(fn).parameters
         params = {
             name: p for name, p in signature.items() if p.kind is p.KEYWORD_ONLY and name != "block"

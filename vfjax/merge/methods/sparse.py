@@ -1,6 +1,23 @@
-"""Merge formulas that drop a part of each delta, and those that let members vote on signs."""
+"""Merge formulas that drop a part of each delta, and those that let members vote on signs.
 
-from collections.abc import Sequence
+Most are a `Sparsifier`, which drops a part of each delta, with a consensus, which makes one delta
+of what is left: see `COMBINATIONS`. Such a method returns base + scale * consensus, float32 of the
+sources' shape. What its parameters mean:
+
+* weights: K numbers.
+* density: share of each delta that is kept; where elements are drawn, the (mean) probability.
+* gamma: share of the outliers that are dropped.
+* epsilon: half of the range of the probabilities.
+* scale: multiplies the merged delta.
+* normalize: divide by the sum of the weights, of those that agree where members elect signs.
+* rescale: see `Rescale`.
+* trim: see `Trim`.
+* vote: see `Vote`.
+"""
+
+import dataclasses
+import inspect
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Literal
 
 import jax
@@ -16,12 +33,123 @@ Rescale = Literal["none", "density", "norm"]
 """What the kept deltas are multiplied by: nothing; the inverse of their probability of being kept,
 which leaves the expectation as it was; or what restores the tensor's sum of absolute values."""
 Trim = Literal["tensor", "model"]
-"""Whether a share of the largest deltas is of each tensor, or of the whole model."""
+"""Whether a share of the largest deltas is of each tensor, or of the whole model. TIES' paper trims
+the whole task vector, Breadcrumbs' and mergekit each tensor."""
 Vote = Literal["weighted", "plain"]
-"""Whether members vote with their deltas times their weights, or with their deltas alone."""
+"""Whether members vote with their deltas times their weights, or with their deltas alone. TIES'
+paper has no weights."""
 
 _DRAWS = 65536.0
 """Values that a random draw takes."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Sparsifier:
+    """A way to drop a part of each delta.
+
+    Attributes:
+        masks: (deltas, block, its parameters by keyword) -> which elements of each delta are kept,
+            and with which probability each was; a generator of requests.
+        rescale: what is usual with it.
+        options: of `register`, for methods with it.
+    """
+
+    masks: Callable[..., Steps]
+    rescale: Rescale = "none"
+    options: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+
+
+def _largest(
+    deltas: list[jax.Array], block: Block, *, density: Each = 1.0, trim: Trim = "tensor"
+) -> Steps:
+    """Of each delta the floor(density n) largest by magnitude are kept, of equal ones the first.
+
+    At least one, unless density is 0. TIES-Merging, arXiv 2306.01708, algorithm 1.
+    """
+
+    def ranks(params: Params, n: int, answers: Answers) -> np.ndarray:
+        return np.array([[max(share > 0, _floor(share, n))] for share in params["density"]])
+
+    cuts = yield Largest([jnp.abs(d) for d in deltas], ranks, trim == "model")
+    return [above(jnp.abs(d), block.index, _cut(cuts, i, 0)) for i, d in enumerate(deltas)], _each(
+        density, deltas
+    )
+
+
+def _inner(
+    deltas: list[jax.Array],
+    block: Block,
+    *,
+    density: Each = 1.0,
+    gamma: Each = 0.01,
+    trim: Trim = "tensor",
+) -> Steps:
+    """Of each delta the largest and the smallest elements by magnitude are dropped.
+
+    First floor(gamma n) outliers, then the smallest until floor(density n) are left; where density
+    + gamma exceeds 1, fewer outliers. Model Breadcrumbs, arXiv 2312.06795, section 3.
+    """
+
+    def ranks(params: Params, n: int, answers: Answers) -> np.ndarray:
+        out = []
+        for share, outliers in zip(params["density"], params["gamma"], strict=True):
+            keep = _floor(share, n)
+            top = 0 if keep == n else min(_floor(outliers, n), n - keep)
+            out.append([top, top + keep])
+        return np.array(out)
+
+    cuts = yield Largest([jnp.abs(d) for d in deltas], ranks, trim == "model")
+    masks = []
+    for i, d in enumerate(deltas):
+        outlier, large = (above(jnp.abs(d), block.index, _cut(cuts, i, j)) for j in (0, 1))
+        masks.append(large & ~outlier)
+    return masks, _each(density, deltas)
+
+
+def _random(deltas: list[jax.Array], block: Block, *, density: Each = 1.0) -> Steps:
+    """Of each delta elements are dropped at random.
+
+    DARE, arXiv 2311.03099, equation 4. A draw has 16 bits, so a density is met to 1e-5.
+    """
+    yield from ()
+    shares = _each(density, deltas)
+    draws = [block.noise(i).astype(jnp.float32) for i in range(len(deltas))]
+    return [draw < shares[i] * _DRAWS for i, draw in enumerate(draws)], shares
+
+
+def _magprune(
+    deltas: list[jax.Array], block: Block, *, density: Each = 1.0, epsilon: Each = 0.15
+) -> Steps:
+    """Of each delta elements are dropped at random, small ones more often than large ones.
+
+    In a row of n, the element of rank r by magnitude (from 1) is kept with probability
+    density - epsilon + 2 epsilon (r - 1) / (n - 1), all where density is 1. Equal elements have the
+    highest of their ranks; a row of one element is kept with probability density. DELLA, arXiv
+    2406.11617, section 3.1 (MagPrune).
+    """
+    shares, halves = _each(density, deltas), _each(epsilon, deltas)
+    orders = yield Sorted([jnp.abs(d) for d in deltas])
+    masks, kept = [], []
+    for i, d in enumerate(deltas):
+        size, order = jnp.abs(d), orders[i]
+        half = jnp.where((shares[i] >= 1) | (shares[i] <= 0), 0.0, halves[i])
+        least = shares[i] - half
+        last = size.shape[-1] - 1
+        draw = block.noise(i).reshape(size.shape).astype(jnp.float32) / _DRAWS
+        # Kept if draw < probability(rank), which is if its rank is beyond the one solved for.
+        place = (draw - least) / jnp.maximum(2 * half, 1e-6) * last
+        place = jnp.clip(jnp.floor(place) + 1, -1, last + 1).astype(jnp.int32)
+        there = _at(order, jnp.clip(place, 0, last))
+        varied = (place <= 0) | ((place <= last) & ~(size < there))
+        masks.append(jnp.where((half == 0) | (last == 0), draw < shares[i], varied))
+        step = 2 * half / max(1, last)
+        probability = least + step * (_not_larger(order, size) - 1)
+        kept.append(jnp.where(last == 0, shares[i], probability))
+    return masks, kept
+
+
+def _each(value: Each, deltas: list[jax.Array]) -> jax.Array:
+    return jnp.broadcast_to(jnp.asarray(value, jnp.float32), (len(deltas),))
 
 
 def _check_epsilon(params: Params) -> None:
@@ -35,218 +163,86 @@ def _check_epsilon(params: Params) -> None:
             )
 
 
-@register()
-def ties(
-    base: Array,
-    members: Sequence[Array],
-    *,
-    weights: Weights,
-    density: Each = 1.0,
-    scale: float = 1.0,
-    normalize: bool = True,
-    rescale: Rescale = "none",
-    trim: Trim = "tensor",
-    vote: Vote = "weighted",
-    block: Block,
-) -> Steps:
-    """Trim, elect signs, merge what agrees: TIES-Merging, arXiv 2306.01708, algorithm 1.
+def _add(kept: list[jax.Array], weights: Any, *, normalize: bool = False) -> jax.Array:
+    """The deltas are summed by their weights."""
+    total = weighted_sum(kept, weights)
+    return total / divisor(sum(weights[1:], weights[0])) if normalize else total
 
-    Of each delta the floor(density n) largest by magnitude are kept, at least one unless density is
-    0; of equal ones the first.
-    A position's sign is that of the sum of the votes (plus if it is 0); the deltas with that sign
-    are averaged by their weights.
 
-    Args:
-        base: float array.
-        members: K arrays of its shape.
-        weights: K numbers.
-        density: share of each delta that is kept.
-        scale: the paper's lambda.
-        normalize: divide by the sum of the weights that agree; otherwise their sum is taken.
-        rescale: see `Rescale`; the paper does not.
-        trim: see `Trim`; the paper trims the whole task vector, mergekit each tensor.
-        vote: see `Vote`; the paper has no weights.
-        block: where the arrays lie in the tensor.
+def _elect(
+    kept: list[jax.Array], weights: Any, *, normalize: bool = False, vote: Vote = "weighted"
+) -> jax.Array:
+    """Members elect each position's sign, that of the sum of their votes, plus if it is 0.
 
-    Returns:
-        float32 array of that shape.
+    The deltas with that sign are summed by their weights. TIES-Merging, algorithm 1.
     """
-    start, deltas = from_base(base, members)
-    kept = yield from _trimmed(deltas, density, rescale, trim, block)
-    return start + scale * _elect(kept, weights, normalize, vote)
+    terms = [w * d for w, d in zip(weights, kept, strict=True)]
+    agree = _agree(terms if vote == "weighted" else kept, terms)
+    total: Any = sum(select(a, x) for x, a in zip(terms, agree, strict=True))
+    if not normalize:
+        return total
+    return total / divisor(sum(w * a for w, a in zip(weights, agree, strict=True)))
 
 
-@register()
-def breadcrumbs(
-    base: Array,
-    members: Sequence[Array],
-    *,
-    weights: Weights,
-    density: Each = 1.0,
-    gamma: Each = 0.01,
-    scale: float = 1.0,
-    normalize: bool = False,
-    rescale: Rescale = "none",
-    trim: Trim = "tensor",
-    block: Block,
-) -> Steps:
-    """Sum of the deltas without their largest and smallest elements.
+LARGEST = Sparsifier(_largest)
+INNER = Sparsifier(_inner)
+RANDOM = Sparsifier(_random, "density", {"random": True})
+MAGPRUNE = Sparsifier(_magprune, "density", {"rows": True, "random": True, "check": _check_epsilon})
 
-    Model Breadcrumbs, arXiv 2312.06795, section 3. floor(gamma n) outliers are dropped, then the
-    smallest until floor(density n) are left; where density + gamma exceeds 1, fewer outliers are
-    dropped.
-
-    Args:
-        base: float array.
-        members: K arrays of its shape.
-        weights: K numbers.
-        density: share of each delta that is kept.
-        gamma: share of the outliers that are dropped.
-        scale: multiplies the summed deltas.
-        normalize: divide by the sum of the weights.
-        rescale: see `Rescale`; the paper does not.
-        trim: see `Trim`; the paper's masks are a tensor's.
-        block: where the arrays lie in the tensor.
-
-    Returns:
-        float32 array of that shape.
-    """
-    start, deltas = from_base(base, members)
-    kept = yield from _crumbs(deltas, density, rescale, trim, block)
-    return start + scale * _add(kept, weights, normalize)
+Consensus = Callable[..., jax.Array]
+COMBINATIONS: dict[str, tuple[Sparsifier, Consensus, bool]] = {
+    "ties": (LARGEST, _elect, True),
+    "breadcrumbs": (INNER, _add, False),
+    "breadcrumbs_ties": (INNER, _elect, False),
+    "dare_linear": (RANDOM, _add, False),
+    "dare_ties": (RANDOM, _elect, False),
+    "della_linear": (MAGPRUNE, _add, False),
+    "della": (MAGPRUNE, _elect, True),
+}
+"""Method -> how deltas are thinned, how one is made of them, and whether it is normalised."""
 
 
-@register()
-def breadcrumbs_ties(
-    base: Array,
-    members: Sequence[Array],
-    *,
-    weights: Weights,
-    density: Each = 1.0,
-    gamma: Each = 0.01,
-    scale: float = 1.0,
-    normalize: bool = False,
-    rescale: Rescale = "none",
-    trim: Trim = "tensor",
-    vote: Vote = "weighted",
-    block: Block,
-) -> Steps:
-    """`breadcrumbs` whose members elect signs as in `ties`; arguments as there."""
-    start, deltas = from_base(base, members)
-    kept = yield from _crumbs(deltas, density, rescale, trim, block)
-    return start + scale * _elect(kept, weights, normalize, vote)
+def _combine(
+    name: str, sparsifier: Sparsifier, consensus: Consensus, normalize: bool
+) -> Callable[..., Steps]:
+    """The method of a sparsifier and a consensus; its signature has the parameters of both."""
+    thinning, merging = _keywords(sparsifier.masks), _keywords(consensus)
+    merging["normalize"] = merging["normalize"].replace(default=normalize)
+
+    def method(
+        base: Array,
+        members: Sequence[Array],
+        *,
+        weights: Weights,
+        scale: float = 1.0,
+        rescale: Rescale = sparsifier.rescale,
+        block: Block,
+        **params: Any,
+    ) -> Steps:
+        def given(own: Mapping[str, inspect.Parameter]) -> dict[str, Any]:
+            return {key: params.get(key, parameter.default) for key, parameter in own.items()}
+
+        start, deltas = from_base(base, members)
+        masks, kept = yield from sparsifier.masks(deltas, block, **given(thinning))
+        thinned = yield from _rescaled(deltas, masks, kept, rescale)
+        return start + scale * consensus(thinned, weights, **given(merging))
+
+    whole = inspect.signature(method).parameters.values()
+    own = [x for x in whole if x.kind is not x.VAR_KEYWORD]
+    described: Any = method
+    described.__name__ = described.__qualname__ = name
+    described.__signature__ = inspect.Signature([*own, *thinning.values(), *merging.values()])
+    described.__doc__ = f"{inspect.getdoc(sparsifier.masks)}\n\n{inspect.getdoc(consensus)}"
+    return method
 
 
-@register(random=True)
-def dare_linear(
-    base: Array,
-    members: Sequence[Array],
-    *,
-    weights: Weights,
-    density: Each = 1.0,
-    scale: float = 1.0,
-    normalize: bool = False,
-    rescale: Rescale = "density",
-    block: Block,
-) -> Steps:
-    """Sum of the deltas, each with elements dropped at random and the rest rescaled.
-
-    DARE, arXiv 2311.03099, equation 4. A draw has 16 bits, so a density is met to 1e-5.
-
-    Args:
-        base: float array.
-        members: K arrays of its shape.
-        weights: K numbers.
-        density: probability that an element is kept.
-        scale: multiplies the summed deltas.
-        normalize: divide by the sum of the weights.
-        rescale: see `Rescale`; the paper's is "density", mergekit's "norm".
-        block: where the arrays lie in the tensor.
-
-    Returns:
-        float32 array of that shape.
-    """
-    start, deltas = from_base(base, members)
-    kept = yield from _dropped(deltas, density, rescale, block)
-    return start + scale * _add(kept, weights, normalize)
+def _keywords(fn: Callable[..., Any]) -> dict[str, inspect.Parameter]:
+    parameters = inspect.signature(fn).parameters
+    return {name: x for name, x in parameters.items() if x.kind is x.KEYWORD_ONLY}
 
 
-@register(random=True)
-def dare_ties(
-    base: Array,
-    members: Sequence[Array],
-    *,
-    weights: Weights,
-    density: Each = 1.0,
-    scale: float = 1.0,
-    normalize: bool = False,
-    rescale: Rescale = "density",
-    vote: Vote = "weighted",
-    block: Block,
-) -> Steps:
-    """`dare_linear` whose members elect signs as in `ties`; arguments as there."""
-    start, deltas = from_base(base, members)
-    kept = yield from _dropped(deltas, density, rescale, block)
-    return start + scale * _elect(kept, weights, normalize, vote)
-
-
-@register(rows=True, random=True, check=_check_epsilon)
-def della_linear(
-    base: Array,
-    members: Sequence[Array],
-    *,
-    weights: Weights,
-    density: Each = 1.0,
-    epsilon: Each = 0.15,
-    scale: float = 1.0,
-    normalize: bool = False,
-    rescale: Rescale = "density",
-    block: Block,
-) -> Steps:
-    """Sum of the deltas, of which small elements are dropped more often than large ones.
-
-    DELLA, arXiv 2406.11617, section 3.1 (MagPrune): in a row of n, the element of rank r by
-    magnitude (from 1) is kept with probability density - epsilon + 2 epsilon (r - 1) / (n - 1).
-    Equal elements have the highest of their ranks. A row of one element is kept with probability
-    density.
-
-    Args:
-        base: float array.
-        members: K arrays of its shape.
-        weights: K numbers.
-        density: mean probability that an element is kept; 1 keeps all.
-        epsilon: half of the range of the probabilities.
-        scale: multiplies the summed deltas.
-        normalize: divide by the sum of the weights.
-        rescale: see `Rescale`; the paper's is "density", mergekit's "norm".
-        block: where the arrays lie in the tensor.
-
-    Returns:
-        float32 array of that shape.
-    """
-    start, deltas = from_base(base, members)
-    kept = yield from _pruned(deltas, density, epsilon, rescale, block)
-    return start + scale * _add(kept, weights, normalize)
-
-
-@register(rows=True, random=True, check=_check_epsilon)
-def della(
-    base: Array,
-    members: Sequence[Array],
-    *,
-    weights: Weights,
-    density: Each = 1.0,
-    epsilon: Each = 0.15,
-    scale: float = 1.0,
-    normalize: bool = True,
-    rescale: Rescale = "density",
-    vote: Vote = "weighted",
-    block: Block,
-) -> Steps:
-    """`della_linear` whose members elect signs as in `ties`; arguments as there."""
-    start, deltas = from_base(base, members)
-    kept = yield from _pruned(deltas, density, epsilon, rescale, block)
-    return start + scale * _elect(kept, weights, normalize, vote)
+for _name, (_sparsifier, _consensus, _normalize) in COMBINATIONS.items():
+    register(**_sparsifier.options)(_combine(_name, _sparsifier, _consensus, _normalize))
 
 
 @register()
@@ -301,67 +297,6 @@ def _cut(cuts: tuple[Array, Array], member: int, which: int) -> tuple[Array, Arr
     return cuts[0][member, which], cuts[1][member, which]
 
 
-def _trimmed(
-    deltas: list[jax.Array], density: Any, rescale: Rescale, trim: Trim, block: Block
-) -> Steps:
-    def ranks(params: Params, n: int, answers: Answers) -> np.ndarray:
-        return np.array([[max(share > 0, _floor(share, n))] for share in params["density"]])
-
-    cuts = yield Largest([jnp.abs(d) for d in deltas], ranks, trim == "model")
-    masks = [above(jnp.abs(d), block.index, _cut(cuts, i, 0)) for i, d in enumerate(deltas)]
-    return (yield from _rescaled(deltas, masks, density, rescale))
-
-
-def _crumbs(
-    deltas: list[jax.Array], density: Any, rescale: Rescale, trim: Trim, block: Block
-) -> Steps:
-    def ranks(params: Params, n: int, answers: Answers) -> np.ndarray:
-        out = []
-        for share, outliers in zip(params["density"], params["gamma"], strict=True):
-            keep = _floor(share, n)
-            top = 0 if keep == n else min(_floor(outliers, n), n - keep)
-            out.append([top, top + keep])
-        return np.array(out)
-
-    cuts = yield Largest([jnp.abs(d) for d in deltas], ranks, trim == "model")
-    masks = []
-    for i, d in enumerate(deltas):
-        outlier, large = (above(jnp.abs(d), block.index, _cut(cuts, i, j)) for j in (0, 1))
-        masks.append(large & ~outlier)
-    return (yield from _rescaled(deltas, masks, density, rescale))
-
-
-def _dropped(deltas: list[jax.Array], density: Any, rescale: Rescale, block: Block) -> Steps:
-    masks = [block.noise(i).astype(jnp.float32) < density[i] * _DRAWS for i in range(len(deltas))]
-    return (yield from _rescaled(deltas, masks, density, rescale))
-
-
-def _pruned(
-    deltas: list[jax.Array], density: Any, epsilon: Any, rescale: Rescale, block: Block
-) -> Steps:
-    orders = yield Sorted([jnp.abs(d) for d in deltas])
-    masks, kept = [], []
-    for i, d in enumerate(deltas):
-        size, order = jnp.abs(d), orders[i]
-        half = jnp.where((density[i] >= 1) | (density[i] <= 0), 0.0, epsilon[i])
-        least = density[i] - half
-        last = size.shape[-1] - 1
-        draw = block.noise(i).reshape(size.shape).astype(jnp.float32) / _DRAWS
-        # Kept if draw < probability(rank), which is if its rank is beyond the one solved for.
-        place = (draw - least) / jnp.maximum(2 * half, 1e-6) * last
-        place = jnp.clip(jnp.floor(place) + 1, -1, last + 1).astype(jnp.int32)
-        there = _at(order, jnp.clip(place, 0, last))
-        varied = (place <= 0) | ((place <= last) & ~(size < there))
-        masks.append(jnp.where((half == 0) | (last == 0), draw < density[i], varied))
-        if rescale == "density":
-            step = 2 * half / max(1, last)
-            probability = least + step * (_not_larger(order, size) - 1)
-            kept.append(jnp.where(last == 0, density[i], probability))
-        else:
-            kept.append(density[i])
-    return (yield from _rescaled(deltas, masks, kept, rescale))
-
-
 def _at(rows: jax.Array, places: jax.Array) -> jax.Array:
     return jnp.take_along_axis(rows, places, axis=-1)
 
@@ -395,21 +330,6 @@ def _rescaled(
 def _ratios(sums: np.ndarray, params: Params, n: int) -> np.ndarray:
     before, after = np.split(sums, 2)
     return np.asarray(np.where(after > 0, before / np.where(after > 0, after, 1), 1), np.float32)
-
-
-def _add(kept: list[jax.Array], weights: Any, normalize: bool) -> Any:
-    total = weighted_sum(kept, weights)
-    return total / divisor(sum(weights[1:], weights[0])) if normalize else total
-
-
-def _elect(kept: Sequence[Any], weights: Any, normalize: bool, vote: Vote) -> Any:
-    terms = [w * d for w, d in zip(weights, kept, strict=True)]
-    votes = terms if vote == "weighted" else kept
-    agree = _agree(votes, terms)
-    total = sum(select(a, x) for x, a in zip(terms, agree, strict=True))
-    if not normalize:
-        return total
-    return total / divisor(sum(w * a for w, a in zip(weights, agree, strict=True)))
 
 
 def _agree(votes: Sequence[Any], terms: Sequence[Any]) -> list[jax.Array]:

@@ -14,8 +14,7 @@ from flax import nnx
 from vfjax.connectors.combine import mean
 from vfjax.connectors.mining import Asker
 from vfjax.errors import InputError, counted
-from vfjax.nn.layers import linear
-from vfjax.vision.encoders.vit import MLP
+from vfjax.nn.layers import MLP, linear
 
 Array = jax.Array
 

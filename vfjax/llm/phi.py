@@ -7,8 +7,7 @@ from flax import nnx
 
 from vfjax.llm.cache import Rows
 from vfjax.llm.llama import Attention, LlamaConfig, Step
-from vfjax.nn.layers import layer_norm
-from vfjax.vision.encoders.vit import MLP
+from vfjax.nn.layers import MLP, layer_norm
 
 Array = jax.Array
 

@@ -90,6 +90,18 @@ BLOCK = 32 * 2**20
 """Bytes of scores that causal attention has at once, about: more fall out of a CPU's caches."""
 
 
+class MLP(nnx.Module):
+    """Two dense layers around an activation, [n, s, width] -> [n, s, width]."""
+
+    def __init__(self, width: int, hidden: int, act: str, *, rngs: nnx.Rngs):
+        self.act = act
+        self.fc1 = linear(width, hidden, ("embed", "mlp"), rngs=rngs)
+        self.fc2 = linear(hidden, width, ("mlp", "embed"), rngs=rngs)
+
+    def __call__(self, x: Array) -> Array:
+        return self.fc2(ACTIVATIONS[self.act](self.fc1(x)))
+
+
 def attention(q: Array, k: Array, v: Array, mask: Array | None = None) -> Array:
     """Scaled dot-product attention with grouped keys and values; see `attend`.
 

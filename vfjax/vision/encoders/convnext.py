@@ -8,8 +8,8 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from vfjax.nn.layers import layer_norm, param
-from vfjax.vision.encoders.vit import MLP, patch_conv, resolve_taps
+from vfjax.nn.layers import MLP, layer_norm, param
+from vfjax.vision.encoders.vit import patch_conv, resolve_taps
 
 Array = jax.Array
 

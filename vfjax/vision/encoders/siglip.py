@@ -1,15 +1,10 @@
 """SigLIP's vision transformer (arXiv 2303.15343), as in transformers' SiglipVisionModel."""
 
 import dataclasses
-from collections.abc import Sequence
 
-import jax
 from flax import nnx
 
-from vfjax.nn.layers import layer_norm, param
-from vfjax.vision.encoders.vit import MLP, Block, patch_conv, run
-
-Array = jax.Array
+from vfjax.vision.encoders.vit import ViT
 
 
 @dataclasses.dataclass(frozen=True)
@@ -32,39 +27,5 @@ class SigLIPConfig:
         """Patch tokens of one picture."""
         return (self.image_size // self.patch) ** 2
 
-    def build(self, *, rngs: nnx.Rngs) -> "SigLIP":
-        return SigLIP(self, rngs=rngs)
-
-
-class SigLIP(nnx.Module):
-    """Pixels -> hidden states. The pooling head is not part of it: no MLLM reads it."""
-
-    def __init__(self, config: SigLIPConfig, *, rngs: nnx.Rngs):
-        c = self.config = config
-        self.patch = patch_conv(c.width, c.patch, bias=True, rngs=rngs)
-        self.pos = param((c.tokens, c.width), (None, None), rngs=rngs)
-        self.blocks = nnx.List(
-            Block(c.width, c.heads, MLP(c.width, c.mlp, c.act, rngs=rngs), c.eps, rngs=rngs)
-            for _ in range(c.layers)
-        )
-        self.norm = layer_norm(c.width, c.eps, rngs=rngs)
-
-    def __call__(self, pixels: Array, taps: Sequence[int], *, norm: bool = False) -> list[Array]:
-        """Hidden states float[n, tokens, width] at the taps.
-
-        Args:
-            pixels: float[n, image_size, image_size, 3], normalised.
-            taps: see `vfjax.vision.encoders.vit.run`.
-            norm: apply the final norm (transformers' `last_hidden_state` is tap -1 with it).
-
-        Raises:
-            InputError: a tap outside the hidden states.
-        """
-        x = (
-            self.patch(pixels.astype(self.patch.kernel.dtype)).reshape(
-                len(pixels), -1, self.config.width
-            )
-            + self.pos[...]
-        )
-        states = run(self.blocks, x, taps)
-        return [self.norm(s) for s in states] if norm else states
+    def build(self, *, rngs: nnx.Rngs) -> ViT:
+        return ViT(self, class_token=False, batch_axis=False, interpolate=False, rngs=rngs)

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).resolve().parents[1]
+
 RESULTS = ROOT / "experiments" / "bench" / "results"
 FAMILY = ROOT / "experiments" / "family"
 
@@ -97,11 +98,43 @@ def saving() -> list[str]:
     return ["```", f"{'':{width}}{'agree':>9}{'right':>8}", *lines, "```"]
 
 
+def demo() -> list[str]:
+    """What `make demo` measures: right answers by kind of question, and the fusion's gain."""
+    found = read(FAMILY / "demo.json")
+    rows = {who: {**row, "mean": mean(row)} for who, row in found["by_task"].items()}
+    width = max(map(len, rows))
+    lines = [f"{'':{width}}" + "".join(f"{kind:>9}" for kind in next(iter(rows.values())))]
+    for who, row in rows.items():
+        lines.append(f"{who:{width}}" + "".join(f"{x:9.1f}" for x in row.values()))
+    gain = found["against the best member"]
+    low, high = gain["interval"]
+    points = f"{gain['difference']:.1f} points"
+    end = f"The plain fusion is {points} above the better member: 95 % interval"
+    drawn = f"{low:.1f} to {high:.1f}, p = {gain['p']:.4f}, by paired bootstrap over pictures."
+    return ["```", *lines, "```", "", end, drawn]
+
+
+def mean(row: Mapping[str, float]) -> float:
+    return sum(row.values()) / len(row)
+
+
+def ways() -> list[str]:
+    """Means of the ways to combine, beside the better member's."""
+    found = read(FAMILY / "demo.json")
+    means = {who: f"{mean(row):.1f}" for who, row in found["by_task"].items()}
+    best = max((means[name] for name in found["members"]), key=float)
+    fused = {who.removeprefix("fused: "): x for who, x in means.items() if "fused: " in who}
+    head = ["per cent right", "the better member", *fused]
+    return markdown(head, [[", ".join(found["members"]), best, *fused.values()]])
+
+
 TABLES: dict[str, Callable[[], list[str]]] = {
     "basic": basic,
     "merge": merge,
     "costs": costs,
     "saving": saving,
+    "demo": demo,
+    "ways": ways,
 }
 """Name -> lines."""
 

@@ -76,6 +76,7 @@ def llama(
 
 TINY = Shape(llama(2048, 5632, 22, (32, 4), 32000, 1e4), 1e9)
 LLAMA3 = Shape(llama(4096, 14336, 32, (32, 8), 128256, 5e5), 5e9)
+SMALL = Shape(llama(1024, 2816, 12, (16, 4), 32000, 1e4), 1e9)
 QUICK = Shape(llama(64, 160, 2, (4, 2), 320, 1e4), 1e5)
 
 

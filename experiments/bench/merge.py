@@ -24,7 +24,7 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 from experiments.bench.common import Row, report, row
-from experiments.bench.llamas import LLAMA3, MODELS, QUICK, TINY, models
+from experiments.bench.llamas import LLAMA3, MODELS, QUICK, SMALL, TINY, models
 from vfjax import InputError
 
 Notes = dict[str, Any]
@@ -32,6 +32,9 @@ Notes = dict[str, Any]
 ROOT = Path(__file__).resolve().parents[2]
 
 PACKAGES = ("jax", "jaxlib", "numpy", "vfjax")
+
+COUNTED = ", counted"
+"""After the name of ours with MERGE.md's counts: the default, of which mergekit has none."""
 
 MIB = 1 << 20
 CHUNK = 16 * MIB
@@ -79,7 +82,7 @@ CASES = {
 }
 
 
-SHAPES = {"tinyllama": TINY, "llama-3-8b": LLAMA3}
+SHAPES = {"small": SMALL, "tinyllama": TINY, "llama-3-8b": LLAMA3}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -161,8 +164,11 @@ def bench(name: str, folder: Path, args: argparse.Namespace, warm: bool, notes: 
     """One method: ours, mergekit and a copy in turn; rows of seconds and of memory."""
     case = CASES[name]
     ours: dict[str, Callable[[Path], Run]] = {
-        label: functools.partial(run_ours, case, params, folder, warm)
+        f"{label}{COUNTED if account else ''}": functools.partial(
+            run_ours, case, params, folder, warm, account
+        )
         for label, params in our_params(name, case).items()
+        for account in (False, True)
     }
     runs = dict(ours)
     runs["copy"] = functools.partial(copy, [folder / source for source in case.sources])
@@ -227,7 +233,12 @@ def compare(label: str, results: Mapping[str, Sequence[Run]], notes: Notes) -> l
 
 
 def run_ours(
-    case: Case, params: Mapping[str, Any], folder: Path, checksums: bool, out: Path
+    case: Case,
+    params: Mapping[str, Any],
+    folder: Path,
+    checksums: bool,
+    account: bool,
+    out: Path,
 ) -> Run:
     """The task `fuse`."""
     experiments = ROOT / "experiments"
@@ -237,7 +248,7 @@ def run_ours(
         f"--config.members={tuple(f'{name}={folder / name}' for name in MODELS[1:])!r}",
         f"--config.method={case.method}",
         "--config.export=llm",
-        "--config.account=False",  # which mergekit has none of
+        f"--config.account={account}",
         f"--config.checksums={checksums}",
         f"--config.output={out}",
     ]

@@ -316,7 +316,7 @@ def write_report(
         rows = {who: _over_seeds([run[who] for run in runs]) for who in runs[0]}
         names = pair.split("+")
         tests = {}
-        for who in ("fused: tokens", "fused: tokens, parallel and block"):
+        for who in (w for w in runs[0] if w.startswith("fused: ")):
             joined = [_joined([run[name] for run in runs]) for name in names]
             best = max(joined, key=lambda s: means(s)["mean"])
             tests[who] = paired(_joined([run[who] for run in runs]), best)

@@ -71,7 +71,8 @@ def test_merge_writes_rows_and_removes_its_models(tmp_path: Path, capsys, monkey
     out = tmp_path / "results" / "merge.json"
     merge.main(merge.arguments(["--quick", "--methods=linear", f"--out={out}"]))
     record, table = json.loads(out.read_text()), capsys.readouterr().out
-    (row,) = record["rows"]
+    row, counted = record["rows"]
+    assert counted["name"] == "linear, counted: wall beside a copy"
     assert row["name"] == "linear: wall beside a copy" and f"\n{row['name']} " in table
     assert math.isfinite(row["ours"]) and math.isfinite(row["ratio"])
     notes = record["notes"]

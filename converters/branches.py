@@ -32,7 +32,7 @@ def own_embeddings(
     result: Source, opened: Mapping[str, Source], llms: Mapping[str, Tensors]
 ) -> tuple[tuple[Branch, ...], Tensors]:
     """The result's branches with embeddings of their own where the prompt is read, and those."""
-    reads = {b.name for b in model_config(result).branches if b.views.reads_text}
+    reads = {b.name for b in model_config(result).branches if b.architecture.reads_text}
     owners = {
         branch_name(member, source, branch.name): member
         for member, source in opened.items()

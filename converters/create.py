@@ -85,11 +85,11 @@ def create(
             Connector's: `projector`, "linear" or "mlpNx_gelu" ("mlp2x_gelu"); `select`, the tap of
             the plain feature (-2); `side`, tokens a side of the efficient "sci" and "dci". "comm"
             has `layers`, `layers_aux`, `merge`, `blocks`, `ratio`, `join`, see
-            `vfjax.connectors.MergeConfig` and `COMMConfig`; the first two are all layers and the
+            `vfjax.architectures.MergeConfig` and `COMMConfig`; the first two are all layers and the
             last quarter. "mgm" is Mini-Gemini's patch info mining: `projector`, `select`,
             `image_size_aux` (twice the encoder's size), `image_grid` (1), `image_global` (False),
-            see `vfjax.connectors.MiningConfig`. "slime" has `select` and `queries`, `top_p`,
-            `temperature`, `gate`, `separator`, see `vfjax.connectors.SliMEConfig`.
+            see `vfjax.architectures.MiningConfig`. "slime" has `select` and `queries`, `top_p`,
+            `temperature`, `gate`, `separator`, see `vfjax.architectures.SliMEConfig`.
         aux: folder of a second encoder: for "comm" a vision transformer, shown the pixels of the
             first one with its own mean and deviation, or None: COMM of one encoder; for "mgm" an
             OpenCLIP ConvNeXt.
@@ -115,8 +115,8 @@ def create(
         if len(members) > 1:
             facts |= fingerprint(source) | {"seed": seed, "init": init, "dtype": str(dtype)}
     (branch,) = model_config(source).branches
-    for part, taps in branch.connector.taps.items():
-        resolve_taps(taps, getattr(branch, part).layers)
+    for part, taps in branch.architecture.connector.taps.items():
+        resolve_taps(taps, getattr(branch.architecture, part).layers)
     stored = next(iter(source.parts["llm"].values())).dtype
     part = f"branches.{branch.name}.connector"
     stored = stored if stored in FLOATS else FLOATS[-1]
@@ -131,7 +131,7 @@ def drawn(
     """New weights of a branch's connector, under the names of its table; drawn on the CPU."""
     with jax.default_device(jax.local_devices(backend="cpu")[0]):
         rngs = nnx.Rngs(seed)
-        connector = branch.connector.build(rngs=rngs)
+        connector = branch.architecture.connector.build(rngs=rngs)
         if init == "torch":
             redraw(connector, rngs)
         params = flatten(nnx.split(connector)[1])

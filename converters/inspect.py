@@ -63,13 +63,13 @@ def inspect(
     if len(config.branches) > 1:
         lines.append(f"visual tokens: {config.positions} positions, {config.mask} mask")
     for branch, parts in zip(config.branches, source.branches, strict=True):
-        encoder, views = branch.encoder, branch.views
+        seen = branch.architecture
         part = f"branches.{branch.name}.encoder"
         where = source.towers[part].path if part in source.towers else "this folder"
         lines.append(
-            f"branch {branch.name}: {parts.encoder['model_type']}, {_size(encoder)}, "
-            f"taps {list(branch.connector.taps['encoder'])}, "
-            f"{views.images.size} px {views.images.aspect}, "
+            f"branch {branch.name}: {parts.encoder['model_type']}, {_size(seen.encoder)}, "
+            f"taps {list(seen.connector.taps['encoder'])}, "
+            f"{seen.images.size} px {seen.images.aspect}, "
             f"{parts.connector['mm_projector_type']}, "
             f"up to {counted(branch.tokens, 'token')} a picture; tower from {where}"
         )

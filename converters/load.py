@@ -23,6 +23,7 @@ from converters.tokenizer import tokenizer_of
 from converters.towers import KINDS, read_tower
 from converters.values import Values
 from vfjax import InputError, Model, Processor, Settings
+from vfjax.architectures import Architecture
 from vfjax.atomic import findable, read_json
 from vfjax.errors import counted
 from vfjax.fusion.prune import Prune
@@ -254,20 +255,14 @@ def _branch_config(source: Source, branch: Branch) -> BranchConfig:
         aux = source.config_of(f"{part}.aux", **size)
     table = source.table(f"{part}.connector")
     fed = {**branch.connector, "aux": aux}
-    connector, views = table.connector(fed, f"{where}.connector", images, encoder)
-    _check_channels(source, part, connector, {"encoder": encoder, "aux": aux})
-    return BranchConfig(
-        name=branch.name,
-        encoder=encoder,
-        connector=connector,
-        views=views,
-        aux=aux,
-        scaled=branch.code == "authors",
-    )
+    made = table.architecture_of(fed, f"{where}.connector", images, encoder)
+    _check_channels(source, part, made)
+    return BranchConfig(branch.name, made, scaled=branch.code == "authors")
 
 
-def _check_channels(source: Source, part: str, connector: Any, encoders: Mapping[str, Any]) -> None:
+def _check_channels(source: Source, part: str, made: Architecture) -> None:
     """Raises InputError if a connector reads layers or channels that an encoder doesn't have."""
+    connector, encoders = made.connector, {"encoder": made.encoder, "aux": made.aux}
     for name, (states, channels) in connector.channels.items():
         encoder, where = encoders[name], f"{part}.{name}"
         resolve_taps(connector.taps[name], encoder.layers, f"{source.path}: {where}: taps")
@@ -285,7 +280,8 @@ def _check_channels(source: Source, part: str, connector: Any, encoders: Mapping
 
 def _check_width(source: Source, branch: BranchConfig, llm: Any) -> None:
     """Raises InputError if a branch's tokens are none of the LLM's, or it embeds ids beyond it."""
-    where, connector = f"{source.path}: branches.{branch.name}.connector", branch.connector
+    where = f"{source.path}: branches.{branch.name}.connector"
+    connector = branch.architecture.connector
     if connector.dout != llm.width:
         raise InputError(
             where,

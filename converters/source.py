@@ -242,4 +242,4 @@ def is_tower(config: Config) -> bool:
     kind = (half if isinstance(half, dict) else config).get("model_type", config.get("model_type"))
     table = registry.TABLES.get("open_clip_convnext" if "model_cfg" in config else str(kind))
     model = layout_of(config) is not None
-    return not model and table is not None and not table.architecture and table.views is None
+    return not model and table is not None and not table.architecture and table.path is None

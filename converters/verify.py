@@ -13,6 +13,7 @@ from converters.folder import open_source
 from converters.load import load
 from converters.source import Source
 from vfjax import Batch, InputError, Model, Processor, generate_ids
+from vfjax.architectures import Inputs
 from vfjax.atomic import read_json
 
 LIMITS: Mapping[str, float] = {
@@ -155,9 +156,10 @@ def _stages(
     out: dict[str, Any] = {}
     if batch.images:
         (branch,) = model.branches.values()
-        inputs = jax.tree.map(np.asarray, batch.images[branch.config.name])
-        table = source.table(f"branches.{branch.config.name}.connector")
+        ((name, seen),) = batch.images.items()
+        table = source.table(f"branches.{name}.connector")
         assert table.recorded is not None, f"{table.types[0]} names no stages"
+        inputs = jax.tree.map(np.asarray, seen.given)
         out = dict(table.recorded(branch.config.connector, inputs, outputs["stages"]))
         for stage in set(out) & set(wanted):  # the batch holds black pictures up to its bucket
             if _axis(wanted, stage) != 0:
@@ -191,9 +193,14 @@ def _outputs(model: Model, batch: Batch) -> dict[str, Any]:
     """All stages of one forward pass."""
     out: dict[str, Any] = {}
     if batch.images:
-        (branch,) = model.branches.values()
-        inputs = batch.images[branch.config.name]
-        out["stages"] = branch.stages(inputs, model.llm.lookup)
+        ((name, seen),) = batch.images.items()
+        assert isinstance(seen.given, Inputs)
+        branch = model.branches[name]
+        memory = branch.visual_tokens(
+            branch.encode(seen.given), model.llm.lookup, prompt=seen.prompt
+        )
+        own = {"tokens": memory.values, "keep": memory.keep}
+        out["stages"] = {**memory.stages, **own}
     x, mask = model.embed(batch)
     hidden, _ = model.llm(x, mask)
     x = x / model.llm.scale  # recorded before the authors' LLM scales them

@@ -26,7 +26,7 @@ from PIL import Image
 
 import converters
 from tests.distributed_worker import make_batch
-from vfjax import Batch, InputError, generate_ids, processes
+from vfjax import InputError, generate_ids, processes
 from vfjax.processes import agreeing
 from vfjax.sharding import make_mesh
 
@@ -49,7 +49,7 @@ def disagree(address: str, count: int, index: int, root: Path) -> None:
     if last:
         tokens = np.array(odd.tokens)
         tokens[0, 1] += 1
-        odd = Batch(tokens, odd.visual, odd.mask, odd.images, sizes=odd.sizes)
+        odd = dataclasses.replace(odd, tokens=tokens)
     said = [f"{len(generate_ids(model, batch, max_new_tokens=2))} rows"]
     trials = {
         "prompt": lambda: generate_ids(model, odd),

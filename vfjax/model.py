@@ -7,7 +7,7 @@ combine members are in `vfjax.fusion.modes`.
 
 import dataclasses
 import functools
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
@@ -15,19 +15,22 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
+from vfjax.architectures.base import (
+    Architecture,
+    Embed,
+    Encoded,
+    Inputs,
+    Pictures,
+    VisualTokens,
+)
 from vfjax.errors import InputError
 from vfjax.fusion.prune import Groups, Prune, pruned
-from vfjax.fusion.segments import MASKS, POSITIONS, parallel, segment_ids
+from vfjax.fusion.segments import MASKS, POSITIONS, parallel, running
 from vfjax.llm import Cache
 from vfjax.sharding import mesh_of, place
 
 Array = jax.Array
 AnyArray = jax.Array | np.ndarray
-Memory = tuple[Array, Array]
-"""A branch's visual tokens [m, d], and which of them are read, bool[m]."""
-
-PIXELS, PROMPT = ("pixels", "pixels_aux"), ("text", "text_mask")
-"""What of a branch's inputs its encoders alone read, and what is the prompt's."""
 
 
 @jax.tree_util.register_dataclass
@@ -40,21 +43,27 @@ class Batch:
         visual: int32[b, t] which of the batch's visual tokens stands here, -1 for text. They are
             counted branch by branch.
         mask: bool[b, t], False at padding.
-        images: branch name -> what its views prepared, such as {"pixels": float32[n, h, w, 3]}, or
-            what `encode` makes of it; with videos, "pool" int32[m, p]: m more visual tokens, each
-            the largest values of p others; empty when no row has a picture.
+        segments: int32[b, t], k + 1 at tokens and marks of branch k, 0 at other text and padding.
+        images: branch name -> its share of the pictures; empty when no row has one.
         labels: int32[b, t] ids to learn, -100 where there is none; None outside training.
         groups: what pruning needs to know; None where no visual token goes.
         sizes: visual tokens of each branch, padding included, by which `visual` counts.
+        place: int32[b, t, 3], where a picture's token stands from where the picture starts, by
+            time, row and column; 0 at text. None where no branch has such places.
+        steps: int32[b, t], positions that the text goes on after a token: 1; within a picture with
+            places 0, its last token's the picture's span. None as `place`.
     """
 
     tokens: AnyArray
     visual: AnyArray
     mask: AnyArray
-    images: dict[str, dict[str, Any]]
+    segments: AnyArray
+    images: dict[str, Pictures]
     labels: AnyArray | None = None
     groups: Groups | None = None
     sizes: tuple[int, ...] = dataclasses.field(default=(), metadata={"static": True})
+    place: AnyArray | None = None
+    steps: AnyArray | None = None
 
     def with_pictures(self, other: "Batch") -> "Batch":
         """These prompts about the pictures of another batch, so that they are encoded once.
@@ -74,8 +83,10 @@ class Batch:
                 expected=f"those of the other, {given}",
                 fix="make both by one processor, of the same pictures",
             )
-        asked = {name: {k: x[k] for k in PROMPT if k in x} for name, x in self.images.items()}
-        images = {name: {**seen, **asked[name]} for name, seen in other.images.items()}
+        images = {
+            name: dataclasses.replace(seen, prompt=self.images[name].prompt)
+            for name, seen in other.images.items()
+        }
         return dataclasses.replace(self, images=images)
 
     @property
@@ -86,65 +97,23 @@ class Batch:
 
 @dataclasses.dataclass(frozen=True)
 class BranchConfig:
-    """One member's visual path.
+    """One member's visual path in a model.
 
     Attributes:
         name: unique in the model.
-        encoder: config of an encoder (`vfjax.vision.encoders`).
-        connector: config of a connector (`vfjax.connectors`).
-        views: what the encoders are shown (`vfjax.views`).
-        aux: config of a second encoder, None without one.
+        architecture: the path (`vfjax.architectures`).
         scaled: whether an LLM that scales its embeddings (Gemma) scales these visual tokens, too:
             the authors' LLMs scale all that they are given, transformers' since 5.12 text alone.
     """
 
     name: str
-    encoder: Any
-    connector: Any
-    views: Any
-    aux: Any = None
+    architecture: Architecture
     scaled: bool = True
 
     @property
     def tokens(self) -> int:
-        """Visual tokens of one picture, at most."""
-        return self.views.most()
-
-
-class Branch(nnx.Module):
-    """A member's pictures -> visual tokens in the LLM's width."""
-
-    def __init__(self, config: BranchConfig, *, rngs: nnx.Rngs):
-        self.config = config
-        self.encoder = config.encoder.build(rngs=rngs)
-        if config.aux is not None:
-            self.aux = config.aux.build(rngs=rngs)
-        self.connector = config.connector.build(rngs=rngs)
-
-    def states(self, inputs: Mapping[str, Any]) -> dict[str, list[Array]]:
-        """Encoder -> the hidden states that the connector taps."""
-        if "states" in inputs:  # of `encode`
-            return inputs["states"]
-        taps = self.config.connector.taps
-        states = {"encoder": self.encoder(jnp.asarray(inputs["pixels"]), taps["encoder"])}
-        if self.config.aux is not None:
-            states["aux"] = self.aux(jnp.asarray(inputs["pixels_aux"]), taps["aux"])
-        return states
-
-    def stages(
-        self, inputs: Mapping[str, Any], embed: Callable[[Array], Array]
-    ) -> dict[str, Array]:
-        """All that is computed on the way, by name; the last are the branch's memory.
-
-        Args:
-            inputs: what `config.views` prepared, or `encode` made of it.
-            embed: the LLM's embedding table, int32[..., t] ids -> [..., t, d] (`Llama.lookup`).
-
-        Returns:
-            Among others "tokens" [m, d], the branch's memory of visual tokens, and, if the
-            connector leaves some out, "keep" bool[m].
-        """
-        return self.connector(self.states(inputs), inputs, embed)
+        """Tokens of one picture, at most."""
+        return self.architecture.tokens
 
 
 @dataclasses.dataclass(frozen=True)
@@ -161,7 +130,8 @@ class ModelConfig:
         prune: which visual tokens the LLM reads; None: all.
 
     Raises:
-        InputError: unknown `positions` or `mask`, or `prune` is for another number of branches.
+        InputError: unknown `positions` or `mask`, `prune` is for another number of branches, or a
+            branch places its tokens by three positions and the LLM reads one.
     """
 
     branches: tuple[BranchConfig, ...]
@@ -182,6 +152,18 @@ class ModelConfig:
                     expected=" or ".join(map(repr, allowed)),
                     fix="choose one",
                 )
+        for branch in self.branches:
+            if branch.architecture.axes > self.llm.axes:
+                raise InputError(
+                    f"branch {branch.name!r}",
+                    found="visual tokens placed by time, row and column",
+                    expected="an LLM with M-RoPE, which reads such positions",
+                    fix="take the LLM's config of a member that has it",
+                )
+
+    def branch(self, name: str) -> BranchConfig:
+        """The branch of a name."""
+        return next(branch for branch in self.branches if branch.name == name)
 
     def build(self, *, rngs: nnx.Rngs) -> "Model":
         return Model(self, rngs=rngs)
@@ -192,7 +174,7 @@ class Model(nnx.Module):
 
     def __init__(self, config: ModelConfig, *, rngs: nnx.Rngs):
         self.config = config
-        self.branches = nnx.Dict({b.name: Branch(b, rngs=rngs) for b in config.branches})
+        self.branches = nnx.Dict({b.name: b.architecture.build(rngs=rngs) for b in config.branches})
         self.llm = config.llm.build(rngs=rngs)
 
     @property
@@ -200,37 +182,36 @@ class Model(nnx.Module):
         """Tokens that the LLM was made for."""
         return self.config.llm.context
 
-    def memory(
-        self,
-        name: str,
-        images: Mapping[str, Mapping[str, AnyArray]],
-        embed: Callable[[Array], Array],
-    ) -> Memory:
-        """A branch's visual tokens of all pictures as the LLM reads them; see `Branch.stages`."""
-        if "tokens" in images[name]:  # of `encode`
-            return jnp.asarray(images[name]["tokens"]), jnp.asarray(images[name]["keep"])
-        stages = self.branches[name].stages(images[name], embed)
-        tokens = stages["tokens"].astype(self.llm.embedding.dtype)
-        if self.branches[name].config.scaled:
-            tokens = self.llm.scaled(tokens)
-        keep = stages.get("keep", jnp.ones(len(tokens), bool))
-        if "pool" not in images[name]:
-            return tokens, keep
-        pool = images[name]["pool"]  # of videos' frames
-        pooled = tokens[pool].max(axis=1), keep[pool].all(axis=1)
-        return jnp.concatenate([tokens, pooled[0]]), jnp.concatenate([keep, pooled[1]])
+    def memory(self, name: str, images: Mapping[str, Pictures], embed: Embed) -> VisualTokens:
+        """A branch's visual tokens of all pictures as the LLM reads them.
 
-    def memories(self, images: Mapping[str, Mapping[str, AnyArray]]) -> list[Memory]:
+        Args:
+            name: of the branch.
+            images: of a batch.
+            embed: the LLM's embedding table (`Llama.lookup`).
+        """
+        seen, branch = images[name], self.branches[name]
+        if isinstance(seen.given, VisualTokens):  # of `encode`
+            return jax.tree.map(jnp.asarray, seen.given)
+        states = seen.given if isinstance(seen.given, Encoded) else branch.encode(seen.given)
+        memory = branch.visual_tokens(states, embed, prompt=seen.prompt, key=seen.key)
+        values = memory.values.astype(self.llm.embedding.dtype)
+        if self.config.branch(name).scaled:
+            values = self.llm.scaled(values)
+        memory = dataclasses.replace(memory, values=values, stages={})
+        return memory if seen.gather is None else seen.gather(memory)
+
+    def memories(self, images: Mapping[str, Pictures]) -> list[VisualTokens]:
         """Each branch's visual tokens; none where no row has a picture."""
         names = [branch.name for branch in self.config.branches] if images else []
         return [self.memory(name, images, self.llm.lookup) for name in names]
 
-    def visual_tokens(self, images: Mapping[str, Mapping[str, AnyArray]]) -> Memory:
-        """All branches' memories one after another, [m, d], and which tokens are read, bool[m]."""
+    def visual_tokens(self, images: Mapping[str, Pictures]) -> VisualTokens:
+        """All branches' memories one after another."""
         return _concatenate(self.memories(images))
 
     def embed(self, batch: Batch) -> tuple[Array, Array]:
-        """Text embeddings with the visual tokens spliced in: `splice` without the segments."""
+        """Text embeddings with the visual tokens spliced in, and where something is read."""
         text = self.llm.embed(jnp.asarray(batch.tokens))
         x, mask, _ = splice(text, batch, self.memories(batch.images))
         return x, mask
@@ -244,17 +225,19 @@ class Model(nnx.Module):
             `batch.read`, and rows are filled from the left.
         """
         text = self.llm.embed(jnp.asarray(batch.tokens))
-        x, mask, segments = splice(text, batch, self.memories(batch.images))
+        x, mask, deep = splice(text, batch, self.memories(batch.images))
+        segments = jnp.asarray(batch.segments)
         positions, count = None, len(self.config.branches)
         apart = count > 1 and self.config.mask == "block"
         if count > 1 and self.config.positions == "parallel":
-            positions = parallel(segments, mask, count)
+            positions = parallel(segments, mask, count, batch.place, batch.steps)
+        elif batch.place is not None and batch.steps is not None:
+            positions = running(mask, jnp.asarray(batch.place), jnp.asarray(batch.steps))
         if self.config.prune is not None and batch.groups is not None:
-            x, mask, segments, positions = pruned(
-                *(self.config.prune, batch.groups, self.llm, apart),
-                *(x, mask, segments, positions),
+            x, mask, segments, positions, deep = pruned(
+                self.config.prune, batch.groups, self.llm, apart, x, mask, segments, positions, deep
             )
-        hidden, cache = self.llm(x, mask, cache, positions, segments if apart else None)
+        hidden, cache = self.llm(x, mask, cache, positions, segments if apart else None, deep)
         return hidden, mask, cache
 
     def __call__(self, batch: Batch) -> Array:
@@ -278,7 +261,9 @@ class Model(nnx.Module):
         return self.llm.logits(hidden[:, 0]), cache
 
 
-def splice(text: Array, batch: Batch, memories: Sequence[Memory]) -> tuple[Array, Array, Array]:
+def splice(
+    text: Array, batch: Batch, memories: Sequence[VisualTokens]
+) -> tuple[Array, Array, Array | None]:
     """Text embeddings with the visual tokens spliced in.
 
     LLaVA's prepare_inputs_labels_for_multimodal (llava/model/llava_arch.py).
@@ -290,23 +275,34 @@ def splice(text: Array, batch: Batch, memories: Sequence[Memory]) -> tuple[Array
 
     Returns:
         [b, t, d] embeddings, zero where nothing is read; bool[b, t], where something is:
-        `batch.mask` without the visual tokens that a connector leaves out; and int32[b, t], whose
-        token it is (`segment_ids`).
+        `batch.mask` without the visual tokens that a connector leaves out; and [k, b, t, d], what
+        is added after the LLM's first k layers, None where nothing is.
     """
-    x, mask = text, jnp.asarray(batch.mask)
-    segments = jnp.zeros(mask.shape, jnp.int32)
+    x, mask, deep = text, jnp.asarray(batch.mask), None
     if memories:
-        visual, keep = _concatenate(memories)
-        at = jnp.maximum(batch.visual, 0)
-        x = jnp.where(batch.visual[..., None] < 0, x, visual[at])
-        mask &= (batch.visual < 0) | keep[at]
-        segments = segment_ids(batch.visual, [len(tokens) for tokens, _ in memories])
-    return jnp.where(mask[..., None], x, 0), mask, segments
+        memory = _concatenate(memories)
+        visual = jnp.asarray(batch.visual)
+        at, seen = jnp.maximum(visual, 0), (visual >= 0)[..., None]
+        x = jnp.where(seen, memory.values[at], x)
+        mask &= (visual < 0) | memory.keep[at]
+        if memory.deep is not None:
+            deep = jnp.where(seen & mask[..., None], memory.deep[:, at], 0).astype(x.dtype)
+    return jnp.where(mask[..., None], x, 0), mask, deep
 
 
-def _concatenate(memories: Sequence[Memory]) -> Memory:
-    tokens, keep = zip(*memories, strict=True)
-    return jnp.concatenate(tokens), jnp.concatenate(keep)
+def _concatenate(memories: Sequence[VisualTokens]) -> VisualTokens:
+    """One memory of all; what some add to more layers than others is zero in these."""
+    layers = max(0 if m.deep is None else len(m.deep) for m in memories)
+
+    def deep(memory: VisualTokens) -> Array:
+        zeros = jnp.zeros((layers, *memory.values.shape), memory.values.dtype)
+        return zeros if memory.deep is None else zeros.at[: len(memory.deep)].set(memory.deep)
+
+    return VisualTokens(
+        jnp.concatenate([memory.values for memory in memories]),
+        jnp.concatenate([memory.keep for memory in memories]),
+        jnp.concatenate([deep(memory) for memory in memories], axis=1) if layers else None,
+    )
 
 
 def at_last(hidden: Array, mask: Array) -> Array:
@@ -337,17 +333,16 @@ def encode(model: Model, batch: Batch) -> Batch:
 
 
 @functools.partial(jax.jit, static_argnames="tree")
-def _encoded(
-    leaves: list[Array], tree: Any, images: dict[str, dict[str, Any]]
-) -> dict[str, dict[str, Any]]:
+def _encoded(leaves: list[Array], tree: Any, images: dict[str, Pictures]) -> dict[str, Pictures]:
     model: Model = jax.tree.unflatten(tree, leaves)
-    out: dict[str, dict[str, Any]] = {}
-    for name, inputs in images.items():
-        branch = model.branches[name]
-        if branch.config.views.reads_text:
-            rest = {key: x for key, x in inputs.items() if key not in PIXELS}
-            out[name] = {**rest, "states": branch.states(inputs)}
+    out: dict[str, Pictures] = {}
+    for branch in model.config.branches:
+        name, seen = branch.name, images[branch.name]
+        if not branch.architecture.reads_text:
+            out[name] = Pictures(model.memory(name, images, model.llm.lookup))
+        elif isinstance(seen.given, Inputs):
+            given = model.branches[name].encode(seen.given)
+            out[name] = dataclasses.replace(seen, given=given)
         else:
-            tokens, keep = model.memory(name, images, model.llm.lookup)
-            out[name] = {"tokens": tokens, "keep": keep}
+            out[name] = seen
     return out

@@ -9,14 +9,14 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
+from vfjax.architectures.base import Media, Pictures, Prompt, bucket
 from vfjax.errors import InputError, counted
 from vfjax.fusion.prune import Groups, marks
-from vfjax.model import AnyArray, Batch, ModelConfig
+from vfjax.model import Batch, ModelConfig
 from vfjax.settings import Settings
 from vfjax.text import chat as own
 from vfjax.text import prompts as text
-from vfjax.text.slots import Shard, no_room, numbered, pooled, splice
-from vfjax.views import bucket
+from vfjax.text.slots import Shard, Slots, laid, no_room, splice
 from vfjax.vision.images import Convert, File, open_file, open_image
 from vfjax.vision.video import Video
 
@@ -119,7 +119,9 @@ class Processor:
     @property
     def converts(self) -> tuple[Convert, ...]:
         """How the branches convert pictures to RGB, each way once."""
-        return tuple(dict.fromkeys(branch.views.images.convert for branch in self.config.branches))
+        return tuple(
+            dict.fromkeys(branch.architecture.images.convert for branch in self.config.branches)
+        )
 
     def open(self, source: str | os.PathLike | bytes, *, name: str | None = None) -> File:
         """A picture of a file or of its bytes, read as all branches read it.
@@ -191,43 +193,53 @@ class Processor:
         rows = self._rows(prompts, input_ids)
         pictures = self._pictures(images, rows)
         words = [ids[:truncate] for ids in _words(rows)]
-        images_in, parts, sizes = self._prepare(pictures, words, shard)
-        seen = [np.concatenate(numbers) for numbers in parts]
+        counts = [int((row == text.IMAGE_ID).sum()) for row in rows]
+        images_in, parts, sizes = self._prepare(pictures, counts, words, shard)
+        seen = [Slots.join(branches) for branches in parts]
         spliced, owned, first = [], [], 0
-        for row in rows:
-            last = first + int((row == text.IMAGE_ID).sum())
-            spliced.append(tuple(a[:truncate] for a in splice(row, seen[first:last])))
-            owned.append(parts[first:last])
-            first = last
-        longest = max(len(s[0]) for s in spliced)
+        for row, count in zip(rows, counts, strict=True):
+            here = slice(first, first + count)
+            slots, source = splice(row, seen[here])
+            spliced.append((slots[:truncate], source[:truncate]))
+            owned.append(parts[here])
+            first += count
+        longest = max(len(slots) for slots, _ in spliced)
         t = self._length(longest) if shard is None else shard.length
         if longest > t:
             raise no_room("tokens in a row", longest, t)
         shape = (len(rows), t)
         tokens, visual = np.zeros(shape, np.int32), np.full(shape, -1, np.int32)
-        mask, learn = np.zeros(shape, bool), np.full(shape, text.IGNORE, np.int32)
-        for i, (ids, where, source) in enumerate(spliced):
-            at = slice(t - len(ids), t) if padding == "left" else slice(0, len(ids))
-            tokens[i, at], visual[i, at], mask[i, at] = ids, where, True
+        mask, segments = np.zeros(shape, bool), np.zeros(shape, np.int32)
+        learn = np.full(shape, text.IGNORE, np.int32)
+        placed = any(branch.architecture.axes > 1 for branch in self.config.branches)
+        place, steps = np.zeros((*shape, 3), np.int32), np.ones(shape, np.int32)
+        for i, (slots, source) in enumerate(spliced):
+            at = slice(t - len(slots), t) if padding == "left" else slice(0, len(slots))
+            tokens[i, at], visual[i, at], mask[i, at] = slots.ids, slots.visual, True
+            segments[i, at], place[i, at], steps[i, at] = slots.segments, slots.place, slots.steps
             if labels is not None:
-                learn[i, at] = np.where(where < 0, _labels(labels, i, rows)[source], text.IGNORE)
+                wanted = _labels(labels, i, rows)[source]
+                learn[i, at] = np.where(slots.segments == 0, wanted, text.IGNORE)
         return Batch(
             tokens=tokens,
             visual=visual,
             mask=mask,
+            segments=segments,
             images=images_in,
             labels=None if labels is None else learn,
             groups=self._groups(owned, visual, mask) if images_in else None,
             sizes=sizes,
+            place=place if placed else None,
+            steps=steps if placed else None,
         )
 
     def _groups(
-        self, parts: Sequence[Sequence[Sequence[np.ndarray]]], visual: np.ndarray, mask: np.ndarray
+        self, parts: Sequence[Sequence[Sequence[Slots]]], visual: np.ndarray, mask: np.ndarray
     ) -> Groups | None:
         """What `Prune` needs to know; None where all visual tokens stay.
 
         Args:
-            parts: of each row each picture's visual tokens by branch.
+            parts: of each row each picture's tokens by branch.
             visual: of the batch.
             mask: of the batch.
         """
@@ -239,7 +251,8 @@ class Processor:
         stay = (mask & (visual < 0)).sum(axis=1)
         for i, pictures in enumerate(parts):
             places = np.flatnonzero(visual[i] >= 0)
-            marked = marks(pictures, shares)[:, : len(places)]
+            numbers = [[s.visual[s.visual >= 0] for s in branches] for branches in pictures]
+            marked = marks(numbers, shares)[:, : len(places)]
             of[i, places], most[i, places] = marked
             sizes = np.bincount(marked[0])
             stay[i] += sum(min(k, sizes[g]) for g, k in dict(marked.T.tolist()).items())
@@ -377,55 +390,50 @@ class Processor:
         return _bucket(longest, (*self.lengths, context))
 
     def _prepare(
-        self, pictures: Sequence[Picture], words: Sequence[np.ndarray], shard: Shard | None
-    ) -> tuple[dict[str, dict[str, AnyArray]], list[list[np.ndarray]], tuple[int, ...]]:
-        """Each branch's inputs; each picture's visual tokens by branch, numbers in the batch; and
-        how many the branches have.
+        self,
+        pictures: Sequence[Picture],
+        counts: Sequence[int],
+        words: Sequence[np.ndarray],
+        shard: Shard | None,
+    ) -> tuple[dict[str, Pictures], list[list[Slots]], tuple[int, ...]]:
+        """Each branch's inputs; each picture's tokens by branch; and visual tokens of the branches.
 
         Args:
             pictures: of all rows.
+            counts: of each row's.
             words: for each picture the text ids of its row.
             shard: see `__call__`.
         """
         slots = shard.pictures if shard else None
         if not (pictures or slots):
             return {}, [], ()
-        frames = [len(p.frames) if isinstance(p, Video) else 1 for p in pictures]
-        owner = [i for i, count in enumerate(frames) for _ in range(count)]
-        shown = {convert: _shown(pictures, convert) for convert in self.converts}
-        videos = {k: p.pool for k, i in enumerate(owner) if isinstance(p := pictures[i], Video)}
+        owner = [i for i, p in enumerate(pictures) for _ in range(_frames(p))]
+        videos = any(isinstance(p, Video) for p in pictures)
         if slots is not None and (videos or len(owner) > slots):
             raise no_room("pictures", len(owner), slots)
-        pools = [videos.get(k, 1) for k in range(len(owner))]
-        numbers: list[list[np.ndarray]] = [[] for _ in pictures]
-        inputs: dict[str, dict[str, AnyArray]] = {}
+        shown = {convert: _rows(pictures, counts, convert) for convert in self.converts}
+        parts: list[list[Slots]] = [[] for _ in pictures]
+        inputs: dict[str, Pictures] = {}
         sizes: list[int] = []
-        for branch in self.config.branches:
-            ready = branch.views(shown[branch.views.images.convert], videos, slots)
-            inputs[branch.name] = ready.inputs
-            if branch.views.reads_text:
-                inputs[branch.name] |= self._texts([words[i] for i in owner], shard)
-            if shard:
-                ready = numbered(ready, shard)
-            seen, pool = pooled(ready, pools)
-            if pool is not None:
-                inputs[branch.name]["pool"] = pool
-            own: list[list[np.ndarray]] = [[] for _ in pictures]
-            for i, indices in zip(owner, seen, strict=True):
-                own[i].append(sum(sizes) + indices)
-            for mine, whole in zip(own, numbers, strict=True):
-                whole.append(np.concatenate(mine))
-            sizes.append(ready.size + (0 if pool is None else len(pool)))
-        return inputs, numbers, tuple(sizes)
+        for number, branch in enumerate(self.config.branches):
+            path = branch.architecture
+            ready = path.prepare(shown[path.images.convert], slots)
+            tokens, gather, size = laid(ready, sum(sizes), number, shard)
+            prompt = self._texts([words[i] for i in owner], shard) if path.reads_text else None
+            inputs[branch.name] = Pictures(ready.inputs, gather, prompt)
+            for mine, more in zip(parts, tokens, strict=True):
+                mine.append(more)
+            sizes.append(size)
+        return inputs, parts, tuple(sizes)
 
-    def _texts(self, words: Sequence[np.ndarray], shard: Shard | None) -> dict[str, AnyArray]:
-        """For each picture the ids of its prompt, int32[n, l], and where they are."""
+    def _texts(self, words: Sequence[np.ndarray], shard: Shard | None) -> Prompt:
+        """For each picture or frame the ids of its prompt."""
         n = shard.pictures if shard else bucket(len(words))
         ids = np.zeros((n, shard.text if shard else self._length(max(map(len, words)))), np.int32)
         mask = np.zeros(ids.shape, bool)
         for i, row in enumerate(words):
             ids[i, : len(row)], mask[i, : len(row)] = row, True
-        return {"text": ids, "text_mask": mask}
+        return Prompt(ids, mask)
 
     def require_tokenizer(self) -> Any:
         """The tokenizer; raises InputError if there is none."""
@@ -439,12 +447,17 @@ class Processor:
         return self.tokenizer
 
 
-def _shown(pictures: Sequence[Picture], convert: Convert) -> list[Image.Image]:
-    """All pictures and frames as RGB."""
-    groups = (
-        p.frames if isinstance(p, Video) else (open_image(p, convert=convert),) for p in pictures
-    )
-    return [view for group in groups for view in group]
+def _frames(picture: Picture) -> int:
+    """Pictures that are shown of one, or of a video."""
+    return len(picture.frames) if isinstance(picture, Video) else 1
+
+
+def _rows(
+    pictures: Sequence[Picture], counts: Sequence[int], convert: Convert
+) -> list[list[Media]]:
+    """Each row's pictures, RGB, and videos."""
+    rest = (p if isinstance(p, Video) else open_image(p, convert=convert) for p in pictures)
+    return [list(itertools.islice(rest, count)) for count in counts]
 
 
 def _words(rows: Sequence[np.ndarray]) -> list[np.ndarray]:

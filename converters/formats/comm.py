@@ -24,12 +24,11 @@ from converters.source import Layout, Source
 from converters.towers import Towers
 from converters.values import ANY, DEEPEST, Values
 from vfjax import InputError
-from vfjax.connectors import COMMConfig, MergeConfig
-from vfjax.views import Pair, Whole
+from vfjax.architectures import Comm, COMMConfig, MergeConfig
 from vfjax.vision.images import ImageSpec
 
 OPTIONS = ("layers", "layers_aux", "merge", "blocks", "ratio", "join")
-"""Keys of `mm_comm`; see `vfjax.connectors.MergeConfig` and `COMMConfig`."""
+"""Keys of `mm_comm`; see `vfjax.architectures.MergeConfig` and `COMMConfig`."""
 
 
 def read(hf: Values) -> COMMConfig:
@@ -48,7 +47,7 @@ LAYERS = {"least": -DEEPEST, "most": DEEPEST}
 """Bounds of hidden states' numbers."""
 
 
-def views(hf: Values, images: ImageSpec, encoder: Any, connector: COMMConfig) -> Whole | Pair:
+def path(hf: Values, images: ImageSpec, encoder: Any, connector: COMMConfig) -> Comm:
     """The same pixels for both encoders, each with the mean and deviation it was trained on.
 
     Raises:
@@ -56,7 +55,7 @@ def views(hf: Values, images: ImageSpec, encoder: Any, connector: COMMConfig) ->
     """
     aux = hf.any("aux")
     if aux is None:
-        return Whole(images, connector.tokens(encoder.tokens))
+        return Comm(encoder, connector, images)
     if images.size != getattr(aux, "input_size", aux.image_size):
         raise InputError(
             "second vision tower",
@@ -70,7 +69,8 @@ def views(hf: Values, images: ImageSpec, encoder: Any, connector: COMMConfig) ->
         name="second vision tower: preprocessor",
     )
     shown = dataclasses.replace(images, mean=own.mean, std=own.std)
-    return Pair(images, shown, connector.tokens(encoder.tokens, aux.tokens))
+    connector.tokens(encoder.tokens, aux.tokens)
+    return Comm(encoder, connector, images, aux, images_aux=shown)
 
 
 def merge_rules(part: str) -> tuple[Rule, ...]:
@@ -90,7 +90,7 @@ TABLE = Table(
     types=("comm",),
     read=read,
     unused=dict.fromkeys(("act", "blocks", "mm_projector_type", "ratio"), ANY),
-    views=views,
+    path=path,
     rules=(
         *merge_rules("encoder"),
         *merge_rules("aux"),

@@ -15,13 +15,13 @@ from converters.formats.llava import (
 from converters.source import Layout, Source
 from converters.towers import Towers
 from converters.values import ANY, DEEPEST, Unused, Values
-from vfjax.connectors import dense
+from vfjax.architectures import dense
 
 KINDS = ("sti", "sci", "dci")
 
 
 def groups(config: Values, encoder: Mapping[str, Any]) -> dict[str, Any]:
-    """What the connector reads, by the kind and the tower; see `vfjax.connectors.dense`.
+    """What the connector reads, by the kind and the tower; see `vfjax.architectures.dense`.
 
     The published code has fixed layers, those of CLIP-L and SigLIP-so400m (DenseConnector
     llava/model/multimodal_encoder). CLIP's second mean includes the plain feature, SigLIP's does

@@ -6,6 +6,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from converters import registry
 from converters.formats import dense_connector, llava
 from converters.formats.llava import (
@@ -21,8 +23,7 @@ from converters.source import Layout, Source
 from converters.towers import Tower, Towers
 from converters.values import ANY, Unused, Values
 from vfjax import InputError
-from vfjax.connectors import MiningConfig
-from vfjax.views import TwoScales
+from vfjax.architectures import Inputs, MiniGemini, MiningConfig
 from vfjax.vision.images import ImageSpec
 
 MODELS = {
@@ -63,21 +64,20 @@ GRID = 16
 """Most views a side."""
 
 
-def views(hf: Values, images: ImageSpec, encoder: Any, connector: MiningConfig) -> TwoScales:
+def path(hf: Values, images: ImageSpec, encoder: Any, connector: MiningConfig) -> MiniGemini:
     """The high-resolution picture, and views of it for the encoder."""
     side = hf.whole("image_size_aux")
     high = dataclasses.replace(images, size=side, edge=side)
-    tokens = encoder.prefix + encoder.tokens - connector.combine.drop
-    return TwoScales(high, images.size, connector.grid, connector.whole, tokens)
+    return MiniGemini(encoder, connector, high, hf.any("aux"), size=images.size)
 
 
-def recorded(config: MiningConfig, inputs: Arrays, stages: Arrays) -> Arrays:
+def recorded(config: MiningConfig, inputs: Inputs, stages: Arrays) -> Arrays:
     """MGM's names; of the joined map the tests keep every few rows and columns, from 1 on."""
     crops = config.grid**2
-    out = {
+    out: dict[str, np.ndarray] = {
         **stages,
-        "pixel_values": inputs["pixels"].transpose(0, 3, 1, 2),
-        "pixel_values_aux": inputs["pixels_aux"].transpose(0, 3, 1, 2),
+        "pixel_values": np.moveaxis(np.asarray(inputs.pixels), -1, 1),
+        "pixel_values_aux": np.moveaxis(np.asarray(inputs.pixels_aux), -1, 1),
         "aux_features_strided": stages["aux_features"].transpose(0, 3, 1, 2)[:, :, 1::4, 1::4],
     }
     if config.whole:
@@ -95,7 +95,7 @@ TABLE = Table(
     types=("mining",),
     read=read,
     unused=mlp.UNUSED,
-    views=views,
+    path=path,
     recorded=recorded,
     limits={"pixel_values": 1e-5},  # resized after their normalisation
     rules=(

@@ -23,8 +23,8 @@ from converters.source import Layout, Source
 from converters.towers import Towers
 from converters.values import Values
 from vfjax import InputError
-from vfjax.connectors import SliMEConfig
-from vfjax.views import Sliced
+from vfjax.architectures import Slime, SliMEConfig
+from vfjax.architectures.slime import Slices
 from vfjax.vision.images import ImageSpec
 
 OPTIONS = {
@@ -72,19 +72,18 @@ def shown(hf: Values) -> Literal["all", "global", "local"]:
     return "global" if whole else "local" if tiles else "all"
 
 
-def views(hf: Values, images: ImageSpec, encoder: Any, connector: SliMEConfig) -> Sliced:
+def path(hf: Values, images: ImageSpec, encoder: Any, connector: SliMEConfig) -> Slime:
     """The whole picture and tiles."""
     del hf
-    tokens = encoder.prefix + encoder.tokens - connector.combine.drop
-    return Sliced(images, tokens, math.isqrt(connector.queries), connector.tiles)
+    return Slime(encoder, connector, images)
 
 
-def recorded(config: SliMEConfig, inputs: Arrays, stages: Arrays) -> Arrays:
+def recorded(config: SliMEConfig, inputs: Slices, stages: Arrays) -> Arrays:
     """SliME's names, for a batch of one picture; empty slots for tiles are cut."""
-    tiles = int(inputs["tile_mask"][0].sum())
+    tiles = int(inputs.tile_mask[0].sum())
     local = tiles * config.queries
     return {
-        "pixel_values": inputs["pixels"].transpose(0, 3, 1, 2)[: 1 + tiles],
+        "pixel_values": np.moveaxis(np.asarray(inputs.pixels), -1, 1)[: 1 + tiles],
         "vision_features": stages["vision_features"][: 1 + tiles],
         "gates": stages["gates"][0],
         "global_features": stages["global_features"][0],
@@ -121,7 +120,7 @@ TABLE = Table(
     types=("slime",),
     read=read,
     unused=mlp.UNUSED,
-    views=views,
+    path=path,
     recorded=recorded,
     rules=(
         *projector_rules("mm_projector.projection.", "projector"),

@@ -4,12 +4,20 @@ import math
 import re
 from typing import Any
 
+import numpy as np
+
 from converters.params.table import Arrays, Rule, Table, dense
 from converters.values import ANY, DEEPEST, REQUIRED, Unused, Values
 from vfjax import InputError
-from vfjax.connectors import Combine, LLaVAConfig, MLPConfig
+from vfjax.architectures import (
+    Combine,
+    Inputs,
+    Llava,
+    LlavaNext,
+    MLPConfig,
+    ProjectorConfig,
+)
 from vfjax.errors import cut
-from vfjax.views import Anyres, Whole
 from vfjax.vision.images import ImageSpec
 
 MOST = 8
@@ -68,21 +76,23 @@ def groups(hf: Values) -> tuple[tuple[int, ...], ...]:
     return tuple(each.wholes(i, least=-DEEPEST, most=DEEPEST) for i in each.data)
 
 
-def config(hf: Values) -> LLaVAConfig:
+def config(hf: Values) -> ProjectorConfig:
     """A projector on joined hidden states; see `projector` and `combine`."""
     newline = hf.choice("merge", MERGES, "flat") == "spatial_unpad"
-    return LLaVAConfig(projector(hf), combine(hf), newline)
+    return ProjectorConfig(projector(hf), combine(hf), newline)
 
 
 MERGES = ("flat", "spatial", "spatial_unpad")
 """LLaVA's values of `mm_patch_merge_type`."""
 
 
-def views(hf: Values, images: ImageSpec, encoder: Any, connector: LLaVAConfig) -> Whole | Anyres:
+def path(
+    hf: Values, images: ImageSpec, encoder: Any, connector: ProjectorConfig
+) -> Llava | LlavaNext:
     """Tiles if the connector has `pinpoints`, the whole picture otherwise."""
     tokens = connector.combine.tokens(encoder.prefix + encoder.tokens - connector.combine.drop)
     if "pinpoints" not in hf:
-        return Whole(images, tokens)
+        return Llava(encoder, connector, images)
     if connector.combine.axis == "tokens":
         raise InputError(
             "config.json: mm_dense_connector_type",
@@ -90,8 +100,7 @@ def views(hf: Values, images: ImageSpec, encoder: Any, connector: LLaVAConfig) -
             expected="one token a patch",
             fix="use 'sci' or 'dci' with image_aspect_ratio 'anyres'",
         )
-    side = math.isqrt(tokens)
-    if side**2 != tokens:
+    if math.isqrt(tokens) ** 2 != tokens:
         raise InputError(
             hf.where,
             found=f"{tokens} tokens a tile",
@@ -99,23 +108,25 @@ def views(hf: Values, images: ImageSpec, encoder: Any, connector: LLaVAConfig) -
             fix="correct mm_vision_select_feature, or vision_feature_select_strategy",
         )
     merge, decimals = hf.choice("merge", MERGES), hf.whole("unpad_decimals", None, least=0)
-    return Anyres(images, hf.pairs("pinpoints"), side, merge, decimals)
+    return LlavaNext(
+        encoder, connector, images, pinpoints=hf.pairs("pinpoints"), merge=merge, decimals=decimals
+    )
 
 
-def recorded(config: Any, inputs: Arrays, stages: Arrays) -> Arrays:
+def recorded(config: Any, inputs: Inputs, stages: Arrays) -> Arrays:
     """Stages have the names of LLaVA's code already; pixels are NCHW there."""
     del config
-    return {**stages, "pixel_values": inputs["pixels"].transpose(0, 3, 1, 2)}
+    return {**stages, "pixel_values": np.moveaxis(np.asarray(inputs.pixels), -1, 1)}
 
 
-UNUSED: Unused = {"aux": ANY}  # the second encoder's config, for `views` that read it
+UNUSED: Unused = {"aux": ANY}  # the second encoder's config, for what reads it
 """On connectors."""
 
 TABLE = Table(
     types=("mlp",),
     read=config,
     unused=UNUSED,
-    views=views,
+    path=path,
     recorded=recorded,
     rules=(*projector_rules("", "projector"), Rule("image_newline", "newline", optional=True)),
 )

@@ -11,6 +11,7 @@ import numpy as np
 
 from converters.values import Unused, Values
 from vfjax import InputError
+from vfjax.architectures import Architecture
 from vfjax.errors import counted
 from vfjax.merge import LazyTensor
 from vfjax.vision.images import ImageSpec
@@ -98,8 +99,8 @@ class Table:
             first that fits.
         around: such keys beside the `vision_config` of a larger model that a tower is part of.
         architecture: class that a causal LM's config.json names; empty for other components.
-        views: for connectors: (their Hugging Face config, preprocessing, encoder's config,
-            connector's config) -> what the encoders are shown (`vfjax.views`).
+        path: for connectors: (their Hugging Face config, preprocessing, encoder's config,
+            connector's config) -> the branch's architecture.
         recorded: for connectors: (connector's config, the branch's inputs, its stages) -> the
             stages under the names of the authors' code, for `converters verify`.
         limits: for connectors: stage -> limit of `converters verify` in place of the usual one.
@@ -116,8 +117,8 @@ class Table:
     prefixes: tuple[tuple[str, str], ...] = (("", ""),)
     around: Unused = dataclasses.field(default_factory=dict)
     architecture: str = ""
-    views: Callable[[Values, ImageSpec, Any, Any], Any] | None = None
-    recorded: Callable[[Any, Arrays, Arrays], Arrays] | None = None
+    path: Callable[[Values, ImageSpec, Any, Any], Architecture] | None = None
+    recorded: Callable[[Any, Any, Arrays], Arrays] | None = None
     limits: Mapping[str, float] = dataclasses.field(default_factory=dict)
     published: Mapping[str, "Published"] = dataclasses.field(default_factory=dict)
 
@@ -139,10 +140,10 @@ class Table:
         values.done(self.unused)
         return made
 
-    def connector(
+    def architecture_of(
         self, hf: Mapping[str, Any], where: str, images: ImageSpec, encoder: Any
-    ) -> tuple[Any, Any]:
-        """A connector's config, as `config`, and what its encoders are shown.
+    ) -> Architecture:
+        """The architecture of a branch by its connector's config.
 
         Args:
             hf: as of `config`; `aux` is the second encoder's config.
@@ -150,12 +151,11 @@ class Table:
             images: how pictures are prepared.
             encoder: config of the encoder.
         """
-        assert self.views is not None, f"the table of {where} has no views"
+        assert self.path is not None, f"the table of {where} is of no connector"
         values = Values(hf, where)
-        made = self.read(values)
-        views = self.views(values, images, encoder, made)
+        made = self.path(values, images, encoder, self.read(values))
         values.done(self.unused)
-        return made, views
+        return made
 
     def match(self, shapes: Mapping[str, tuple[int, ...]]) -> dict[str, Rule]:
         """Parameter path -> its rule, with the layer's number filled in.

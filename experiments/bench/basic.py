@@ -29,6 +29,7 @@ import converters
 from converters.load import abstract, flatten, join
 from experiments.bench.common import Row, arguments, cores, forget, interleaved, report, row
 from vfjax import Batch, InputError, Model, Processor, forward, generate_ids
+from vfjax.architectures import Inputs
 
 Notes = dict[str, Any]
 
@@ -122,7 +123,9 @@ class Pair:
 
     def pixels(self, rows: int = 1) -> torch.Tensor:
         """The picture as our processor makes it, in torch's layout."""
-        pixels = next(iter(self.batch(rows).images.values()))["pixels"]
+        (seen,) = self.batch(rows).images.values()
+        assert isinstance(seen.given, Inputs)
+        pixels = seen.given.pixels
         return torch.tensor(np.asarray(pixels)).permute(0, 3, 1, 2).contiguous()
 
     def peer_inputs(self) -> dict[str, torch.Tensor]:

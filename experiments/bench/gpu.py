@@ -31,7 +31,7 @@ from experiments.bench.common import Row, arguments, interleaved, report, row
 from experiments.tasks.plan import CHIPS, Chip
 from experiments.tasks.shapes import llava, model_config
 from vfjax import Batch, Model, Processor, encode, generate_ids
-from vfjax.connectors import MLPConfig
+from vfjax.architectures import MLPConfig
 from vfjax.model import ModelConfig
 from vfjax.sharding import nbytes
 
@@ -110,11 +110,11 @@ def make_case(name: str, *, quick: bool) -> Case:
             config.llm, vocab=320, width=64, layers=2, heads=2, kv_heads=1, head_dim=32, mlp=128
         )
         branch = llava(llm.width)
-        tower = dataclasses.replace(branch.encoder, width=64, heads=2, mlp=128)
-        connector = dataclasses.replace(
-            branch.connector, projector=MLPConfig(tower.width, llm.width)
-        )
-        branch = dataclasses.replace(branch, encoder=tower, connector=connector)
+        path: Any = branch.architecture
+        tower = dataclasses.replace(path.encoder, width=64, heads=2, mlp=128)
+        connector = dataclasses.replace(path.connector, projector=MLPConfig(tower.width, llm.width))
+        path = dataclasses.replace(path, encoder=tower, connector=connector)
+        branch = dataclasses.replace(branch, architecture=path)
         config, dtype = ModelConfig((branch,), llm), "float32"
     processor = Processor(config, lengths=tuple(range(64, 8192, 64)))
     theirs = peers(config, getattr(torch, dtype))
@@ -134,7 +134,7 @@ def random_model(config: ModelConfig, dtype: str) -> Model:
 
 def peers(config: ModelConfig, dtype: torch.dtype) -> tuple[Any, Any]:
     """The vision tower and LLM of transformers in the same shapes, where torch runs best."""
-    tower, llm = config.branches[0].encoder, config.llm
+    tower, llm = config.branches[0].architecture.encoder, config.llm
     sizes = transformers.LlamaConfig(
         vocab_size=llm.vocab,
         hidden_size=llm.width,
@@ -218,7 +218,7 @@ def least(case: Case, b: int, chip: Chip) -> Least:
     heads = llm.layers * llm.heads * llm.head_dim
     towers = 0.0
     for branch in model.config.branches:
-        tower = branch.encoder
+        tower = branch.architecture.encoder
         n = tower.tokens + tower.prefix
         blocks = jax.tree.leaves(model.branches[branch.name])
         towers += 2 * n * sum(x.size for x in blocks) + 4 * n * n * tower.layers * tower.width

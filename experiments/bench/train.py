@@ -31,6 +31,7 @@ from experiments.bench.basic import FULL, QUICK, Sizes, load_peer, write_folder
 from experiments.bench.common import Row, arguments, cores, interleaved, report, row
 from experiments.configs.train import CONNECTOR, LLM
 from vfjax import Batch, InputError
+from vfjax.architectures import Inputs
 from vfjax.data import Batches, Conversations
 from vfjax.train import Group, Optim, Options, fit, init, make_step, split
 
@@ -101,7 +102,9 @@ def bench_step(
     marks = [peer.config.image_token_id] * branch.tokens
     inputs = torch.tensor([[1, *marks, *row] for row in words])
     targets = torch.tensor([[-100] * (1 + len(marks)) + row for row in words])
-    pixels = next(iter(batch.images.values()))["pixels"]
+    (seen,) = batch.images.values()
+    assert isinstance(seen.given, Inputs)
+    pixels = seen.given.pixels
     pixels = torch.tensor(np.asarray(pixels)).permute(0, 3, 1, 2).contiguous()
 
     def theirs() -> float:

@@ -18,6 +18,7 @@ import converters
 from experiments.configs.train import CONNECTOR, LLM
 from experiments.family import encoders, language, scenes
 from vfjax import CacheFusion, LogitsFusion, Model, Processor, Prune, encode
+from vfjax.architectures import Prompt
 from vfjax.data import Batches, Conversations
 from vfjax.eval.data import read_lines
 from vfjax.train import Group, Optim, Options, fit
@@ -118,15 +119,18 @@ def align(model: Model, data: Path, recipe: Recipe, *, report: Report = print) -
     tx = optax.adam(optax.cosine_decay_schedule(3e-3, recipe.align))
 
     def loss(params: Any, seen: Any, words: Array) -> Array:
-        tokens = nnx.merge(graph, params, rest)(*seen, model.llm.lookup)["tokens"]
+        whole = jax.tree.map(lambda x: x, branch)  # another branch of the same arrays
+        whole.connector = nnx.merge(graph, params, rest)
+        tokens = whole.visual_tokens(seen[0], model.llm.lookup, prompt=seen[1]).values
         tokens = tokens.reshape(len(words), -1, table.shape[1])[:, : words.shape[1]]
         return scale * ((tokens - table[words]) ** 2).mean()
 
     def step(seen: Any, words: Array, carry: Any, picks: Array) -> tuple[Any, Array]:
         params, state = carry
-        shown, inputs = jax.tree.map(lambda x: x[picks], seen)
-        some = jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:]), shown), inputs
-        value, grads = jax.value_and_grad(loss)(params, some, words[picks])
+        shown, encoded, prompt = jax.tree.map(lambda x: x[picks], seen)
+        flat = jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:]), shown)
+        some = dataclasses.replace(encoded, states=flat)
+        value, grads = jax.value_and_grad(loss)(params, (some, prompt), words[picks])
         updates, state = tx.update(grads, state)
         return (optax.apply_updates(params, updates), state), value
 
@@ -148,30 +152,22 @@ def spread(words: np.ndarray, side: int) -> np.ndarray:
     return grid[:, near][:, :, near].reshape(len(words), -1)
 
 
-def states(branch: Any, files: Sequence[Path]) -> tuple[Any, Any]:
+def states(branch: Any, files: Sequence[Path]) -> tuple[Any, Any, Any]:
     """What the connector reads of pictures, and is given besides; a row of each a picture.
 
     Returns:
-        encoder -> hidden states float32[n, ...]; the other inputs of its views, SliME's router
-        shown one word that stands for any prompt.
+        encoder -> hidden states float32[n, ...]; the rest of `Encoded`; and the prompt, for SliME's
+        router one word that stands for any, else None.
     """
-    taps, views = branch.config.connector.taps, branch.config.views
-    inputs = {"encoder": "pixels", "aux": "pixels_aux"}
-
-    @jax.jit
-    def run(branch: Any, pixels: dict[str, Array]) -> dict[str, list[Array]]:
-        return {k: list(getattr(branch, k)(pixels[inputs[k]], t)) for k, t in taps.items()}
-
+    run = jax.jit(lambda branch, inputs: branch.encode(inputs))
+    words = np.full((256, 1), language.IDS["?"], np.int32)
+    prompt = Prompt(words, np.ones_like(words, bool)) if branch.config.reads_text else None
     parts = []
     for i in range(0, len(files), 256):
-        pictures = [Image.open(file).convert("RGB") for file in files[i : i + 256]]
-        shown = views(pictures, slots=256).inputs
-        found = run(branch, {k: shown.pop(k) for k in inputs.values() if k in shown})
-        if views.reads_text:
-            words = np.full((256, 1), language.IDS["?"], np.int32)
-            shown |= {"text": words, "text_mask": np.ones_like(words, bool)}
-        rows = jax.tree.map(lambda x: x.reshape(256, -1, *x.shape[1:]), found)
-        parts.append(jax.device_get((rows, shown)))
+        rows = [[Image.open(file).convert("RGB")] for file in files[i : i + 256]]
+        found = run(branch, branch.config.prepare(rows, slots=256).inputs)
+        each = jax.tree.map(lambda x: x.reshape(256, -1, *x.shape[1:]), found.states)
+        parts.append(jax.device_get((each, dataclasses.replace(found, states={}), prompt)))
     return jax.tree.map(lambda *x: jnp.concatenate(x)[: len(files)], *parts)
 
 

@@ -155,7 +155,10 @@ def watch(config: ConfigDict, folder: Path, asked: Sequence[Asked]) -> Seen:
     for some, batch in batches(config, processor, asked):
         opened = [processor.open(a.picture) for a in some]
         boxes = [
-            [look.regions(b, file.rgb(b.views.images.convert)) for b in model.config.branches]
+            [
+                look.regions(b, file.rgb(b.architecture.images.convert))
+                for b in model.config.branches
+            ]
             for file in opened
         ]
         found, segments, pooled = jax.device_get(see(model, batch, look.readers(batch)))
@@ -438,7 +441,7 @@ def probes(config: ConfigDict, workdir: Path, record: dict[str, Any]) -> list[Se
     for name in MEMBERS:
         model: Model = converters.load(FAMILY / name, dtype=config.dtype)[0]
         (branch,) = model.branches.values()
-        images = branch.config.views.images
+        images = branch.config.images
         stats = {"image_mean": images.mean, "image_std": images.std}
         by_tap = [
             encoders.probes(branch.encoder, stats, known, new, tap)

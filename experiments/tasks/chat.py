@@ -103,7 +103,7 @@ class Speaker:
         mean = rows[0].mean(axis=0)
         out = []
         for k, branch in enumerate(self.model.config.branches):
-            shown = picture.rgb(branch.views.images.convert)
+            shown = picture.rgb(branch.architecture.images.convert)
             boxes = look.regions(branch, shown)
             out.append(Seen(_overlay(shown, mean[segment == k + 1], boxes), shares[k + 1]))
         return out

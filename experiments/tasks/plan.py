@@ -22,6 +22,7 @@ from converters.export import to_bytes
 from converters.load import abstract, join
 from experiments.tasks.shapes import model_config
 from vfjax import Batch, InputError, Model, Processor
+from vfjax.architectures import Pictures
 from vfjax.atomic import replacing
 from vfjax.errors import counted
 from vfjax.model import ModelConfig
@@ -317,8 +318,8 @@ def plan_generate(config: ConfigDict, model: Model, mesh: Mesh, batch: Batch) ->
         return Shape(x.shape, x.dtype, sharding=NamedSharding(mesh, over))
 
     images: Any = {
-        name: {"tokens": laid(tokens), "keep": laid(keep)}
-        for name, (tokens, keep) in zip(names, memories, strict=True)
+        name: Pictures(jax.tree.map(laid, memory))
+        for name, memory in zip(names, memories, strict=True)
     }
     batch = dataclasses.replace(batch, images=images)
     size = batch.read + config.new_tokens

@@ -6,18 +6,21 @@ from pathlib import Path
 from converters.folder import open_source
 from converters.load import model_config as config_of
 from vfjax import InputError
-from vfjax.connectors import (
+from vfjax.architectures import (
+    Comm,
     COMMConfig,
-    LLaVAConfig,
+    Llava,
     MergeConfig,
+    MiniGemini,
     MiningConfig,
     MLPConfig,
+    ProjectorConfig,
+    Slime,
     SliMEConfig,
     dense,
 )
 from vfjax.llm.llama import LlamaConfig
 from vfjax.model import BranchConfig, ModelConfig
-from vfjax.views import Pair, Sliced, TwoScales, Whole
 from vfjax.vision.encoders import CLIPConfig, ConvNeXtConfig, DINOv2Config, SigLIPConfig
 from vfjax.vision.images import ImageSpec
 
@@ -38,22 +41,22 @@ def images(size: int) -> ImageSpec:
 
 def llava(dout: int) -> BranchConfig:
     clip = CLIPConfig()
-    connector = LLaVAConfig(MLPConfig(clip.width, dout))
-    return BranchConfig("llava", clip, connector, Whole(images(336), clip.tokens))
+    connector = ProjectorConfig(MLPConfig(clip.width, dout))
+    return BranchConfig("llava", Llava(clip, connector, images(336)))
 
 
 def dense_clip(dout: int) -> BranchConfig:
     clip = CLIPConfig()
     combine = dense("dci", clip.layers, -2)
-    connector = LLaVAConfig(MLPConfig(combine.width(clip.width), dout), combine)
-    return BranchConfig("dense", clip, connector, Whole(images(336), clip.tokens))
+    connector = ProjectorConfig(MLPConfig(combine.width(clip.width), dout), combine)
+    return BranchConfig("dense", Llava(clip, connector, images(336)))
 
 
 def dense_siglip(dout: int) -> BranchConfig:
     siglip = SigLIPConfig()
     combine = dense("dci", siglip.layers - 1, 26, drop=0)
-    connector = LLaVAConfig(MLPConfig(combine.width(siglip.width), dout), combine)
-    return BranchConfig("dense", siglip, connector, Whole(images(384), siglip.tokens))
+    connector = ProjectorConfig(MLPConfig(combine.width(siglip.width), dout), combine)
+    return BranchConfig("dense", Llava(siglip, connector, images(384)))
 
 
 def comm(dout: int) -> BranchConfig:
@@ -63,21 +66,20 @@ def comm(dout: int) -> BranchConfig:
         dout,
         MergeConfig(dino.width, tuple(range(19, 25)), blocks=1),
     )
-    views = Pair(images(336), images(336), clip.tokens)
-    return BranchConfig("comm", clip, connector, views, dino)
+    path = Comm(clip, connector, images(336), dino, images_aux=images(336))
+    return BranchConfig("comm", path)
 
 
 def mgm(dout: int) -> BranchConfig:
     clip, aux = CLIPConfig(), ConvNeXtConfig(image_size=768)
     connector = MiningConfig(MLPConfig(clip.width, dout), clip.width, sum(aux.widths))
-    views = TwoScales(images(768), 336, 1, False, clip.tokens)
-    return BranchConfig("mgm", clip, connector, views, aux)
+    return BranchConfig("mgm", MiniGemini(clip, connector, images(768), aux, size=336))
 
 
 def slime(dout: int) -> BranchConfig:
     clip = CLIPConfig()
     connector = SliMEConfig(MLPConfig(clip.width, dout), clip.width)
-    return BranchConfig("slime", clip, connector, Sliced(images(336), clip.tokens, 12))
+    return BranchConfig("slime", Slime(clip, connector, images(336)))
 
 
 BRANCHES: dict[str, Callable[[int], BranchConfig]] = {

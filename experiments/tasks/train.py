@@ -160,7 +160,8 @@ def staged(config: ModelConfig, stage: ConfigDict, name: str) -> ModelConfig:
         )
     branches, switches = [], stage.connector.to_dict()
     for branch in config.branches:
-        known = getattr(branch.connector, "switches", ())
+        path: Any = branch.architecture
+        known = getattr(path.connector, "switches", ())
         if unknown := sorted(set(switches) - set(known)):
             raise InputError(
                 f"config.stages.{name}.connector.{unknown[0]}",
@@ -168,19 +169,19 @@ def staged(config: ModelConfig, stage: ConfigDict, name: str) -> ModelConfig:
                 expected=", ".join(known) or f"none: the connector of {branch.name!r} has none",
                 fix="remove it",
             )
-        views = branch.views
         if stage.aspect:
-            images = dataclasses.replace(views.images, aspect=stage.aspect)
-            views = dataclasses.replace(views, images=images)
-        connector = dataclasses.replace(branch.connector, **switches)
-        branches.append(dataclasses.replace(branch, views=views, connector=connector))
+            images = dataclasses.replace(path.images, aspect=stage.aspect)
+            path = dataclasses.replace(path, images=images)
+        connector = dataclasses.replace(path.connector, **switches)
+        path = dataclasses.replace(path, connector=connector)
+        branches.append(dataclasses.replace(branch, architecture=path))
     return dataclasses.replace(config, branches=tuple(branches))
 
 
 def switch(model: Model, config: ModelConfig) -> None:
     """Gives the connectors the options of a config."""
     for branch in config.branches:
-        model.branches[branch.name].connector.config = branch.connector
+        model.branches[branch.name].connector.config = branch.architecture.connector
 
 
 def train(

@@ -87,7 +87,7 @@ def logits(folder: Path, **options: Any) -> tuple[np.ndarray, list[int], np.ndar
     model, processor = converters.load(folder, **options)
     batch = processor([PICTURE], input_ids=[ids])
     ours = np.asarray(model(batch))[0, : int(batch.mask[0].sum())]
-    return ours, ids, np.asarray(batch.images["clip"]["pixels"])
+    return ours, ids, np.asarray(batch.images["clip"].given.pixels)
 
 
 def assert_speaks(folder: Path, member: Any, **options: Any) -> None:

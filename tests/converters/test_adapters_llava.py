@@ -182,8 +182,8 @@ def test_logits(model: Any, bases: Path, tmp_path: Path, settings: dict[str, Any
     ids = [1, 7, -200, 31]
     batch = processor([PICTURE], input_ids=[ids])
     ours = np.asarray(ours_model(batch))[0, : int(batch.mask[0].sum())]
-    theirs = reference(merged, np.asarray(batch.images["clip"]["pixels"])[:1], ids)
-    before = reference(model, np.asarray(batch.images["clip"]["pixels"])[:1], ids)
+    theirs = reference(merged, np.asarray(batch.images["clip"].given.pixels)[:1], ids)
+    before = reference(model, np.asarray(batch.images["clip"].given.pixels)[:1], ids)
     assert np.abs(ours - theirs).max() <= 2e-5 * np.abs(theirs).max()
     assert np.abs(ours - before).max() >= 1e-2 * np.abs(theirs).max()
 

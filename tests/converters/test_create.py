@@ -231,7 +231,7 @@ def test_round_trip(
     assert read[1].template == made[1].template and read[1].stop_ids == made[1].stop_ids == (2, 7)
     for model, _ in (made, read):
         (branch,) = model.config.branches
-        assert branch.tokens == tokens and branch.connector.taps == taps
+        assert branch.tokens == tokens and branch.architecture.connector.taps == taps
     one, two = (flatten(nnx.state(model)) for model, _ in (made, read))
     assert one.keys() == two.keys()
     for name, param in one.items():
@@ -274,15 +274,16 @@ def test_comm_shows_both_encoders_the_same_pixels(folders: Path):
     )
     (branch,) = model.config.branches
     batch = processor(images=[PICTURE], prompts=[processor.chat("?")])
-    one, two = (np.asarray(batch.images["clip"][key])[0] for key in ("pixels", "pixels_aux"))
-    own = branch.views.images, branch.views.images_aux
+    given, path = batch.images["clip"].given, branch.architecture
+    one, two = (np.asarray(x)[0] for x in (given.pixels, given.pixels_aux))
+    own = path.images, path.images_aux
     assert own[0].mean != own[1].mean and own[1].mean == (0.485, 0.456, 0.406)
     shown = [
         x * np.float32(s.std) + np.float32(s.mean) for x, s in zip((one, two), own, strict=True)
     ]
     np.testing.assert_allclose(*shown, atol=1e-6)
     np.testing.assert_array_equal(one, preprocess(Image.fromarray(PICTURE), own[0]))
-    assert branch.connector.aux.layers == (3,)  # the last quarter, at least one
+    assert path.connector.aux.layers == (3,)  # the last quarter, at least one
 
 
 def test_llm_of_a_multimodal_folder(folders: Path, tmp_path: Path):
@@ -298,7 +299,7 @@ def test_llm_of_a_multimodal_folder(folders: Path, tmp_path: Path):
     assert not (tmp_path / "out/preprocessor_config.json").exists()  # of another encoder
     again, reader = converters.load(tmp_path / "out")
     assert processor.template == reader.template == "llama3"
-    assert again.config.branches[0].views == model.config.branches[0].views
+    assert again.config.branches[0] == model.config.branches[0]
 
 
 @pytest.mark.parametrize(

@@ -32,7 +32,14 @@ CASES = [
     "slime_vicuna",
 ]
 KINDS = {"mgm": "mgm_plain", "slime": "slime_vicuna", "next": "llava_next_anyres"}
-visual_tokens = jax.jit(Model.visual_tokens)
+
+
+@jax.jit
+def visual_tokens(model, images):
+    memory = model.visual_tokens(images)
+    return memory.values, memory.keep
+
+
 ROWS = [[1, 5, -200, 7, 9], [1, -200, 33, 4], [1, 2, 3]]
 
 

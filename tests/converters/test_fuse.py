@@ -178,7 +178,7 @@ def visual_tokens(folder: Path) -> np.ndarray:
     model, processor = converters.load(folder, dtype="float32")
     batch = processor([PICTURE], input_ids=[[1, -200, 5]])
     assert int((batch.visual >= 0).sum()) == sum(b.tokens for b in model.config.branches)
-    return np.asarray(model.visual_tokens(batch.images)[0])
+    return np.asarray(model.visual_tokens(batch.images).values)
 
 
 def test_branches_are_read_in_the_members_order(fused: Path, family: Path):

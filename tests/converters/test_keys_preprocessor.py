@@ -21,7 +21,8 @@ from converters.preprocessor import from_preprocessor
 from tests.checkpoints import hf_llava_folder, llava_next_folder, write_json
 from tests.keys import same, show
 from vfjax import InputError
-from vfjax.views import Anyres
+from vfjax.architectures import LlavaNext, MLPConfig, ProjectorConfig
+from vfjax.vision.encoders import CLIPConfig
 from vfjax.vision.images import ImageSpec, open_image, preprocess
 
 
@@ -130,9 +131,11 @@ def theirs(kind: str, settings: Mapping[str, Any]) -> list[np.ndarray]:
 def ours(kind: str, spec: ImageSpec) -> list[np.ndarray]:
     if kind != "LlavaNext":
         return [preprocess(picture, spec) for picture in PICTURES]
-    views = Anyres(spec, tuple((w, h) for h, w in PINPOINTS), 1, "flat")
+    clip = CLIPConfig(patch=spec.size, image_size=spec.size)
+    pinpoints = tuple((w, h) for h, w in PINPOINTS)
+    path = LlavaNext(clip, ProjectorConfig(MLPConfig(8, 8)), spec, pinpoints=pinpoints)
     opened = [open_image(picture, convert=spec.convert) for picture in PICTURES]
-    return [views([picture]).inputs["pixels"][:3] for picture in opened]
+    return [path.show([picture]).inputs.pixels[:3] for picture in opened]
 
 
 @pytest.mark.parametrize("kind", KINDS)

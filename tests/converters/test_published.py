@@ -206,9 +206,9 @@ def row(name: str, source: Source) -> str:
         " and ".join(plain(part) for part in (b.encoder, b.aux) if part is not None)
         for b in source.branches
     )
-    tokens = " + ".join(str(b.views.most()) for b in branches)
+    tokens = " + ".join(str(b.tokens) for b in branches)
     if len(branches) > 1:
-        tokens += f" = {sum(b.views.most() for b in branches)}"
+        tokens += f" = {sum(b.tokens for b in branches)}"
     cells = [name, kinds or "-", source.llm["model_type"], f"{total:,}", f"{llm:,}"]
     return f"| {' | '.join([*cells, f'{2 * total / 1e9:.1f}', tokens or '-'])} |"
 

@@ -316,7 +316,7 @@ def test_the_port_of_llava_1_6(port: tuple[Path, Any], size: tuple[int, int]):
 @nnx.jit
 def read(model: Model, batch: Batch) -> tuple[jax.Array, jax.Array]:
     """The visual tokens and the logits."""
-    return model.visual_tokens(batch.images)[0], model(batch)
+    return model.visual_tokens(batch.images).values, model(batch)
 
 
 def test_spellings_of_the_port_of_llava_1_6(port: tuple[Path, Any], tmp_path: Path):
@@ -444,7 +444,7 @@ def dense_folder(path: Path, *, tower: bool) -> None:
 
 def dense_tokens(model: Model, processor: Processor) -> np.ndarray:
     picture = np.random.default_rng(0).integers(0, 256, (40, 60, 3), dtype=np.uint8)
-    return np.asarray(model.visual_tokens(processor([picture], input_ids=[[-200]]).images)[0])
+    return np.asarray(model.visual_tokens(processor([picture], input_ids=[[-200]]).images).values)
 
 
 def test_a_tower_without_its_last_layer(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):

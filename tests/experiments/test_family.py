@@ -61,7 +61,7 @@ def test_members_score_the_same_in_transformers(name: str, test: Quiz) -> None:
         found = np.asarray(next_logits(ours, batch))
         for i in range(0, len(asked), 4):
             ids = np.where(batch.visual[i] >= 0, mark, batch.tokens[i])[batch.mask[i]]
-            pixels = next(iter(batch.images.values()))["pixels"][i].transpose(2, 0, 1)
+            pixels = next(iter(batch.images.values())).given.pixels[i].transpose(2, 0, 1)
             with torch.no_grad():
                 logits = theirs(
                     input_ids=torch.tensor(ids[None]), pixel_values=torch.tensor(pixels[None])

@@ -10,10 +10,9 @@ from ml_collections import ConfigDict
 from experiments.configs import train as configs
 from experiments.tasks import train as task
 from vfjax import InputError, Model
-from vfjax.connectors import LLaVAConfig, MLPConfig, SliMEConfig
+from vfjax.architectures import Llava, MLPConfig, ProjectorConfig, Slime, SliMEConfig
 from vfjax.llm import LlamaConfig
 from vfjax.model import BranchConfig, ModelConfig
-from vfjax.views import Sliced, Whole
 from vfjax.vision.encoders import CLIPConfig
 from vfjax.vision.images import ImageSpec
 
@@ -89,11 +88,11 @@ def toy(slime: bool = False) -> Model:
     spec = ImageSpec(28, 28, "squash", "pad", HALF, HALF)
     clip = CLIPConfig(128, 1, 1, 128, patch=14, image_size=28)
     mlp = MLPConfig(128, 8)
-    branch = BranchConfig("clip", clip, LLaVAConfig(mlp), Whole(spec, 4))
+    path = Llava(clip, ProjectorConfig(mlp), spec)
     if slime:
         connector = SliMEConfig(mlp, 128, grid=2, queries=1, separator=3)
-        views = Sliced(dataclasses.replace(spec, aspect="crop"), 4, 1)
-        branch = dataclasses.replace(branch, connector=connector, views=views)
+        path = Slime(clip, connector, dataclasses.replace(spec, aspect="crop"))
+    branch = BranchConfig("clip", path)
     return ModelConfig((branch,), LlamaConfig(320, 8, 1, 2, 2, 4, 8, 600)).build(rngs=nnx.Rngs(0))
 
 
@@ -107,7 +106,7 @@ def stages(recipe: str, name: str, **changes) -> ConfigDict:
 def test_a_stage_has_its_own_pictures_and_switches() -> None:
     model, config = toy(), configs.get_config("llava")
     aspects = [
-        task.staged(model.config, config.stages[name], name).branches[0].views.images.aspect
+        task.staged(model.config, config.stages[name], name).branches[0].architecture.images.aspect
         for name in ("align", "tune")
     ]
     assert aspects == ["crop", "pad"]
@@ -118,7 +117,9 @@ def test_a_stage_has_its_own_pictures_and_switches() -> None:
         connector = model.branches["clip"].connector.config
         assert {k: getattr(connector, k) for k in stage.connector} == stage.connector.to_dict()
     task.switch(model, model.config)
-    assert model.branches["clip"].connector.config == model.config.branches[0].connector
+    assert (
+        model.branches["clip"].connector.config == model.config.branches[0].architecture.connector
+    )
 
 
 @pytest.mark.parametrize(

@@ -9,7 +9,8 @@ from flax import nnx
 from transformers.activations import ACT2FN
 
 from tests.checkpoints import make_connector
-from vfjax.connectors import Combine, MiningConfig, MLPConfig, SliMEConfig
+from vfjax.architectures import Combine, MiningConfig, MLPConfig, Prompt, SliMEConfig
+from vfjax.architectures.slime import EncodedSlices
 from vfjax.nn.layers import redraw
 
 
@@ -59,7 +60,7 @@ def test_dense_connector_on_mined_features():
         projector = MLPConfig(combine.width(8), 6, 2)
         connector = MiningConfig(projector, combine=combine, **sizes).build(rngs=nnx.Rngs(3))
         seen = {"encoder": [states[tap] for tap in combine.taps], "aux": maps}
-        features[name] = np.asarray(connector(seen, {}, lambda ids: ids)["connector_features"])
+        features[name] = np.asarray(connector(seen).stages["connector_features"])
     assert np.abs(features["plain"] - states[-2][:, 1:]).max() > 1e-3  # something was found
     first, second = (states[0][:, 1:] + states[1][:, 1:]) / 2, states[1][:, 1:]
     expected = np.concatenate([features["plain"], first, second], axis=-1)
@@ -94,14 +95,14 @@ def slime(**options):
     rng = np.random.default_rng(0)
     connector.gate[...] = jnp.asarray(rng.normal(size=(128, 2)), jnp.float32)
     states = {"encoder": [jnp.asarray(rng.normal(size=(3, 5, 128)), jnp.float32)]}
-    inputs = {
-        "tile_mask": jnp.ones((1, 2), bool),
-        "raster": jnp.arange(8)[None],
-        "text": jnp.asarray([[1, 2]]),
-        "text_mask": jnp.ones((1, 2), bool),
-    }
+    encoded = EncodedSlices(states, jnp.ones((1, 2), bool), jnp.arange(8)[None])
+    prompt = Prompt(jnp.asarray([[1, 2]]), jnp.ones((1, 2), bool))
     table = jnp.asarray(rng.normal(size=(9, 16)), jnp.float32)
-    return connector, lambda **more: connector(states, inputs | more, lambda ids: table[ids])
+
+    def run(key=None):
+        return connector(encoded, lambda ids: table[ids], prompt, key)
+
+    return connector, run
 
 
 def test_new_resampler_is_torchs():
@@ -124,8 +125,7 @@ def test_slime_adds_noise_in_training():
     """softplus(logits) + 0.01 times normal numbers on the gates' logits, 0.1 on the scores."""
     connector, run = slime()
     key = jax.random.key(7)
-    plain, noisy = run(), run(noise=key)
-    again = run(noise=key)
+    plain, noisy, again = (run(k).stages for k in (None, key, key))
     for name in ("gates", "router_scores"):
         np.testing.assert_array_equal(noisy[name], again[name])
     gate, router = jax.random.split(key)
@@ -145,5 +145,5 @@ def test_slime_adds_noise_in_training():
 )
 def test_slimes_stages_show_parts(shown: str, kept: list[int]):
     """Whole view, separator and tiles; use_global_only and use_local_only leave one of them."""
-    keep = np.asarray(slime(shown=shown, top_p=1.0)[1]()["keep"])
+    keep = np.asarray(slime(shown=shown, top_p=1.0)[1]().keep)
     assert [int(part.sum()) for part in np.split(keep, [4, 5])] == kept

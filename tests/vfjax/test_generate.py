@@ -92,7 +92,7 @@ def test_greedy_with_pictures_equals_transformers(llava):
     batch = processor(pictures(4), input_ids=ROWS)
     count = model.config.branches[0].tokens
     rows = [[t for x in r for t in ([IMAGE_TOKEN] * count if x == PICTURE else [x])] for r in ROWS]
-    pixels = np.moveaxis(batch.images["clip"]["pixels"], -1, 1)
+    pixels = np.moveaxis(batch.images["clip"].given.pixels, -1, 1)
     expected = reference(theirs, rows, pixel_values=torch.from_numpy(pixels.copy()))
     assert generate_ids(model, batch, max_new_tokens=NEW) == expected
 

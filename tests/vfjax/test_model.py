@@ -15,6 +15,7 @@ import converters
 from tests import checkpoints
 from tests.checkpoints import IMAGE_TOKEN, make_connector, make_llama, make_tower
 from vfjax import Batch, InputError, Model, encode, forward
+from vfjax.architectures import Encoded, VisualTokens
 
 LIMIT = 2e-5
 """Largest difference of logits, as a share of the largest."""
@@ -35,7 +36,7 @@ def pixels_of(batch: Batch, row: int, rows=ROWS) -> dict[str, np.ndarray]:
     """Branch -> the pixels of a row's own pictures."""
     first = sum(r.count(PICTURE) for r in rows[:row])
     count = rows[row].count(PICTURE)
-    return {name: x["pixels"][first : first + count] for name, x in batch.images.items()}
+    return {name: x.given.pixels[first : first + count] for name, x in batch.images.items()}
 
 
 def assert_close(found, expected, what: object = "") -> None:
@@ -109,7 +110,9 @@ def test_one_branch_is_the_member_bit_for_bit(upstream, tmp_path):
         found.append((np.asarray(forward(model, batch)), batch))
     (a, left), (b, right) = found
     np.testing.assert_array_equal(left.visual, right.visual)
-    np.testing.assert_array_equal(left.images["clip"]["pixels"], right.images["only"]["pixels"])
+    np.testing.assert_array_equal(
+        left.images["clip"].given.pixels, right.images["only"].given.pixels
+    )
     np.testing.assert_array_equal(a[left.mask], b[left.mask])
 
 
@@ -267,8 +270,10 @@ def test_layers_past_the_tap_are_not_read(upstream):
 
 def features(model: Model, batch: Batch) -> jax.Array:
     (branch,) = model.branches.values()
-    (inputs,) = batch.images.values()
-    return branch.stages(inputs, model.llm.lookup)["vision_features"]
+    (seen,) = batch.images.values()
+    return branch.visual_tokens(branch.encode(seen.given), model.llm.lookup).stages[
+        "vision_features"
+    ]
 
 
 def test_bfloat16(upstream):
@@ -294,7 +299,7 @@ def test_pictures_are_encoded_once(fused):
     first = encode(model, processor(pictures(3), input_ids=ROWS))
     other = processor(pictures(3), input_ids=[[1, PICTURE, 9], [1, PICTURE, 8, PICTURE], [1, 7]])
     taken = other.with_pictures(first)
-    assert all(set(images) == {"tokens", "keep"} for images in first.images.values())
+    assert all(isinstance(seen.given, VisualTokens) for seen in first.images.values())
     np.testing.assert_array_equal(forward(model, taken), forward(model, other))
     text = processor(None, input_ids=[[1, 7]])
     assert encode(model, text).images == {}
@@ -312,8 +317,8 @@ def test_pictures_are_encoded_once_where_the_prompt_chooses_tokens(shared: Path,
     pictures = [rng.integers(0, 256, (70, 30 * n, 3), np.uint8) for n in (1, 4)]
     first = encode(model, processor(pictures, input_ids=[[1, PICTURE, 9, 8], [1, PICTURE, 7]]))
     other = processor(pictures, input_ids=[[1, 12, PICTURE, 30], [1, 17, 18, PICTURE]])
-    (images,) = first.images.values()
-    assert "states" in images and "pixels" not in images
+    (seen,) = first.images.values()
+    assert isinstance(seen.given, Encoded)
     expected = forward(model, other)
     (branch,) = model.branches.values()
     monkeypatch.setattr(type(branch.encoder), "__call__", None)

@@ -9,11 +9,10 @@ from transformers import AutoTokenizer
 
 from tests.checkpoints import tokenizer_files
 from vfjax import InputError, Processor
-from vfjax.connectors import Combine, LLaVAConfig, MLPConfig
+from vfjax.architectures import Combine, Llava, MLPConfig, ProjectorConfig
 from vfjax.llm import LlamaConfig
 from vfjax.model import Batch, BranchConfig, ModelConfig
 from vfjax.processor import LENGTHS
-from vfjax.views import Whole
 from vfjax.vision.encoders import CLIPConfig, DINOv2Config, SigLIPConfig
 from vfjax.vision.images import ImageSpec, preprocess
 
@@ -35,8 +34,10 @@ def branch(name: str) -> BranchConfig:
     encoder = ENCODERS[name]
     size = getattr(encoder, "input_size", encoder.image_size)
     images = ImageSpec(size, size, "squash", "crop", HALF, HALF)
-    connector = LLaVAConfig(MLPConfig(8, 8), Combine(drop=DROPS[name]))
-    return BranchConfig(name, encoder, connector, Whole(images, TOKENS[name]))
+    connector = ProjectorConfig(MLPConfig(8, 8), Combine(drop=DROPS[name]))
+    made = BranchConfig(name, Llava(encoder, connector, images))
+    assert made.tokens == TOKENS[name]
+    return made
 
 
 def make(*names: str, **options) -> Processor:
@@ -72,7 +73,7 @@ def test_splicing_inverts(rows: list[list[int]], names: list[str], padding: str)
     b, t = batch.tokens.shape
     assert b == len(rows)
     assert {a.shape for a in (batch.visual, batch.mask, batch.labels)} == {(b, t)}
-    n = len(batch.images[names[0]]["pixels"]) if places else 0
+    n = len(batch.images[names[0]].given.pixels) if places else 0
     starts = np.cumsum([0, *(n * TOKENS[name] for name in names)])
     seen = 0
     for i, row in enumerate(rows):
@@ -125,7 +126,7 @@ def test_arrays_have_the_documented_types():
         name: getattr(batch, name).dtype.name for name in ("tokens", "visual", "mask", "labels")
     }
     assert kinds == {"tokens": "int32", "visual": "int32", "mask": "bool", "labels": "int32"}
-    assert batch.images["clip"]["pixels"].dtype == np.float32
+    assert batch.images["clip"].given.pixels.dtype == np.float32
     assert make("clip")(input_ids=[[5]]).labels is None
 
 
@@ -135,14 +136,21 @@ def test_each_branch_sees_the_pictures_in_order_then_black():
     processor = make("dinov2", "clip")
     batch = processor(some, input_ids=rows)
     for config in processor.config.branches:
-        found = batch.images[config.name]["pixels"]
-        assert found.shape == (4, config.views.images.size, config.views.images.size, 3)
+        found = batch.images[config.name].given.pixels
+        assert found.shape == (
+            4,
+            config.architecture.images.size,
+            config.architecture.images.size,
+            3,
+        )
         for view, picture in zip(found, some, strict=False):
-            np.testing.assert_array_equal(view, preprocess(picture, config.views.images))
+            np.testing.assert_array_equal(view, preprocess(picture, config.architecture.images))
         assert not found[3].any()
     by_row = processor([[some[0]], [], some[1:]], input_ids=rows)
     np.testing.assert_array_equal(by_row.visual, batch.visual)
-    np.testing.assert_array_equal(by_row.images["clip"]["pixels"], batch.images["clip"]["pixels"])
+    np.testing.assert_array_equal(
+        by_row.images["clip"].given.pixels, batch.images["clip"].given.pixels
+    )
 
 
 def test_pictures_of_every_kind(tmp_path):
@@ -151,8 +159,8 @@ def test_pictures_of_every_kind(tmp_path):
     path = tmp_path / "a.png"
     kinds = [array, Image.fromarray(array), path, str(path)]
     batch = make("clip")(kinds, input_ids=[[PICTURE] * 4])
-    for view in batch.images["clip"]["pixels"]:
-        np.testing.assert_array_equal(view, batch.images["clip"]["pixels"][0])
+    for view in batch.images["clip"].given.pixels:
+        np.testing.assert_array_equal(view, batch.images["clip"].given.pixels[0])
 
 
 @pytest.mark.parametrize("rows", [[[5, 6]], [[5], [6, 7]]])
@@ -186,7 +194,7 @@ def test_default_lengths():
 @pytest.mark.parametrize(("count", "expected"), [(1, 1), (2, 2), (3, 4), (5, 8), (8, 8)])
 def test_numbers_of_pictures_are_buckets(count: int, expected: int):
     batch = make("clip")(pictures(count), input_ids=[[PICTURE] * count])
-    assert len(batch.images["clip"]["pixels"]) == expected
+    assert len(batch.images["clip"].given.pixels) == expected
 
 
 def test_prompts(tokenizer):

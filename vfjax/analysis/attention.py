@@ -13,15 +13,9 @@ import numpy as np
 
 from vfjax.llm.llama import Attention, Step
 from vfjax.llm.watch import watched, weights
-from vfjax.model import AnyArray, Batch, Model, splice
+from vfjax.model import AnyArray, Batch, Model
 
 Array = jax.Array
-
-
-def spliced(model: Model, batch: Batch) -> tuple[Array, Array, Array]:
-    """What the LLM reads: embeddings, mask and segments of `vfjax.model.splice`."""
-    text = model.llm.embed(jnp.asarray(batch.tokens))
-    return splice(text, batch, model.memories(batch.images))
 
 
 def readers(batch: Batch) -> dict[str, np.ndarray]:
@@ -31,7 +25,7 @@ def readers(batch: Batch) -> dict[str, np.ndarray]:
         "question": the text after a row's pictures, with what the template puts there; "last": the
         last token of all, which chooses the first word of the answer.
     """
-    mask, visual = np.asarray(batch.mask), np.asarray(batch.visual) >= 0
+    mask, visual = np.asarray(batch.mask), np.asarray(batch.segments) > 0
     after = np.cumsum(visual[:, ::-1], axis=1)[:, ::-1] == 0
     later = np.cumsum(mask[:, ::-1], axis=1)[:, ::-1] - mask
     return {"question": mask & after, "last": mask & (later == 0)}
@@ -55,7 +49,7 @@ def attention(
 
     Returns:
         Name -> float32[b, layers, t], each row's sum is one; and the segments int32[b, t] of
-        `vfjax.fusion.segments.segment_ids`: 0 for text, k + 1 for branch k.
+        `Batch.segments`: 0 for text, k + 1 for branch k.
     """
     first = (jnp.cumsum(batch.mask, axis=1) == 1) & batch.mask
     rows: dict[str, list[Array]] = {name: [] for name in readers}
@@ -70,9 +64,9 @@ def attention(
     other: Any = jax.tree.map(lambda x: x, model)  # another model of the same arrays
     other.llm = watched(model.llm, show)
     other.read(batch)
-    return {name: jnp.stack(found, axis=1) for name, found in rows.items()}, spliced(model, batch)[
-        2
-    ]
+    return {name: jnp.stack(found, axis=1) for name, found in rows.items()}, jnp.asarray(
+        batch.segments
+    )
 
 
 def shares(rows: np.ndarray, segments: np.ndarray, count: int) -> np.ndarray:

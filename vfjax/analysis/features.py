@@ -8,7 +8,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from vfjax.analysis.attention import spliced
 from vfjax.errors import InputError
 from vfjax.eval.extras import needs
 from vfjax.model import Batch, Model
@@ -20,8 +19,9 @@ Matrix = np.ndarray
 @jax.jit
 def pooled(model: Model, batch: Batch) -> Array:
     """The mean of each branch's visual tokens, float32[b, branches, d], of a row's pictures."""
-    x, mask, owner = spliced(model, batch)
-    count = len(model.config.branches)
+    x, mask = model.embed(batch)
+    mask &= jnp.asarray(batch.visual) >= 0
+    owner, count = jnp.asarray(batch.segments), len(model.config.branches)
     mine = (owner[..., None] == jnp.arange(1, count + 1)) & mask[..., None]
     total = jnp.einsum("btk,btd->bkd", mine.astype(jnp.float32), x.astype(jnp.float32))
     return total / jnp.maximum(mine.sum(axis=1), 1)[..., None]

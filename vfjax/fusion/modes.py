@@ -88,8 +88,9 @@ class CacheFusion(nnx.Module):
             for branch, llm in zip(branches, llms, strict=True)
         ]
         tokens = jnp.asarray(batch.tokens)
-        x, mask, segments = splice(merged.llm.embed(tokens), batch, memories)
-        positions = parallel(segments, mask, len(branches))
+        x, mask, deep = splice(merged.llm.embed(tokens), batch, memories)
+        segments = jnp.asarray(batch.segments)
+        positions = parallel(segments, mask, len(branches), batch.place, batch.steps)
         text, pictured = segments == 0, jnp.cumsum(segments, axis=1) > 0
         before = text & ~pictured & pictured[:, -1:]  # the text before the first picture
 
@@ -98,14 +99,14 @@ class CacheFusion(nnx.Module):
         for k, llm in enumerate(llms):
             theirs, _, _ = splice(llm.embed(tokens), batch, memories)
             own = segments == k + 1
-            state, cache = llm(theirs, mask & (text | own), empty, positions)
+            state, cache = llm(theirs, mask & (text | own), empty, positions, deep=deep)
             mine = mask & (own | before if k == 0 else own)
             hidden = jnp.where(mine[..., None], state, hidden)
             joined = _join(joined, cache, mine)
 
         rest = mask & ~joined.mask[:, : mask.shape[1]]
         filled = _Filled(**_fields(joined), held=joined.mask)
-        state, filled = merged.llm(x, rest, filled, positions)
+        state, filled = merged.llm(x, rest, filled, positions, deep=deep)
         hidden = jnp.where(rest[..., None], state, hidden)  # of a branch where it ends the row
         return merged.llm.logits(at_last(hidden, mask)), Cache(**_fields(filled))
 

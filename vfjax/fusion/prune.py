@@ -101,7 +101,8 @@ def pruned(
     mask: Array,
     segments: Array,
     positions: Array | None,
-) -> tuple[Array, Array, Array, Array]:
+    deep: Array | None = None,
+) -> tuple[Array, Array, Array, Array, Array | None]:
     """What the LLM reads, without the tokens that go.
 
     Args:
@@ -111,19 +112,20 @@ def pruned(
         apart: whether a branch's tokens don't see another's.
         x: [b, t, d] its input.
         mask: bool[b, t].
-        segments: int32[b, t] of `vfjax.fusion.segments.segment_ids`.
-        positions: int32[b, t], None counts real tokens.
+        segments: int32[b, t] of the batch.
+        positions: int32[p, b, t], None counts real tokens.
+        deep: [k, b, t, d], see `Llama`.
 
     Returns:
-        x, mask, segments and positions of `groups.length` tokens a row, in their order.
+        x, mask, segments, positions and deep of `groups.length` tokens a row, in their order.
     """
     if positions is None:
-        positions = jnp.maximum(jnp.cumsum(mask, axis=1) - 1, 0)
+        positions = jnp.maximum(jnp.cumsum(mask, axis=1) - 1, 0)[None]
     of = jnp.asarray(groups.of)
     visual = mask & (of >= 0)
     alike = visual[:, :, None] & visual[:, None] & (of[:, :, None] == of[:, None])
     if prune.by == "attention":
-        score = looked_at(llm, x, mask, positions, segments if apart else None, prune.depth)
+        score = looked_at(llm, x, mask, positions, segments if apart else None, prune.depth, deep)
         kept = visual & (rank(score, alike) < groups.most)
     else:
         likeness = jnp.where(alike, _cosine(x), -jnp.inf)
@@ -133,10 +135,11 @@ def pruned(
         x = merged(x, likeness, visual, kept)
     stay = kept | (mask & ~visual)
     order = jnp.argsort(~stay, axis=1, stable=True)[:, : groups.length]
-    mask, segments, positions = (
-        jnp.take_along_axis(a, order, axis=1) for a in (stay, segments, positions)
-    )
-    return jnp.take_along_axis(x, order[..., None], axis=1), mask, segments, positions
+    mask, segments = (jnp.take_along_axis(a, order, axis=1) for a in (stay, segments))
+    positions = jnp.take_along_axis(positions, order[None], axis=2)
+    if deep is not None:
+        deep = jnp.take_along_axis(deep, order[None, ..., None], axis=2)
+    return jnp.take_along_axis(x, order[..., None], axis=1), mask, segments, positions, deep
 
 
 def _cosine(x: Array) -> Array:
@@ -176,7 +179,13 @@ def merged(x: Array, likeness: Array, visual: Array, kept: Array) -> Array:
 
 
 def looked_at(
-    llm: Any, x: Array, mask: Array, positions: Array, segments: Array | None, depth: int
+    llm: Any,
+    x: Array,
+    mask: Array,
+    positions: Array,
+    segments: Array | None,
+    depth: int,
+    deep: Array | None = None,
 ) -> Array:
     """Attention from each row's last token, float32[b, t], the mean over heads of layer `depth`.
 
@@ -184,9 +193,10 @@ def looked_at(
         llm: of which as many layers are run.
         x: [b, t, d] its input.
         mask: bool[b, t].
-        positions: int32[b, t].
+        positions: int32[p, b, t].
         segments: as `Llama` takes them.
         depth: from 1; a shallower LLM gives its last layer's.
+        deep: [k, b, t, d], see `Llama`.
     """
     last = (mask.shape[1] - 1 - jnp.argmax(mask[:, ::-1], axis=1))[:, None]
     found: list[Array] = []
@@ -200,7 +210,7 @@ def looked_at(
         )
         found.append(weights(attn, take(y), k, alone).mean(axis=1)[:, 0])
 
-    watched(llm, show, depth)(x, mask, None, positions, segments)
+    watched(llm, show, depth)(x, mask, None, positions, segments, deep)
     return found[-1]
 
 

@@ -96,20 +96,21 @@ class Cache:
 
         Args:
             mask: bool[b, t], True at real tokens.
-            positions: int32[b, t] of the new tokens; None counts on. The next token's is one after
-                the last of them.
+            positions: int32[p, b, t] of the new tokens; None counts on. The next token's is one
+                after the last of them.
 
         Returns:
             The cache with the new slots counted in (keys and values not yet written), the
-            positions int32[b, t] of the new tokens, and what each may look at, bool[b, t, s]; of a
-            new cache bool[b, t, t], the first slots.
+            positions int32[p, b, t] of the new tokens, and what each may look at, bool[b, t, s];
+            of a new cache bool[b, t, t], the first slots.
         """
         t, s = mask.shape[1], self.mask.shape[1]
         if positions is None:
-            positions = self.length[:, None] + jnp.maximum(jnp.cumsum(mask, axis=1) - 1, 0)
+            counted = self.length[:, None] + jnp.maximum(jnp.cumsum(mask, axis=1) - 1, 0)
+            positions = counted[None]
             length = self.length + mask.sum(axis=1, dtype=jnp.int32)
         else:
-            length = jnp.maximum(self.length, jnp.where(mask, positions + 1, 0).max(axis=1))
+            length = jnp.maximum(self.length, jnp.where(mask, positions + 1, 0).max(axis=(0, 2)))
         seen = jax.lax.dynamic_update_slice(self.mask, mask, (0, self.index))
         first = t if self.new else s
         causal = jnp.arange(first)[None] <= self.index + jnp.arange(t)[:, None]

@@ -38,8 +38,9 @@ class LlamaConfig:
 
     `kv_heads` below `heads` is grouped-query attention. Beyond Llama: `qk_norm` normalises queries
     and keys (Qwen3); `gemma` multiplies embeddings by sqrt(width) and keeps norms' scales as
-    offsets from one; `rotary` is the share of a head that is rotated. A tied head's kernel is the
-    embedding; a `headless` decoder has hidden states and no logits.
+    offsets from one; `rotary` is the share of a head that is rotated; `rope_axes` (M-RoPE) names
+    for each frequency the position that turns it, 0 time, 1 row, 2 column. A tied head's kernel is
+    the embedding; a `headless` decoder has hidden states and no logits.
     """
 
     vocab: int
@@ -63,6 +64,12 @@ class LlamaConfig:
     rotary: float = 1.0
     head_bias: bool = False
     headless: bool = False
+    rope_axes: tuple[int, ...] = ()
+
+    @property
+    def axes(self) -> int:
+        """Positions of a token that are read: 3 (time, row, column) with `rope_axes`, else 1."""
+        return 3 if self.rope_axes else 1
 
     def build(self, *, rngs: nnx.Rngs) -> "Llama":
         return Llama(self, rngs=rngs)
@@ -76,7 +83,7 @@ class LlamaConfig:
         return Block(self, rngs=rngs)
 
     def rope(self, positions: Array) -> tuple[Array, Array]:
-        """Cosines and sines float32[b, t, r / 2] of int32[b, t] positions, r the rotated part."""
+        """Cosines and sines float32[..., r / 2] of int32[...] positions, r the rotated part."""
         angles = positions[..., None].astype(jnp.float32) * frequencies(self)
         return jnp.cos(angles), jnp.sin(angles)
 
@@ -275,6 +282,7 @@ class Llama(nnx.Module):
         cache: Cache | None = None,
         positions: Array | None = None,
         segments: Array | None = None,
+        deep: Array | None = None,
     ) -> tuple[Array, Cache | None]:
         """Runs all blocks and the final norm.
 
@@ -283,9 +291,10 @@ class Llama(nnx.Module):
                 `scaled` where their branch says so).
             mask: bool[b, t], False at padding, wherever it stands.
             cache: what was read before; None reads x alone and keeps nothing.
-            positions: int32[b, t]; None counts real tokens.
+            positions: int32[p, b, t], p 1, or 3 with M-RoPE; None counts real tokens.
             segments: int32[b, t]; tokens of two, neither of them 0, don't see each other
                 (`vfjax.fusion.segments.block`). None: they do. With a cache, a new one only.
+            deep: [k, b, t, d], added to what the first k blocks give (DeepStack, arXiv 2406.04334).
 
         Returns:
             [b, t, d] hidden states (undefined at padding) and the cache with x in it.
@@ -293,7 +302,7 @@ class Llama(nnx.Module):
         real: Array | None = mask
         if cache is None:
             if positions is None:
-                positions = jnp.maximum(jnp.cumsum(mask, axis=1) - 1, 0)
+                positions = jnp.maximum(jnp.cumsum(mask, axis=1) - 1, 0)[None]
             before = mask[:, None] & jnp.tril(jnp.ones((x.shape[1],) * 2, bool))[None]
         else:
             new = cache.new
@@ -301,7 +310,8 @@ class Llama(nnx.Module):
             real = cache.mask[:, : x.shape[1]] if new else None
         if segments is not None:
             before &= visible(segments)
-        step = Step(*self.config.rope(positions), before, real, segments, cache)
+        cos, sin = (self._by_axis(x) for x in self.config.rope(positions))
+        step = Step(cos, sin, before, real, segments, cache)
         kept = []
         for i, block in enumerate(self.blocks):
             if self.stream is not None and divides(self.stream, x.shape):
@@ -310,13 +320,22 @@ class Llama(nnx.Module):
                 x = by_row(x)
             if self.remat:
                 x = jax.checkpoint(lambda x, block, step, i=i: block(x, i, step)[0])(x, block, step)
-                continue
-            x, kv = block(x, i, step)
-            kept.append(kv)
+            else:
+                x, kv = block(x, i, step)
+                kept.append(kv)
+            if deep is not None and i < len(deep):
+                x = x + deep[i]
         if cache is not None:
             keys, values = zip(*kept, strict=True)
             cache = dataclasses.replace(cache, k=keys, v=values)
         return self.norm(x), cache
+
+    def _by_axis(self, x: Array) -> Array:
+        """Cosines or sines [p, b, t, f], of each frequency those of its own position: [b, t, f]."""
+        if len(x) == 1 or not self.config.rope_axes:
+            return x[0]
+        axes = jnp.asarray(self.config.rope_axes)
+        return jnp.take_along_axis(x, axes[None, None, None], axis=0)[0]
 
     def logits(self, hidden: Array) -> Array:
         """float32[..., vocab] logits of [..., d] hidden states.

@@ -1,13 +1,14 @@
-"""Where visual tokens stand in a row, and their numbers in a batch; on the host."""
+"""Where the tokens of pictures stand in a row, and their numbers in a batch; on the host."""
 
 import dataclasses
 from collections.abc import Sequence
+from typing import Self
 
 import numpy as np
 
+from vfjax.architectures.base import Gather, Prepared, Run, bucket
 from vfjax.errors import InputError
 from vfjax.text.prompts import IMAGE_ID
-from vfjax.views import Prepared, bucket
 
 
 @dataclasses.dataclass(frozen=True)
@@ -31,36 +32,150 @@ class Shard:
     text: int
 
 
-def splice(
-    row: np.ndarray, seen: Sequence[np.ndarray]
-) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """A row with each placeholder widened to its picture's visual tokens.
+@dataclasses.dataclass(frozen=True)
+class Slots:
+    """Tokens of a row, or of a picture in it.
+
+    Attributes:
+        ids: int64[k], 0 at visual tokens.
+        visual: int64[k] numbers of visual tokens in the batch, -1 at text.
+        segments: int64[k], k + 1 for branch k's tokens and marks, 0 for other text.
+        place: int64[k, 3], see `vfjax.model.Batch`.
+        steps: int64[k], see there.
+    """
+
+    ids: np.ndarray
+    visual: np.ndarray
+    segments: np.ndarray
+    place: np.ndarray
+    steps: np.ndarray
+
+    def __len__(self) -> int:
+        return len(self.ids)
+
+    @classmethod
+    def text(cls, ids: np.ndarray) -> Self:
+        """Text alone, int64[k]."""
+        n = len(ids)
+        none, zeros = np.full(n, -1), np.zeros(n, np.int64)
+        return cls(ids, none, zeros, np.zeros((n, 3), np.int64), np.ones(n, np.int64))
+
+    @classmethod
+    def join(cls, parts: Sequence["Slots"]) -> Self:
+        """One after another; at least one."""
+        names = [field.name for field in dataclasses.fields(cls)]
+        return cls(*(np.concatenate([getattr(part, name) for part in parts]) for name in names))
+
+    def __getitem__(self, where: slice | np.ndarray) -> Self:
+        names = [field.name for field in dataclasses.fields(self)]
+        return type(self)(*(getattr(self, name)[where] for name in names))
+
+
+def splice(row: np.ndarray, seen: Sequence[Slots]) -> tuple[Slots, np.ndarray]:
+    """A row with each placeholder widened to its picture's tokens.
 
     Args:
         row: int64[r] ids, -200 at each picture.
-        seen: the numbers of each picture's visual tokens.
+        seen: the tokens of each picture.
 
     Returns:
-        int64[s] ids (0 at visual tokens), int64[s] numbers of the visual tokens (-1 at text),
-        int64[s] indices into `row`.
+        The tokens [s], and int64[s] indices into `row`.
     """
     width = np.ones(len(row), np.int64)
-    places = np.flatnonzero(row == IMAGE_ID)
-    width[places] = [len(numbers) for numbers in seen]
-    source = np.repeat(np.arange(len(row)), width)
-    ids = np.where(row == IMAGE_ID, 0, row)[source]
-    where = np.full(len(source), -1)
-    if seen:
-        where[row[source] == IMAGE_ID] = np.concatenate(seen)
-    return ids, where, source
+    at = np.flatnonzero(row == IMAGE_ID)
+    width[at] = [len(picture) for picture in seen]
+    parts, first = list[Slots](), 0
+    for stop, picture in zip(at.tolist(), seen, strict=True):
+        parts += [Slots.text(row[first:stop]), picture]
+        first = stop + 1
+    return Slots.join([*parts, Slots.text(row[first:])]), np.repeat(np.arange(len(row)), width)
+
+
+def laid(
+    ready: Prepared, first: int, branch: int, shard: Shard | None = None
+) -> tuple[list[Slots], Gather | None, int]:
+    """The tokens of each of a branch's pictures, and how those are made that the memory lacks.
+
+    Args:
+        ready: what the branch prepared.
+        first: number of its first visual token in the batch.
+        branch: its number.
+        shard: the pictures are this share's; numbers are those of the whole batch.
+
+    Raises:
+        InputError: more tokens are made than the share has room for.
+
+    Returns:
+        For each picture its tokens; the gather that makes those behind the memory, None without;
+        and how many visual tokens the branch has.
+    """
+    index, processes = (shard.index, shard.count) if shard else (0, 1)
+    if shard:
+        ready = numbered(ready, shard)
+    room, width = ready.room or (0, 1)
+    behind = ready.size + index * room
+    made: list[tuple[np.ndarray, np.ndarray | None]] = []
+    out, count = [], 0
+    for run in ready.runs:
+        indices, marks = run.indices, run.text
+        numbers = indices[:, 0].copy()
+        plain = np.full(len(run), indices.shape[1] == 1)
+        if run.weights is not None:
+            whole = run.weights == 1
+            plain = whole.any(axis=1)
+            numbers = np.take_along_axis(indices, whole.argmax(axis=1)[:, None], axis=1)[:, 0]
+        new = ~plain & (marks < 0)
+        numbers[new] = behind + count + np.arange(new.sum())
+        count += int(new.sum())
+        if new.any():
+            made.append((indices[new], None if run.weights is None else run.weights[new]))
+        place, steps = np.zeros((len(run), 3), np.int64), np.ones(len(run), np.int64)
+        if run.place is not None:
+            place, steps = run.place, np.zeros(len(run), np.int64)
+            steps[-1] = run.span
+        text = marks >= 0
+        out.append(
+            Slots(
+                np.where(text, marks, 0),
+                np.where(text, -1, first + numbers),
+                np.full(len(run), branch + 1),
+                place,
+                steps,
+            )
+        )
+    if ready.room is None and count:
+        room = bucket(count)
+    if count > room:
+        raise no_room("visual tokens made of others", count, room)
+    gather = _gather(made, room, width) if room else None
+    return out, gather, ready.size + processes * room
+
+
+def _gather(made: Sequence[tuple[np.ndarray, np.ndarray | None]], room: int, width: int) -> Gather:
+    """One for all pictures, filled up to `room` tokens, each of `width` others at least."""
+    most = max(width, *(indices.shape[1] for indices, _ in made), 1)
+    largest = any(weights is None for _, weights in made)
+    assert not (largest and any(weights is not None for _, weights in made)), "one kind a branch"
+    out, shares = np.zeros((room, most), np.int32), np.zeros((room, most), np.float32)
+    at = 0
+    for indices, weights in made:
+        here = slice(at, at := at + len(indices))
+        out[here] = np.pad(indices, ((0, 0), (0, most - indices.shape[1])), mode="edge")
+        if weights is not None:
+            shares[here, : weights.shape[1]] = weights
+    return Gather(out, None if largest else shares)
 
 
 def numbered(ready: Prepared, shard: Shard) -> Prepared:
     """A branch's share with its tokens' numbers in the memory of all processes' shares."""
     own = ready.size - ready.shared
     first, end = shard.index * own, shard.count * own
-    indices = [np.where(i < own, first + i, end - own + i) for i in ready.indices]
-    return dataclasses.replace(ready, indices=indices, size=end + ready.shared)
+
+    def moved(run: Run) -> Run:
+        indices = np.where(run.indices < own, first + run.indices, end - own + run.indices)
+        return dataclasses.replace(run, indices=indices)
+
+    return dataclasses.replace(ready, runs=[moved(r) for r in ready.runs], size=end + ready.shared)
 
 
 def no_room(what: str, found: int, room: int) -> InputError:
@@ -71,30 +186,3 @@ def no_room(what: str, found: int, room: int) -> InputError:
         expected=f"at most {room}, as agreed between the processes, and no video",
         fix="make the shard from the same rows",
     )
-
-
-def pooled(ready: Prepared, pools: Sequence[int]) -> tuple[list[np.ndarray], np.ndarray | None]:
-    """A branch's tokens of each picture after pooling, and which of its memory make a pooled one.
-
-    Args:
-        ready: what the branch's views made.
-        pools: tokens that are pooled into one, for each view.
-
-    Returns:
-        For each picture int64[k] numbers, the pooled ones behind the memory; and int32[m, p] the
-        memory's tokens of each pooled one, m a bucket, None if nothing is pooled.
-    """
-    most = max(pools, default=1)
-    if most == 1:
-        return ready.indices, None
-    seen, groups, count = [], [], 0
-    for indices, pool in zip(ready.indices, pools, strict=True):
-        if pool > 1:
-            group = indices[: len(indices) // pool * pool].reshape(-1, pool)
-            indices = ready.size + count + np.arange(len(group))
-            groups.append(np.pad(group, ((0, 0), (0, most - pool)), mode="edge"))
-            count += len(group)
-        seen.append(indices)
-    out = np.zeros((bucket(count), most), np.int32)
-    out[:count] = np.concatenate(groups)
-    return seen, out

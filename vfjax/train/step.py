@@ -159,7 +159,7 @@ def noisy(batch: Batch, key: Array | None) -> Batch:
     if key is None:
         return batch
     images = {
-        name: {**batch.images[name], "noise": jax.random.fold_in(key, i)}
+        name: dataclasses.replace(batch.images[name], key=jax.random.fold_in(key, i))
         for i, name in enumerate(sorted(batch.images))
     }
     return dataclasses.replace(batch, images=images)

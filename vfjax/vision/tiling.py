@@ -18,8 +18,6 @@ from vfjax.vision.images import Source, open_image
 
 Size = tuple[int, int]  # (width, height) or (columns, rows)
 
-_MAX_TILES = 6  # SliME's limit on the wanted number; the grid may have one more
-
 
 def best_resolution(size: Size, candidates: Sequence[Size]) -> Size:
     """The canvas on which most of a picture's pixels survive; of equals the one with least waste.
@@ -66,26 +64,6 @@ def anyres_grid(size: Size, pinpoints: Sequence[Size], tile: int) -> Size:
     return width // tile, height // tile
 
 
-def adaptive_grid(size: Size, tile: int) -> Size:
-    """The grid of 2 to 7 tiles of a SliME picture.
-
-    SliME's `select_best_resolution_uhd`: as many tiles as the picture's area fills, one fewer or
-    one more, in any grid, whichever is the best resolution.
-
-    Args:
-        size: the picture's.
-        tile: side of the encoder's input in pixels.
-    """
-    wanted = min(max(math.ceil(size[0] * size[1] / tile**2), 2), _MAX_TILES)
-    grids = [
-        (cols, count // cols)
-        for count in range(max(wanted - 1, 2), wanted + 2)
-        for cols in range(1, count + 1)
-        if count % cols == 0
-    ]
-    return anyres_grid(size, [(cols * tile, rows * tile) for cols, rows in grids], tile)
-
-
 def resize_pad(image: Image.Image, canvas: Size) -> Image.Image:
     """Scales a picture to fit a canvas, its aspect kept, and centres it there on black.
 
@@ -113,7 +91,7 @@ def tiles(image: Source, grid: Size, tile: int) -> list[Image.Image]:
 
     Args:
         image: anything `vfjax.vision.images.open_image` takes.
-        grid: from `anyres_grid` or `adaptive_grid`; (0, 0) for the whole picture alone.
+        grid: of tiles; (0, 0) for the whole picture alone.
         tile: side of the encoder's input in pixels.
 
     Returns:

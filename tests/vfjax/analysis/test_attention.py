@@ -10,13 +10,12 @@ from flax import nnx
 
 from vfjax import analysis as look
 from vfjax.analysis.attention import weights
-from vfjax.connectors.combine import Combine
-from vfjax.connectors.llava import LLaVAConfig
-from vfjax.connectors.mlp import MLPConfig
+from vfjax.architectures import Inputs, Llava, Pictures, ProjectorConfig
+from vfjax.architectures.combine import Combine
+from vfjax.architectures.mlp import MLPConfig
 from vfjax.llm.llama import Attention, LlamaConfig, Step
 from vfjax.llm.phi3 import FusedAttention, Phi3Config
 from vfjax.model import Batch, BranchConfig, ModelConfig
-from vfjax.views import Whole
 from vfjax.vision.encoders import CLIPConfig
 from vfjax.vision.images import ImageSpec
 
@@ -27,8 +26,8 @@ def branch(name: str, size: int) -> BranchConfig:
     """Nine or four tokens of one picture."""
     encoder = CLIPConfig(width=8, layers=1, heads=2, mlp=8, patch=4, image_size=size)
     images = ImageSpec(size, size, "shortest", "pad", (0.5,) * 3, (0.5,) * 3)
-    connector = LLaVAConfig(MLPConfig(8, 16), Combine(((-1,),)))
-    return BranchConfig(name, encoder, connector, Whole(images, encoder.tokens))
+    connector = ProjectorConfig(MLPConfig(8, 16), Combine(((-1,),)))
+    return BranchConfig(name, Llava(encoder, connector, images))
 
 
 def filled(build, seed: int):
@@ -51,7 +50,7 @@ def batch() -> Batch:
     """Two rows of a picture each, the second shorter and padded on the left."""
     rng = np.random.default_rng(0)
     images = {
-        name: {"pixels": rng.normal(size=(2, size, size, 3)).astype(np.float32)}
+        name: Pictures(Inputs(rng.normal(size=(2, size, size, 3)).astype(np.float32)))
         for name, size in (("a", 12), ("b", 8))
     }
     rows = [[1, 2, None, 3, 4, 5], [1, None, 6]]
@@ -63,7 +62,8 @@ def batch() -> Batch:
         places = [x for t in row for x in (numbers if t is None else [-1])]
         at = slice(18 - len(ids), 18)
         tokens[i, at], visual[i, at], mask[i, at] = ids, places, True
-    return Batch(tokens, visual, mask, images)
+    segments = np.where(visual < 0, 0, np.where(visual < 18, 1, 2))
+    return Batch(tokens, visual, mask, segments, images)
 
 
 @pytest.fixture(scope="module")

@@ -5,8 +5,19 @@ import pytest
 from PIL import Image
 
 from vfjax import analysis as look
+from vfjax.architectures import (
+    Architecture,
+    Combine,
+    Llava,
+    LlavaNext,
+    MiniGemini,
+    MiningConfig,
+    MLPConfig,
+    ProjectorConfig,
+    Slime,
+    SliMEConfig,
+)
 from vfjax.model import BranchConfig
-from vfjax.views import Anyres, Sliced, TwoScales, Whole
 from vfjax.vision.encoders import CLIPConfig
 from vfjax.vision.images import ImageSpec
 
@@ -19,37 +30,44 @@ def spec(size: int, resize: str, aspect: str, edge: int | None = None) -> ImageS
 
 PINS = ((96, 48), (48, 96), (96, 96))
 TILE = spec(48, "shortest", "crop")
-VIEWS = {
-    "pad": (Whole(spec(48, "shortest", "pad"), 36), 36),
-    "pad, then crop": (Whole(spec(48, "shortest", "pad", 56), 36), 36),
-    "crop": (Whole(spec(48, "shortest", "crop", 54), 36), 36),
-    "squash": (Whole(spec(48, "squash", "crop"), 36), 36),
-    "anyres": (Anyres(TILE, PINS, 6, "spatial_unpad"), 36),
-    "anyres, flat": (Anyres(TILE, PINS, 6, "flat"), 36),
-    "mini-gemini": (TwoScales(spec(96, "shortest", "pad"), 48, 2, True, 36), 36),
-    "slime": (Sliced(TILE, 36, 6), 36),
+CLIP = CLIPConfig(128, 1, 1, 16, patch=8, image_size=48)
+PLAIN = ProjectorConfig(MLPConfig(128, 8))
+SLIME = SliMEConfig(MLPConfig(128, 8), 128, grid=6, queries=36)
+MINING = MiningConfig(MLPConfig(128, 8), 128, 16, grid=2, whole=True)
+PATHS = {
+    "pad": Llava(CLIP, PLAIN, spec(48, "shortest", "pad")),
+    "pad, then crop": Llava(CLIP, PLAIN, spec(48, "shortest", "pad", 56)),
+    "crop": Llava(CLIP, PLAIN, spec(48, "shortest", "crop", 54)),
+    "squash": Llava(CLIP, PLAIN, spec(48, "squash", "crop")),
+    "anyres": LlavaNext(CLIP, PLAIN, TILE, pinpoints=PINS, merge="spatial_unpad"),
+    "anyres, flat": LlavaNext(CLIP, PLAIN, TILE, pinpoints=PINS, merge="flat"),
+    "mini-gemini": MiniGemini(CLIP, MINING, spec(96, "shortest", "pad"), size=48),
+    "slime": Slime(CLIP, SLIME, TILE),
 }
 SIZES = [(90, 60), (50, 120), (72, 72)]
 
 
-def brightness(views, picture: Image.Image, side: int = 6) -> np.ndarray:
+def brightness(path: Architecture, picture: Image.Image, side: int = 6) -> np.ndarray:
     """Mean brightness of each token's own patch, in the order in which tokens are read."""
-    ready = views([picture])
-    pixels = ready.inputs["pixels"].mean(axis=-1)
+    ready = path.prepare([[picture]])
+    pixels = ready.inputs.pixels.mean(axis=-1)
     step = pixels.shape[1] // side
-    cells = pixels.reshape(len(pixels), side, step, side, step).mean(axis=(2, 4)).reshape(-1)
-    if isinstance(views, Sliced):
-        tiles = cells[36:][ready.inputs["raster"][0]]
+    cells = pixels.reshape(len(pixels), side, step, side, step).mean(axis=(2, 4))
+    if isinstance(path, MiniGemini):  # its connector reads the whole view, the last one, first
+        cells = np.roll(cells, 1, axis=0)
+    cells = cells.reshape(-1)
+    if isinstance(path, Slime):
+        tiles = cells[36:][ready.inputs.raster[0]]
         cells = np.concatenate([cells[:36], [0], tiles])
     cells = np.append(cells, 0)
-    return cells[np.minimum(ready.indices[0], len(cells) - 1)]
+    return cells[np.minimum(ready.runs[0].indices[:, 0], len(cells) - 1)]
 
 
 @pytest.mark.parametrize("size", SIZES)
-@pytest.mark.parametrize("name", VIEWS)
+@pytest.mark.parametrize("name", PATHS)
 def test_bright_tokens_lie_on_the_bright_spot(name: str, size: tuple[int, int]) -> None:
-    views, _ = VIEWS[name]
-    branch = BranchConfig("x", None, None, views)
+    path = PATHS[name]
+    branch = BranchConfig("x", path)
     rng = np.random.default_rng(0)
     patch, off = max(size) / 6, []  # of the coarsest view
     for _ in range(12):
@@ -58,7 +76,7 @@ def test_bright_tokens_lie_on_the_bright_spot(name: str, size: tuple[int, int]) 
         x, y = (int(a * b) for a, b in zip(share, size, strict=True))
         pixels[y - 3 : y + 3, x - 3 : x + 3] = 255
         picture = Image.fromarray(pixels)
-        boxes, seen = look.regions(branch, picture), brightness(views, picture)
+        boxes, seen = look.regions(branch, picture), brightness(path, picture)
         assert len(boxes) == len(seen)
         heat = look.paint(seen, boxes, size)
         rows, cols = np.indices(heat.shape)
@@ -69,7 +87,7 @@ def test_bright_tokens_lie_on_the_bright_spot(name: str, size: tuple[int, int]) 
 
 
 def test_padding_is_undone() -> None:
-    branch = BranchConfig("x", None, None, VIEWS["pad"][0])
+    branch = BranchConfig("x", PATHS["pad"])
     boxes = look.regions(branch, Image.new("RGB", (60, 30)))  # padded above and below
     heat = look.paint(np.full(36, 1 / 36), boxes, (60, 30))
     np.testing.assert_allclose(heat, 1 / 3600, rtol=1e-9)  # half of it lay on the picture
@@ -79,11 +97,21 @@ def test_padding_is_undone() -> None:
     assert heat[5:15, 10:20].sum() == pytest.approx(1) and heat.sum() == pytest.approx(1)
 
 
-@pytest.mark.parametrize(("tokens", "first", "placed"), [(37, 1, 36), (44, 0, 36), (35, 0, 0)])
-def test_tokens_without_a_place_are_left_out(tokens: int, first: int, placed: int) -> None:
-    encoder = CLIPConfig(image_size=48, patch=8) if tokens > 36 else None
-    branch = BranchConfig("x", encoder, None, Whole(spec(48, "shortest", "pad"), tokens))
-    known = ~np.isnan(look.regions(branch, Image.new("RGB", (48, 48)))).any(axis=1)
+@pytest.mark.parametrize(
+    ("combine", "tokens", "first", "placed"),
+    [
+        (Combine(drop=0), 37, 1, 36),
+        (Combine(((-1,), (0,), (1,)), axis="tokens", pool=8), 44, 0, 36),
+        (Combine(drop=2), 35, 0, 0),
+    ],
+)
+def test_tokens_without_a_place_are_left_out(
+    combine: Combine, tokens: int, first: int, placed: int
+) -> None:
+    connector = ProjectorConfig(MLPConfig(128, 8), combine)
+    path = Llava(CLIP, connector, spec(48, "shortest", "pad"))
+    boxes = look.regions(BranchConfig("x", path), Image.new("RGB", (48, 48)))
+    known = ~np.isnan(boxes).any(axis=1)
     assert known.tolist() == [first <= i < first + placed for i in range(tokens)]
 
 

@@ -11,11 +11,10 @@ from transformers import AutoTokenizer
 
 from tests.checkpoints import tokenizer_files
 from vfjax import Processor
-from vfjax.connectors import LLaVAConfig, MLPConfig
+from vfjax.architectures import Llava, MLPConfig, ProjectorConfig
 from vfjax.data import Batches
 from vfjax.llm import LlamaConfig
 from vfjax.model import BranchConfig, ModelConfig
-from vfjax.views import Whole
 from vfjax.vision.encoders import CLIPConfig
 from vfjax.vision.images import ImageSpec
 
@@ -28,9 +27,11 @@ def processor(tmp_path_factory) -> Processor:
     tokenizer_files(folder)
     branch = BranchConfig(
         "clip",
-        CLIPConfig(patch=14, image_size=28),
-        LLaVAConfig(MLPConfig(8, 8)),
-        Whole(ImageSpec(28, 28, "squash", "crop", HALF, HALF), 4),
+        Llava(
+            CLIPConfig(patch=14, image_size=28),
+            ProjectorConfig(MLPConfig(8, 8)),
+            ImageSpec(28, 28, "squash", "crop", HALF, HALF),
+        ),
     )
     config = ModelConfig((branch,), LlamaConfig(320, 8, 1, 2, 2, 4, 8, 600))
     return Processor(config, AutoTokenizer.from_pretrained(folder), template="llava_llama_2")

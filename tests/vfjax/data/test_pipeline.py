@@ -19,22 +19,33 @@ from transformers import AutoTokenizer, LlamaTokenizer, PreTrainedTokenizerFast
 
 from tests.checkpoints import tokenizer_files
 from vfjax import Batch, Model, Processor, open_video
-from vfjax.connectors import LLaVAConfig, MiningConfig, MLPConfig, SliMEConfig
+from vfjax.architectures import (
+    Llava,
+    LlavaNext,
+    MiniGemini,
+    MiningConfig,
+    MLPConfig,
+    Pictures,
+    ProjectorConfig,
+    Slime,
+    SliMEConfig,
+)
 from vfjax.data import Batches, Conversations
 from vfjax.errors import InputError
 from vfjax.llm import LlamaConfig
 from vfjax.model import BranchConfig, ModelConfig
 from vfjax.text import prompts
-from vfjax.views import Anyres, Sliced, TwoScales, Whole
 from vfjax.vision.encoders import CLIPConfig, ConvNeXtConfig
 from vfjax.vision.images import ImageSpec
 
 HALF = (0.5, 0.5, 0.5)
 CLIP = BranchConfig(
     "clip",
-    CLIPConfig(patch=14, image_size=28),
-    LLaVAConfig(MLPConfig(8, 8)),
-    Whole(ImageSpec(28, 28, "squash", "crop", HALF, HALF), 4),
+    Llava(
+        CLIPConfig(patch=14, image_size=28),
+        ProjectorConfig(MLPConfig(8, 8)),
+        ImageSpec(28, 28, "squash", "crop", HALF, HALF),
+    ),
 )
 READ = grain.ReadOptions(num_threads=3, prefetch_buffer_size=5)
 
@@ -277,7 +288,7 @@ def together(parts: Sequence[Batch]) -> Batch:
 
 
 def toy_model() -> Model:
-    """A branch of each kind of views; random weights, each of which moves the output."""
+    """A branch of several architectures; random weights, each of which moves the output."""
     llm = LlamaConfig(320, 16, 1, 2, 2, 8, 16, 900)
     spec = ImageSpec(28, 28, "squash", "crop", HALF, HALF)
     clip = CLIPConfig(16, 2, 2, 16, patch=14, image_size=28)
@@ -286,22 +297,28 @@ def toy_model() -> Model:
     tiles = ((28, 56), (56, 28), (28, 84), (84, 28))
     scales = dataclasses.replace(spec, size=64, edge=64)
     branches = (
-        BranchConfig("whole", clip, LLaVAConfig(mlp), Whole(spec, 4)),
+        BranchConfig("whole", Llava(clip, ProjectorConfig(mlp), spec)),
         BranchConfig(
-            "anyres", clip, LLaVAConfig(mlp, newline=True), Anyres(spec, tiles, 2, "spatial_unpad")
+            "anyres",
+            LlavaNext(
+                *(clip, ProjectorConfig(mlp, newline=True), spec),
+                pinpoints=tiles,
+                merge="spatial_unpad",
+            ),
         ),
         BranchConfig(
             "two_scales",
-            clip,
-            MiningConfig(mlp, width=16, aux_width=16, grid=2, whole=True),
-            TwoScales(scales, 28, 2, True, 4),
-            ConvNeXtConfig((1, 1, 1, 1), (4, 4, 4, 4), image_size=64),
+            MiniGemini(
+                clip,
+                MiningConfig(mlp, width=16, aux_width=16, grid=2, whole=True),
+                scales,
+                ConvNeXtConfig((1, 1, 1, 1), (4, 4, 4, 4), image_size=64),
+                size=28,
+            ),
         ),
         BranchConfig(
             "sliced",
-            wide,
-            SliMEConfig(wide_mlp, width=128, grid=2, queries=1, separator=3),
-            Sliced(spec, 4, 1),
+            Slime(wide, SliMEConfig(wide_mlp, width=128, grid=2, queries=1, separator=3), spec),
         ),
     )
     config, rng = ModelConfig(branches, llm), np.random.default_rng(0)
@@ -328,7 +345,7 @@ def test_processes_make_one_batch(tmp_path: Path, tokenizer, multiple: int):
 
     single = make()
     parts = [make(process_index=i, process_count=2, multiple=multiple) for i in range(2)]
-    rooms = [len(x) for part in parts for each in part.images.values() for x in each.values()]
+    rooms = [len(x) for part in parts for x in jax.tree.leaves(part.images)]
     assert not any(room % multiple for room in rooms)
     shapes = [jax.tree.map(np.shape, part) for part in parts]
     assert shapes[0] == shapes[1]
@@ -346,11 +363,12 @@ def test_processes_make_one_batch(tmp_path: Path, tokenizer, multiple: int):
         assert moved > 1e-3 * np.abs(a).max(), name
 
 
-def changed(images: dict[str, dict], name: str) -> dict[str, dict]:
+def changed(images: dict[str, Pictures], name: str) -> dict[str, Pictures]:
     """The second half of a branch's pixels, which is the second process's, turned around."""
-    pixels = images[name]["pixels"].copy()
+    pixels = images[name].given.pixels.copy()
     pixels[len(pixels) // 2 :] = pixels[len(pixels) // 2 :, ::-1]
-    return {**images, name: {**images[name], "pixels": pixels}}
+    given = dataclasses.replace(images[name].given, pixels=pixels)
+    return {**images, name: dataclasses.replace(images[name], given=given)}
 
 
 def test_text_alone_in_processes(tmp_path: Path, processor):

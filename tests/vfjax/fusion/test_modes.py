@@ -191,7 +191,7 @@ def test_parallel_positions(count: int, left: bool):
 
 @functools.partial(jax.jit, static_argnums=2)
 def parallel(segments: jax.Array, mask: jax.Array, count: int) -> jax.Array:
-    return places.parallel(segments[None], mask[None], count)[0]
+    return places.parallel(segments[None], mask[None], count)[0, 0]
 
 
 def visual(family: SimpleNamespace, batch, row: int) -> dict[str, list[torch.Tensor]]:
@@ -200,7 +200,7 @@ def visual(family: SimpleNamespace, batch, row: int) -> dict[str, list[torch.Ten
     last = first + ROWS[row].count(PICTURE)
     out = {}
     for name, (tower, connector, entry) in family.branches.items() if last > first else ():
-        pixels = np.moveaxis(batch.images[name]["pixels"][first:last], -1, 1).copy()
+        pixels = np.moveaxis(batch.images[name].given.pixels[first:last], -1, 1).copy()
         with torch.no_grad():
             states = tower(torch.from_numpy(pixels), output_hidden_states=True).hidden_states
             out[name] = list(connector(states[entry["taps"][0]][:, entry["drop"] :]))

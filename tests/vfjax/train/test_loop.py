@@ -158,7 +158,7 @@ def test_states_of_other_parameters_are_refused(folder, whole) -> None:
 
 def test_a_loss_that_is_not_finite_stops_before_it_is_saved(folder, tmp_path) -> None:
     def broken(batch: Batch) -> Batch:
-        batch.images["clip"]["pixels"][:] = np.nan
+        batch.images["clip"].given.pixels[:] = np.nan
         return batch
 
     with pytest.raises(InputError, match=r"step 1: found loss nan.*expected finite numbers"):

@@ -1,6 +1,7 @@
 """A training step against the same model in torch: transformers' LLM and tower, PEFT's adapters."""
 
 import copy
+import dataclasses
 import itertools
 import re
 
@@ -94,7 +95,9 @@ class Twin:
 
     def loss(self, processor, step: int) -> torch.Tensor:
         pictures, ids, labels = rows(step)
-        pixels = torch.tensor(batch_of(processor, step).images["clip"]["pixels"][: len(pictures)])
+        pixels = torch.tensor(
+            batch_of(processor, step).images["clip"].given.pixels[: len(pictures)]
+        )
         states = self.tower(pixels.permute(0, 3, 1, 2), output_hidden_states=True).hidden_states
         visual = iter(self.connector(states[-2][:, 1:]))
         total, count = 0.0, 0
@@ -381,18 +384,19 @@ def test_an_answer_behind_a_token_that_is_left_out(folder) -> None:
     """It is predicted from the last token that was read, as if the other were cut out."""
     model, processor = converters.load(folder[0], dtype="float32")
     branch = model.branches["clip"]
-    stages = type(branch).stages
+    visual_tokens = type(branch).visual_tokens
 
-    def left_out(self, inputs, embed):
-        out = stages(self, inputs, embed)
-        return out | {"keep": jnp.arange(len(out["tokens"])) % 16 != 15}  # each picture's last
+    def left_out(self, *args, **more):
+        out = visual_tokens(self, *args, **more)
+        keep = jnp.arange(len(out.values)) % 16 != 15  # each picture's last
+        return dataclasses.replace(out, keep=keep)
 
     pictures, ids, labels = rows(1)
     ids, labels = [[1, 7, PICTURE, 9, 10, 11]], [[IGNORE] * 3 + [9, 10, 11]]
     batch = processor(pictures[:1], input_ids=ids, labels=labels)
     whole, _ = answer_loss(model, batch)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(type(branch), "stages", left_out)
+        patch.setattr(type(branch), "visual_tokens", left_out)
         found, count = answer_loss(model, batch)
         hidden, mask, _ = model.read(batch)
     logits = model.llm.logits(hidden)[0][np.flatnonzero(np.asarray(mask[0]))]
@@ -405,7 +409,8 @@ def test_an_answer_behind_a_token_that_is_left_out(folder) -> None:
 def test_operations_of_a_step(folder) -> None:
     """The LLM's products by hand: forward, inputs' gradients, trained weights' gradients."""
     text = {"tokens": np.ones((1, 2, 8), np.int32), "visual": np.full((1, 2, 8), -1)}
-    batch = Batch(**text, mask=np.ones((1, 2, 8), bool), images={}, labels=text["tokens"])
+    more = {"mask": np.ones((1, 2, 8), bool), "segments": np.zeros((1, 2, 8), np.int32)}
+    batch = Batch(**text, **more, images={}, labels=text["tokens"])
     weights = 2 * (32 * (32 + 16 + 16 + 32) + 3 * 32 * 48) + 32 * 320
     scores = 2 * 4 * 8 * 8 * 8 * 2  # layers, heads, queries, keys, width of a head, two products
     forward = 2 * (16 * weights + 2 * scores)

@@ -16,11 +16,10 @@ from safetensors.numpy import load_file
 
 import converters
 from converters.preprocessor import from_preprocessor
-from vfjax.connectors.slime import Resampler
+from vfjax.architectures.slime import Resampler, adaptive_grid
 from vfjax.errors import InputError
 from vfjax.vision.images import preprocess
 from vfjax.vision.tiling import (
-    adaptive_grid,
     anyres_grid,
     best_resolution,
     frame_indices,

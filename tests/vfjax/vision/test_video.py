@@ -12,9 +12,9 @@ from PIL import Image
 
 import converters
 from vfjax import InputError, Video, open_video
+from vfjax.architectures.base import bucket
 from vfjax.model import Model
 from vfjax.text.prompts import IMAGE_ID
-from vfjax.views import bucket
 from vfjax.vision.tiling import frame_indices
 
 COUNT = 20
@@ -64,9 +64,9 @@ def test_a_real_clip_through_dense_connector(shared: Path, frames: int):
     assert mask.sum() == frames * 18 + 4
 
     ((_, inputs),) = pooled.images.items()
-    assert len(inputs["pixels"]) == frames
-    memory, _ = jax.jit(Model.visual_tokens)(model, pooled.images)
-    features = np.array(memory)[: frames * 36].reshape(frames, 36, -1)
+    assert len(inputs.given.pixels) == frames
+    memory = jax.jit(Model.visual_tokens)(model, pooled.images)
+    features = np.array(memory.values)[: frames * 36].reshape(frames, 36, -1)
     each = torch.from_numpy(features).permute(0, 2, 1)
     expected = torch.nn.functional.max_pool1d(each, 2).permute(0, 2, 1).flatten(0, 1).numpy()
     np.testing.assert_array_equal(np.asarray(tokens)[0, 2 : 2 + len(expected)], expected)
@@ -92,9 +92,9 @@ def test_rows_with_a_video_a_picture_and_none(shared: Path):
     rows = [[1, IMAGE_ID, 9], [1, IMAGE_ID, 4, IMAGE_ID], [1, 7]]
     batch = processor(images, input_ids=rows)
     ((_, inputs),) = batch.images.items()
-    tokens = model.config.branches[0].views.side ** 2
+    tokens = model.config.branches[0].architecture.side ** 2
     count = 3 * (tokens // 5) + tokens // 2
-    assert inputs["pool"].shape == (bucket(count), 5)
+    assert inputs.gather.indices.shape == (bucket(count), 5)
     together, mask = embed(model, batch)
     assert mask.sum(axis=1).tolist()[2] == 2
     alone, own = embed(model, processor([video], input_ids=rows[:1]))
@@ -109,10 +109,11 @@ def test_frames_are_padded_wholes_where_pictures_are_tiled(shared: Path):
     model, processor = converters.load(shared / "golden" / "dc_anyres")
     (branch,) = model.config.branches
     picture = Image.new("RGB", (60, 20), (200, 10, 10))
-    ready = branch.views([picture, picture], {1})
+    path = branch.architecture
+    ready = path.show([picture, picture], {1})
     tiles = len(ready.indices[0])
-    assert tiles > branch.views.side**2 == len(ready.indices[1])
-    corner = ready.inputs["pixels"][ready.indices[1][0] // branch.views.side**2, 0, 0]
+    assert tiles > path.side**2 == len(ready.indices[1])
+    corner = ready.inputs.pixels[ready.indices[1][0] // path.side**2, 0, 0]
     assert np.abs(corner).max() < 0.02  # the mean colour
 
 
@@ -122,8 +123,8 @@ def test_models_that_read_the_prompt(shared: Path):
     frames = tuple(Image.new("RGB", (30, 40), (60 * k, 0, 0)) for k in range(2))
     batch = processor([Video(frames, pool=1)], input_ids=[[1, IMAGE_ID, 9, 8]])
     ((_, inputs),) = batch.images.items()
-    assert not inputs["tile_mask"].any()
-    assert inputs["text"][:, :3].tolist() == [[1, 9, 8]] * 2
+    assert not inputs.given.tile_mask.any()
+    assert inputs.prompt.ids[:, :3].tolist() == [[1, 9, 8]] * 2
     tokens, mask = embed(model, batch)
     assert mask.sum() == 2 * 576 + 3
     assert np.isfinite(np.asarray(tokens)).all()

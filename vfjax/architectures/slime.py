@@ -1,4 +1,4 @@
-"""SliME's connector: gated global adapter, local resampler, text-guided router.
+"""SliME: the whole picture and tiles; gated adapter, local resampler, text-guided router.
 
 SliME llava/model/multimodal_projector/builder.py, llava/model/multimodal_resampler and
 llava/model/llava_arch.py; arXiv 2406.08487, section 3.
@@ -6,19 +6,40 @@ llava/model/llava_arch.py; arXiv 2406.08487, section 3.
 
 import dataclasses
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Container, Sequence
 from typing import Literal
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
+from PIL import Image
 
-from vfjax.connectors.combine import Combine
-from vfjax.connectors.mlp import MLPConfig
+from vfjax.architectures.base import (
+    AnyArray,
+    Branch,
+    Embed,
+    Encoded,
+    Inputs,
+    Prompt,
+    Shown,
+    Size,
+    Tapped,
+    VisualTokens,
+    bucket,
+)
+from vfjax.architectures.boxes import NOWHERE, WHOLE, canvas, cells, cut, frame, within
+from vfjax.architectures.combine import Combine
+from vfjax.architectures.mlp import MLPConfig
 from vfjax.nn.layers import attention, layer_norm, linear, param
+from vfjax.vision import tiling
+from vfjax.vision.images import preprocess
 from vfjax.vision.resize import bicubic
 
 Array = jax.Array
+
+MAX_TILES = 6
+"""The limit on the wanted number of tiles; the grid may have one more."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -160,41 +181,31 @@ class SliME(nnx.Module):
             self.embedding = param((c.vocab, c.projector.dout), ("vocab", "embed"), rngs=rngs)
 
     def __call__(
-        self,
-        states: Mapping[str, Sequence[Array]],
-        inputs: Mapping[str, Array],
-        embed: Callable[[Array], Array],
-    ) -> dict[str, Array]:
-        """Stages up to the visual tokens.
+        self, encoded: "EncodedSlices", embed: Embed, prompt: Prompt, key: Array | None = None
+    ) -> VisualTokens:
+        """The memory: of each picture the whole view, the separator, local tokens in raster order.
 
         Args:
-            states: "encoder": hidden states [n * (1 + tiles), 1 + s, d], picture by picture, the
-                whole view first, then tiles in raster order, then empty slots.
-            inputs: "tile_mask" bool[n, tiles], False at empty slots; "raster" int32[n, tiles *
-                queries], where each local token stands in the raster over all tiles, empty ones
-                last; "text" int32[n, l] ids of the picture's prompt; "text_mask" bool[n, l]; in
-                training "noise", a key of the random numbers that are added to the gates' logits
-                and the router's scores.
+            encoded: "encoder": hidden states [n * (1 + tiles), 1 + s, d] of `Slices`.
             embed: the LLM's embedding; the router has its own if the config says so.
+            prompt: of each picture.
+            key: in training, of the noise that is added to the gates' logits and router's scores.
 
         Returns:
-            tokens: of each picture the whole view's s, the separator, the local ones in raster
-            order; keep, False at the local ones that the router leaves out; and what leads there.
+            Tokens; local ones that the router leaves out are not kept; and what leads there.
         """
-        c = self.config
-        plain, _ = c.combine(states["encoder"])
+        c, ids, words = self.config, jnp.asarray(prompt.ids), jnp.asarray(prompt.mask)
+        plain, _ = c.combine(encoded.states["encoder"])
         x = plain.reshape(-1, 1 + c.tiles, *plain.shape[1:])
-        gate_key, router_key = (
-            jax.random.split(inputs["noise"]) if "noise" in inputs else (None,) * 2
-        )
+        gate_key, router_key = (None, None) if key is None else jax.random.split(key)
         gates = self.gates(x[:, 0], gate_key)
         whole = self.mixed(x[:, 0], gates)
         small = self.sampler(x[:, 1:].reshape(-1, *x.shape[2:]))
         local = self.projector(small).reshape(len(x), c.tiles * c.queries, -1)
-        local = jnp.take_along_axis(local, inputs["raster"][..., None], axis=1)
-        real = jnp.repeat(inputs["tile_mask"], c.queries, axis=1)  # empty slots stay last
-        text = self.embedding[...][inputs["text"]] if c.vocab else embed(inputs["text"])
-        scores = router(local, text, inputs["text_mask"])
+        local = jnp.take_along_axis(local, encoded.raster[..., None], axis=1)
+        real = jnp.repeat(encoded.tile_mask, c.queries, axis=1)  # empty slots stay last
+        text = self.embedding[...][ids] if c.vocab else embed(ids)
+        scores = router(local, text, words)
         if router_key is not None:  # multimodal_resampler/builder.py, TextGuidedSampler
             scores += 0.1 * jax.random.normal(router_key, scores.shape, scores.dtype)
         selected = kept(jnp.where(real, scores, -jnp.inf) / c.temperature, real, c.top_p)
@@ -203,17 +214,19 @@ class SliME(nnx.Module):
         before = jnp.full((n, whole.shape[1] + 1), c.shown != "local")
         before = before.at[:, -1].set(c.shown == "all")  # the separator stands between both
         keep = selected & (c.shown != "global")
-        return {
-            "vision_features": plain,
-            "gates": gates,
-            "global_features": whole,
-            "local_compressed": small,
-            "local_features": local,
-            "router_scores": scores,
-            "selected": selected,
-            "tokens": jnp.concatenate([whole, comma, local], axis=1).reshape(-1, d),
-            "keep": jnp.concatenate([before, keep], axis=1).reshape(-1),
-        }
+        return VisualTokens(
+            jnp.concatenate([whole, comma, local], axis=1).reshape(-1, d),
+            jnp.concatenate([before, keep], axis=1).reshape(-1),
+            stages={
+                "vision_features": plain,
+                "gates": gates,
+                "global_features": whole,
+                "local_compressed": small,
+                "local_features": local,
+                "router_scores": scores,
+                "selected": selected,
+            },
+        )
 
     def gates(self, x: Array, key: Array | None = None) -> Array:
         """Shares [n, s, 2] of the two experts; with a key, of logits with noise.
@@ -261,3 +274,119 @@ def kept(logits: Array, real: Array, top_p: float) -> Array:
     count = (jnp.cumsum(ranked, axis=-1) <= top_p).sum(axis=-1) + 1
     rank = jnp.argsort(order, axis=-1)
     return (rank < count[:, None]) & real
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Slices(Inputs):
+    """Views of pictures, `1 + tiles` each: the whole, tiles in raster order, empty slots.
+
+    Attributes:
+        tile_mask: bool[n, tiles], False at empty slots.
+        raster: int32[n, tiles * queries], where each local token stands in the raster over all
+            tiles, empty ones last.
+    """
+
+    tile_mask: AnyArray = dataclasses.field(kw_only=True)
+    raster: AnyArray = dataclasses.field(kw_only=True)
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class EncodedSlices(Encoded):
+    """Hidden states of `Slices`, and what the connector needs of them."""
+
+    tile_mask: AnyArray
+    raster: AnyArray
+
+
+class SlimeBranch(Branch):
+    """Its connector reads the prompt, too."""
+
+    def encode(self, inputs: Slices) -> EncodedSlices:  # type: ignore[override]
+        """See `Branch.encode`."""
+        return EncodedSlices(self.states(inputs), inputs.tile_mask, inputs.raster)
+
+    def visual_tokens(  # type: ignore[override]
+        self,
+        encoded: EncodedSlices,
+        embed: Embed,
+        *,
+        prompt: Prompt,
+        key: Array | None = None,
+    ) -> VisualTokens:
+        """See `Branch.visual_tokens`; tokens that the router leaves out are not kept."""
+        return self.connector(encoded, embed, prompt, key)
+
+
+@dataclasses.dataclass(frozen=True)
+class Slime(Tapped):
+    """The whole picture and as many tiles as its size asks for; images' `aspect` is "crop"."""
+
+    reads_text = True  # the router asks which tiles the prompt is about
+
+    @property
+    def side(self) -> int:
+        """Tokens a side of a tile."""
+        return math.isqrt(self.connector.queries)
+
+    @property
+    def tokens(self) -> int:
+        """Tokens of a picture, at most: whole view, separator, tiles."""
+        return self.patches + 1 + self.connector.tiles * self.side**2
+
+    def show(
+        self, pictures: Sequence[Image.Image], frames: Container[int] = (), slots: int | None = None
+    ) -> Shown:
+        """Inputs: `Slices`; see `Tapped.show`."""
+        n, tiles = bucket(len(pictures)) if slots is None else slots, self.connector.tiles
+        each, per_tile, size = self.tokens, self.side**2, self.images.size
+        pixels = np.zeros((n, 1 + tiles, size, size, 3), np.float32)
+        mask = np.zeros((n, tiles), bool)
+        raster = np.tile(np.arange(tiles * per_tile, dtype=np.int32), (n, 1))
+        indices = []
+        for i, picture in enumerate(pictures):
+            if i in frames:
+                pixels[i, 0] = preprocess(picture, dataclasses.replace(self.images, aspect="pad"))
+                indices.append(i * each + np.arange(self.patches))
+                continue
+            grid = adaptive_grid(picture.size, size)
+            views = tiling.tiles(picture, grid, size)
+            count = len(views) - 1
+            pixels[i, : len(views)] = [preprocess(v, self.images) for v in views]
+            mask[i, :count] = True
+            raster[i, : count * per_tile] = tiling.raster_indices(grid, self.side).ravel()
+            indices.append(i * each + np.arange(self.patches + 1 + count * per_tile))
+        inputs = Slices(pixels.reshape(-1, *pixels.shape[2:]), tile_mask=mask, raster=raster)
+        return Shown(inputs, indices, n * each)
+
+    def regions(self, size: Size) -> np.ndarray:
+        """See `Architecture.regions`; the separator has no place."""
+        tile = self.images.size
+        grid = adaptive_grid(size, tile)
+        inner = frame(self.images, (tile, tile))
+        tiles = cut(canvas(size, grid, tile), (grid[0] * self.side, grid[1] * self.side))
+        return np.concatenate([cells(within(WHOLE, inner), self.patches), NOWHERE, tiles])
+
+    def build(self, *, rngs: nnx.Rngs) -> SlimeBranch:
+        return SlimeBranch(self, rngs=rngs)
+
+
+def adaptive_grid(size: Size, tile: int) -> Size:
+    """The grid of 2 to 7 tiles of a SliME picture.
+
+    SliME's `select_best_resolution_uhd`: as many tiles as the picture's area fills, one fewer or
+    one more, in any grid, whichever is the best resolution.
+
+    Args:
+        size: the picture's.
+        tile: side of the encoder's input in pixels.
+    """
+    wanted = min(max(math.ceil(size[0] * size[1] / tile**2), 2), MAX_TILES)
+    grids = [
+        (cols, count // cols)
+        for count in range(max(wanted - 1, 2), wanted + 2)
+        for cols in range(1, count + 1)
+        if count % cols == 0
+    ]
+    return tiling.anyres_grid(size, [(cols * tile, rows * tile) for cols, rows in grids], tile)

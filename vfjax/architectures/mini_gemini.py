@@ -1,22 +1,36 @@
-"""Mini-Gemini's patch info mining (MGM mgm/model/mgm_arch.py; arXiv 2403.18814, section 3.2).
+"""Mini-Gemini: two resolutions and patch info mining.
 
-Each token of a low-resolution view asks the high-resolution pixels of its own cell. The joined
-ConvNeXt map of an HD picture has 2880 x 384 x 384 values; it is never made: resizing is linear
-along rows and columns, so each view takes its part of every stage by its own rows of the weights.
+MGM mgm/model/mgm_arch.py; arXiv 2403.18814, section 3.2. Each token of a low-resolution view asks
+the high-resolution pixels of its own cell. The joined ConvNeXt map of an HD picture has 2880 x 384
+x 384 values; it is never made: resizing is linear along rows and columns, so each view takes its
+part of every stage by its own rows of the weights.
 """
 
 import dataclasses
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Container, Mapping, Sequence
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
+from PIL import Image
 
-from vfjax.connectors.combine import Combine
-from vfjax.connectors.mlp import MLPConfig
+from vfjax.architectures.base import (
+    Inputs,
+    Shown,
+    Size,
+    Tapped,
+    VisualTokens,
+    all_of,
+    bucket,
+    stacked,
+)
+from vfjax.architectures.boxes import cells, cut, frame
+from vfjax.architectures.combine import Combine
+from vfjax.architectures.mlp import MLPConfig
 from vfjax.nn.layers import layer_norm, linear
+from vfjax.vision.images import preprocess
 from vfjax.vision.resize import bilinear, resized
 
 Array = jax.Array
@@ -106,25 +120,17 @@ class Mining(nnx.Module):
         shares = jax.nn.softmax(jnp.nan_to_num(scores), axis=-1)
         return jnp.einsum("nsc,nscd->nsd", shares, self.value(found))
 
-    def __call__(
-        self,
-        states: Mapping[str, Sequence[Array]],
-        inputs: Mapping[str, Array],
-        embed: Callable[[Array], Array],
-    ) -> dict[str, Array]:
-        """Stages up to the visual tokens.
+    def __call__(self, states: Mapping[str, Sequence[Array]]) -> VisualTokens:
+        """The memory, the whole view of each picture first.
 
         Args:
             states: "encoder": hidden states [n * views, 1 + s, d] of the low-resolution views,
                 picture by picture, the whole one last; "aux": stages [n, h, w, c].
-            inputs: not read.
-            embed: not read.
 
         Returns:
-            vision_features [n * views, s, d]; mined, likewise; connector_features and
-            image_features [n, views * s, ...], the whole view first; tokens, the same flat.
+            Tokens [n * views * s, D]; stages vision_features [n * views, s, d]; mined, likewise;
+            aux_features [n, h, w, c]; connector_features and image_features [n, views * s, ...].
         """
-        del inputs, embed
         c = self.config
         plain, joined = c.combine(states["encoder"])
         maps = states["aux"]
@@ -138,15 +144,13 @@ class Mining(nnx.Module):
         if c.whole:
             features = jnp.roll(features, 1, axis=1)
         features = features.reshape(n, -1, features.shape[-1])
-        projected = self.projector(features)
-        return {
+        stages = {
             "vision_features": plain,
             "mined": mined,
             "aux_features": joined_map(maps),  # of use to comparisons only: dropped if not read
             "connector_features": features,
-            "image_features": projected,
-            "tokens": projected.reshape(-1, projected.shape[-1]),
         }
+        return all_of(self.projector(features), stages)
 
     def _weights(self, maps: Sequence[Array]) -> list[list[tuple[np.ndarray, np.ndarray]]]:
         """For each view and stage the rows and columns of the resize to the first stage's size."""
@@ -165,3 +169,76 @@ def joined_map(maps: Sequence[Array]) -> Array:
     """All stages at the first one's size, [n, h, w, sum of c], of which views take their parts."""
     side = maps[0].shape[1]
     return jnp.concatenate([resized(m, *[bilinear(m.shape[1], side)] * 2) for m in maps], axis=-1)
+
+
+@dataclasses.dataclass(frozen=True)
+class MiniGemini(Tapped):
+    """A high-resolution picture, and low-resolution views made of its pixels.
+
+    MGM mgm/model/processor and mgm/model/builder.py: the low one is a plain bilinear resize of the
+    normalised high one, not of the photograph.
+
+    Attributes:
+        images: of the high-resolution picture, which the second encoder is shown.
+        size: side of a low-resolution view.
+    """
+
+    size: int = 336
+
+    @property
+    def views(self) -> int:
+        """Low-resolution views of a picture."""
+        return self.connector.grid**2 + self.connector.whole
+
+    @property
+    def tokens(self) -> int:
+        """Tokens of a picture."""
+        return self.patches * self.views
+
+    def show(
+        self, pictures: Sequence[Image.Image], frames: Container[int] = (), slots: int | None = None
+    ) -> Shown:
+        """Inputs: pixels float32[n * views, s, s, 3], pixels_aux float32[n, S, S, 3]."""
+        del frames  # all are whole
+        n, each = bucket(len(pictures)) if slots is None else slots, self.tokens
+        high = [preprocess(p, self.images) for p in pictures]
+        low = [view for picture in high for view in self._low(picture)]
+        inputs = Inputs(stacked(low, n * self.views, self.size), stacked(high, n, self.images.size))
+        return Shown(inputs, [i * each + np.arange(each) for i in range(len(high))], n * each)
+
+    def _low(self, picture: np.ndarray) -> list[np.ndarray]:
+        grid = self.connector.grid
+        low = shrunk(picture, self.size * grid)
+        cuts = [slice(i * self.size, (i + 1) * self.size) for i in range(grid)]
+        views = [low[rows, cols] for rows in cuts for cols in cuts]
+        return [*views, shrunk(low, self.size)] if self.connector.whole else views
+
+    def regions(self, size: Size) -> np.ndarray:
+        """See `Architecture.regions`."""
+        grid, seen = self.connector.grid, frame(self.images, size)
+        shown = [*([seen] if self.connector.whole else []), *cut(seen, (grid, grid))]
+        return np.concatenate([cells(box, self.patches) for box in shown])
+
+
+def shrunk(picture: np.ndarray, side: int) -> np.ndarray:
+    """float32[h, w, c] -> [side, side, c], torch's bilinear without antialiasing.
+
+    Every step is rounded as torch rounds it: pixels are compared to 1e-5.
+    """
+    rows, cols = (_neighbours(size, side) for size in picture.shape[:2])
+    low, high, share = cols
+    across = [
+        picture[line][:, low] * (1 - share)[:, None] + picture[line][:, high] * share[:, None]
+        for line in rows[:2]
+    ]
+    share = rows[2][:, None, None]
+    return across[0] * (1 - share) + across[1] * share
+
+
+def _neighbours(source: int, target: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """For each target pixel the two source pixels around it and the second's share, in float32."""
+    scale = np.float32(source) / np.float32(target)
+    centre = scale * (np.arange(target, dtype=np.float32) + np.float32(0.5)) - np.float32(0.5)
+    centre = np.maximum(centre, np.float32(0))
+    low = np.minimum(centre.astype(np.int64), source - 1)
+    return low, np.minimum(low + 1, source - 1), centre - low.astype(np.float32)

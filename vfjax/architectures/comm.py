@@ -4,17 +4,22 @@ Its code was never published. What the paper leaves open is an option here, and 
 """
 
 import dataclasses
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Container, Mapping, Sequence
 from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
+from PIL import Image
 
-from vfjax.connectors.combine import mean
-from vfjax.connectors.mining import Asker
+from vfjax.architectures.base import Inputs, Shown, Size, Tapped, VisualTokens, all_of, bucket
+from vfjax.architectures.combine import mean
+from vfjax.architectures.llava import whole, whole_regions
+from vfjax.architectures.mini_gemini import Asker
 from vfjax.errors import InputError, counted
 from vfjax.nn.layers import MLP, linear
+from vfjax.vision.images import ImageSpec
 
 Array = jax.Array
 
@@ -185,38 +190,59 @@ class COMM(nnx.Module):
             self.aux = c.aux.build(rngs=rngs)
         self.projector = linear(c.width, c.dout, (None, "embed"), rngs=rngs)
 
-    def __call__(
-        self,
-        states: Mapping[str, Sequence[Array]],
-        inputs: Mapping[str, Array],
-        embed: Callable[[Array], Array],
-    ) -> dict[str, Array]:
-        """Stages up to the visual tokens.
+    def __call__(self, states: Mapping[str, Sequence[Array]]) -> VisualTokens:
+        """The memory.
 
         Args:
             states: "encoder" and, with a second encoder, "aux": hidden states [n, drop + s, d] at
                 the taps.
-            inputs: not read.
-            embed: not read.
 
         Returns:
-            vision_features [n, s, d], merged; aux_features likewise, with a second encoder;
-            connector_features, joined; image_features [n, s', D]; tokens, the same flat.
+            Tokens [n * s', D]; stages vision_features [n, s, d], merged; aux_features likewise,
+            with a second encoder; connector_features, joined; image_features [n, s', D].
 
         Raises:
             InputError: see `COMMConfig.tokens`.
         """
-        del inputs, embed
         c, dtype = self.config, self.projector.kernel.dtype
         features = {"vision_features": self.encoder(states["encoder"], dtype)}
         if c.aux is not None:
             features["aux_features"] = self.aux(states["aux"], dtype)
         c.tokens(*(x.shape[1] for x in features.values()))
         joined = jnp.concatenate(list(features.values()), axis=2 if c.join == "channels" else 1)
-        projected = self.projector(joined)
-        return {
-            **features,
-            "connector_features": joined,
-            "image_features": projected,
-            "tokens": projected.reshape(-1, projected.shape[-1]),
-        }
+        return all_of(self.projector(joined), {**features, "connector_features": joined})
+
+
+@dataclasses.dataclass(frozen=True)
+class Comm(Tapped):
+    """Each picture is one view, shown to one encoder or to two, to each as it was trained.
+
+    Attributes:
+        images: for the first encoder.
+        images_aux: for the second.
+    """
+
+    images_aux: ImageSpec | None = None
+
+    @property
+    def tokens(self) -> int:
+        """Tokens of a picture."""
+        return self.connector.tokens(self.encoder.tokens, self.aux.tokens if self.aux else 0)
+
+    def show(
+        self, pictures: Sequence[Image.Image], frames: Container[int] = (), slots: int | None = None
+    ) -> Shown:
+        """Inputs: pixels and, with a second encoder, pixels_aux, both float32[n, s, s, 3]."""
+        del frames  # all are whole
+        n, tokens = bucket(len(pictures)) if slots is None else slots, self.tokens
+        one, two = (
+            whole(pictures, images, n) if images is not None else None
+            for images in (self.images, self.images_aux)
+        )
+        assert one is not None
+        indices = [i * tokens + np.arange(tokens) for i in range(len(pictures))]
+        return Shown(Inputs(one, two), indices, n * tokens)
+
+    def regions(self, size: Size) -> np.ndarray:
+        """See `Architecture.regions`."""
+        return whole_regions(self.encoder, self.images, self.tokens, size)

@@ -9,7 +9,7 @@ import pytest
 from flax import nnx
 
 from vfjax import InputError
-from vfjax.connectors import COMMConfig, MergeConfig, dense
+from vfjax.architectures import COMMConfig, MergeConfig, dense
 from vfjax.vision.encoders import CLIPConfig, DINOv2Config
 
 RNG = np.random.default_rng(7)
@@ -87,16 +87,17 @@ def test_comm_equations(merge: str, blocks: int, ratio: int, join: str):
     states = {"encoder": states_of(encoder), "aux": states_of(aux)}
     v1, v2 = (merged(p, k, c, states[k]) for k, c in (("encoder", encoder), ("aux", aux)))
     expected = np.concatenate([v1, v2], axis=2 if join == "channels" else 1)
-    found = nnx.jit(lambda m, s: m(s, {}, lambda ids: ids))(
+    memory = nnx.jit(lambda m, s: m(s))(
         model, jax.tree.map(lambda x: jnp.asarray(x, jnp.float32), states)
     )
+    found = memory.stages
     close = {"atol": 3e-5, "rtol": 3e-5}
     np.testing.assert_allclose(found["vision_features"], v1, **close)
     np.testing.assert_allclose(found["aux_features"], v2, **close)
     np.testing.assert_allclose(found["connector_features"], expected, **close)
     projected = affine(p, "projector", expected)
     np.testing.assert_allclose(found["image_features"], projected, **close)
-    np.testing.assert_allclose(found["tokens"], projected.reshape(-1, OUT), **close)
+    np.testing.assert_allclose(memory.values, projected.reshape(-1, OUT), **close)
     assert config.tokens(S, S) == projected.shape[1] == S * (2 if join == "tokens" else 1)
     assert config.taps == {"encoder": (1, 2, 3), "aux": (3, 4)}
 
@@ -105,7 +106,7 @@ def test_comm_of_one_encoder():
     encoder = MergeConfig(D, (2, 4), 0)
     model, p = built(COMMConfig(encoder, OUT))
     states = states_of(encoder)
-    found = model({"encoder": [jnp.asarray(s, jnp.float32) for s in states]}, {}, lambda ids: ids)
+    found = model({"encoder": [jnp.asarray(s, jnp.float32) for s in states]}).stages
     expected = affine(p, "projector", merged(p, "encoder", encoder, states))
     np.testing.assert_allclose(found["image_features"], expected, atol=3e-5)
     assert "aux_features" not in found
@@ -140,11 +141,9 @@ def test_comm_at_full_size():
         assert sum(math.prod(x.shape) for x in jax.tree.leaves(state)) == expected
     assert sum(counted.values()) == 48_335_902
     shape = jax.ShapeDtypeStruct((1, 577, 1024), jnp.bfloat16)
-    found = nnx.eval_shape(
-        lambda m, s: m(s, {}, lambda ids: ids), model, {"encoder": [shape] * 24, "aux": [shape] * 6}
-    )
-    assert found["connector_features"].shape == (1, 576, 2048)
-    assert found["tokens"].shape == (config.tokens(clip.tokens, dino.tokens), 4096) == (576, 4096)
+    found = nnx.eval_shape(lambda m, s: m(s), model, {"encoder": [shape] * 24, "aux": [shape] * 6})
+    assert found.stages["connector_features"].shape == (1, 576, 2048)
+    assert found.values.shape == (config.tokens(clip.tokens, dino.tokens), 4096) == (576, 4096)
 
 
 def test_comm_refuses_what_does_not_fit():
@@ -153,7 +152,7 @@ def test_comm_refuses_what_does_not_fit():
         COMMConfig(encoder, OUT, aux).tokens(9, 16)
     model, _ = built(COMMConfig(encoder, OUT, aux))
     with pytest.raises(InputError, match="token grids"):
-        model({"encoder": [jnp.ones((1, 5, D))], "aux": [jnp.ones((1, 10, E))]}, {}, lambda x: x)
+        model({"encoder": [jnp.ones((1, 5, D))], "aux": [jnp.ones((1, 10, E))]})
     with pytest.raises(InputError, match="widths 8 and 12"):
         COMMConfig(encoder, OUT, aux, "tokens")
     with pytest.raises(InputError, match="merge: found 'max'"):

@@ -1,0 +1,58 @@
+"""Members' visual paths, one file a family; the contract is `vfjax.architectures.base`.
+
+A connector's config is a frozen dataclass (`vfjax.architectures.base.Connector`); what it builds
+makes visual tokens of hidden states and names its stages.
+"""
+
+from vfjax.architectures.base import (
+    Architecture,
+    Branch,
+    Encoded,
+    Gather,
+    Inputs,
+    Media,
+    Pictures,
+    Prepared,
+    Prompt,
+    Rows,
+    Run,
+    Tapped,
+    VisualTokens,
+)
+from vfjax.architectures.combine import Combine
+from vfjax.architectures.comm import Comm, COMMConfig, MergeConfig
+from vfjax.architectures.dense_connector import dense
+from vfjax.architectures.llava import Llava, ProjectorConfig
+from vfjax.architectures.llava_next import LlavaNext
+from vfjax.architectures.mini_gemini import MiniGemini, MiningConfig
+from vfjax.architectures.mlp import MLPConfig
+from vfjax.architectures.slime import Slime, SliMEConfig
+
+__all__ = [
+    "Architecture",
+    "Branch",
+    "COMMConfig",
+    "Combine",
+    "Comm",
+    "Encoded",
+    "Gather",
+    "Inputs",
+    "Llava",
+    "LlavaNext",
+    "MLPConfig",
+    "Media",
+    "MergeConfig",
+    "MiniGemini",
+    "MiningConfig",
+    "Pictures",
+    "Prepared",
+    "ProjectorConfig",
+    "Prompt",
+    "Rows",
+    "Run",
+    "SliMEConfig",
+    "Slime",
+    "Tapped",
+    "VisualTokens",
+    "dense",
+]

@@ -1,0 +1,457 @@
+"""The contract of a member family's visual path, and what the families share.
+
+An `Architecture` is a frozen config. On the host it says what its encoders are shown of a batch's
+pictures and where their tokens stand in the text (`prepare`), and which part of a picture each
+token saw (`regions`). The module that it builds computes hidden states (`encode`) and from them
+the visual tokens (`visual_tokens`). Nothing else in vfjax knows of a family: a new one is a file.
+
+A branch turns its inputs into a flat memory of visual tokens of static size; each picture's tokens
+are read out of it by a weighted gather, so that tiling, unpadding, newlines, pooling and shrinking
+are data.
+"""
+
+import dataclasses
+from collections.abc import Callable, Container, Mapping, Sequence
+from typing import Any, ClassVar, Protocol
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+from PIL import Image
+
+from vfjax.vision.images import ImageSpec
+from vfjax.vision.video import Video
+
+Array = jax.Array
+AnyArray = jax.Array | np.ndarray
+Size = tuple[int, int]
+Embed = Callable[[Array], Array]
+"""The LLM's embedding table: int32[...] ids -> [..., d]."""
+
+Media = Image.Image | Video
+"""What stands at a placeholder: a picture, RGB, or a video."""
+
+Rows = Sequence[Sequence[Media]]
+"""Of each row of a batch its pictures and videos, in the order of their placeholders."""
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Inputs:
+    """What a branch's encoders are shown; a family that needs more adds it in a class of its own.
+
+    Attributes:
+        pixels: float32[n, h, w, 3] of the first encoder.
+        pixels_aux: float32[n', h', w', 3] of the second one; None without.
+    """
+
+    pixels: AnyArray
+    pixels_aux: AnyArray | None = None
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Encoded:
+    """Hidden states, and of the inputs what the connector still needs.
+
+    Attributes:
+        states: encoder ("encoder", "aux") -> hidden states at the taps, each [n, s, d].
+    """
+
+    states: dict[str, list[Array]]
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Prompt:
+    """The words that stand around each picture or frame.
+
+    Attributes:
+        ids: int32[n, l] of the row that it stands in.
+        mask: bool[n, l], False at padding.
+    """
+
+    ids: AnyArray
+    mask: AnyArray
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class VisualTokens:
+    """A branch's memory.
+
+    Attributes:
+        values: [m, d] in the LLM's width.
+        keep: bool[m], False at tokens that the connector leaves out.
+        deep: [k, m, d], what is added to the hidden states after each of the LLM's first k layers;
+            None: nothing.
+        stages: what was computed on the way, by the names of the authors' code; for comparisons.
+    """
+
+    values: Array
+    keep: Array
+    deep: Array | None = None
+    stages: dict[str, Array] = dataclasses.field(default_factory=dict)
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Gather:
+    """Visual tokens that are made of others.
+
+    Attributes:
+        indices: int32[m, p] of a memory's tokens.
+        weights: float32[m, p] of their sum; None takes the largest of their values.
+    """
+
+    indices: AnyArray
+    weights: AnyArray | None = None
+
+    def __call__(self, tokens: VisualTokens) -> VisualTokens:
+        """The memory with m tokens more behind it; those made of one that is left out are, too."""
+        indices = jnp.asarray(self.indices)
+
+        def more(x: Array) -> Array:  # [..., tokens, d]
+            if self.weights is None:
+                made = x[..., indices, :].max(axis=-2)
+            else:
+                made = jnp.zeros((*x.shape[:-2], len(indices), x.shape[-1]), jnp.float32)
+                for k in range(indices.shape[1]):  # at once, [m, p, d] would be held
+                    share = jnp.asarray(self.weights)[:, k, None]
+                    made += share * x[..., indices[:, k], :].astype(jnp.float32)
+            return jnp.concatenate([x, made.astype(x.dtype)], axis=-2)
+
+        keep = tokens.keep[indices]
+        if self.weights is not None:
+            keep |= jnp.asarray(self.weights) == 0
+        return VisualTokens(
+            more(tokens.values),
+            jnp.concatenate([tokens.keep, keep.all(axis=1)]),
+            None if tokens.deep is None else more(tokens.deep),
+        )
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Pictures:
+    """A branch's share of a batch's pictures.
+
+    Attributes:
+        given: what was prepared, or what `vfjax.model.encode` made of it: hidden states if the
+            visual tokens hang on the prompt, else the visual tokens as the LLM reads them.
+        gather: tokens that are made of those of the memory; None: none are.
+        prompt: of branches that read it (`Architecture.reads_text`).
+        key: of the random numbers that connectors add in training; None: they add none.
+    """
+
+    given: Inputs | Encoded | VisualTokens
+    gather: Gather | None = None
+    prompt: Prompt | None = None
+    key: Array | None = None
+
+
+@dataclasses.dataclass(frozen=True)
+class Run:
+    """One picture, or video, in the text: k tokens in the order in which they are read.
+
+    Attributes:
+        indices: int64[k, p], which tokens of the memory each is made of.
+        weights: float32[k, p] of their sum; None: they have the same, or, where p > 1, the largest
+            of the values.
+        marks: int64[k], ids of tokens that are text (as `<img>`, or ends of rows); -1 at visual
+            ones. None: all are visual. `indices` is not read at marks.
+        place: int64[k, 3], where each stands from the picture's start: time, row, column, as LLMs
+            with M-RoPE count. None: one after another.
+        span: positions that the picture takes, if they have places.
+    """
+
+    indices: np.ndarray
+    weights: np.ndarray | None = None
+    marks: np.ndarray | None = None
+    place: np.ndarray | None = None
+    span: int = 0
+
+    def __len__(self) -> int:
+        return len(self.indices)
+
+    @property
+    def text(self) -> np.ndarray:
+        """`marks`, -1 throughout if there are none."""
+        return np.full(len(self), -1) if self.marks is None else self.marks
+
+    @classmethod
+    def of(cls, indices: np.ndarray) -> "Run":
+        """Tokens as the memory has them, int64[k]."""
+        return cls(indices[:, None])
+
+    @classmethod
+    def pooled(cls, frames: Sequence[np.ndarray], pool: int) -> "Run":
+        """A video's frames, of each of which every `pool` tokens become one; a rest is dropped.
+
+        Args:
+            frames: of each int64[k] its tokens.
+            pool: 1 keeps all.
+        """
+        return cls(np.concatenate([x[: len(x) // pool * pool].reshape(-1, pool) for x in frames]))
+
+
+@dataclasses.dataclass(frozen=True)
+class Prepared:
+    """A branch's share of a batch, on the host.
+
+    Attributes:
+        inputs: arrays of static shape.
+        runs: one a picture or video.
+        size: tokens in the branch's memory.
+        shared: of these, the last ones, which belong to no picture. (The others are in the order of
+            the inputs' first axis: inputs of several processes put together make a memory of all
+            their own tokens and the shared ones once.)
+        room: tokens made of others that there is room for, and of how many each is made, so that
+            processes agree; None: as there are.
+    """
+
+    inputs: Inputs
+    runs: list[Run]
+    size: int
+    shared: int = 0
+    room: tuple[int, int] | None = None
+
+
+class Encoder(Protocol):
+    """Config of an encoder (`vfjax.vision.encoders`)."""
+
+    @property
+    def layers(self) -> int: ...
+    @property
+    def width(self) -> int: ...
+    def build(self, *, rngs: nnx.Rngs) -> Any: ...
+
+
+class Connector(Protocol):
+    """Config of a connector, which makes visual tokens of hidden states.
+
+    Attributes:
+        taps: encoder -> hidden states that are read.
+        channels: encoder -> how many of them are joined on channels, channels of all of them.
+        dout: the LLM's width.
+    """
+
+    @property
+    def taps(self) -> dict[str, tuple[int, ...]]: ...
+    @property
+    def channels(self) -> dict[str, tuple[int, int]]: ...
+    @property
+    def dout(self) -> int: ...
+    def build(self, *, rngs: nnx.Rngs) -> Any: ...
+
+
+class Architecture(Protocol):
+    """A member family's visual path; implementations are frozen dataclasses.
+
+    Attributes:
+        reads_text: whether the visual tokens hang on the prompt, so that `Prompt` is made.
+        axes: of the positions that its tokens are placed by: 1, or 3 if runs have `place`.
+    """
+
+    reads_text: ClassVar[bool]
+    axes: ClassVar[int]
+
+    @property
+    def encoder(self) -> Any:
+        """Config of the encoder."""
+
+    @property
+    def connector(self) -> Any:
+        """Config of the connector, see `Connector`."""
+
+    @property
+    def aux(self) -> Any:
+        """Config of a second encoder; None without."""
+
+    @property
+    def images(self) -> ImageSpec:
+        """How pictures are converted and prepared."""
+
+    @property
+    def tokens(self) -> int:
+        """Tokens of a picture, at most, marks included."""
+
+    def prepare(self, rows: Rows, slots: int | None = None) -> Prepared:
+        """Arrays for `encode`, and where each picture's tokens stand.
+
+        Args:
+            rows: of a batch.
+            slots: pictures to make room for, so that processes with other numbers of pictures agree
+                on shapes; None for the fewest that fit, rounded up to a bucket.
+        """
+
+    def regions(self, size: Size) -> np.ndarray:
+        """The part of a picture that each token saw, in the order of reading.
+
+        Args:
+            size: its width and height.
+
+        Returns:
+            float64[k, 4]: left, top, right, bottom in shares of the picture; beyond 0 to 1 is
+            padding. NaN for tokens without a place of their own.
+        """
+
+    def build(self, *, rngs: nnx.Rngs) -> "Branch":
+        """The module."""
+
+
+class Branch(nnx.Module):
+    """Pictures -> visual tokens: one encoder or two, tapped, and a connector.
+
+    A family whose encoders are called in another way has a class of its own with these methods.
+    """
+
+    def __init__(self, config: Architecture, *, rngs: nnx.Rngs):
+        self.config = config
+        self.encoder = config.encoder.build(rngs=rngs)
+        if config.aux is not None:
+            self.aux = config.aux.build(rngs=rngs)
+        self.connector = config.connector.build(rngs=rngs)
+
+    def encode(self, inputs: Inputs) -> Encoded:
+        """Hidden states at the connector's taps."""
+        return Encoded(self.states(inputs))
+
+    def states(self, inputs: Inputs) -> dict[str, list[Array]]:
+        """Encoder -> the hidden states that the connector taps."""
+        taps = self.config.connector.taps
+        states = {"encoder": self.encoder(jnp.asarray(inputs.pixels), taps["encoder"])}
+        if self.config.aux is not None:
+            states["aux"] = self.aux(jnp.asarray(inputs.pixels_aux), taps["aux"])
+        return {name: list(each) for name, each in states.items()}
+
+    def visual_tokens(
+        self,
+        encoded: Encoded,
+        embed: Embed,
+        *,
+        prompt: Prompt | None = None,
+        key: Array | None = None,
+    ) -> VisualTokens:
+        """The branch's memory.
+
+        Args:
+            encoded: of `encode`.
+            embed: the LLM's embedding table (`Llama.lookup`).
+            prompt: of architectures that read it.
+            key: of noise in training.
+        """
+        del embed, prompt, key
+        return self.connector(encoded.states)
+
+
+@dataclasses.dataclass(frozen=True)
+class Shown:
+    """What a family shows of pictures and frames, all alike.
+
+    Attributes:
+        inputs: see `Prepared`.
+        indices: for each, int64[k] its tokens.
+        size: see `Prepared`.
+        shared: see there.
+    """
+
+    inputs: Inputs
+    indices: list[np.ndarray]
+    size: int
+    shared: int = 0
+
+
+@dataclasses.dataclass(frozen=True)
+class Tapped:
+    """An `Architecture` with videos read as pictures, their tokens pooled by `Video.pool`.
+
+    Zero-shot video of Dense Connector (DenseConnector llava/eval/video): of frames only the whole
+    is shown, padded to a square where a tiled picture would be squashed. A family adds `tokens`,
+    `show` and `regions`.
+
+    Attributes:
+        encoder: config of the encoder.
+        connector: config of the connector.
+        images: of each view.
+        aux: config of a second encoder; None without.
+    """
+
+    encoder: Any
+    connector: Any
+    images: ImageSpec
+    aux: Any = None
+
+    reads_text: ClassVar[bool] = False
+    axes: ClassVar[int] = 1
+
+    @property
+    def patches(self) -> int:
+        """Tokens of a view in a hidden state, without those that the connector leaves out."""
+        return self.encoder.prefix + self.encoder.tokens - self.connector.combine.drop
+
+    @property
+    def tokens(self) -> int:
+        """Tokens of a picture, at most."""
+        raise NotImplementedError
+
+    def show(
+        self, pictures: Sequence[Image.Image], frames: Container[int] = (), slots: int | None = None
+    ) -> Shown:
+        """Inputs of pictures and frames, and the tokens of each.
+
+        Args:
+            pictures: RGB.
+            frames: numbers of those that are frames of a video.
+            slots: see `Architecture.prepare`.
+        """
+        raise NotImplementedError
+
+    def regions(self, size: Size) -> np.ndarray:
+        """See `Architecture.regions`."""
+        raise NotImplementedError
+
+    def prepare(self, rows: Rows, slots: int | None = None) -> Prepared:
+        """See `Architecture.prepare`."""
+        media = [each for row in rows for each in row]
+        pictures = [frame for each in media for frame in frames_of(each)]
+        owners = [each for each in media for _ in frames_of(each)]
+        frames = {k for k, each in enumerate(owners) if isinstance(each, Video)}
+        shown = self.show(pictures, frames, slots)
+        rest = iter(shown.indices)
+        runs = [
+            Run.pooled([next(rest) for _ in each.frames], each.pool)
+            if isinstance(each, Video)
+            else Run.of(next(rest))
+            for each in media
+        ]
+        return Prepared(shown.inputs, runs, shown.size, shown.shared)
+
+    def build(self, *, rngs: nnx.Rngs) -> Branch:
+        return Branch(self, rngs=rngs)
+
+
+def frames_of(media: Media) -> tuple[Image.Image, ...]:
+    """The frames of a video; a picture itself."""
+    return media.frames if isinstance(media, Video) else (media,)
+
+
+def bucket(count: int) -> int:
+    """Pictures or tiles that a batch is filled up to: the next power of two."""
+    return 1 << (count - 1).bit_length()
+
+
+def stacked(views: Sequence[np.ndarray], count: int, side: int) -> np.ndarray:
+    """Views as float32[count, side, side, 3], black after the last."""
+    out = np.zeros((count, side, side, 3), np.float32)
+    for slot, view in zip(out[: len(views)], views, strict=True):
+        slot[...] = view
+    return out
+
+
+def all_of(features: Array, stages: Mapping[str, Array]) -> VisualTokens:
+    """A memory of all tokens [n, s, d], a picture after another; a stage, "image_features"."""
+    flat = features.reshape(-1, features.shape[-1])
+    named = {**stages, "image_features": features}
+    return VisualTokens(flat, jnp.ones(len(flat), bool), stages=named)

@@ -336,9 +336,8 @@ def encode(model: Model, batch: Batch) -> Batch:
 def _encoded(leaves: list[Array], tree: Any, images: dict[str, Pictures]) -> dict[str, Pictures]:
     model: Model = jax.tree.unflatten(tree, leaves)
     out: dict[str, Pictures] = {}
-    for branch in model.config.branches:
-        name, seen = branch.name, images[branch.name]
-        if not branch.architecture.reads_text:
+    for name, seen in images.items():
+        if not model.config.branch(name).architecture.reads_text:
             out[name] = Pictures(model.memory(name, images, model.llm.lookup))
         elif isinstance(seen.given, Inputs):
             given = model.branches[name].encode(seen.given)

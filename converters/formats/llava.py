@@ -87,7 +87,7 @@ def describe_upstream(path: Path, config: Values, towers: Towers) -> Source:
     return upstream_source(path, "llava", config, branch, tower)
 
 
-def _pinpoints(config: Values) -> list[list[int]]:
+def upstream_pinpoints(config: Values) -> list[list[int]]:
     """(width, height) of each canvas: of a list, or of its text, which mm_utils.py reads, too."""
     key = "image_grid_pinpoints"
     found = config.any(key)
@@ -126,7 +126,7 @@ def upstream_branch(config: Values, tower: Tower) -> dict[str, Any]:
     }
     if aspect == "anyres":
         connector["merge"] = config.choice("mm_patch_merge_type", MERGES, "flat")
-        connector["pinpoints"] = _pinpoints(config)
+        connector["pinpoints"] = upstream_pinpoints(config)
     return {
         "name": tower.config["model_type"].split("_")[0],
         "encoder": tower.config,
@@ -147,6 +147,7 @@ def upstream_source(
     llm: str = "",
     template: str = "",
     own: Iterable[str] = (),
+    known: str = "",
 ) -> Source:
     """An upstream folder's normal form.
 
@@ -160,11 +161,12 @@ def upstream_source(
         llm: `model_type` of the LLM, by default upstream's.
         template: name of the prompt template, by default upstream's, see `prompt_template`.
         own: more keys that are not the LLM's.
+        known: class that `architectures` may name, beside those after the LLM's.
     """
     kept = config.rest({*OWN, *UNUSED, *own}, "mm_")
     kept["model_type"] = llm or MODELS[config.text("model_type")]
     table = registry.find(kept, str(path))
-    _check_class(config, table.architecture)
+    _check_class(config, table.architecture, known)
     table.config(kept, config.where)  # by its keys in this file
     start = f"branches.{branch['name']}"
     towers = {f"{start}.encoder": tower} | ({f"{start}.aux": aux} if aux else {})
@@ -181,10 +183,10 @@ def upstream_source(
     )
 
 
-def _check_class(config: Values, llm: str) -> None:
+def _check_class(config: Values, llm: str, known: str) -> None:
     """Checks that `architectures`, if given, names a class around the LLM of the `model_type`."""
     for name in config.names("architectures"):
-        if not re.fullmatch(f"(Llava|MGM|MiniGemini)?{llm}", name):
+        if not re.fullmatch(f"(Llava|MGM|MiniGemini)?{llm}", name) and name != known:
             raise config.error(
                 "architectures",
                 f"Llava{llm} or the like",
@@ -234,24 +236,49 @@ def describe_hf(path: Path, config: Values, towers: Towers) -> Source:
     port computes is what is computed here.
     """
     del towers  # the tower is in the folder
-    vision, llm = dict(config.mapping("vision_config")), dict(config.mapping("text_config"))
-    vision.setdefault("model_type", "clip_vision_model")  # the defaults of LlavaConfig
-    llm.setdefault("model_type", "llama")
+    preprocessor = _preprocessor(path, _PROCESSORS[config.text("model_type")])
+    source = port_source(path, "llava-hf", config, preprocessor)
+    _check_processor(path, source.branches[0])
+    return source
+
+
+def port_source(
+    path: Path,
+    layout: str,
+    config: Values,
+    preprocessor: dict[str, Any],
+    *,
+    vision: str = "clip_vision_model",
+    text: str = "llama",
+) -> Source:
+    """A transformers folder's normal form: one tower, a projector, an LLM.
+
+    Args:
+        path: the folder.
+        layout: its name.
+        config: its config.json.
+        preprocessor: the image processor's settings.
+        vision: `model_type` of a tower that the config does not name.
+        text: of an LLM.
+    """
+    tower, llm = dict(config.mapping("vision_config")), dict(config.mapping("text_config"))
+    tower.setdefault("model_type", vision)
+    llm.setdefault("model_type", text)
     for key in ("torch_dtype", "dtype"):
         if key in config:
             llm.setdefault(key, config.any(key))
     if config.flag("tie_word_embeddings", False):
         llm["tie_word_embeddings"] = True  # the text's own true holds beside a false one, too
-    encoder, text = (
+    encoder, decoder = (
         registry.find(part, f"{config.where}: {key}").config(part, f"{config.where}: {key}")
-        for key, part in (("vision_config", vision), ("text_config", llm))
+        for key, part in (("vision_config", tower), ("text_config", llm))
     )
     taps = _taps(config, encoder.layers)
     select = config.choice("vision_feature_select_strategy", ("default", "full"), "default")
     branch = {
-        "name": vision["model_type"].split("_")[0],
-        "encoder": vision,
-        "preprocessor": _preprocessor(path, _PROCESSORS[config.text("model_type")]),
+        "name": tower["model_type"].split("_")[0],
+        "encoder": tower,
+        "preprocessor": preprocessor,
         "aspect": "crop",
         "code": "transformers",
         "connector": {
@@ -260,16 +287,15 @@ def describe_hf(path: Path, config: Values, towers: Towers) -> Source:
             "act": config.activation("projector_hidden_act", "gelu"),
             "bias": config.flag("multimodal_projector_bias", True),
             "din": encoder.width * len(taps),
-            "dout": text.width,
+            "dout": decoder.width,
             "groups": [[tap] for tap in taps],
             "drop": 1 if select == "default" else 0,
         },
     }
-    _check_processor(path, branch)
     chat = read_chat_template(path)
     return Source(
         path,
-        "llava-hf",
+        layout,
         dict(config.data),
         llm,
         (Branch(**branch),),

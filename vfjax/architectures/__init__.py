@@ -26,6 +26,7 @@ from vfjax.architectures.llava import Llava, ProjectorConfig
 from vfjax.architectures.llava_next import LlavaNext
 from vfjax.architectures.mini_gemini import MiniGemini, MiningConfig
 from vfjax.architectures.mlp import MLPConfig
+from vfjax.architectures.onevision import OneVision
 from vfjax.architectures.slime import Slime, SliMEConfig
 
 __all__ = [
@@ -44,6 +45,7 @@ __all__ = [
     "MergeConfig",
     "MiniGemini",
     "MiningConfig",
+    "OneVision",
     "Pictures",
     "Prepared",
     "ProjectorConfig",

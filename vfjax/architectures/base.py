@@ -180,6 +180,25 @@ class Run:
         """`marks`, -1 throughout if there are none."""
         return np.full(len(self), -1) if self.marks is None else self.marks
 
+    def __getitem__(self, where: np.ndarray) -> "Run":
+        """Some of the tokens, of a run without places."""
+        weights = None if self.weights is None else self.weights[where]
+        return Run(self.indices[where], weights)
+
+    @classmethod
+    def join(cls, runs: Sequence["Run"]) -> "Run":
+        """Weighted sums and single tokens one after another, without marks and places."""
+        width = max(run.indices.shape[1] for run in runs)
+        if width == 1:
+            return cls(np.concatenate([run.indices for run in runs]))
+        indices, weights = [], []
+        for run in runs:
+            more = ((0, 0), (0, width - run.indices.shape[1]))
+            own = np.ones(run.indices.shape) if run.weights is None else run.weights
+            indices.append(np.pad(run.indices, more, mode="edge"))
+            weights.append(np.pad(own, more))
+        return cls(np.concatenate(indices), np.concatenate(weights))
+
     @classmethod
     def of(cls, indices: np.ndarray) -> "Run":
         """Tokens as the memory has them, int64[k]."""

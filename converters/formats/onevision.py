@@ -1,0 +1,319 @@
+"""LLaVA-OneVision folders: transformers' port, and its authors' (LLaVA-NeXT's `llava_qwen`).
+
+Both show a lone picture in tiles, several of a row padded to squares, and a video's frames squashed
+(`vfjax.architectures.onevision`); the port rounds an unpadded side to 7 decimals before it cuts it
+to whole tokens. The authors' tower is SigLIP without its last layer.
+"""
+
+import math
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from converters import registry
+from converters.formats import llava
+from converters.formats.llava import (
+    hf_names,
+    port_source,
+    upstream_branch,
+    upstream_names,
+    upstream_pinpoints,
+    upstream_source,
+    upstream_tower,
+)
+from converters.params import mlp
+from converters.params.table import Table
+from converters.preprocessor import read_preprocessor
+from converters.source import Layout, Source
+from converters.towers import Towers
+from converters.values import ANY, Unused, Values
+from vfjax import InputError
+from vfjax.architectures import ProjectorConfig
+from vfjax.architectures.onevision import OneVision
+from vfjax.atomic import read_json
+from vfjax.errors import cut
+from vfjax.vision.images import ImageSpec
+
+VIEWS = 1000
+"""Most N of "anyres_max_N"."""
+
+
+def read(hf: Values) -> ProjectorConfig:
+    """A projector on hidden states, and a newline."""
+    return ProjectorConfig(mlp.projector(hf), mlp.combine(hf), newline=True)
+
+
+def path(hf: Values, images: ImageSpec, encoder: Any, connector: ProjectorConfig) -> OneVision:
+    """Tiles on `pinpoints`, of `most` views' tokens at most.
+
+    Raises:
+        InputError: views whose tokens are no square.
+    """
+    made = OneVision(
+        encoder,
+        connector,
+        images,
+        pinpoints=hf.pairs("pinpoints"),
+        merge="spatial_unpad",
+        decimals=hf.whole("unpad_decimals", None, least=0),
+        most=hf.whole("most", most=VIEWS),
+    )
+    if made.side**2 != made.patches or connector.combine.axis == "tokens":
+        raise InputError(
+            hf.where,
+            found=f"{made.patches} tokens a view",
+            expected="a square of them: all patches, and no class token",
+            fix="correct vision_feature_select_strategy",
+        )
+    return made
+
+
+TABLE = Table(
+    types=("onevision",),
+    read=read,
+    unused=mlp.UNUSED,
+    path=path,
+    recorded=mlp.recorded,
+    rules=mlp.TABLE.rules,
+)
+
+
+def limit(values: Values, key: str, default: str | None = None) -> int:
+    """N of a value "anyres_max_N".
+
+    Raises:
+        InputError: it has another form.
+    """
+    found = re.fullmatch(r"anyres_max_(\d+)", values.text(key, default))
+    if found is None or not 0 < int(found[1]) <= VIEWS:
+        raise values.error(key, f'"anyres_max_N", N up to {VIEWS}')
+    return int(found[1])
+
+
+def describe(folder: Path, config: Values, towers: Towers) -> Source:
+    """Normal form of the authors' folder.
+
+    Of several pictures its training and evaluation show each as one padded view; so it is here.
+
+    Raises:
+        InputError: an aspect other than "anyres_max_N", a way to merge, pool or end videos that no
+            published model has.
+    """
+    tower = upstream_tower(folder, config, towers)
+    most = limit(config, "image_aspect_ratio")
+    config.choice("mm_patch_merge_type", ("spatial_unpad",))
+    config.choice("mm_newline_position", ("one_token",), "one_token")
+    config.choice("mm_spatial_pool_mode", ("bilinear",), "bilinear")
+    if config.whole("mm_spatial_pool_stride", 2) != 2:
+        raise config.error("mm_spatial_pool_stride", "2, by which its video is pooled")
+    branch = upstream_branch(config.put({"image_aspect_ratio": "square"}), tower)
+    branch["connector"] |= {
+        "model_type": "onevision",
+        "pinpoints": _pinpoints(config, branch),
+        "most": most,
+    }
+    if tower.config["model_type"].startswith("siglip"):  # siglip_encoder.py: fixed there
+        layers = registry.find(tower.config, str(folder)).config(tower.config).layers
+        branch["connector"] |= {"groups": [[layers - 1]], "drop": 0}
+    source = upstream_source(
+        *(folder, "llava-onevision", config, branch, tower),
+        llm="qwen2",
+        known="LlavaQwenForCausalLM",
+        own=UNUSED,
+    )
+    if "mm_vision_tower" in (config.text("mm_tunable_parts", None) or "").split(","):
+        source.tuned = tuple(source.towers)
+    return source
+
+
+def _pinpoints(config: Values, branch: Mapping[str, Any]) -> list[list[int]]:
+    """(width, height) of each canvas; "(1x1),...,(6x6)" counts tiles, from the first to the last.
+
+    LLaVA-NeXT llava/mm_utils.py, process_anyres_image.
+    """
+    text = config.any("image_grid_pinpoints")
+    grids = re.findall(r"\((\d{1,3})x(\d{1,3})\)", text) if isinstance(text, str) else []
+    if not grids:
+        return upstream_pinpoints(config)
+    side = branch["encoder"]["image_size"]
+    (left, top), (right, bottom) = (tuple(map(int, grids[at])) for at in (0, -1))
+    return [
+        [side * cols, side * rows]
+        for cols in range(left, right + 1)
+        for rows in range(top, bottom + 1)
+    ]
+
+
+UNUSED: Unused = {**llava.UNUSED, "image_token_index": ANY}
+"""On the authors' keys. (Videos' `add_faster_video` is refused.)"""
+
+PINPOINTS = [[384 * rows, 384 * cols] for rows in range(1, 7) for cols in range(1, 7)]
+"""The default of LlavaOnevisionConfig."""
+
+IMAGES = {
+    "do_resize": True,
+    "do_rescale": True,
+    "do_normalize": True,
+    "do_convert_rgb": True,
+    "size": {"height": 384, "width": 384},
+    "resample": 3,
+    "rescale_factor": 1 / 255,
+    "image_mean": [0.48145466, 0.4578275, 0.40821073],
+    "image_std": [0.26862954, 0.26130258, 0.27577711],
+}
+"""Defaults of LlavaOnevisionImageProcessor, and of its video processor."""
+
+SETTINGS: Unused = {
+    "crop_size": (None,),
+    "data_format": ANY,
+    "default_to_square": ANY,  # of a size that is one number
+    "device": ANY,
+    "disable_grouping": ANY,
+    "do_center_crop": (None, False),
+    "do_pad": ANY,  # of a batch, with views that are not read
+    "do_sample_frames": ANY,  # frames are chosen before
+    "feature_extractor_type": ANY,
+    "fps": ANY,
+    "image_processor_type": ANY,
+    "num_frames": ANY,
+    "pad_size": ANY,
+    "processor_class": ANY,
+    "return_metadata": ANY,
+    "return_tensors": ANY,
+    "video_metadata": ANY,
+    "video_processor_type": ANY,
+}
+"""Other settings of both, without effect on a picture's pixels at these values."""
+
+
+def settings(found: Mapping[str, Any], where: str) -> dict[str, Any]:
+    """An image or video processor's settings, as those of SigLIP's, which resizes as they do.
+
+    Raises:
+        InputError: a setting that is not followed.
+    """
+    values = Values(found, where)
+    kind = values.text("image_processor_type", None)
+    if kind and not re.fullmatch("LlavaOnevisionImageProcessor(Fast|Pil)?", kind):
+        raise values.error("image_processor_type", "LlavaOnevisionImageProcessor")
+    out = {
+        key: default if (value := values.any(key)) is None else value
+        for key, default in IMAGES.items()
+    }
+    if out["resample"] != 3:
+        raise values.error("resample", "3, bicubic, with which pictures are laid on their canvas")
+    values.any("image_grid_pinpoints")
+    values.done(SETTINGS)
+    return {"image_processor_type": "SiglipImageProcessor", **out}
+
+
+def describe_hf(folder: Path, config: Values, towers: Towers) -> Source:
+    """Normal form of a transformers folder (LlavaOnevisionForConditionalGeneration).
+
+    Raises:
+        InputError: pinpoints, limits or settings of the processors that are not the model's.
+    """
+    del towers  # the tower is in the folder
+    found = read_preprocessor(folder)
+    pinpoints = [list(pair) for pair in config.pairs("image_grid_pinpoints", None) or PINPOINTS]
+    images = found.get("image_grid_pinpoints") or PINPOINTS
+    if found and images != pinpoints:
+        raise InputError(
+            f"{folder}: image_grid_pinpoints",
+            found=f"{cut(repr(images))} in the preprocessor's configuration",
+            expected=f"{cut(repr(pinpoints))} as in config.json",
+            fix="correct one of the files",
+        )
+    defaults = {"vision_feature_layer": -1, "vision_feature_select_strategy": "full"}
+    source = port_source(
+        *(folder, "llava-onevision-hf", config.over(defaults)),
+        settings(found, f"{folder}: image processor") if found else {},
+        vision="siglip_vision_model",
+        text="qwen2",
+    )
+    (branch,) = source.branches
+    branch["connector"] |= {
+        "model_type": "onevision",
+        "pinpoints": [[width, height] for height, width in pinpoints],
+        "unpad_decimals": 7,
+        "most": limit(config, "vision_aspect_ratio", "anyres_max_9"),
+    }
+    if branch["preprocessor"]:
+        _check_processor(folder, branch)
+    return source
+
+
+def _check_processor(folder: Path, branch: Mapping[str, Any]) -> None:
+    """Whether transformers' processor counts the tokens that the model makes, of the same pixels.
+
+    Raises:
+        InputError: it does not, or there is a key that is not known.
+    """
+    file = folder / "processor_config.json"
+    values = Values(read_json(file) if file.is_file() else {}, str(file))
+    connector = branch["connector"]
+    most = limit(values, "vision_aspect_ratio", "anyres_max_9")
+    if most != connector["most"]:
+        raise values.error("vision_aspect_ratio", f"anyres_max_{connector['most']}, as the model's")
+    vision = Values(branch["encoder"], str(folder))
+    tokens = (vision.whole("image_size") // vision.whole("patch_size")) ** 2 + connector["drop"]
+    count = values.whole("num_image_tokens", None)
+    select = values.choice("vision_feature_select_strategy", ("default", "full"), None)
+    if count is not None and count - (select == "default") != tokens - connector["drop"]:
+        raise values.error(
+            "num_image_tokens",
+            f"{tokens}, and vision_feature_select_strategy as config.json has it: the tokens of a "
+            "view that the model makes",
+        )
+    video = values.any("video_processor")
+    beside = folder / "video_preprocessor_config.json"
+    if not isinstance(video, Mapping) and beside.is_file():
+        video = read_json(beside)
+    if isinstance(video, Mapping):
+        own = settings(video, f"{folder}: video processor")
+        for key, value in own.items():
+            if not _same(value, branch["preprocessor"][key]):
+                raise InputError(
+                    f"{folder}: video processor: {key}",
+                    found=cut(repr(value)),
+                    expected=f"{cut(repr(branch['preprocessor'][key]))}, as the image processor's",
+                    fix="correct one of them",
+                )
+    values.done(dict.fromkeys(PROCESSOR, ANY))
+
+
+PROCESSOR = (
+    *("auto_map", "chat_template", "feature_extractor", "image_processor", "image_token"),
+    *("processor_class", "tokenizer", "video_token"),
+)
+"""Keys of processor_config.json that are read elsewhere, or that its class does not read."""
+
+
+def _same(one: Any, other: Any) -> bool:
+    if isinstance(one, int | float) and isinstance(other, int | float):
+        return math.isclose(one, other, rel_tol=1e-12)
+    return list(one) == list(other) if isinstance(one, list | tuple) else one == other
+
+
+LAYOUTS = (
+    Layout(
+        "llava-onevision",
+        lambda config: config.get("model_type") == "llava_qwen" and "text_config" not in config,
+        describe,
+        upstream_names,
+        unused=UNUSED,
+    ),
+    Layout(
+        "llava-onevision-hf",
+        lambda config: config.get("model_type") == "llava_onevision",
+        describe_hf,
+        hf_names,
+        unused={
+            **llava.HF,
+            "use_image_newline_parameter": (True,),
+            "video_token_id": ANY,
+            "video_token_index": ANY,
+        },
+    ),
+)

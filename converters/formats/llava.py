@@ -236,29 +236,20 @@ def describe_hf(path: Path, config: Values, towers: Towers) -> Source:
     port computes is what is computed here.
     """
     del towers  # the tower is in the folder
-    preprocessor = _preprocessor(path, _PROCESSORS[config.text("model_type")])
-    source = port_source(path, "llava-hf", config, preprocessor)
-    _check_processor(path, source.branches[0])
-    return source
+    branch, llm = port_parts(config)
+    branch["preprocessor"] = _preprocessor(path, _PROCESSORS[config.text("model_type")])
+    _check_processor(path, branch)
+    return port_source(path, "llava-hf", config, branch, llm)
 
 
-def port_source(
-    path: Path,
-    layout: str,
-    config: Values,
-    preprocessor: dict[str, Any],
-    *,
-    vision: str = "clip_vision_model",
-    text: str = "llama",
-) -> Source:
-    """A transformers folder's normal form: one tower, a projector, an LLM.
+def port_parts(
+    config: Values, *, vision: str = "clip_vision_model", text: str = "llama"
+) -> tuple[dict[str, Any], dict[str, Any]]:
+    """The branch of a transformers folder, one tower and a projector, and its LLM's config.
 
     Args:
-        path: the folder.
-        layout: its name.
-        config: its config.json.
-        preprocessor: the image processor's settings.
-        vision: `model_type` of a tower that the config does not name.
+        config: config.json.
+        vision: `model_type` of a tower that it does not name.
         text: of an LLM.
     """
     tower, llm = dict(config.mapping("vision_config")), dict(config.mapping("text_config"))
@@ -278,7 +269,6 @@ def port_source(
     branch = {
         "name": tower["model_type"].split("_")[0],
         "encoder": tower,
-        "preprocessor": preprocessor,
         "aspect": "crop",
         "code": "transformers",
         "connector": {
@@ -292,6 +282,21 @@ def port_source(
             "drop": 1 if select == "default" else 0,
         },
     }
+    return branch, llm
+
+
+def port_source(
+    path: Path, layout: str, config: Values, branch: dict[str, Any], llm: dict[str, Any]
+) -> Source:
+    """A transformers folder's normal form.
+
+    Args:
+        path: the folder.
+        layout: its name.
+        config: its config.json.
+        branch: its only one.
+        llm: its LLM's config.
+    """
     chat = read_chat_template(path)
     return Source(
         path,

@@ -5,6 +5,7 @@ Both show a lone picture in tiles, several of a row padded to squares, and a vid
 to whole tokens. The authors' tower is SigLIP without its last layer.
 """
 
+import dataclasses
 import math
 import re
 from collections.abc import Mapping
@@ -15,6 +16,7 @@ from converters import registry
 from converters.formats import llava
 from converters.formats.llava import (
     hf_names,
+    port_parts,
     port_source,
     upstream_branch,
     upstream_names,
@@ -123,7 +125,7 @@ def describe(folder: Path, config: Values, towers: Towers) -> Source:
         own=UNUSED,
     )
     if "mm_vision_tower" in (config.text("mm_tunable_parts", None) or "").split(","):
-        source.tuned = tuple(source.towers)
+        return dataclasses.replace(source, tuned=tuple(source.towers))
     return source
 
 
@@ -226,22 +228,17 @@ def describe_hf(folder: Path, config: Values, towers: Towers) -> Source:
             fix="correct one of the files",
         )
     defaults = {"vision_feature_layer": -1, "vision_feature_select_strategy": "full"}
-    source = port_source(
-        *(folder, "llava-onevision-hf", config.over(defaults)),
-        settings(found, f"{folder}: image processor") if found else {},
-        vision="siglip_vision_model",
-        text="qwen2",
-    )
-    (branch,) = source.branches
+    branch, llm = port_parts(config.over(defaults), vision="siglip_vision_model", text="qwen2")
+    branch["preprocessor"] = settings(found, f"{folder}: image processor") if found else {}
     branch["connector"] |= {
         "model_type": "onevision",
         "pinpoints": [[width, height] for height, width in pinpoints],
         "unpad_decimals": 7,
         "most": limit(config, "vision_aspect_ratio", "anyres_max_9"),
     }
-    if branch["preprocessor"]:
+    if found:
         _check_processor(folder, branch)
-    return source
+    return port_source(folder, "llava-onevision-hf", config, branch, llm)
 
 
 def _check_processor(folder: Path, branch: Mapping[str, Any]) -> None:

@@ -1,9 +1,13 @@
 """Whether weights have one origin: what is refused, and that fine-tunes are not."""
 
+import json
+import re
+
 import numpy as np
 import pytest
 
 from vfjax import InputError
+from vfjax.merge import check_family
 from vfjax.merge.compatibility import check_weights
 
 KINDS = {
@@ -13,6 +17,7 @@ KINDS = {
     "mlp.gate_proj": (80, 32),
     "mlp.down_proj": (32, 80),
 }
+
 TABLES = ("model.embed_tokens.weight", "lm_head.weight")
 
 
@@ -59,3 +64,60 @@ def test_a_large_delta_is_no_alarm(size: float):
     for seed in range(40):
         base = model(seed)
         check_weights({"base": base, "a": tuned(base, size, seed + 100)})
+
+
+VICUNA = {
+    "model_type": "llama",
+    "hidden_size": 4096,
+    "intermediate_size": 11008,
+    "num_hidden_layers": 32,
+    "num_attention_heads": 32,
+    "num_key_value_heads": 32,
+    "vocab_size": 32000,
+    "rms_norm_eps": 1e-5,
+    "tie_word_embeddings": False,
+    "rope_scaling": None,
+}
+
+LLAVA = {
+    **VICUNA,
+    "model_type": "llava_llama",
+    "rope_theta": 10000.0,
+    "mm_hidden_size": 1024,
+    "head_dim": 128,
+}
+
+LINEAR = {"rope_type": "linear", "factor": 2.0}
+
+
+def test_one_family_is_accepted():
+    new = {**VICUNA, "rope_parameters": {"rope_theta": 10000.0, "rope_type": "default"}}
+    sparse = {"model_type": "llama", "vocab_size": 32000, "rms_norm_eps": 1e-5}
+    check_family({"base": VICUNA, "llava": LLAVA, "new": new, "sparse": sparse})
+    old = {**VICUNA, "rope_theta": 5e5, "rope_scaling": {"type": "linear", "factor": 2.0}}
+    both = {**old, "rope_scaling": {**LINEAR, "type": "linear"}}
+    new = {**VICUNA, "rope_parameters": {**LINEAR, "rope_theta": 500000.0, "beta": None}}
+    check_family({"base": old, "both": both, "new": new})
+
+
+@pytest.mark.parametrize(
+    "change,message",
+    [
+        ({"hidden_size": 5120}, "llava: hidden_size: found 5120, expected 4096 as in base"),
+        ({"intermediate_size": 1}, "llava: intermediate_size"),
+        ({"num_hidden_layers": 40}, "llava: num_hidden_layers"),
+        ({"num_attention_heads": 64, "head_dim": 64}, "llava: num_attention_heads"),
+        ({"num_key_value_heads": 8}, "llava: num_key_value_heads"),
+        ({"head_dim": 64}, "llava: head_dim: found 64, expected 128"),
+        ({"vocab_size": 32064}, "vocab_size: found vocabulary of 32064 rows, base has 32000"),
+        ({"rms_norm_eps": 1e-6}, "llava: rms_norm_eps: found 1e-06, expected 1e-05"),
+        ({"rope_theta": 1e6}, "llava: rope_theta: found 1000000.0, expected 10000.0"),
+        ({"rope_parameters": {"rope_theta": 5e5}}, "llava: rope_theta: found 500000.0"),
+        ({"rope_scaling": LINEAR}, "llava: rope_scaling"),
+        ({"rope_parameters": {**LINEAR, "rope_theta": 1e4}}, "llava: rope_scaling"),
+    ],
+)
+def test_configs_of_other_families_are_refused(change, message):
+    llava = json.loads(json.dumps({**LLAVA, **change}))
+    with pytest.raises(InputError, match=re.escape(message)):
+        check_family({"base": VICUNA, "llava": llava})

@@ -163,13 +163,13 @@ def _check_epsilon(params: Params) -> None:
             )
 
 
-def _add(kept: list[jax.Array], weights: Any, *, normalize: bool = False) -> jax.Array:
+def add(kept: list[jax.Array], weights: Any, *, normalize: bool = False) -> jax.Array:
     """The deltas are summed by their weights."""
     total = weighted_sum(kept, weights)
     return total / divisor(sum(weights[1:], weights[0])) if normalize else total
 
 
-def _elect(
+def elect(
     kept: list[jax.Array], weights: Any, *, normalize: bool = False, vote: Vote = "weighted"
 ) -> jax.Array:
     """Members elect each position's sign, that of the sum of their votes, plus if it is 0.
@@ -191,18 +191,18 @@ MAGPRUNE = Sparsifier(_magprune, "density", {"rows": True, "random": True, "chec
 
 Consensus = Callable[..., jax.Array]
 COMBINATIONS: dict[str, tuple[Sparsifier, Consensus, bool]] = {
-    "ties": (LARGEST, _elect, True),
-    "breadcrumbs": (INNER, _add, False),
-    "breadcrumbs_ties": (INNER, _elect, False),
-    "dare_linear": (RANDOM, _add, False),
-    "dare_ties": (RANDOM, _elect, False),
-    "della_linear": (MAGPRUNE, _add, False),
-    "della": (MAGPRUNE, _elect, True),
+    "ties": (LARGEST, elect, True),
+    "breadcrumbs": (INNER, add, False),
+    "breadcrumbs_ties": (INNER, elect, False),
+    "dare_linear": (RANDOM, add, False),
+    "dare_ties": (RANDOM, elect, False),
+    "della_linear": (MAGPRUNE, add, False),
+    "della": (MAGPRUNE, elect, True),
 }
 """Method -> how deltas are thinned, how one is made of them, and whether it is normalised."""
 
 
-def _combine(
+def combine(
     name: str, sparsifier: Sparsifier, consensus: Consensus, normalize: bool
 ) -> Callable[..., Steps]:
     """The method of a sparsifier and a consensus; its signature has the parameters of both."""
@@ -222,6 +222,8 @@ def _combine(
         def given(own: Mapping[str, inspect.Parameter]) -> dict[str, Any]:
             return {key: params.get(key, parameter.default) for key, parameter in own.items()}
 
+        if unknown := params.keys() - thinning.keys() - merging.keys():
+            raise TypeError(f"{name}() got an unexpected keyword argument {min(unknown)!r}")
         start, deltas = from_base(base, members)
         masks, kept = yield from sparsifier.masks(deltas, block, **given(thinning))
         thinned = yield from _rescaled(deltas, masks, kept, rescale)
@@ -242,7 +244,7 @@ def _keywords(fn: Callable[..., Any]) -> dict[str, inspect.Parameter]:
 
 
 for _name, (_sparsifier, _consensus, _normalize) in COMBINATIONS.items():
-    register(**_sparsifier.options)(_combine(_name, _sparsifier, _consensus, _normalize))
+    register(**_sparsifier.options)(combine(_name, _sparsifier, _consensus, _normalize))
 
 
 @register()

@@ -3,7 +3,7 @@ import numpy as np
 import pytest
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
-from tests.vfjax.merge.test_merger import BF16, arguments, family
+from tests.vfjax.merge.families import BF16, arguments, family
 from vfjax import InputError
 from vfjax.merge import METHODS, merge, merge_arrays
 from vfjax.merge import tensors as lazy

@@ -44,11 +44,28 @@ YAML_NAMES = {
 }
 """Method, or "" for any -> our parameter -> mergekit's, where it differs."""
 KEYS = frozenset(
-    (
-        *("weight", "density", "gamma", "epsilon", "lambda", "normalize", "rescale", "int8_mask"),
-        *("scale", "t", "filter_wise", "select_topk", "max_iter", "tol", "r", "alpha", "eps"),
-        *("nuslerp_flatten", "nuslerp_row_wise", "normalize_weights"),
-    )
+    {
+        "weight",
+        "density",
+        "gamma",
+        "epsilon",
+        "lambda",
+        "normalize",
+        "rescale",
+        "int8_mask",
+        "scale",
+        "t",
+        "filter_wise",
+        "select_topk",
+        "max_iter",
+        "tol",
+        "r",
+        "alpha",
+        "eps",
+        "nuslerp_flatten",
+        "nuslerp_row_wise",
+        "normalize_weights",
+    }
 )
 """Parameters of any of mergekit's methods. It skips those that a method doesn't read, and so do we;
 others are refused as misspelt."""
@@ -60,8 +77,17 @@ SAME_ALONE = ("slerp", "nuslerp", "multislerp", "karcher", "arcee_fusion")
 """Methods that return a lone tensor as it is."""
 
 TOP_KEYS = (
-    *("models", "slices", "modules", "merge_method", "base_model", "parameters", "dtype"),
-    *("out_dtype", "tokenizer_source", "tokenizer", "chat_template"),
+    "models",
+    "slices",
+    "modules",
+    "merge_method",
+    "base_model",
+    "parameters",
+    "dtype",
+    "out_dtype",
+    "tokenizer_source",
+    "tokenizer",
+    "chat_template",
 )
 
 

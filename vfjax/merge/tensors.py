@@ -31,7 +31,7 @@ class Header(Protocol):
 
     @property
     def dtype(self) -> np.dtype:
-        """Of numpy, or of ml_dtypes for bfloat16 and float8."""
+        """A type of numpy's, or of ml_dtypes' for bfloat16 and float8."""
 
 
 class LazyTensor(Header, Protocol):

@@ -48,7 +48,7 @@ class Account:
         return self.norms / (math.sqrt(self.base) or 1.0)
 
     def cosine(self, i: int, j: int) -> float:
-        """Of the angle between two members' deltas; 0 if one did not move."""
+        """Cosine of the angle between two members' deltas; 0 if one of them is zero."""
         length = self.norms[i] * self.norms[j]
         return float(self.gram[i, j] / length) if length else 0.0
 

@@ -43,9 +43,9 @@ class Merged(abc.ABC):
     """A tensor of the result; a `LazyTensor`.
 
     Attributes:
-        name: of the tensor.
-        shape: of it and its sources.
-        dtype: of the result.
+        name: what the tensor is called; random numbers depend on it.
+        shape: sizes of its axes, which are those of its sources.
+        dtype: type of the merged values.
         sources: (label, tensor), the base first if it is read.
         method: name of the method that makes it, "unchanged" if none does.
         has_base: the first source is the base.
@@ -144,7 +144,7 @@ class Computed(Merged):
 
     @property
     def params(self) -> Params:
-        """Of its method."""
+        """Numbers and switches of its method."""
         return self.operation.params
 
     @property

@@ -54,15 +54,15 @@ class Blockwise(Protocol):
 
     @property
     def name(self) -> str:
-        """Of the tensor."""
+        """What the tensor is called; random numbers depend on it."""
 
     @property
     def shape(self) -> tuple[int, ...]:
-        """Of it and its sources."""
+        """Sizes of its axes, which are those of its sources."""
 
     @property
     def dtype(self) -> np.dtype:
-        """Of the result."""
+        """Type of the merged values."""
 
     @property
     def sources(self) -> Sequence[tuple[str, LazyTensor]]:
@@ -70,7 +70,7 @@ class Blockwise(Protocol):
 
     @property
     def params(self) -> Params:
-        """Of its method."""
+        """Numbers and switches of its method."""
 
     @property
     def group(self) -> RankGroup:

@@ -83,7 +83,7 @@ def nuslerp(
         flatten: one angle a tensor; otherwise one for each vector along the last axis.
         row_wise: if not `flatten`, one for each vector along the first axis instead. A vector has
             one angle either way.
-        block: whether the tensor is one.
+        block: says whether the tensor is a vector.
 
     Returns:
         float32 array of that shape.

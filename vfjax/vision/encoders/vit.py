@@ -27,7 +27,7 @@ class Sizes(Protocol):
 
     @property
     def heads(self) -> int:
-        """Of attention."""
+        """Number of attention heads."""
 
     @property
     def mlp(self) -> int:
@@ -47,7 +47,7 @@ class Sizes(Protocol):
 
     @property
     def eps(self) -> float:
-        """Of the norms."""
+        """What the norms add to a variance."""
 
 
 class ViT(nnx.Module):

@@ -16,7 +16,7 @@ from loguru import logger
 from tqdm import tqdm
 
 import converters
-from vfjax import InputError, generate_ids, open_video
+from vfjax import InputError, Sampling, generate_ids, open_video
 from vfjax.errors import counted
 from vfjax.text import chat
 from vfjax.text.messages import Message, tokenize
@@ -115,9 +115,8 @@ class Simple(lmms):
                 min(s["max_new_tokens"], n) for s, n in zip(settings, room, strict=True)
             ],
             stop=self.processor.stops,
-            temperature=[s["temperature"] for s in settings],
-            top_p=[s["top_p"] for s in settings],
-            seed=[s["seed"] for s in settings],
+            sampling=Sampling.stack([s["sampling"] for s in settings]),
+            settings=self.processor.settings,
         )
         out = []
         for new, length, setting in zip(ids, lengths, settings, strict=True):
@@ -197,9 +196,11 @@ def _settings(given: Mapping[str, Any]) -> dict[str, Any]:
     until = given.get("until") or ()
     return {
         "max_new_tokens": given.get("max_new_tokens") or 1024,
-        "temperature": temperature if given.get("do_sample", True) else 0.0,
-        "top_p": given.get("top_p") or 1.0,
-        "seed": given.get("seed") or 0,
+        "sampling": Sampling(
+            temperature=temperature if given.get("do_sample", True) else 0.0,
+            top_p=given.get("top_p") or 1.0,
+            seed=given.get("seed") or 0,
+        ),
         "until": [until] if isinstance(until, str) else [text for text in until if text],
     }
 

@@ -6,6 +6,7 @@ from vfjax.fusion.prune import Prune
 from vfjax.generate import generate, generate_ids, stream_ids
 from vfjax.model import Batch, Model, encode, forward
 from vfjax.processor import Processor
+from vfjax.sampling import Sampling
 from vfjax.settings import Settings
 from vfjax.text.stream import stream
 from vfjax.vision.video import Video, open_video
@@ -21,6 +22,7 @@ __all__ = [
     "Model",
     "Processor",
     "Prune",
+    "Sampling",
     "Settings",
     "Video",
     "encode",

@@ -13,7 +13,8 @@ from jax.experimental import multihost_utils
 from vfjax.errors import InputError, require
 from vfjax.model import AnyArray, Batch
 from vfjax.processes import agreeing, digest, owners
-from vfjax.sampling import How, by_row, how, log_probabilities, pick
+from vfjax.sampling import GREEDY, Rows, Sampling, by_row, log_probabilities, pick
+from vfjax.settings import NONE, Settings
 from vfjax.sharding import mesh_of, place
 
 if TYPE_CHECKING:
@@ -45,12 +46,7 @@ def generate(
     batch: Batches,
     *,
     max_new_tokens: int | Sequence[int] = 64,
-    temperature: float | Sequence[float] = 0.0,
-    top_k: int | None | Sequence[int | None] = None,
-    top_p: float | None | Sequence[float | None] = None,
-    min_p: float | Sequence[float] = 0.0,
-    repetition_penalty: float | Sequence[float] | None = None,
-    seed: int | Sequence[int] = 0,
+    sampling: Sampling = GREEDY,
 ) -> list[str]:
     """One text a row, cut at the tokenizer's and the template's stops.
 
@@ -58,38 +54,21 @@ def generate(
         model: any model of `converters.load` or `converters.load_fused`.
         processor: the one that made `batch`.
         batch: b rows; a row may be shorter than another.
-        max_new_tokens: tokens to write at most; one number, or, as those below, one a row.
-        temperature: 0 takes the likeliest token; above, samples. A folder's `do_sample`,
-            `temperature`, `top_k` and `top_p` are not read: answers are greedy unless asked.
-        top_k: sample among the k likeliest only, and those as likely as the k-th. None: among all
-            (transformers' own default is 50).
-        top_p: sample among the likeliest whose probabilities sum to p.
-        min_p: sample among those at least p times as likely as the likeliest.
-        repetition_penalty: above 1, divides what speaks for tokens that a row has; None: the
-            folder's generation_config.json.
-        seed: of the sampling; a row with a seed of its own draws what it would alone.
+        max_new_tokens: tokens to write at most; one number, or one a row.
+        sampling: how they are chosen; by default the likeliest.
 
     Raises:
         InputError: the batch and the new tokens don't fit the context, a sampling parameter is out
             of range, the prompt's logits are NaN, or generation_config.json has a setting that
             would change the answers and is not supported.
     """
-    settings = processor.settings
-    settings.check()
     ids = generate_ids(
         model,
         batch,
         max_new_tokens=max_new_tokens,
         stop=processor.stops,
-        temperature=temperature,
-        top_k=top_k,
-        top_p=top_p,
-        min_p=min_p,
-        repetition_penalty=(
-            settings.repetition_penalty if repetition_penalty is None else repetition_penalty
-        ),
-        penalise_prompt=settings.penalise_prompt,
-        seed=seed,
+        sampling=sampling,
+        settings=processor.settings,
     )
     return [processor.decode(row) for row in ids]
 
@@ -100,32 +79,15 @@ def generate_ids(
     *,
     max_new_tokens: int | Sequence[int] = 64,
     stop: Sequence[int] = (),
-    temperature: float | Sequence[float] = 0.0,
-    top_k: int | None | Sequence[int | None] = None,
-    top_p: float | None | Sequence[float | None] = None,
-    min_p: float | Sequence[float] = 0.0,
-    repetition_penalty: float | Sequence[float] = 1.0,
-    penalise_prompt: bool = True,
-    seed: int | Sequence[int] = 0,
+    sampling: Sampling = GREEDY,
+    settings: Settings = NONE,
 ) -> list[list[int]]:
     """New token ids of each row, without the stop id that ended it; see `generate`.
 
-    `penalise_prompt`: whether the repetition penalty is for the prompt's words, too.
+    `stop`: ids that end a row; `settings`: of the model's folder.
     """
-    how = _how(
-        model,
-        batch,
-        max_new_tokens,
-        stop=stop,
-        temperature=temperature,
-        top_k=top_k,
-        top_p=top_p,
-        min_p=min_p,
-        repetition_penalty=repetition_penalty,
-        penalise_prompt=penalise_prompt,
-        seed=seed,
-    )
-    (state,) = _pieces(model, batch, how, None, None)
+    rows = _rows(model, batch, max_new_tokens, stop, sampling, settings)
+    (state,) = _pieces(model, batch, rows, None, None)
     return [row[:n].tolist() for row, n in zip(_fetch(state.out), _fetch(state.count), strict=True)]
 
 
@@ -175,13 +137,8 @@ def stream_ids(
     max_new_tokens: int | Sequence[int] = 64,
     room: int | None = None,
     stop: Sequence[int] = (),
-    temperature: float | Sequence[float] = 0.0,
-    top_k: int | None | Sequence[int | None] = None,
-    top_p: float | None | Sequence[float | None] = None,
-    min_p: float | Sequence[float] = 0.0,
-    repetition_penalty: float | Sequence[float] = 1.0,
-    penalise_prompt: bool = True,
-    seed: int | Sequence[int] = 0,
+    sampling: Sampling = GREEDY,
+    settings: Settings = NONE,
     logprobs: int | None = None,
     guides: Sequence[Guide | None] = (),
 ) -> Iterator[Written]:
@@ -197,13 +154,8 @@ def stream_ids(
         max_new_tokens: as there.
         room: slots for new tokens, at least `max_new_tokens`; None: these, rounded up to 64.
         stop: ids that end a row.
-        temperature: as there.
-        top_k: as there.
-        top_p: as there.
-        min_p: as there.
-        repetition_penalty: as there.
-        penalise_prompt: as there.
-        seed: as there.
+        sampling: as there.
+        settings: as in `generate_ids`.
         logprobs: how many of the likeliest tokens' log-probabilities are told beside the chosen
             one's; None: no log-probabilities.
         guides: one a row, None for one that is free; with any, `every` is 1.
@@ -212,21 +164,8 @@ def stream_ids(
         InputError: as there, at the call; or `every` or `room` is too small.
     """
     require(every >= 1, "every", every, "at least 1")
-    how = _how(
-        model,
-        batch,
-        max_new_tokens,
-        stop=stop,
-        temperature=temperature,
-        top_k=top_k,
-        top_p=top_p,
-        min_p=min_p,
-        repetition_penalty=repetition_penalty,
-        penalise_prompt=penalise_prompt,
-        seed=seed,
-        logprobs=logprobs,
-    )
-    limit = np.asarray(how.limit)
+    asked = _rows(model, batch, max_new_tokens, stop, sampling, settings, logprobs)
+    limit = np.asarray(asked.limit)
     require(room is None or room >= limit.max(), "room", room, f"at least {limit.max()}")
     require(
         len(guides) in (0, len(limit)), "guides", len(guides), f"none, or {len(limit)}, one a row"
@@ -234,7 +173,7 @@ def stream_ids(
 
     def pieces() -> Iterator[Written]:
         seen = np.zeros_like(limit)
-        for state in _pieces(model, batch, how, every, room, guides):
+        for state in _pieces(model, batch, asked, every, room, guides):
             out, count, done = (_fetch(x) for x in (state.out, state.count, state.done))
             rows = list(zip(range(len(out)), seen, count, strict=True))
             ended = done | (int(_fetch(state.i)) >= limit)
@@ -286,9 +225,19 @@ def _agree(model: Generator, batch: Batches, same: dict[str, Any]) -> None:
         facts |= {key: str(value) for key, value in same.items()}
 
 
-def _how(model: Generator, batch: Batches, max_new_tokens: Any, **rest: Any) -> How:
+def _rows(
+    model: Generator,
+    batch: Batches,
+    max_new_tokens: int | Sequence[int],
+    stop: Sequence[int],
+    sampling: Sampling,
+    settings: Settings,
+    logprobs: int | None = None,
+) -> Rows:
     """The arguments of `stream_ids`, checked, one value a row."""
-    _agree(model, batch, {"max_new_tokens": max_new_tokens, **rest})
+    same = {"max_new_tokens": max_new_tokens, "stop": stop, "logprobs": logprobs}
+    _agree(model, batch, {**same, **vars(sampling), **vars(settings)})
+    settings.check()
     batches = batch if isinstance(batch, tuple) else (batch,)
     lengths = np.max([_fetch(each.mask).sum(axis=1) for each in batches], axis=0)
     limit = by_row("max_new_tokens", max_new_tokens, len(lengths))
@@ -301,13 +250,14 @@ def _how(model: Generator, batch: Batches, max_new_tokens: Any, **rest: Any) -> 
         f"{lengths[row]} tokens in the longest row and {limit[row]} new ones",
         f"at most {model.context}, the LLM's context",
     )
-    return how(np.asarray(limit, np.int32), **rest)
+    limits = np.asarray(limit, np.int32)
+    return sampling.rows(limits, stop=stop, settings=settings, logprobs=logprobs)
 
 
 def _pieces(
     model: Generator,
     batch: Batches,
-    how: How,
+    rows: Rows,
     every: int | None,
     room: int | None,
     guides: Sequence[Guide | None] = (),
@@ -316,19 +266,21 @@ def _pieces(
     guided = any(guide is not None for guide in guides)
     every = 1 if guided else every
     batches = batch if isinstance(batch, tuple) else (batch,)
-    most = int(np.max(how.limit))
+    most = int(np.max(rows.limit))
     steps = _round_up(most, 64) if room is None else room
     slots = max(each.read for each in batches)
     leaves, tree = jax.tree.flatten(model)  # once: some 20 microseconds an array
     logits, cache = _prefill(leaves, tree, place(batch, mesh_of(leaves)), size=slots + steps)
     vocab = logits.shape[-1]
     if guided:
-        how = dataclasses.replace(how, allowed=_allowed(guides, np.zeros(len(logits), bool), vocab))
-    state = _first(logits, how, _seen(batches, how, logits.shape[-1]), steps=steps)
+        rows = dataclasses.replace(
+            rows, allowed=_allowed(guides, np.zeros(len(logits), bool), vocab)
+        )
+    state = _first(logits, rows, _seen(batches, rows, logits.shape[-1]), steps=steps)
     until = 0
     while True:
         start, until = until, most if every is None else min(until + every, most)
-        state, cache = _decode(leaves, tree, cache, state, how, jnp.int32(until))
+        state, cache = _decode(leaves, tree, cache, state, rows, jnp.int32(until))
         if start == 0 and (broken := np.flatnonzero(_fetch(state.out)[:, 0] == NOTHING)).size:
             raise InputError(
                 f"row {broken[0]}",
@@ -342,8 +294,8 @@ def _pieces(
             for guide, token, ended in zip(guides, _fetch(state.token), done, strict=True):
                 if guide is not None and not ended:
                     guide.take(int(token))
-            how = dataclasses.replace(how, allowed=_allowed(guides, done, vocab))
-        if until == most or not _active(_fetch(state.done), until, np.asarray(how.limit)).any():
+            rows = dataclasses.replace(rows, allowed=_allowed(guides, done, vocab))
+        if until == most or not _active(_fetch(state.done), until, np.asarray(rows.limit)).any():
             return
 
 
@@ -363,12 +315,12 @@ NOTHING = -1
 """In place of a row's first token where NaN is all that was computed."""
 
 
-def _seen(batches: tuple[Batch, ...], how: How, vocab: int) -> np.ndarray | None:
+def _seen(batches: tuple[Batch, ...], rows: Rows, vocab: int) -> np.ndarray | None:
     """The words of each row's prompt, bool[b, vocab]; None where none is penalised."""
-    if not how.penalised:
+    if not rows.penalised:
         return None
-    seen = np.zeros((len(how.limit), vocab), bool)
-    for each in batches if how.prompt else ():
+    seen = np.zeros((len(rows.limit), vocab), bool)
+    for each in batches if rows.prompt else ():
         words = _fetch(each.mask) & (_fetch(each.visual) < 0)
         row, place = np.nonzero(words)
         seen[row, _fetch(each.tokens)[row, place]] = True
@@ -376,16 +328,16 @@ def _seen(batches: tuple[Batch, ...], how: How, vocab: int) -> np.ndarray | None
 
 
 @functools.partial(jax.jit, static_argnames="steps")
-def _first(logits: Array, how: How, seen: AnyArray | None = None, *, steps: int) -> _State:
+def _first(logits: Array, rows: Rows, seen: AnyArray | None = None, *, steps: int) -> _State:
     """The state with each row's first token, or `NOTHING`."""
     seen = jnp.zeros((len(logits), 0), bool) if seen is None else jnp.asarray(seen)
-    picked = pick(jnp.int32(0), logits, how, seen)
+    picked = pick(jnp.int32(0), logits, rows, seen)
     token = jnp.where(jnp.isnan(logits).any(axis=-1), NOTHING, picked)
-    done = _stops(token, how)
+    done = _stops(token, rows)
     out = jnp.zeros((len(token), steps), jnp.int32).at[:, 0].set(token)
     logs = None
-    if how.likeliest is not None:
-        new = log_probabilities(logits, picked, how.likeliest)
+    if rows.likeliest is not None:
+        new = log_probabilities(logits, picked, rows.likeliest)
         logs = jax.tree.map(
             lambda x: jnp.zeros((len(x), steps, *x.shape[1:]), x.dtype).at[:, 0].set(x), new
         )
@@ -394,7 +346,7 @@ def _first(logits: Array, how: How, seen: AnyArray | None = None, *, steps: int)
 
 @functools.partial(jax.jit, static_argnames="tree", donate_argnames="cache")
 def _decode(
-    leaves: list[Array], tree: Any, cache: Any, state: _State, how: How, until: Array
+    leaves: list[Array], tree: Any, cache: Any, state: _State, rows: Rows, until: Array
 ) -> tuple[_State, Any]:
     """Decodes until every row has ended or `until` tokens are written.
 
@@ -405,20 +357,20 @@ def _decode(
 
     def running(carry: tuple[_State, Any]) -> Array:
         state, _ = carry
-        return (state.i < until) & _active(state.done, state.i, how.limit).any()
+        return (state.i < until) & _active(state.done, state.i, rows.limit).any()
 
     def step(carry: tuple[_State, Any]) -> tuple[_State, Any]:
         state, cache = carry
         logits, cache = model.next(state.token, cache)
         seen = state.seen
-        if how.penalised:
+        if rows.penalised:
             seen = seen.at[jnp.arange(len(seen)), state.token].set(True)
-        token = pick(state.i, logits, how, seen)
-        done = state.done | _stops(token, how)
-        count = state.count + _active(done, state.i, how.limit)
+        token = pick(state.i, logits, rows, seen)
+        done = state.done | _stops(token, rows)
+        count = state.count + _active(done, state.i, rows.limit)
         out, logs = state.out.at[:, state.i].set(token), state.logs
-        if how.likeliest is not None:
-            new = log_probabilities(logits, token, how.likeliest)
+        if rows.likeliest is not None:
+            new = log_probabilities(logits, token, rows.likeliest)
             logs = jax.tree.map(lambda old, x: old.at[:, state.i].set(x), logs, new)
         return _State(state.i + 1, token, done, count, out, seen, logs), cache
 
@@ -430,8 +382,8 @@ def _active(done: AnyArray, i: AnyArray | int, limit: AnyArray) -> Any:
     return ~done & (i < limit)
 
 
-def _stops(token: Array, how: How) -> Array:
-    return (token[:, None] == how.stop[None]).any(axis=1)
+def _stops(token: Array, rows: Rows) -> Array:
+    return (token[:, None] == rows.stop[None]).any(axis=1)
 
 
 def _fetch(x: AnyArray) -> np.ndarray:

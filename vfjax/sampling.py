@@ -11,6 +11,7 @@ import numpy as np
 
 from vfjax.errors import counted, require
 from vfjax.model import AnyArray
+from vfjax.settings import NONE, Settings
 
 Array = jax.Array
 ALL = np.iinfo(np.int32).max
@@ -19,8 +20,8 @@ ALL = np.iinfo(np.int32).max
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
-class How:
-    """How each of b rows is written.
+class Rows:
+    """How each of b rows is written; a pytree.
 
     Attributes:
         stop: int32[s] ids that end a row.
@@ -56,59 +57,96 @@ class How:
     likeliest: int | None = dataclasses.field(metadata={"static": True})
 
 
-def how(
-    limit: np.ndarray,
-    *,
-    stop: Sequence[int] = (),
-    temperature: float | Sequence[float] = 0.0,
-    top_k: int | None | Sequence[int | None] = None,
-    top_p: float | None | Sequence[float | None] = None,
-    min_p: float | Sequence[float] = 0.0,
-    repetition_penalty: float | Sequence[float] = 1.0,
-    penalise_prompt: bool = True,
-    seed: int | Sequence[int] = 0,
-    logprobs: int | None = None,
-) -> How:
-    """The arguments of `vfjax.stream_ids`, checked, one value a row; limit: int32[b].
+@dataclasses.dataclass(frozen=True)
+class Sampling:
+    """How tokens are chosen; each value is one for all rows, or a sequence of one a row.
 
-    Raises:
-        InputError: a value is out of range, or there are not as many as rows.
+    Attributes:
+        temperature: 0 takes the likeliest token; above, samples. A folder's `do_sample`,
+            `temperature`, `top_k` and `top_p` are not read: answers are greedy unless asked.
+        top_k: sample among the k likeliest only, and those as likely as the k-th. None: among all
+            (transformers' own default is 50).
+        top_p: sample among the likeliest whose probabilities sum to p.
+        min_p: sample among those at least p times as likely as the likeliest.
+        repetition_penalty: above 1, divides what speaks for tokens that a row has; None: the
+            folder's generation_config.json.
+        seed: of the sampling; a row with a seed of its own draws what it would alone.
     """
-    b = len(limit)
-    temperatures = by_row("temperature", temperature, b)
-    ks = [ALL if value is None else value for value in by_row("top_k", top_k, b)]
-    ps = [1.0 if value is None else value for value in by_row("top_p", top_p, b)]
-    least = by_row("min_p", min_p, b)
-    penalties = by_row("repetition_penalty", repetition_penalty, b)
-    seeds = by_row("seed", seed, b)
-    for value in temperatures:
-        require(value >= 0, "temperature", value, "0 or more")
-    for value in ks:
-        require(value >= 1, "top_k", value, "None or at least 1")
-    for value in ps:
-        require(0 < value <= 1, "top_p", value, "None or within (0, 1]")
-    for value in least:
-        require(0 <= value <= 1, "min_p", value, "within [0, 1]")
-    for value in penalties:
-        require(value > 0, "repetition_penalty", value, "more than 0")
-    require(logprobs is None or logprobs >= 0, "logprobs", logprobs, "None or at least 0")
-    alone = isinstance(seed, Sequence)
-    return How(
-        stop=np.asarray(stop, np.int32),
-        limit=np.asarray(limit, np.int32),
-        keys=jnp.stack([jax.random.key(value) for value in seeds]),
-        salt=np.zeros(b, np.int32) if alone else np.arange(b, dtype=np.int32),
-        temperature=_column(temperatures, np.float32),
-        top_k=_column([min(value, ALL) for value in ks], np.int32),
-        top_p=_column(ps, np.float32),
-        min_p=_column(least, np.float32),
-        penalty=_column(penalties, np.float32),
-        allowed=None,
-        greedy=not any(temperatures),
-        penalised=any(value != 1 for value in penalties),
-        prompt=penalise_prompt,
-        likeliest=logprobs,
-    )
+
+    temperature: float | Sequence[float] = 0.0
+    top_k: int | None | Sequence[int | None] = None
+    top_p: float | None | Sequence[float | None] = None
+    min_p: float | Sequence[float] = 0.0
+    repetition_penalty: float | None | Sequence[float | None] = None
+    seed: int | Sequence[int] = 0
+
+    @classmethod
+    def stack(cls, rows: Sequence["Sampling"]) -> "Sampling":
+        """That of a batch, from those of its rows."""
+        names = [field.name for field in dataclasses.fields(cls)]
+        return cls(**{name: [getattr(row, name) for row in rows] for name in names})
+
+    def rows(
+        self,
+        limit: np.ndarray,
+        *,
+        stop: Sequence[int] = (),
+        settings: Settings = NONE,
+        logprobs: int | None = None,
+    ) -> Rows:
+        """It for b rows, checked.
+
+        Args:
+            limit: int32[b] tokens of a row at most.
+            stop: ids that end a row.
+            settings: of the folder.
+            logprobs: see `vfjax.stream_ids`.
+
+        Raises:
+            InputError: a value is out of range, or there are not as many as rows.
+        """
+        b = len(limit)
+        temperatures = by_row("temperature", self.temperature, b)
+        ks = [ALL if value is None else value for value in by_row("top_k", self.top_k, b)]
+        ps = [1.0 if value is None else value for value in by_row("top_p", self.top_p, b)]
+        least = by_row("min_p", self.min_p, b)
+        penalties = [
+            settings.repetition_penalty if value is None else value
+            for value in by_row("repetition_penalty", self.repetition_penalty, b)
+        ]
+        seeds = by_row("seed", self.seed, b)
+        for value in temperatures:
+            require(value >= 0, "temperature", value, "0 or more")
+        for value in ks:
+            require(value >= 1, "top_k", value, "None or at least 1")
+        for value in ps:
+            require(0 < value <= 1, "top_p", value, "None or within (0, 1]")
+        for value in least:
+            require(0 <= value <= 1, "min_p", value, "within [0, 1]")
+        for value in penalties:
+            require(value > 0, "repetition_penalty", value, "more than 0")
+        require(logprobs is None or logprobs >= 0, "logprobs", logprobs, "None or at least 0")
+        alone = isinstance(self.seed, Sequence)
+        return Rows(
+            stop=np.asarray(stop, np.int32),
+            limit=np.asarray(limit, np.int32),
+            keys=jnp.stack([jax.random.key(value) for value in seeds]),
+            salt=np.zeros(b, np.int32) if alone else np.arange(b, dtype=np.int32),
+            temperature=_column(temperatures, np.float32),
+            top_k=_column([min(value, ALL) for value in ks], np.int32),
+            top_p=_column(ps, np.float32),
+            min_p=_column(least, np.float32),
+            penalty=_column(penalties, np.float32),
+            allowed=None,
+            greedy=not any(temperatures),
+            penalised=any(value != 1 for value in penalties),
+            prompt=settings.penalise_prompt,
+            likeliest=logprobs,
+        )
+
+
+GREEDY = Sampling()
+"""The likeliest tokens."""
 
 
 def _column(values: list[Any], dtype: Any) -> np.ndarray:
@@ -127,27 +165,27 @@ def by_row(name: str, value: Any, b: int) -> list[Any]:
     return list(value)
 
 
-def pick(i: Array, logits: Array, how: How, seen: Array) -> Array:
+def pick(i: Array, logits: Array, rows: Rows, seen: Array) -> Array:
     """The i-th token of each row, int32[b], from float32[b, v] logits.
 
     Args:
         i: int32[].
         logits: of each row.
-        how: of the rows.
+        rows: how each is written.
         seen: bool[b, v] tokens that a row has; not looked at where none is penalised.
     """
-    if how.allowed is not None:
-        logits = jnp.where(how.allowed, logits, -jnp.inf)
-    if how.penalised:
-        logits = _penalise(logits, seen, how.penalty)
+    if rows.allowed is not None:
+        logits = jnp.where(rows.allowed, logits, -jnp.inf)
+    if rows.penalised:
+        logits = _penalise(logits, seen, rows.penalty)
     likeliest = logits.argmax(axis=-1).astype(jnp.int32)
-    if how.greedy:
+    if rows.greedy:
         return likeliest
     fold = jax.vmap(lambda key, salt: jax.random.fold_in(jax.random.fold_in(key, i), salt))
-    samples = jnp.asarray(how.temperature) > 0
-    temperature = jnp.where(samples, how.temperature, 1)
-    keys = fold(how.keys, how.salt)
-    drawn = _draw(keys, logits, temperature, how.top_k, how.top_p, how.min_p)
+    samples = jnp.asarray(rows.temperature) > 0
+    temperature = jnp.where(samples, rows.temperature, 1)
+    keys = fold(rows.keys, rows.salt)
+    drawn = _draw(keys, logits, temperature, rows.top_k, rows.top_p, rows.min_p)
     return jnp.where(samples[:, 0], drawn, likeliest)
 
 

@@ -78,3 +78,7 @@ class Settings:
                 expected="none, as it is not supported",
                 fix="remove it from the file, or set processor.settings = vfjax.Settings()",
             )
+
+
+NONE = Settings()
+"""Of a folder that says nothing."""

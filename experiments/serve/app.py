@@ -19,10 +19,11 @@ from starlette.requests import ClientDisconnect, Request
 from starlette.responses import Response, StreamingResponse
 from starlette.routing import Route
 
-from experiments.serve.asked import Asked, Limits, Refused, read
 from experiments.serve.batcher import Batcher, Event, Job, Piece
 from experiments.serve.guides import Grammars, Guide
 from experiments.serve.openapi import describe
+from experiments.serve.refused import Limits, Refused
+from experiments.serve.request import ChatRequest, read
 from vfjax import InputError
 
 LOG = logging.getLogger(__name__)
@@ -118,7 +119,7 @@ class Service:
             self.reading -= 1
         return await answer.respond(request)
 
-    def _read(self, body: bytes) -> tuple[Asked, list[Guide | None]]:
+    def _read(self, body: bytes) -> tuple[ChatRequest, list[Guide | None]]:
         asked = read(body, self.limits, self.batcher.processor)
         if asked.schema is None:
             return asked, [None] * asked.choices
@@ -155,7 +156,7 @@ class _Answer:
 
     def __init__(
         self,
-        asked: Asked,
+        asked: ChatRequest,
         guides: Sequence[Guide | None],
         batcher: Batcher,
         model: str,
@@ -173,9 +174,17 @@ class _Answer:
 
         self.jobs = []
         for i, guide in enumerate(guides):
-            how = asked.sampling | {"seed": _wrapped(asked.sampling["seed"] + i), "guide": guide}
-            send = functools.partial(deliver, i)
-            self.jobs.append(Job(asked.ids, list(asked.pictures), send, **how))
+            job = Job(
+                asked.ids,
+                list(asked.pictures),
+                functools.partial(deliver, i),
+                max_new_tokens=asked.max_new_tokens,
+                sampling=dataclasses.replace(asked.sampling, seed=_wrapped(asked.seed + i)),
+                logprobs=asked.logprobs,
+                guide=guide,
+                stop=asked.stop,
+            )
+            self.jobs.append(job)
         asked.pictures.clear()  # the jobs have them
         for job in self.jobs:
             batcher.submit(job)
@@ -223,7 +232,7 @@ class _Answer:
 
     def _logs(self, tokens: list[dict[str, Any]] | None) -> dict[str, Any] | None:
         """A choice's log-probabilities."""
-        if self.asked.sampling["logprobs"] is None:
+        if self.asked.logprobs is None:
             return None
         return {"content": tokens or [], "refusal": None}
 

@@ -11,11 +11,14 @@ from typing import Any
 from PIL import Image
 
 from experiments.serve.logprobs import TOP, Names
-from vfjax import InputError, Model, Processor, stream_ids
+from vfjax import InputError, Model, Processor, Sampling, stream_ids
 from vfjax.generate import Guide, Logs
+from vfjax.sampling import GREEDY
 from vfjax.text.stream import Text
 
 LOG = logging.getLogger(__name__)
+SPARE = Sampling(repetition_penalty=1.0)
+"""Of rows that fill a batch up."""
 LENGTHS = tuple(64 << k for k in range(14))
 """Sequence lengths of batches: fewer than a processor's, as each is a program to compile."""
 
@@ -52,12 +55,7 @@ class Job:
         deliver: called by the batcher's thread with every piece; the last event is a piece with
             `finish`, or an exception. A cancelled job may end without.
         max_new_tokens: None for as many as the batcher gives.
-        temperature: 0 for the likeliest tokens.
-        top_p: within (0, 1].
-        top_k: see `vfjax.generate`.
-        min_p: so, too.
-        repetition_penalty: None for the folder's.
-        seed: of the sampling.
+        sampling: of the one row.
         logprobs: alternatives whose log-probabilities are told, `TOP` at most, beside the chosen
             token's; None: no log-probabilities.
         guide: of its tokens.
@@ -71,12 +69,7 @@ class Job:
     pictures: list[Any]
     deliver: Callable[[Event], object]
     max_new_tokens: int | None = None
-    temperature: float = 0.0
-    top_p: float = 1.0
-    top_k: int | None = None
-    min_p: float = 0.0
-    repetition_penalty: float | None = None
-    seed: int = 0
+    sampling: Sampling = GREEDY
     logprobs: int | None = None
     guide: Guide | None = None
     stop: tuple[str, ...] = ()
@@ -130,9 +123,10 @@ class Batcher:
         ids, pictures = ([-200, 1], [Image.new("RGB", (336, 336))]) if seen else ([1], [])
         rows = 1
         while True:
-            for temperature in (0.0, 1.0):
-                for job in (jobs := [Job(ids, list(pictures), id) for _ in range(rows)]):
-                    job.temperature, job.ended = temperature, True  # after its first piece
+            for sampling in (GREEDY, Sampling(temperature=1.0)):
+                jobs = [Job(ids, list(pictures), id, sampling=sampling) for _ in range(rows)]
+                for job in jobs:
+                    job.ended = True  # after its first piece
                 self._run(jobs)
             if rows >= self.batch:
                 return
@@ -232,13 +226,8 @@ class Batcher:
             max_new_tokens=limit,
             room=_bucket(max(limit), 64),
             stop=self.processor.stops,
-            temperature=[job.temperature for job in jobs] + [0.0] * spare,
-            top_k=[job.top_k for job in jobs] + [None] * spare,
-            top_p=[job.top_p for job in jobs] + [1.0] * spare,
-            min_p=[job.min_p for job in jobs] + [0.0] * spare,
-            repetition_penalty=[self._penalty(job) for job in jobs] + [1.0] * spare,
-            penalise_prompt=self.processor.settings.penalise_prompt,
-            seed=[job.seed for job in jobs] + [0] * spare,
+            sampling=Sampling.stack([*(job.sampling for job in jobs), *[SPARE] * spare]),
+            settings=self.processor.settings,
             logprobs=None if all(job.logprobs is None for job in jobs) else TOP,
             guides=[*(job.guide for job in jobs), *[None] * spare],
         )
@@ -257,10 +246,6 @@ class Batcher:
                     del live[i]
             if not live:
                 return
-
-    def _penalty(self, job: Job) -> float:
-        own = self.processor.settings.repetition_penalty
-        return own if job.repetition_penalty is None else job.repetition_penalty
 
     def _fits(self, job: Job, length: int) -> None:
         if length >= self.model.context:

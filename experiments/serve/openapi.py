@@ -4,8 +4,9 @@ from collections.abc import Mapping
 from typing import Any
 
 from experiments.serve import keys
-from experiments.serve.asked import DETAILS, Limits
 from experiments.serve.logprobs import TOP
+from experiments.serve.refused import Limits
+from experiments.serve.request import DETAILS
 
 
 def _object(required: tuple[str, ...] = (), **properties: Any) -> dict[str, Any]:

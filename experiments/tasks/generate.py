@@ -18,14 +18,10 @@ def run(config: ConfigDict, workdir: Path) -> None:
     if config.video:
         images.append(vfjax.open_video(config.video, frames=config.frames, pool=config.pool))
     batch = processor(images, [processor.chat(config.prompt, images=len(images))])
+    sampling = vfjax.Sampling(
+        temperature=config.temperature, top_k=config.top_k, top_p=config.top_p, seed=config.seed
+    )
     (text,) = vfjax.generate(
-        model,
-        processor,
-        batch,
-        max_new_tokens=config.max_new_tokens,
-        temperature=config.temperature,
-        top_k=config.top_k,
-        top_p=config.top_p,
-        seed=config.seed,
+        model, processor, batch, max_new_tokens=config.max_new_tokens, sampling=sampling
     )
     print(text)

@@ -6,8 +6,8 @@ import jax
 from ml_collections import ConfigDict
 
 from experiments.serve.app import Service
-from experiments.serve.asked import Limits
 from experiments.serve.batcher import Batcher
+from experiments.serve.refused import Limits
 from experiments.serve.server import address, listen, serve
 from experiments.tasks.common import load, positive, required
 from vfjax import InputError

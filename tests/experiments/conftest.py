@@ -7,8 +7,8 @@ from starlette.testclient import TestClient
 
 import converters
 from experiments.serve.app import Service
-from experiments.serve.asked import Limits
 from experiments.serve.batcher import LENGTHS, Batcher
+from experiments.serve.refused import Limits
 from tests.experiments.serving import MODEL
 
 

@@ -38,5 +38,7 @@ def ask(text: str, *images: str, **more) -> dict:
 
 def direct(loaded: tuple, text: str, *images: Image.Image, **how) -> str:
     model, processor = loaded
-    prompt = processor.chat(text, images=len(images))
-    return vfjax.generate(model, processor, processor(list(images), [prompt]), **how)[0]
+    batch = processor(list(images), [processor.chat(text, images=len(images))])
+    new = how.pop("max_new_tokens")
+    sampling = vfjax.Sampling(**how)
+    return vfjax.generate(model, processor, batch, max_new_tokens=new, sampling=sampling)[0]

@@ -28,11 +28,13 @@ from starlette.testclient import TestClient
 import converters
 import vfjax
 from experiments.serve import app
+from experiments.serve.addresses import fetch
 from experiments.serve.app import Service
-from experiments.serve.asked import Limits, Refused, fetch, read
 from experiments.serve.batcher import Batcher, Job
 from experiments.serve.keys import IGNORED, ONLY, TEMPLATE
 from experiments.serve.logprobs import Names
+from experiments.serve.refused import Limits, Refused
+from experiments.serve.request import read
 from tests import checkpoints
 from tests.experiments.pictures import black_png
 from tests.experiments.serving import MODEL, QUESTIONS, ROOT, URL, ask, data, direct, part, picture
@@ -54,7 +56,7 @@ def test_a_warm_batcher_compiles_no_more(loaded):
     ids = batcher.processor([picture()], [batcher.processor.chat(QUESTIONS[0])]).tokens
     for temperature in (0.0, 1.0, 0.3):
         job = Job([-200, *ids[0][ids[0] > 0].tolist()], [picture()], events.put)
-        batcher.submit(dataclasses.replace(job, temperature=temperature))
+        batcher.submit(dataclasses.replace(job, sampling=vfjax.Sampling(temperature)))
         while not events.get(timeout=60).finish:
             pass
     batcher.close()
@@ -199,7 +201,7 @@ def test_log_probabilities(client, loaded):
     assert joined.split() == choice.message.content.split()
     model, processor = loaded
     batch = processor([], [processor.chat("red", images=0)])
-    how = {"max_new_tokens": 7, "temperature": 3.0, "seed": 1, "stop": processor.stops}
+    how = {"max_new_tokens": 7, "sampling": vfjax.Sampling(3.0, seed=1), "stop": processor.stops}
     (piece,) = vfjax.stream_ids(model, batch, every=7, logprobs=20, **how)
     (expected,) = piece.logs
     np.testing.assert_allclose([token.logprob for token in tokens], expected.chosen, atol=1e-5)

@@ -8,7 +8,8 @@ import pytest
 
 import converters
 from experiments.bench import serve
-from experiments.serve.asked import Limits, read
+from experiments.serve.refused import Limits
+from experiments.serve.request import read
 from vfjax import InputError
 
 SUMMARY = """

@@ -15,8 +15,8 @@ import pytest
 import converters
 import vfjax
 from experiments.serve.app import Service
-from experiments.serve.asked import Limits
 from experiments.serve.batcher import LENGTHS, Batcher
+from experiments.serve.refused import Limits
 from experiments.serve.server import listen, server
 from tests.experiments.pictures import black_png
 

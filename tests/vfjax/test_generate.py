@@ -21,7 +21,7 @@ from tests import checkpoints
 from tests.checkpoints import IMAGE_TOKEN
 from vfjax import Batch, InputError, Settings, generate, generate_ids, stream, stream_ids
 from vfjax.generate import _decode, _prefill
-from vfjax.sampling import _filter, _penalise, sample
+from vfjax.sampling import GREEDY, Sampling, _filter, _penalise, sample
 
 PICTURE = -200
 NEW = 32
@@ -183,12 +183,18 @@ def test_nan_is_no_answer(llm):
 
 BAD = {
     "no token": ({"max_new_tokens": 0}, "max_new_tokens: found 0, expected at least 1"),
-    "negative temperature": ({"temperature": -0.1}, "temperature: found -0.1, expected 0 or more"),
-    "temperature nan": ({"temperature": float("nan")}, "temperature: found nan"),
-    "top_k": ({"top_k": 0}, "top_k: found 0, expected None or at least 1"),
-    "top_p 0": ({"top_p": 0.0}, r"top_p: found 0.0, expected None or within (0, 1]"),
-    "min_p": ({"min_p": 1.5}, "min_p: found 1.5, expected within [0, 1]"),
-    "top_p above 1": ({"top_p": 1.5}, "top_p: found 1.5"),
+    "negative temperature": (
+        {"sampling": Sampling(temperature=-0.1)},
+        "temperature: found -0.1, expected 0 or more",
+    ),
+    "temperature nan": ({"sampling": Sampling(temperature=float("nan"))}, "temperature: found nan"),
+    "top_k": ({"sampling": Sampling(top_k=0)}, "top_k: found 0, expected None or at least 1"),
+    "top_p 0": (
+        {"sampling": Sampling(top_p=0.0)},
+        r"top_p: found 0.0, expected None or within (0, 1]",
+    ),
+    "min_p": ({"sampling": Sampling(min_p=1.5)}, "min_p: found 1.5, expected within [0, 1]"),
+    "top_p above 1": ({"sampling": Sampling(top_p=1.5)}, "top_p: found 1.5"),
     "too long": (
         {"max_new_tokens": 502},
         "max_new_tokens: found 11 tokens in the longest row and 502 new ones, expected at most 512",
@@ -311,7 +317,9 @@ def test_sampling_differs_between_steps_rows_and_seeds(llm):
     model = nnx.clone(model)
     model.llm.norm.scale[...] = jnp.zeros_like(model.llm.norm.scale[...])
     batch = processor(input_ids=TEXTS)
-    draws = np.array([generate_ids(model, batch, temperature=1.0, seed=s) for s in range(16)])
+    draws = np.array(
+        [generate_ids(model, batch, sampling=Sampling(1.0, seed=s)) for s in range(16)]
+    )
     assert draws.shape == (16, 4, 64)
     expected = draws.size / 320
     chi2 = ((np.bincount(draws.ravel(), minlength=320) - expected) ** 2 / expected).sum()
@@ -328,7 +336,7 @@ def test_seeds_and_filters_reach_the_loop(llm, greedy):
     batch = processor(input_ids=TEXTS)
 
     def run(**options) -> list[list[int]]:
-        return generate_ids(model, batch, max_new_tokens=NEW, **options)
+        return generate_ids(model, batch, max_new_tokens=NEW, sampling=Sampling(**options))
 
     one = run(temperature=1.0, seed=1)
     compiled = _decode._cache_size()
@@ -382,14 +390,14 @@ def join(pieces) -> tuple[list[list[int]], int]:
 
 
 @pytest.mark.parametrize("every", [1, 5, NEW, 100])
-@pytest.mark.parametrize("how", [{}, {"temperature": 1.0, "seed": 3, "top_p": 0.9}])
-def test_streamed_ids_are_the_generated(llm, greedy, every: int, how: dict):
+@pytest.mark.parametrize("how", [GREEDY, Sampling(temperature=1.0, seed=3, top_p=0.9)])
+def test_streamed_ids_are_the_generated(llm, greedy, every: int, how: Sampling):
     _, model, processor = llm
     batch = processor(input_ids=TEXTS)
     stop = (greedy[0][3], greedy[1][9])
-    expected = generate_ids(model, batch, max_new_tokens=NEW, stop=stop, **how)
+    expected = generate_ids(model, batch, max_new_tokens=NEW, stop=stop, sampling=how)
     compiled = _prefill._cache_size(), _decode._cache_size()
-    pieces = stream_ids(model, batch, every=every, max_new_tokens=NEW, stop=stop, **how)
+    pieces = stream_ids(model, batch, every=every, max_new_tokens=NEW, stop=stop, sampling=how)
     rows, count = join(pieces)
     assert rows == expected
     assert count == -(-NEW // every)
@@ -421,7 +429,6 @@ def test_each_row_in_its_own_way(llm, greedy):
     """What a row gets, it gets alone too, with the same seed."""
     _, model, processor = llm
     how = {
-        "max_new_tokens": [5, 32, 1, 20],
         "temperature": [0.0, 1.0, 2.0, 0.0],
         "top_k": [None, 40, 7, 1],
         "top_p": [0.5, 0.9, None, 1.0],
@@ -429,26 +436,31 @@ def test_each_row_in_its_own_way(llm, greedy):
         "repetition_penalty": [1.0, 1.2, 1.0, 1.0],
         "seed": [7, 8, 8, 2**40],
     }
-    together = generate_ids(model, processor(input_ids=TEXTS), **how)
-    assert [len(row) for row in together] == how["max_new_tokens"]
+    news, batch = [5, 32, 1, 20], processor(input_ids=TEXTS)
+    together = generate_ids(model, batch, max_new_tokens=news, sampling=Sampling(**how))
+    assert [len(row) for row in together] == news
+    each = [Sampling(**dict(zip(how, row, strict=True))) for row in zip(*how.values(), strict=True)]
+    assert Sampling.stack(each) == Sampling(**how)
     assert together[0] == greedy[0][:5]
     assert together[1] != greedy[1]
     for i, row in enumerate(TEXTS):
-        own = {key: values[i] for key, values in how.items()}
-        assert generate_ids(model, processor(input_ids=[row]), **own) == [together[i]]
+        alone = processor(input_ids=[row])
+        found = generate_ids(model, alone, max_new_tokens=news[i], sampling=each[i])
+        assert found == [together[i]]
     with pytest.raises(InputError, match="seed: found 3 values, expected one, or "):
-        generate_ids(model, processor(input_ids=TEXTS), seed=[1, 2, 3])
+        generate_ids(model, batch, sampling=Sampling(seed=[1, 2, 3]))
     with pytest.raises(InputError, match="found 7 tokens in the longest row and 506 new ones"):
-        generate_ids(model, processor(input_ids=TEXTS), max_new_tokens=[506, 1, 1, 1])
+        generate_ids(model, batch, max_new_tokens=[506, 1, 1, 1])
 
 
 def test_streamed_text_is_the_generated(llm, greedy):
     _, model, processor = llm
     processor = dataclasses.replace(processor, stop_ids=(2, greedy[2][10]))
     batch = processor(input_ids=TEXTS)
-    for how in ({}, {"temperature": 1.0, "seed": 5}):
-        expected = generate(model, processor, batch, max_new_tokens=NEW, **how)
-        pieces = list(stream(model, processor, batch, every=3, max_new_tokens=NEW, **how))
+    for how in (GREEDY, Sampling(temperature=1.0, seed=5)):
+        args = {"max_new_tokens": NEW, "sampling": how}
+        expected = generate(model, processor, batch, **args)
+        pieces = list(stream(model, processor, batch, every=3, **args))
         assert ["".join(row) for row in zip(*pieces, strict=True)] == expected
         assert sum(1 for piece in pieces if any(piece)) > 5
     with pytest.raises(InputError, match="max_new_tokens"):
@@ -477,14 +489,15 @@ def test_repetition_penalty_equals_transformers(llm) -> None:
         for row, penalty in zip(rows, (1.3, 1.0), strict=True)
     ]
     batch = processor(input_ids=rows)
-    found = generate_ids(model, batch, max_new_tokens=NEW, repetition_penalty=[1.3, 1.0])
+    how = Sampling(repetition_penalty=[1.3, 1.0])
+    found = generate_ids(model, batch, max_new_tokens=NEW, sampling=how)
     assert found == expected
     assert found != generate_ids(model, batch, max_new_tokens=NEW)
-    pieces = stream_ids(model, batch, max_new_tokens=NEW, repetition_penalty=[1.3, 1.0])
+    pieces = stream_ids(model, batch, max_new_tokens=NEW, sampling=how)
     joined = [sum(parts, []) for parts in zip(*(piece.ids for piece in pieces), strict=True)]
     assert joined == expected
     with pytest.raises(InputError, match=r"repetition_penalty: found 0, expected more than 0"):
-        generate_ids(model, batch, repetition_penalty=0)
+        generate_ids(model, batch, sampling=Sampling(repetition_penalty=0))
 
 
 def test_a_folders_generation_config(llm, tmp_path) -> None:
@@ -495,10 +508,10 @@ def test_a_folders_generation_config(llm, tmp_path) -> None:
     _, own = converters.load(tmp_path)
     assert own.settings == Settings(1.3)
     batch = own(input_ids=[TEXTS[0]])
-    assert generate(model, own, batch) == generate(model, processor, batch, repetition_penalty=1.3)
-    assert list(stream(model, own, batch))[0][0] and generate(
-        model, own, batch, repetition_penalty=1.0
-    ) == generate(model, processor, batch)
+    given, none = Sampling(repetition_penalty=1.3), Sampling(repetition_penalty=1.0)
+    assert generate(model, own, batch) == generate(model, processor, batch, sampling=given)
+    assert list(stream(model, own, batch))[0][0]
+    assert generate(model, own, batch, sampling=none) == generate(model, processor, batch)
     rules = {"no_repeat_ngram_size": 3, "temperature": 0.6, "top_k": 20, "do_sample": True}
     checkpoints.write_json(tmp_path / "generation_config.json", rules)
     _, own = converters.load(tmp_path)
@@ -532,8 +545,8 @@ def test_log_probabilities_are_the_models(llm, greedy) -> None:
     theirs, model, processor = llm
     batch = processor(input_ids=TEXTS)
     how = {"max_new_tokens": 6, "every": 4, "logprobs": 5}
-    how |= {"temperature": [0.0, 2.0, 2.0, 0.0], "seed": [1, 2, 3, 4], "top_k": 20}
-    pieces = list(stream_ids(model, batch, repetition_penalty=1.3, **how))
+    drawn = Sampling([0.0, 2.0, 2.0, 0.0], seed=[1, 2, 3, 4], top_k=20, repetition_penalty=1.3)
+    pieces = list(stream_ids(model, batch, sampling=drawn, **how))
     for i, row in enumerate(TEXTS):
         ids = sum((piece.ids[i] for piece in pieces), [])
         logs = [np.concatenate(parts) for parts in zip(*(p.logs[i] for p in pieces), strict=True)]
@@ -566,7 +579,7 @@ def test_guides_say_what_may_come(llm, greedy) -> None:
     """In their rows alone, chosen and drawn; the likeliest of what may come."""
     theirs, model, processor = llm
     guides = [Even(), None, Even(), None]
-    how = {"temperature": [0.0, 0.0, 1.0, 0.0], "seed": [1, 2, 3, 4], "stop": (2,)}
+    how = {"sampling": Sampling([0.0, 0.0, 1.0, 0.0], seed=[1, 2, 3, 4]), "stop": (2,)}
     pieces = stream_ids(model, processor(input_ids=TEXTS), max_new_tokens=NEW, guides=guides, **how)
     rows, _ = join(pieces)
     assert [rows[1], rows[3]] == cut([greedy[1], greedy[3]], (2,))

@@ -8,6 +8,7 @@ from typing import Any
 from vfjax.fusion.modes import MemberProcessors
 from vfjax.generate import Batches, Generator, stream_ids
 from vfjax.processor import Processor
+from vfjax.sampling import GREEDY, Sampling
 
 
 def stream(
@@ -17,12 +18,7 @@ def stream(
     *,
     every: int = 8,
     max_new_tokens: int | Sequence[int] = 64,
-    temperature: float | Sequence[float] = 0.0,
-    top_k: int | None | Sequence[int | None] = None,
-    top_p: float | None | Sequence[float | None] = None,
-    min_p: float | Sequence[float] = 0.0,
-    repetition_penalty: float | Sequence[float] | None = None,
-    seed: int | Sequence[int] = 0,
+    sampling: Sampling = GREEDY,
 ) -> Iterator[list[str]]:
     """What is new of each row's text, as it is written; joined, the texts of `generate`.
 
@@ -35,33 +31,19 @@ def stream(
         batch: as there.
         every: tokens from one time to the next.
         max_new_tokens: as there.
-        temperature: as there.
-        top_k: as there.
-        top_p: as there.
-        min_p: as there.
-        repetition_penalty: as there.
-        seed: as there.
+        sampling: as there.
 
     Raises:
         InputError: as there, at the call; or `every` is below 1.
     """
-    settings = processor.settings
-    settings.check()
     pieces = stream_ids(
         model,
         batch,
         every=every,
         max_new_tokens=max_new_tokens,
         stop=processor.stops,
-        temperature=temperature,
-        top_k=top_k,
-        top_p=top_p,
-        min_p=min_p,
-        repetition_penalty=(
-            settings.repetition_penalty if repetition_penalty is None else repetition_penalty
-        ),
-        penalise_prompt=settings.penalise_prompt,
-        seed=seed,
+        sampling=sampling,
+        settings=processor.settings,
     )
 
     def texts() -> Iterator[list[str]]:

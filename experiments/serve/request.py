@@ -1,7 +1,5 @@
-"""What a client asks for: the body of a chat completion, checked, pictures decoded."""
+"""The request of a chat completion: its body against its schema, pictures decoded."""
 
-import base64
-import binascii
 import dataclasses
 import inspect
 import json
@@ -9,67 +7,18 @@ import re
 import secrets
 from collections.abc import Mapping
 from typing import Any, NoReturn
-from urllib.parse import urlsplit
 
-import httpx2
-
+from experiments.serve.addresses import Budget
 from experiments.serve.keys import IGNORED, MESSAGE, ONLY, PART, ROLES, TEMPLATE, allowed
 from experiments.serve.logprobs import TOP
-from experiments.serve.pictures import read_picture
-from vfjax import InputError, Processor
+from experiments.serve.refused import Limits, Refused, bad, cut
+from vfjax import InputError, Processor, Sampling
 from vfjax.text.chat import CHAT_TEMPLATE
 from vfjax.text.messages import Message, tokenize
-from vfjax.vision.images import File
-
-
-class Refused(Exception):
-    """An answer that is an error.
-
-    Attributes:
-        status: HTTP's.
-        code: a word for programs.
-        param: the key at fault.
-        headers: of the answer.
-    """
-
-    def __init__(
-        self,
-        status: int,
-        message: str,
-        *,
-        code: str | None = None,
-        param: str | None = None,
-        headers: Mapping[str, str] | None = None,
-    ):
-        super().__init__(" ".join(message.split()))
-        self.status, self.code, self.param, self.headers = status, code, param, headers
 
 
 @dataclasses.dataclass(frozen=True)
-class Limits:
-    """What a request may hold.
-
-    Attributes:
-        model: name of the model, which requests must give.
-        body: bytes of a body, and of a picture that is fetched.
-        pixels: of all pictures of a request.
-        pictures: of a request.
-        choices: answers to a request.
-        hosts: "host" or "host:port" from which pictures may be fetched.
-        fetch_timeout: seconds for each read from there.
-    """
-
-    model: str
-    body: int = 20 << 20
-    pixels: int = 32_000_000
-    pictures: int = 16
-    choices: int = 16
-    hosts: tuple[str, ...] = ()
-    fetch_timeout: float = 10.0
-
-
-@dataclasses.dataclass(frozen=True)
-class Asked:
+class ChatRequest:
     """A chat completion.
 
     Attributes:
@@ -79,7 +28,12 @@ class Asked:
         usage: whether its last piece counts tokens.
         choices: how many answers; the i-th has the seed of the first + i.
         schema: JSON schema that they keep to; None: none.
-        sampling: the job's remaining arguments.
+        max_new_tokens: None for as many as the server gives.
+        sampling: but for the seed.
+        seed: of the first answer.
+        stop: strings that end an answer.
+        logprobs: alternatives whose log-probabilities are told beside the chosen token's; None: no
+            log-probabilities.
         ignored: keys that are nothing here, as paths in the body.
     """
 
@@ -89,11 +43,15 @@ class Asked:
     usage: bool
     choices: int
     schema: dict[str, Any] | None
-    sampling: dict[str, Any]
+    max_new_tokens: int | None
+    sampling: Sampling
+    seed: int
+    stop: tuple[str, ...]
+    logprobs: int | None
     ignored: tuple[str, ...] = ()
 
 
-def read(body: bytes, limits: Limits, processor: Processor) -> Asked:
+def read(body: bytes, limits: Limits, processor: Processor) -> ChatRequest:
     """Reads a request; takes a while where pictures are large.
 
     Raises:
@@ -102,9 +60,9 @@ def read(body: bytes, limits: Limits, processor: Processor) -> Asked:
     try:
         found = json.loads(body, parse_constant=_constant, object_pairs_hook=_object)
     except (ValueError, RecursionError) as error:
-        _bad("body", f"no JSON ({error})", "an object")
+        bad("body", f"no JSON ({error})", "an object")
     if not isinstance(found, dict):
-        _bad("body", f"a JSON {type(found).__name__}", "an object")
+        bad("body", f"a JSON {type(found).__name__}", "an object")
     taken = _Taken(_given(found))
     name = taken.text("model")
     if name != limits.model:
@@ -115,7 +73,9 @@ def read(body: bytes, limits: Limits, processor: Processor) -> Asked:
     usage = _stream_options(taken, stream, ignored)
     choices = taken.count("n", 1, limits.choices) or 1
     schema = _schema(taken, ignored)
-    sampling = _sampling(taken, ignored)
+    new = _counts(taken, ignored)
+    sampling, seed = _sampling(taken), taken.count("seed", -(1 << 63), (1 << 63) - 1)
+    stop, logprobs = _stop(taken), _logprobs(taken)
     messages = _messages(taken.get("messages", None, list, "a list"), limits, processor, ignored)
     variables = _variables(taken, processor, ignored)
     for key in sorted(taken.rest.keys() & IGNORED):
@@ -127,8 +87,21 @@ def read(body: bytes, limits: Limits, processor: Processor) -> Asked:
         raise Refused(400, str(error), param="messages") from None
     context = processor.config.llm.context
     if len(ids) >= context:
-        _bad("messages", f"{len(ids)} tokens", f"fewer than {context}, the LLM's context")
-    return Asked(ids, pictures, stream, usage, choices, schema, sampling, tuple(ignored))
+        bad("messages", f"{len(ids)} tokens", f"fewer than {context}, the LLM's context")
+    return ChatRequest(
+        ids,
+        pictures,
+        stream=stream,
+        usage=usage,
+        choices=choices,
+        schema=schema,
+        max_new_tokens=new,
+        sampling=sampling,
+        seed=secrets.randbits(31) if seed is None else seed,
+        stop=stop,
+        logprobs=logprobs,
+        ignored=tuple(ignored),
+    )
 
 
 class _Taken:
@@ -140,7 +113,7 @@ class _Taken:
     def get(self, key: str, default: Any, kind: type | tuple[type, ...], expected: str) -> Any:
         value = self.rest.pop(key, default)
         if not isinstance(value, kind) or (isinstance(value, bool) and kind is not bool):
-            _bad(key, "nothing" if value is None else f"a {type(value).__name__}", expected)
+            bad(key, "nothing" if value is None else f"a {type(value).__name__}", expected)
         return value
 
     def text(self, key: str) -> str:
@@ -155,7 +128,7 @@ class _Taken:
             return None
         value = self.get(key, default, (int, float), "a number")
         if not low <= value <= high:
-            _bad(key, value, f"{low} to {high}")
+            bad(key, value, f"{low} to {high}")
         return float(value)
 
     def count(self, key: str, low: int, high: int) -> int | None:
@@ -163,9 +136,9 @@ class _Taken:
             return None
         value = self.get(key, None, (int, float), "an integer")
         if not low <= value <= high:
-            _bad(key, value, f"{low} to {high}")
+            bad(key, value, f"{low} to {high}")
         if value != int(value):
-            _bad(key, value, "an integer")
+            bad(key, value, "an integer")
         return int(value)
 
 
@@ -176,7 +149,7 @@ def _stream_options(taken: _Taken, stream: bool, ignored: list[str]) -> bool:
     options.flag("include_obfuscation")  # letters that hide lengths; there are none
     ignored += _others(options.rest, {"continuous_usage_stats": (False,)}, "stream_options.")
     if usage and not stream:
-        _bad("stream_options.include_usage", "it without stream", "stream: true")
+        bad("stream_options.include_usage", "it without stream", "stream: true")
     return usage
 
 
@@ -190,7 +163,7 @@ def _variables(taken: _Taken, processor: Processor, ignored: list[str]) -> dict[
     for where, found in (("", efforts), ("chat_template_kwargs.", options)):
         for key, value in found.items():
             if key in arguments or key == "messages":
-                _bad(where + key, _cut(value), "none of that name, as it is not supported")
+                bad(where + key, cut(value), "none of that name, as it is not supported")
             if re.search(rf"\b{re.escape(key)}\b", template):
                 read[key] = value
             else:
@@ -206,9 +179,9 @@ def _schema(taken: _Taken, ignored: list[str]) -> dict[str, Any] | None:
     held = _given(held) if isinstance(held, dict) else {}
     schema = held.pop("schema", None)
     if kind not in ("text", "json_object", "json_schema") or found or not isinstance(schema, dict):
-        _bad(
+        bad(
             "response_format",
-            _cut(taken.found.get("response_format")),
+            cut(taken.found.get("response_format")),
             '{"type": "text"}, {"type": "json_object"} or one of json_schema with a schema',
         )
     ignored += [f"response_format.json_schema.{key}" for key in held.keys() - {"name", "strict"}]
@@ -219,31 +192,39 @@ def _own_template(processor: Processor) -> str:
     return processor.chat_template if processor.template == CHAT_TEMPLATE else ""
 
 
-def _sampling(taken: _Taken, ignored: list[str]) -> dict[str, Any]:
-    """OpenAI's defaults: temperature and top-p are 1."""
+def _counts(taken: _Taken, ignored: list[str]) -> int | None:
+    """Tokens of the answer at most; of two keys for it the later one of OpenAI's counts."""
     counts = [taken.count(key, 1, 1 << 31) for key in ("max_completion_tokens", "max_tokens")]
     if None not in counts and counts[0] != counts[1]:
         ignored.append("max_tokens")
-    seed = taken.count("seed", -(1 << 63), (1 << 63) - 1)
+    return next((count for count in counts if count is not None), None)
+
+
+def _stop(taken: _Taken) -> tuple[str, ...]:
     stop = taken.get("stop", [], (str, list), "a string or a list of them")
     stops = (stop,) if isinstance(stop, str) else tuple(stop)
     if len(stops) > 16 or not all(isinstance(text, str) and 0 < len(text) < 256 for text in stops):
-        _bad("stop", "something else", "up to 16 strings of 1 to 255 letters")
+        bad("stop", "something else", "up to 16 strings of 1 to 255 letters")
+    return stops
+
+
+def _logprobs(taken: _Taken) -> int | None:
+    wanted, top = taken.flag("logprobs"), taken.count("top_logprobs", 0, TOP)
+    if top and not wanted:
+        bad("top_logprobs", "it without logprobs", "logprobs: true")
+    return (top or 0) if wanted else None
+
+
+def _sampling(taken: _Taken) -> Sampling:
+    """OpenAI's defaults: temperature and top-p are 1."""
     top_k = taken.count("top_k", -1, 1 << 31)
-    logprobs, top = taken.flag("logprobs"), taken.count("top_logprobs", 0, TOP)
-    if top and not logprobs:
-        _bad("top_logprobs", "it without logprobs", "logprobs: true")
-    return {
-        "max_new_tokens": next((count for count in counts if count is not None), None),
-        "temperature": taken.number("temperature", 1.0, 0.0, 100.0),
-        "top_p": max(taken.number("top_p", 1.0, 0.0, 1.0), 1e-6),  # 0 takes the likeliest
-        "top_k": None if top_k in (None, -1, 0) else top_k,
-        "min_p": taken.number("min_p", 0.0, 0.0, 1.0),
-        "repetition_penalty": taken.number("repetition_penalty", None, 0.01, 100.0),
-        "logprobs": (top or 0) if logprobs else None,
-        "seed": secrets.randbits(31) if seed is None else seed,
-        "stop": stops,
-    }
+    return Sampling(
+        temperature=taken.number("temperature", 1.0, 0.0, 100.0),
+        top_k=None if top_k in (None, -1, 0) else top_k,
+        top_p=max(taken.number("top_p", 1.0, 0.0, 1.0), 1e-6),  # 0 takes the likeliest
+        min_p=taken.number("min_p", 0.0, 0.0, 1.0),
+        repetition_penalty=taken.number("repetition_penalty", None, 0.01, 100.0),
+    )
 
 
 def _others(rest: Mapping[str, Any], only: Mapping[str, tuple[Any, ...]], where: str) -> list[str]:
@@ -256,7 +237,7 @@ def _others(rest: Mapping[str, Any], only: Mapping[str, tuple[Any, ...]], where:
             unknown.append(where + key)
         elif not allowed(value, only[key]) and not _no_bias(key, value):
             values = " or ".join(map(json.dumps, only[key])) or "none"
-            _bad(where + key, _cut(value), f"{values}, as it is not supported")
+            bad(where + key, cut(value), f"{values}, as it is not supported")
     return unknown
 
 
@@ -273,29 +254,24 @@ def _given(found: Mapping[str, Any]) -> dict[str, Any]:
     return {key: value for key, value in found.items() if value is not None}
 
 
-def _cut(value: Any) -> str:
-    text = json.dumps(value)
-    return text if len(text) <= 40 else text[:37] + "..."
-
-
 def _messages(
     found: list[Any], limits: Limits, processor: Processor, ignored: list[str]
 ) -> list[Message]:
     out = []
-    budget = _Budget(limits)
+    budget = Budget(limits)
     template = _own_template(processor)
     for i, message in enumerate(found):
         where = f"messages[{i}]"
         if not isinstance(message, dict):
-            _bad(where, f"a {type(message).__name__}", "an object with role and content")
+            bad(where, f"a {type(message).__name__}", "an object with role and content")
         rest = _given(message)
         role, content = rest.pop("role", None), rest.pop("content", None)
         if role not in ROLES:
-            _bad(f"{where}.role", _cut(role), " or ".join(ROLES))
+            bad(f"{where}.role", cut(role), " or ".join(ROLES))
         if not isinstance(content, str | list) or content == []:
-            _bad(f"{where}.content", _cut(content), "a text, or a list of parts")
+            bad(f"{where}.content", cut(content), "a text, or a list of parts")
         if not isinstance(rest.get("name", ""), str):
-            _bad(f"{where}.name", _cut(rest["name"]), "a string")
+            bad(f"{where}.name", cut(rest["name"]), "a string")
         more = {
             key: value
             for key, value in rest.items()
@@ -309,7 +285,7 @@ def _messages(
         ]
         out.append(Message("system" if role == "developer" else role, tuple(read), more))
     if not out:
-        _bad("messages", "none", "at least one")
+        bad("messages", "none", "at least one")
     return out
 
 
@@ -317,90 +293,28 @@ DETAILS = ("auto", "low", "high", "original")
 """Of a picture, by OpenAI; the model alone decides how it looks at it."""
 
 
-def _part(part: Any, where: str, budget: "_Budget", ignored: list[str]) -> Any:
+def _part(part: Any, where: str, budget: Budget, ignored: list[str]) -> Any:
     rest = {"type": "text", "text": part} if isinstance(part, str) else part
     rest = _given(rest) if isinstance(rest, dict) else {}
     kind = rest.pop("type", None)
     value = rest.pop(kind, None) if kind in ("text", "image_url") else None
     if kind == "text" and isinstance(value, str):
         if any(0xD800 <= ord(letter) < 0xE000 for letter in value):
-            _bad(where, "half of a surrogate pair", "whole characters")
+            bad(where, "half of a surrogate pair", "whole characters")
         ignored += _others(rest, PART, f"{where}.")
         return value
     if kind == "image_url":
         holds = _given(value) if isinstance(value, dict) else {"url": value}
         value, detail = holds.pop("url", None), holds.pop("detail", "auto")
         if detail not in DETAILS:
-            _bad(f"{where}.image_url.detail", _cut(detail), " or ".join(DETAILS))
+            bad(f"{where}.image_url.detail", cut(detail), " or ".join(DETAILS))
         if detail != "auto":
             ignored.append(f"{where}.image_url.detail")
         ignored += _others(rest, PART, f"{where}.")
         ignored += _others(holds, PART, f"{where}.image_url.")
     if kind != "image_url" or not isinstance(value, str):
-        _bad(where, f"a part of type {str(kind)[:40]!r}", "text with text, or image_url with url")
+        bad(where, f"a part of type {str(kind)[:40]!r}", "text with text, or image_url with url")
     return budget.picture(value, where)
-
-
-class _Budget:
-    """Decodes pictures while a request has room for them."""
-
-    def __init__(self, limits: Limits):
-        self.limits, self.pictures, self.pixels = limits, limits.pictures, limits.pixels
-
-    def picture(self, address: str, where: str) -> File:
-        self.pictures -= 1
-        if self.pictures < 0:
-            _bad(where, "another picture", f"at most {self.limits.pictures} in a request")
-        scheme = address.split(":", 1)[0].lower()
-        if scheme == "data":
-            data = _data(address, where)
-        elif scheme in ("http", "https"):
-            data = fetch(address, where, self.limits)
-        else:
-            _bad(where, "an address of another kind", "data: with base64, or http(s):")
-        try:
-            image = read_picture(data, where, self.pixels)
-        except InputError as error:
-            raise Refused(400, str(error), param="messages") from None
-        self.pixels -= image.width * image.height
-        return image
-
-
-def _data(address: str, where: str) -> bytes:
-    head, comma, text = address.partition(",")
-    if not comma or not head.lower().endswith(";base64"):
-        _bad(where, "a data address without base64", "data:image/...;base64,...")
-    try:
-        return base64.b64decode(text, validate=True)
-    except (binascii.Error, ValueError) as error:
-        _bad(where, f"broken base64 ({error})", "base64")
-
-
-def fetch(address: str, where: str, limits: Limits) -> bytes:
-    """A picture from a host that the operator named; redirections are not followed.
-
-    Raises:
-        Refused: another host, or it doesn't answer as it should.
-    """
-    try:
-        url = urlsplit(address)
-        host = url.netloc
-    except ValueError:
-        host = ""
-    if not host or host.lower() not in limits.hosts:
-        _bad(where, f"an address at {host[:60]!r}", "data:, or a host that allow_hosts names")
-    parts = []
-    try:
-        with httpx2.stream("GET", address, timeout=limits.fetch_timeout) as answer:
-            if answer.status_code != 200:
-                _bad(where, f"status {answer.status_code} at {host}", "200")
-            for part in answer.iter_bytes(1 << 16):
-                parts.append(part)
-                if sum(map(len, parts)) > limits.body:
-                    _bad(where, f"more than {limits.body} bytes at {host}", "fewer")
-    except (httpx2.HTTPError, httpx2.InvalidURL) as error:
-        _bad(where, f"no answer from {host} ({type(error).__name__})", "a picture")
-    return b"".join(parts)
 
 
 def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
@@ -408,15 +322,10 @@ def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     found: dict[str, Any] = {}
     for key, value in pairs:
         if key in found:
-            raise ValueError(f"the key {_cut(key)} is there twice")
+            raise ValueError(f"the key {cut(key)} is there twice")
         found[key] = value
     return found
 
 
 def _constant(name: str) -> NoReturn:
     raise ValueError(f"{name} is no JSON")
-
-
-def _bad(where: str, found: object, expected: str) -> NoReturn:
-    text = f"{where}: found {found}, expected {expected}; correct the request"
-    raise Refused(400, text, param=where.split("[")[0])

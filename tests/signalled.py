@@ -194,7 +194,7 @@ def read(task: Task, process: subprocess.Popen[str], served: threading.Event) ->
 
 def whole(task: Task, out: Path, most: float = 1e9) -> float | None:
     """Runs a task to its end, which must be a good one: the seconds; None if it takes more."""
-    begun = time.monotonic()
+    begun, before = time.monotonic(), set((out.parent / "tmp").glob("*"))  # of killed runs
     with started(task, out) as (process, served):
         if not task.serves:
             with contextlib.suppress(subprocess.TimeoutExpired):
@@ -211,7 +211,8 @@ def whole(task: Task, out: Path, most: float = 1e9) -> float | None:
     early = task.serves and code == 128 + signal.SIGTERM  # it has its address, but did not serve
     assert code == 0 or early, f"{code}: {said}"
     check(out)
-    assert not leftovers(out), f"{leftovers(out)} are left after a good end"
+    left = set(leftovers(out)) - before
+    assert not left, f"{left} are left after a good end"
     return time.monotonic() - begun
 
 
@@ -267,7 +268,8 @@ def strike(
 def leftovers(out: Path) -> list[Path]:
     """What has a hidden or a temporary name."""
     hidden = (path for path in out.rglob(".*") if path.name != MARK)
-    return [*hidden, *(out.parent / "tmp").glob("*")] if out.exists() else []
+    made = (path for path in (out.parent / "tmp").glob("*") if path.name != "gradio")  # its cache
+    return [*hidden, *made] if out.exists() else []
 
 
 def check(out: Path) -> None:

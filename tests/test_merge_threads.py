@@ -24,4 +24,4 @@ def test_merges_by_threads_end():
         check=False,
     )
     assert done.returncode == 0, done.stderr
-    assert done.stdout == "15 merges\n"
+    assert done.stdout == "12 merges\n"

@@ -3,11 +3,13 @@
 import argparse
 import io
 import os
+import shutil
 import signal
 import sys
 from typing import NoReturn
 
 from vfjax import InputError
+from vfjax.atomic import UNFINISHED
 
 
 def main() -> int:
@@ -40,11 +42,16 @@ def main() -> int:
         return 1
 
 
-def _end(number: int, _: object) -> NoReturn:
-    """Ends by a signal, with the shell's code; temporary folders are removed on the way."""
+def end(number: int, _: object) -> NoReturn:
+    """The handler of signals that end: removes temporary folders, ends with the shell's code.
+
+    An exception would be lost in a destructor, such as those of JAX.
+    """
     what = "interrupted" if number == signal.SIGINT else f"ended by {signal.strsignal(number)}"
     print(what, file=sys.stderr)
-    raise SystemExit(128 + number)
+    for path in tuple(UNFINISHED):
+        shutil.rmtree(path, ignore_errors=True)
+    os._exit(128 + number)
 
 
 def _pair(text: str) -> tuple[str, str]:
@@ -56,8 +63,8 @@ def _pair(text: str) -> tuple[str, str]:
 
 if __name__ == "__main__":
     if isinstance(sys.stdout, io.TextIOWrapper):  # names of files may be no UTF-8
-        sys.stdout.reconfigure(errors="backslashreplace")
+        sys.stdout.reconfigure(errors="backslashreplace", line_buffering=True)
     for each in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
         if signal.getsignal(each) is not signal.SIG_IGN:  # as by nohup
-            signal.signal(each, _end)
+            signal.signal(each, end)
     sys.exit(main())

@@ -101,7 +101,7 @@ def tasks(root: Path) -> dict[str, Task]:
     evaluate = ["evaluate:pope", *pope, "--config.batch=2"]
     prompt = "--config.prompt=what is it?"
     less = ["--config.int8=True", "--config.int8_cache=True", "--config.prune.keep=(0.5,)"]
-    plan = ["plan", "--config.model=llava@vicuna-7b", "--config.topology=h100:8"]
+    plan = ["plan", "--config.model=llava@vicuna-7b", "--config.topology=h100:1"]
     small = [
         *("scenes.encoders=64", "scenes.train=64", "scenes.validation=8", "scenes.test=8"),
         *("encoders.clip=4", "encoders.dino=4", "align=8", "first=4", "tune=4"),
@@ -129,7 +129,7 @@ def tasks(root: Path) -> dict[str, Task]:
         "search": Task(["search", "--config.scenes=8", "--config.grid=(0.3,0.5)"]),
         "demo": Task(["demo", "--config.scenes=8"]),
         "ablate": Task(["ablate", "--config.scenes=8", "--config.subsets=False"]),
-        "plan": Task([*plan, "--config.depths=(1,2)", "--config.batch=8"]),
+        "plan": Task([*plan, "--config.depths=(1,2)", "--config.model_axis=1"]),
         "family": Task(family, {"base": FAMILY / "base"}, saves=True),
         "family, base": Task(family, saves=True),
         "inspect": Task(["inspect", str(clip)]),
@@ -363,8 +363,8 @@ def main() -> None:
                 continue
             took = f"more than {args.most:.0f}" if seconds is None else f"{seconds:.1f}"
             print(f"{name}: {took} s", flush=True)
+            good = None if seconds is None else digests(task, root / "whole" / "out")
             seconds = args.most if seconds is None else seconds
-            good = digests(task, root / "whole" / "out")
             for word in args.signals:
                 count = args.runs
                 if word == "SIGKILL":
@@ -377,7 +377,9 @@ def main() -> None:
                     try:
                         out.mkdir(parents=True, exist_ok=True)
                         whole(task, out)
-                        assert digests(task, out) == good, "other files than an unbroken run's"
+                        assert good in (None, digests(task, out)), (
+                            "other files than an unbroken run's"
+                        )
                     except Exception as error:
                         failed += 1
                         print(f"{name}, after {word}: {error}", flush=True)

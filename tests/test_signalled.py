@@ -1,5 +1,6 @@
 """Signals end tasks at once, with their line and code; see signalled.py for random moments."""
 
+import os
 import signal
 import subprocess
 import sys
@@ -10,6 +11,7 @@ from pathlib import Path
 
 import pytest
 
+from converters.__main__ import end
 from experiments import signals
 from experiments.serve.server import server
 from vfjax import atomic
@@ -96,6 +98,17 @@ def test_what_is_left_is_named(tmp_path: Path) -> None:
         assert sorted(signals.left()) == sorted([str(folder), str(part)])
     assert not signals.left()
     assert [path.name for path in tmp_path.iterdir()] == ["x"]
+
+
+def test_inspect_leaves_no_temporary_folder(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    codes: list[int] = []
+    monkeypatch.setattr(os, "_exit", codes.append)
+    with atomic.temporary(tmp_path) as folder:
+        end(signal.SIGTERM, None)
+        assert not folder.exists()
+    assert codes == [143] and capsys.readouterr().err == "ended by Terminated\n"
 
 
 def test_a_server_ends_in_time(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -2,6 +2,7 @@
 
 import contextlib
 import errno
+import fcntl
 import json
 import os
 import shutil
@@ -123,6 +124,33 @@ def temporary(parent: Path | None = None, prefix: str | None = None) -> Iterator
             yield Path(name)
         finally:
             UNFINISHED.discard(Path(name))
+
+
+def lock(handle: int, path: Path) -> None:
+    """Keeps other runs from a file or folder until its handle is closed.
+
+    Args:
+        handle: an open file descriptor of it.
+        path: what to call it in errors.
+
+    Raises:
+        InputError: another run has it.
+    """
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError as error:
+        raise InputError(
+            path,
+            found="another run that is writing it",
+            expected="one at a time",
+            fix="wait for it, or choose another output",
+        ) from error
+
+
+def refuse_link(path: Path) -> None:
+    """Raises InputError if a name that is written to is a link, which leads elsewhere."""
+    if path.is_symlink():
+        raise _taken(path, "a link")
 
 
 def claim(folder: Path) -> Path:

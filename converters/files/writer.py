@@ -7,7 +7,6 @@ the header is computed from shapes and dtypes and the data follows block by bloc
 
 import contextlib
 import dataclasses
-import fcntl
 import hashlib
 import io
 import json
@@ -28,7 +27,7 @@ import numpy as np
 
 from converters.files.reader import DTYPES
 from vfjax import InputError
-from vfjax.atomic import UNFINISHED, claim, empty
+from vfjax.atomic import UNFINISHED, claim, empty, lock
 from vfjax.merge import LazyTensor, blocks
 
 NAMES = {dtype: name for name, dtype in DTYPES.items()}
@@ -175,7 +174,7 @@ def _stage(out: Path, shards: Iterable[Shard], key: str, resume: bool) -> Iterat
     for shard in shards:
         digest.update(shard.path.encode() + shard.header)
     made = [folder for folder in (out.parent, *out.parent.parents) if not folder.exists()]
-    lock = _lock(out, stage)
+    handle = _lock(out, stage)
     try:
         check_new(out)  # which another run may have written since
         found = stage / "key"
@@ -204,7 +203,7 @@ def _stage(out: Path, shards: Iterable[Shard], key: str, resume: bool) -> Iterat
         shutil.rmtree(stage, ignore_errors=True)
     finally:
         UNFINISHED.discard(stage)
-        os.close(lock)
+        os.close(handle)
         if not out.exists():
             for folder in made:
                 with contextlib.suppress(OSError):
@@ -232,21 +231,16 @@ def _lock(out: Path, stage: Path) -> int:
     while True:
         with _writing(out):
             claim(stage)
-            lock = os.open(stage, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW)
+            handle = os.open(stage, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW)
         try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as error:
-            os.close(lock)
-            raise InputError(
-                out,
-                found="another run that is writing it",
-                expected="one at a time",
-                fix="wait for it, or choose another output",
-            ) from error
+            lock(handle, out)
+        except InputError:
+            os.close(handle)
+            raise
         with contextlib.suppress(FileNotFoundError):
-            if os.path.samestat(os.fstat(lock), os.lstat(stage)):
-                return lock
-        os.close(lock)  # another run removed this one at its end
+            if os.path.samestat(os.fstat(handle), os.lstat(stage)):
+                return handle
+        os.close(handle)  # another run removed this one at its end
 
 
 def sha256(path: str | os.PathLike[str]) -> str:

@@ -12,8 +12,10 @@ from flax import nnx
 from ml_collections import ConfigDict
 
 import converters
+from converters.files.writer import check_new
 from experiments.tasks.common import required
 from vfjax import InputError, Model, Processor
+from vfjax.atomic import refuse_link
 from vfjax.data import Batches, Conversations
 from vfjax.errors import counted
 from vfjax.model import ModelConfig
@@ -52,6 +54,9 @@ def run(config: ConfigDict, workdir: Path) -> None:
     done = list(itertools.takewhile(lambda name: (folders[name] / "model").is_dir(), stages))
     for name in done:
         same_config(folders[name] / "states", settings(config, name, data[name]))
+    for name in stages[len(done) :]:  # what they would find at their end
+        refuse_link(folders[name])
+        check_new(folders[name] / "model")
     checked = False
     for name in stages[len(done) :]:
         model, processor = start(config, folders[done[-1]] / "model" if done else None)

@@ -8,7 +8,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
-from vfjax.atomic import contents, replacing
+from vfjax.atomic import contents, lock, refuse_link, replacing
 from vfjax.errors import InputError
 
 NAME = "predictions.jsonl"
@@ -26,15 +26,26 @@ class Log:
         """Goes on with a file, or starts it.
 
         Raises:
-            InputError: it belongs to a run with another header, or is damaged.
+            InputError: it belongs to a run with another header, is damaged, a link, or being
+                written by another run.
         """
         path.parent.mkdir(parents=True, exist_ok=True)
-        size = _whole(path)[1] if path.exists() else 0
-        if size:
-            read(path, header)
-        self._file = path.open("r+b" if path.exists() else "wb")
+        refuse_link(path)
+        if path.exists():
+            read(path)  # before it is opened: a pipe would wait
+        self._file = path.open("a+b")
+        try:
+            lock(self._file.fileno(), path)
+            size = _whole(path)[1]
+            start = contents(path).rstrip(bytes(1))[:2]
+            if size:
+                read(path, header)
+            elif not b'{"'.startswith(start):  # not the beginning of a header
+                raise _damaged(path, 1)
+        except InputError:
+            self._file.close()
+            raise
         self._file.truncate(size)
-        self._file.seek(size)
         if not size:
             self._line(header)
 

@@ -1,6 +1,7 @@
 """A stage's state on disk: Orbax, asynchronous, each process its shards."""
 
 import json
+import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -8,7 +9,7 @@ from typing import Any
 import jax
 from orbax.checkpoint import v1 as ocp
 
-from vfjax.atomic import read_json, replacing
+from vfjax.atomic import lock, read_json, refuse_link, replacing
 from vfjax.errors import InputError
 from vfjax.train.optim import named
 from vfjax.train.step import State
@@ -33,10 +34,13 @@ class Checkpoints:
             keep: states that are kept.
 
         Raises:
-            InputError: the folder's states are of another config, or it holds folders that have
-                a state's name, a number, and no config: Orbax would remove them.
+            InputError: the folder's states are of another config, another run writes them, it or
+                what is in it is a link, or it holds folders that have a state's name, a number, and
+                no config: Orbax would remove them.
         """
         self.folder = folder
+        for path in (folder, *folder.glob("*")):
+            refuse_link(path)
         odd = (
             [] if (folder / CONFIG).is_file() else [x for x in folder.glob("*") if x.name.isdigit()]
         )
@@ -48,6 +52,14 @@ class Checkpoints:
                 fix="pass another --workdir",
             )
         same_config(folder, config)
+        self.handle: int | None = None
+        if jax.process_index() == 0:
+            self.handle = os.open(folder, os.O_RDONLY)
+            try:
+                lock(self.handle, folder)
+            except InputError:
+                os.close(self.handle)
+                raise
         decisions, latest = ocp.training.save_decision_policies, ocp.training.preservation_policies
         self.files = ocp.training.Checkpointer(
             folder.absolute(),
@@ -60,6 +72,8 @@ class Checkpoints:
 
     def __exit__(self, *error: object) -> None:
         self.files.close()
+        if self.handle is not None:
+            os.close(self.handle)
 
     @property
     def step(self) -> int | None:

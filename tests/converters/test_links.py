@@ -218,7 +218,7 @@ def test_train(world: Path, kind: str, relative: bool) -> None:
         (work / name).parent.mkdir(parents=True)
         put(work / name, kind, relative, world)
         match = f"{name}(: found an? (link|exist)|/config.json: found no readable)"  # if it is done
-        with kept(world, None), pytest.raises(InputError, match=match):
+        with kept(world, work), pytest.raises(InputError, match=match):
             train.run(config, work)
     for name in ("states", "states/7", "states/config.json"):
         stage = world / f"stage-{name.replace('/', '-')}"

@@ -1,85 +1,128 @@
 """A fusion loaded from its members' folders, in any of its modes, with nothing written between."""
 
 import dataclasses
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from jax.sharding import Mesh
+from jax.typing import DTypeLike
 
 from converters.fingerprint import fingerprint
-from converters.fuse import Fusion, open_member
+from converters.fusion import Fusion, open_member
 from converters.load import float_dtype, read_llm, read_model
-from converters.request import OPTIONS, Request, check_request, make_request
+from converters.request import Request, by_name, check_request
 from converters.vocabulary import BASE
-from vfjax import CacheFusion, InputError, LogitsFusion, MemberProcessors, Model, Processor
+from vfjax import CacheFusion, LogitsFusion, MemberProcessors, Model, Processor
+from vfjax.errors import check, one_of
 from vfjax.processes import agreeing, owners
 
-WRITTEN = ("export", "shard_bytes", "checksums", "account")
-"""Options of what is written alone."""
+WRITTEN = ("members", "out", "export", "shard_bytes", "checksums", "account")
+"""Attributes of `Request` that are no options here."""
 
-MERGED = tuple(name for name in OPTIONS if name not in WRITTEN)
-
-PATHS = {"base", "towers", "recipe"}
-"""Options that another host may have elsewhere."""
+PATHS = {"members", "out", "base", "towers", "recipe"}
+"""Attributes of `Request` that another host may have elsewhere."""
 
 MODES = {
-    "tokens": MERGED,
-    "cache": tuple(name for name in MERGED if name not in ("positions", "mask")),
-    "logits": ("base", "dtype", "towers"),
+    "tokens": (),
+    "cache": ("positions", "mask"),
+    "logits": (
+        *("method", "params", "rules", "recipe", "template", "positions", "mask", "router"),
+        *("vocab", "family", "seed"),
+    ),
 }
-"""How members may be combined -> the options of `Request` that it uses."""
+"""How members may be combined -> the options that it does not use."""
 
 
-def load_fused(
+@by_name
+def load_fused(  # noqa: D417  (`fuse` has the others)
     members: Mapping[str, str | Path],
     *,
     mode: str = "tokens",
+    base: str | Path | None = None,
+    method: str = "task_arithmetic",
+    params: Mapping[str, Any] | None = None,
+    rules: Sequence[tuple[str, Mapping[str, Any]]] = (),
+    recipe: str | Path | None = None,
+    template: str | None = None,
+    dtype: DTypeLike | None = None,
+    positions: str = "running",
+    mask: str = "causal",
+    router: str = "merged",
+    towers: Mapping[str, str | Path] | None = None,
+    vocab: str | None = None,
+    family: bool = True,
+    seed: int = 0,
     mesh: Mesh | None = None,
     progress: Callable[[int], object] = lambda nbytes: None,
-    **options: Any,
 ) -> tuple[Model | CacheFusion | LogitsFusion, Processor | MemberProcessors]:
     """A fusion from its members' folders, with nothing written between.
 
     The host merges each tensor as it is asked for, and puts it where `mesh` has it.
 
     Args:
-        members: see `Request`.
+        members: name -> folder, as of `fuse`; so are the arguments from `base` to `seed`.
         mode: "tokens", one merged LLM reads all branches: what `load` reads of what `fuse` writes;
-            "cache", each branch is read by its member's LLM (`vfjax.CacheFusion`), or "logits",
-            nothing is merged and probabilities are averaged (`vfjax.LogitsFusion`).
+            "cache", each branch is read by its member's LLM (`vfjax.CacheFusion`), which has
+            positions and mask of its own; or "logits", nothing is merged and probabilities are
+            averaged (`vfjax.LogitsFusion`): of the arguments it uses `base`, `dtype` and `towers`.
         mesh: see `load`.
         progress: see `load`.
-        options: the other attributes of `Request` that the mode uses, see `MODES`: "cache" has
-            positions and mask of its own, "logits" has `base`, `dtype` and `towers`.
 
     Raises:
-        InputError: as `fuse`; an option that the mode does not use; of NaN, when it is met.
+        InputError: as `fuse`; an argument that the mode does not use; of NaN, when it is met.
     """
-    if mode not in MODES:
-        raise InputError(
-            "mode", found=repr(mode), expected=" or ".join(map(repr, MODES)), fix="choose one"
-        )
-    request = make_request(members, "", options, MODES[mode], f"options of mode {mode!r}")
-    request = dataclasses.replace(request, account=False)
+    check([one_of("mode", mode, MODES)], fix="choose one")
+    request = Request(
+        members,
+        "",
+        base=base,
+        method=method,
+        params=params,
+        rules=rules,
+        recipe=recipe,
+        template=template,
+        dtype=dtype,
+        positions=positions,
+        mask=mask,
+        router=router,
+        towers=towers,
+        vocab=vocab,
+        family=family,
+        seed=seed,
+        account=False,
+    )
+    _check_used(request, mode)
     if mode == "logits":
         return _side_by_side(request, mesh, progress)
     with agreeing("load_fused", processes := owners(mesh)) as facts:
         fusion = Fusion(request)
         facts |= fusion.facts() if len(processes) > 1 else {}
-        facts |= {"mode": mode} | {key: str(options[key]) for key in sorted({*options} - PATHS)}
+        facts |= {"mode": mode}
+        facts |= {n: str(x) for n, x in dataclasses.asdict(request).items() if n not in PATHS}
     merged, processor = read_model(fusion.source(), mesh, None, progress)
     if mode == "tokens":
         return merged, processor
-    dtype = np.dtype(merged.llm.embedding.dtype)
+    stored = np.dtype(merged.llm.embedding.dtype)
     sources = [source for name, source in fusion.opened.items() if name != BASE]
-    llms = [read_llm(source, mesh, dtype, progress) for source in sources]
+    llms = [read_llm(source, mesh, stored, progress) for source in sources]
     readers = [i for i, source in enumerate(sources) for _ in source.branches]
     least = min(llm.config.vocab for llm in (merged.llm, *llms))  # each embeds the prompt itself
     config = processor.config
     config = dataclasses.replace(config, llm=dataclasses.replace(config.llm, vocab=least))
     return CacheFusion(merged, llms, readers), dataclasses.replace(processor, config=config)
+
+
+def _check_used(request: Request, mode: str) -> None:
+    """Raises InputError for an option, not at its default, that a mode does not use."""
+    options = [x for x in dataclasses.fields(Request) if x.name not in WRITTEN]
+    used = ", ".join(x.name for x in options if x.name not in MODES[mode])
+    check(
+        (f"options of mode {mode!r}", x.name, getattr(request, x.name) == x.default, used)
+        for x in options
+        if x.name in MODES[mode]
+    )
 
 
 def _side_by_side(

@@ -21,6 +21,7 @@ from converters.source import TEMPLATE, Source
 from converters.towers import KINDS, Tower, Towers, read_tower
 from converters.values import Values
 from vfjax import InputError, Model, Processor
+from vfjax.errors import check, one_of
 from vfjax.merge import LazyTensor
 from vfjax.model import BranchConfig
 from vfjax.nn.layers import redraw
@@ -108,8 +109,7 @@ def create(
             fit together, no such template.
     """
     dtype = float_dtype(dtype)
-    if init not in ("torch", "flax"):
-        raise InputError("init", found=repr(init), expected="'torch', 'flax'", fix="choose one")
+    check([one_of("init", init, ("torch", "flax"))], fix="choose one")
     with agreeing("create", members := owners(mesh)) as facts:
         source = describe(llm, encoder, connector, aux=aux, template=template, aspect=aspect)
         if len(members) > 1:
@@ -233,8 +233,7 @@ def _options(connector: Mapping[str, Any], aux: str | Path | None, aspect: str) 
         raise InputError(
             "aux", found="none", expected="a ConvNeXt for connector 'mgm'", fix="pass its folder"
         )
-    if aspect not in ("pad", "crop"):
-        raise InputError("aspect", found=repr(aspect), expected="'pad', 'crop'", fix="choose one")
+    check([one_of("aspect", aspect, ("pad", "crop"))], fix="choose one")
     return dict(connector)
 
 

@@ -1,61 +1,42 @@
 """Members' folders -> one fused folder: merged LLM, branches as they are; files to files."""
 
-import dataclasses
-import functools
-import json
-import logging
-import math
-import warnings
-from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-from converters.adapters import named_base
-from converters.branches import Tensors, branch_name, branch_tensors, own_embeddings
-from converters.export import to_bytes
-from converters.files.checksums import audit, mapped, stat, unread
-from converters.files.writer import Content, plan_shards, stage_of, write_folder
-from converters.fingerprint import fingerprint, sampled
-from converters.folder import assigned, open_source, settled
-from converters.formats.visionfuse import arranged, fused_config
-from converters.mergekit import Yaml, read_yaml
-from converters.model_card import CARD, PLOT, by_layer, card, plot
-from converters.plan import llm_config, merge_llms
-from converters.request import Request, check_request, make_request
-from converters.source import LAYOUTS, Source
-from converters.tokenizer_union import made_tokenizer
-from converters.towers import Towers
-from converters.vocabulary import (
-    BASE,
-    Vocabularies,
-    one_head,
-    one_vocabulary,
-    said,
-    tokenizer_files,
-)
-from vfjax import InputError, __version__
-from vfjax.merge import (
-    METHODS,
-    Account,
-    Recipe,
-    check_family,
-    from_config,
-)
-from vfjax.merge.compatibility import check_weights
-from vfjax.text.chat import CHAT_TEMPLATE
+from jax.typing import DTypeLike
 
-LOG = logging.getLogger(__name__)
+from converters.folder import open_source
+from converters.fusion import Fusion
+from converters.request import Request, by_name
+from converters.source import Source
 
 
+@by_name
 def fuse(
     members: Mapping[str, str | Path],
     out: str | Path,
     *,
+    base: str | Path | None = None,
+    method: str = "task_arithmetic",
+    params: Mapping[str, Any] | None = None,
+    rules: Sequence[tuple[str, Mapping[str, Any]]] = (),
+    recipe: str | Path | None = None,
+    export: str = "model",
+    template: str | None = None,
+    dtype: DTypeLike | None = None,
+    positions: str = "running",
+    mask: str = "causal",
+    router: str = "merged",
+    towers: Mapping[str, str | Path] | None = None,
+    vocab: str | None = None,
+    family: bool = True,
+    seed: int = 0,
+    shard_bytes: float = 5e9,
+    checksums: bool = True,
+    account: bool = True,
     progress: Callable[[int], object] | None = None,
     resume: bool = False,
-    **options: Any,
 ) -> Source:
     """Fuses MLLMs of one family (VisionFuse, arXiv 2412.01289) and writes the result.
 
@@ -63,11 +44,37 @@ def fuse(
     were: for NaN, infinities and SHA-256.
 
     Args:
-        members: see `Request`.
+        members: name -> folder, in the order in which their visual tokens will be read.
         out: folder to make.
+        base: folder of the LLM that all members were fine-tuned from; members that are adapters or
+            projectors are completed from the LLM that they name, or else from this one.
+        method: a key of `vfjax.merge.METHODS`.
+        params: the method's parameters, such as {"weights": (0.5, 0.5)}; each may vary over the
+            layers, see `vfjax.merge.from_config`. Weights are 1 / members each by default.
+        rules: (regex, changes) for the tensors whose names have it, see there; for example
+            ("embed_tokens|lm_head", {"take": "base"}).
+        recipe: a mergekit YAML file, in place of members, base, method, params and rules.
+        export: "model" writes merged LLM and branches; "llm" a plain Hugging Face causal LM.
+        template: prompt template; the first member's by default.
+        dtype: of the merged LLM; by default that of the base's tensors, without a base of the first
+            member's; a recipe's as mergekit has it.
+        positions: of the branches' tokens, "running" or "parallel", see `vfjax.model.ModelConfig`.
+        mask: "causal", or "block": a branch's tokens don't see another's.
+        router: embeddings of the prompt that a connector reads (SliME's router): "merged", the
+            fused LLM's, or "member", the member's own, which are then kept beside it.
+        towers: see `converters.load`.
+        vocab: where the models have other numbers of tokens, which must be the same up to the end
+            of the shortest: "base" keeps the base's, a member's name that member's. None is an
+            error then. What is dropped or added is logged, and stands in MERGE.md.
+        family: refuse members whose weights are not a fine-tune of the base (without one: of the
+            first member's origin), see `vfjax.merge.compatibility.check_weights`. A recipe is
+            not checked.
+        seed: of methods that draw random numbers.
+        shard_bytes: largest size of a weights file.
+        checksums: take the SHA-256 of all source files, for config.json and MERGE.md.
+        account: count what the members did to the base, for MERGE.md.
         progress: called with the number of bytes after each write.
         resume: go on where a killed run of the same request stopped, if there is one.
-        options: the other attributes of `Request`.
 
     Returns:
         The fused folder, opened.
@@ -77,26 +84,56 @@ def fuse(
             source, a source that changes meanwhile, `out` exists, disk full; nothing is left at
             `out` then.
     """
-    fusion = Fusion(make_request(members, out, options))
-    fusion.write(progress, resume)
+    request = Request(
+        members,
+        out,
+        base=base,
+        method=method,
+        params=params,
+        rules=rules,
+        recipe=recipe,
+        export=export,
+        template=template,
+        dtype=dtype,
+        positions=positions,
+        mask=mask,
+        router=router,
+        towers=towers,
+        vocab=vocab,
+        family=family,
+        seed=seed,
+        shard_bytes=shard_bytes,
+        checksums=checksums,
+        account=account,
+    )
+    Fusion(request).write(progress, resume)
     return open_source(out)
 
 
-def open_member(path: str | Path, request: Request, below: str | None = None) -> Source:
-    """A member, completed from the LLM `below` it, or that it names, or else from the base."""
-    base = below or named_base(path, request.towers) or request.base
-    source = open_source(path, towers=request.towers, base=base)
-    if below is not None and source.base is None:
-        raise InputError(
-            f"{below}+{path}",
-            found="a whole checkpoint behind the +",
-            expected="an adapter",
-            fix="name one of the two",
-        )
-    return source
-
-
-def dry_run(members: Mapping[str, str | Path], out: str | Path, **options: Any) -> dict[str, Any]:
+@by_name
+def dry_run(
+    members: Mapping[str, str | Path],
+    out: str | Path,
+    *,
+    base: str | Path | None = None,
+    method: str = "task_arithmetic",
+    params: Mapping[str, Any] | None = None,
+    rules: Sequence[tuple[str, Mapping[str, Any]]] = (),
+    recipe: str | Path | None = None,
+    export: str = "model",
+    template: str | None = None,
+    dtype: DTypeLike | None = None,
+    positions: str = "running",
+    mask: str = "causal",
+    router: str = "merged",
+    towers: Mapping[str, str | Path] | None = None,
+    vocab: str | None = None,
+    family: bool = True,
+    seed: int = 0,
+    shard_bytes: float = 5e9,
+    checksums: bool = True,
+    account: bool = True,
+) -> dict[str, Any]:
     """What `fuse` would do with the same arguments; reads headers only.
 
     Returns:
@@ -107,340 +144,26 @@ def dry_run(members: Mapping[str, str | Path], out: str | Path, **options: Any) 
     Raises:
         InputError: as `fuse`, but for what only the values tell.
     """
-    return Fusion(make_request(members, out, options)).describe()
-
-
-class Fusion:
-    """A request with its sources opened and its tensors planned; nothing is read but headers."""
-
-    def __init__(self, request: Request, yaml: Yaml | None = None):
-        recipe: Recipe | None = None
-        below: dict[str, str] = {}
-        check_request(request)
-        self.yaml = yaml if request.recipe is None or yaml else read_yaml(request.recipe)
-        self.inner: dict[str, Fusion] = {}
-        if self.yaml is not None:
-            recipe, folders, below = self.yaml.recipe, dict(self.yaml.folders), self.yaml.below
-            plain = Request({}, "", recipe=request.recipe, export=request.export, seed=request.seed)
-            self.inner = {
-                name: Fusion(plain, dataclasses.replace(each, text=self.yaml.text))
-                for name, each in self.yaml.merges.items()
-            }
-            if recipe.unread:
-                skipped = ", ".join(recipe.unread)
-                warnings.warn(f"{request.recipe}: the method does not read {skipped}", stacklevel=3)
-            home = folders.pop(BASE, None)
-            request = dataclasses.replace(request, members=folders, base=home)
-        elif "weights" in getattr(METHODS.get(request.method), "params", ()):
-            even = {"weights": (1 / len(request.members),) * len(request.members)}
-            request = dataclasses.replace(request, params={**even, **request.params})
-        self.request, self.out = request, Path(request.out)
-        base = request.base
-        opened = {
-            name: self.inner[name].source()
-            if name in self.inner
-            else open_member(path, request, below.get(name))
-            for name, path in request.members.items()
-        }
-        self.base = None if recipe is None else recipe.base
-        if base is not None:
-            inner = self.inner.get(BASE)
-            first = inner.source() if inner else open_source(base, base=below.get(BASE))
-            self.base, opened = BASE, {BASE: first, **opened}
-        elif self.base is not None:  # one of the members
-            opened = {self.base: opened[self.base], **opened}
-        self.opened = opened
-        self.files = {
-            f"{label}/{name}": path
-            for label in opened
-            for name, path in self._weight_files(label).items()
-        }
-        self.before = {path: stat(path) for path in self.files.values()}
-        union = recipe is not None and (recipe.tokenizer_source or recipe.tokenizer)
-        free: dict[str, Any] = {"vocab_size": None} if union or request.vocab else {}
-        if recipe is not None and recipe.is_sliced:
-            free["num_hidden_layers"] = None
-        check_family({name: {**source.llm, **free} for name, source in opened.items()})
-        parts = {name: mapped(source, request.export) for name, source in opened.items()}
-        self.skip: dict[str, set[str]] = {}
-        for label, source in opened.items():
-            if label in self.inner:
-                inside = self.inner[label].skip
-                self.skip |= {f"{label}/{name}": names for name, names in inside.items()}
-                continue
-            names = unread(source, self._read(label, parts[label]))
-            self.skip |= {f"{label}/{name}": names for name in source.weight_files()}
-        self.llms = llms = one_head(opened, {name: part["llm"] for name, part in parts.items()})
-        known = Vocabularies(opened)
-        rows = {name: llm["model.embed_tokens.weight"].shape[0] for name, llm in llms.items()}
-        if request.family and request.recipe is None:
-            known.check(rows)
-        self.recipe = recipe or from_config(
-            {
-                "method": request.method,
-                "members": list(request.members),
-                "base": self.base,
-                "params": dict(request.params),
-                "rules": list(request.rules),
-            }
-        )
-        others = self.yaml.tokenizers if self.yaml else {}
-        self.made = made_tokenizer(self.recipe, others, opened, llms)
-        rowed = llms if union else one_vocabulary(llms, request.vocab, self.base)
-        self.merged = merge_llms(self.recipe, request, opened, rowed, self.made)
-        result = _describe(opened, list(request.members), self.out, request.template)
-        llm = llm_config(result.llm, self.merged, self.recipe, opened)
-        result = dataclasses.replace(result, llm=llm)
-        self.result = arranged(result, request.positions, request.mask)
-        self.vocabulary: list[str] = []
-        if self.made is None:
-            self._keep_tokenizer(known, rows)
-        else:
-            first = next(iter(opened.values()))
-            kind = dict(self.made.tokenizer)
-            self.owner = dataclasses.replace(
-                first, path=self.made.folder, base=None, tokenizer=kind
-            )
-            total, words = self.result.llm["vocab_size"], self.made.words
-            self.vocabulary = known.changes(next(iter(opened)), rows, total, words)
-        self.result = dataclasses.replace(self.result, tokenizer=self.owner.tokenizer)
-        self.weights: Tensors = dict(self.merged)
-        if request.export == "model":
-            for name in request.members:
-                self.weights |= branch_tensors(name, opened[name], parts[name])
-            if request.router == "member":
-                branches, tables = own_embeddings(self.result, opened, llms)
-                self.result = dataclasses.replace(self.result, branches=branches)
-                self.weights |= tables
-
-    def _read(self, label: str, parts: Mapping[str, Tensors]) -> Mapping[str, Tensors]:
-        """The components that go into the output: without branches, the LLM alone."""
-        whole = self.request.export == "model" and label in self.request.members
-        return parts if whole else {"llm": parts["llm"]}
-
-    def write(self, progress: Callable[[int], object] | None, resume: bool) -> None:
-        """Reads the sources, writes the folder."""
-        request = self.request
-        self._check_stage()
-        self._say()
-        digests = audit(self.files, request.checksums, self.skip)
-        self._check_weights()
-        config = self.result.llm
-        if request.export == "model":
-            config = fused_config(self.result, self._record(digests))
-        files: dict[str, Content] = {
-            "config.json": to_bytes(config),
-            **self._prompt_files(),
-            CARD: lambda: self._card(digests),
-        }
-        if self._counted() and request.account and find_spec("matplotlib"):
-            files[PLOT] = lambda: plot(self._rows, self._tuned)
-        write_folder(
-            self.out,
-            {"": self.weights},
-            files=files,
-            shard_bytes=request.shard_bytes,
-            progress=progress,
-            key=self._key(),
-            resume=resume,
-        )
-
-    def _check_stage(self) -> None:
-        stage = stage_of(self.out.absolute()).resolve()
-        for path in self.files.values():
-            if stage in path.absolute().resolve().parents:
-                raise InputError(
-                    path.parent,
-                    found="a source in the folder that is written to before it takes its name",
-                    expected="sources elsewhere",
-                    fix="move it, or choose another output",
-                )
-
-    def _prompt_files(self) -> dict[str, Content]:
-        """The tokenizer's, and the first member's chat template, which may be another folder's."""
-        files: dict[str, Content] = {**tokenizer_files(self.owner)}
-        if self.request.export == "model" and self.result.template == CHAT_TEMPLATE:
-            files.pop("chat_template.json", None)
-            files["chat_template.jinja"] = self.result.chat_template.encode()
-        return files
-
-    def _keep_tokenizer(self, known: Vocabularies, rows: Mapping[str, int]) -> None:
-        """Whose tokenizer is written, and what that drops or adds."""
-        total, order = self.result.llm["vocab_size"], self._tokenizers()
-        label = known.owner(order, rows, total)
-        self.owner = self.opened[order[0] if label is None else label]
-        self.vocabulary = known.changes(label, rows, total)
-        if self.request.export == "model" and not self.request.template and self.result.branches:
-            known.check_template(next(iter(self.request.members)), label, self.result.template)
-
-    def _say(self) -> None:
-        for line in self.vocabulary:
-            LOG.warning("vocabulary: %s", line)
-
-    def _check_weights(self) -> None:
-        if self.request.family and self.request.recipe is None:
-            # A head beside a tied embedding, or in the place of one, need not be like another.
-            check_weights(
-                {
-                    said(label): {n: x for n, x in llm.items() if n != "lm_head.weight"}
-                    if (source := self.opened[label]).own_head or source.config_of("llm").tied
-                    else llm
-                    for label, llm in self.llms.items()
-                }
-            )
-
-    def source(self) -> Source:
-        """The folder that is not written, opened."""
-        self._say()
-        self._check_weights()
-        config = fused_config(self.result, self._record({}))
-        layout = next(x for x in LAYOUTS if x.name == "visionfuse")
-        source = layout.open(self.owner.home, config, Towers({}, "auto"))
-        source = dataclasses.replace(source, chat_template=self.result.chat_template)
-        return settled(assigned(source, layout, self.weights))
-
-    def facts(self) -> dict[str, Any]:
-        """What several processes agree on before one of them merges, see `fingerprint`."""
-        recipe = self.request.recipe
-        facts = {} if recipe is None else {"recipe": sampled(Path(recipe))}
-        for label, source in self.opened.items():
-            if inner := self.inner.get(label):
-                facts |= {f"{label}: {name}": value for name, value in inner.facts().items()}
-            else:
-                facts |= fingerprint(source, label)
-        return facts
-
-    def describe(self) -> dict[str, Any]:
-        """See `dry_run`."""
-        shards = plan_shards({"": self.weights}, self.request.shard_bytes)
-        methods = [x.method for x in self.merged.values()]
-        return {
-            "files": {shard.path: shard.size for shard in shards},
-            "tensors": len(self.weights),
-            "parameters": sum(math.prod(x.shape) for x in self.weights.values()),
-            "read": sum(size for size, *_ in self.before.values()),
-            "methods": dict(Counter(methods)),
-            "vocabulary": self.vocabulary,
-        }
-
-    def _key(self) -> str:
-        """What decides the bytes, but for names and shapes; see `write_folder`."""
-        options = dataclasses.asdict(dataclasses.replace(self.request, out=""))
-        return json.dumps(
-            [
-                options,
-                repr(self.recipe),
-                repr(self.yaml),
-                self.made and self.made.digest,
-                list(self.before.values()),
-                __version__,
-            ],
-            default=str,
-        )
-
-    def _weight_files(self, label: str) -> dict[str, Path]:
-        inner = self.inner.get(label)
-        return inner.files if inner else self.opened[label].weight_files()
-
-    def _check_unchanged(self) -> None:
-        for path, before in self.before.items():
-            if not path.is_file() or stat(path) != before:
-                raise InputError(
-                    path,
-                    found="a file that changed while it was read",
-                    expected="the same file until the end",
-                    fix="wait until it is whole, then run again",
-                )
-
-    def _counted(self) -> list[str]:
-        """Tensors that all members in turn were merged into, from a base."""
-        labels = [said(label) for label in self._tuned]
-        return [
-            name
-            for name, x in self.merged.items()
-            if x.has_base and [label for label, _ in x.sources[1:]] == labels
-        ]
-
-    @property
-    def _tuned(self) -> list[str]:
-        """The members but for one that is the base."""
-        return [label for label in self.request.members if label != self.base]
-
-    @functools.cached_property
-    def _rows(self) -> dict[str, Account]:
-        found = ((name, self.merged[name].account()) for name in self._counted())
-        return by_layer((name, one) for name, one in found if one is not None)
-
-    def _card(self, digests: Mapping[str, str]) -> bytes:
-        self._check_unchanged()
-        sources = {
-            label: {
-                "path": source.path.name,
-                "files": {n: digests.get(f"{label}/{n}") for n in self._weight_files(label)},
-            }
-            for label, source in self.opened.items()
-        }
-        rows = self._rows if self.request.account else {}
-        return card(self._record({}), sources, rows, self._tuned)
-
-    def _record(self, digests: Mapping[str, str]) -> dict[str, Any]:
-        """What was done, from what: every source file by its SHA-256."""
-        request = self.request
-        record: dict[str, Any] = {"method": request.method, "params": dict(request.params)}
-        if self.yaml is not None:
-            record = {"recipe": self.yaml.text}
-            if self.recipe.unread:
-                record["unread"] = list(self.recipe.unread)
-        if request.rules:
-            record["rules"] = [list(rule) for rule in request.rules]
-        if digests:
-            record["sources"] = {
-                label: {name: digests[f"{label}/{name}"] for name in self._weight_files(label)}
-                for label in self.opened
-            }
-        if self.vocabulary:
-            record["vocabulary"] = self.vocabulary
-        return record | {"seed": request.seed, "vfjax": __version__}
-
-    def _tokenizers(self) -> list[str]:
-        """Whose tokenizer is looked for first: for a model the members', for an LLM the base's.
-
-        But if a member's added tokens are kept, its own; if a recipe makes one, that.
-        """
-        order = list(self.opened)
-        if self.request.export == "model":
-            order = [*self.request.members, *order]
-        named = self.request.vocab
-        return [named, *order] if named in self.opened and named != BASE else order
-
-
-def _describe(
-    opened: Mapping[str, Source], members: Sequence[str], out: Path, template: str | None
-) -> Source:
-    """The fused folder's normal form: all members' branches, the first opened model's LLM."""
-    reference = next(iter(opened.values()))
-    branches = tuple(
-        dataclasses.replace(branch, name=branch_name(name, opened[name], branch.name))
-        for name in members
-        for branch in opened[name].branches
-    )
-    llm = {**reference.llm, "architectures": [reference.table("llm").architecture]}
-    first = opened[members[0]]
-    template = template or first.template
-    if template == CHAT_TEMPLATE and not first.chat_template:
-        raise InputError(
-            "template",
-            found=f"{CHAT_TEMPLATE!r}, and no chat template in {first.path}",
-            expected="a first member that has one, or the name of a template",
-            fix="name another",
-        )
-    return Source(
+    request = Request(
+        members,
         out,
-        "visionfuse",
-        {},
-        llm,
-        branches,
-        template,
-        chat_template=first.chat_template,
-        image_token=first.image_token,
+        base=base,
+        method=method,
+        params=params,
+        rules=rules,
+        recipe=recipe,
+        export=export,
+        template=template,
+        dtype=dtype,
+        positions=positions,
+        mask=mask,
+        router=router,
+        towers=towers,
+        vocab=vocab,
+        family=family,
+        seed=seed,
+        shard_bytes=shard_bytes,
+        checksums=checksums,
+        account=account,
     )
+    return Fusion(request).describe()

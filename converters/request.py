@@ -1,15 +1,20 @@
 """What `fuse` and its kin are asked for."""
 
 import dataclasses
+import functools
+import inspect
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, ParamSpec, TypeVar
+
+from jax.typing import DTypeLike
 
 from converters.files.writer import check_new
 from converters.vocabulary import BASE
 from vfjax import InputError
-from vfjax.fusion.segments import MASKS, POSITIONS
+from vfjax.errors import check, one_of
+from vfjax.fusion.segments import check_arrangement
 from vfjax.merge import METHODS
 from vfjax.text.chat import known
 
@@ -19,50 +24,18 @@ ROUTERS = ("merged", "member")
 
 @dataclasses.dataclass(frozen=True)
 class Request:
-    """What to fuse, and how; `fuse` and `dry_run` take these arguments.
-
-    Attributes:
-        members: name -> folder, in the order in which their visual tokens will be read.
-        out: folder to make.
-        base: folder of the LLM that all members were fine-tuned from; members that are adapters or
-            projectors are completed from the LLM that they name, or else from this one.
-        method: a key of `vfjax.merge.METHODS`.
-        params: the method's parameters, such as {"weights": (0.5, 0.5)}; each may vary over the
-            layers, see `vfjax.merge.from_config`. Weights are 1 / members each by default.
-        rules: (regex, changes) for the tensors whose names have it, see there; for example
-            ("embed_tokens|lm_head", {"take": "base"}).
-        recipe: a mergekit YAML file, in place of members, base, method, params and rules.
-        export: "model" writes merged LLM and branches; "llm" a plain Hugging Face causal LM.
-        template: prompt template; the first member's by default.
-        dtype: of the merged LLM; by default that of the base's tensors, without a base of the first
-            member's; a recipe's as mergekit has it.
-        positions: of the branches' tokens, "running" or "parallel", see `vfjax.model.ModelConfig`.
-        mask: "causal", or "block": a branch's tokens don't see another's.
-        router: embeddings of the prompt that a connector reads (SliME's router): "merged", the
-            fused LLM's, or "member", the member's own, which are then kept beside it.
-        towers: see `converters.load`.
-        vocab: where the models have other numbers of tokens, which must be the same up to the end
-            of the shortest: "base" keeps the base's, a member's name that member's. None is an
-            error then. What is dropped or added is logged, and stands in MERGE.md.
-        family: refuse members whose weights are not a fine-tune of the base (without one: of the
-            first member's origin), see `vfjax.merge.compatibility.check_weights`. A recipe is
-            not checked.
-        seed: of methods that draw random numbers.
-        shard_bytes: largest size of a weights file.
-        checksums: take the SHA-256 of all source files, for config.json and MERGE.md.
-        account: count what the members did to the base, for MERGE.md.
-    """
+    """What to fuse, and how; see the arguments of `converters.fuse`."""
 
     members: Mapping[str, str | Path]
     out: str | Path
     base: str | Path | None = None
     method: str = "task_arithmetic"
-    params: Mapping[str, Any] = dataclasses.field(default_factory=dict)
-    rules: Sequence[Any] = ()
+    params: Mapping[str, Any] | None = None
+    rules: Sequence[tuple[str, Mapping[str, Any]]] = ()
     recipe: str | Path | None = None
     export: str = "model"
     template: str | None = None
-    dtype: Any = None
+    dtype: DTypeLike | None = None
     positions: str = "running"
     mask: str = "causal"
     router: str = "merged"
@@ -75,23 +48,27 @@ class Request:
     account: bool = True
 
 
-OPTIONS = tuple(x.name for x in dataclasses.fields(Request) if x.name not in ("members", "out"))
-"""The other attributes of `Request`."""
+P = ParamSpec("P")
+R = TypeVar("R")
 
 
-def make_request(
-    members: Mapping[str, str | Path],
-    out: str | Path,
-    options: Mapping[str, Any],
-    known: Sequence[str] = OPTIONS,
-    where: str = "options",
-) -> Request:
-    """A request; raises InputError, at `where`, for the first option that is not a known one."""
-    if unknown := [name for name in options if name not in known]:
-        raise InputError(
-            where, found=unknown[0], expected=", ".join(known), fix="correct it or leave it out"
-        )
-    return Request(members, out, **options)
+def by_name(function: Callable[P, R]) -> Callable[P, R]:
+    """The function; a keyword that it lacks is said in one line with those that it has."""
+    names = {name: x.kind for name, x in inspect.signature(function).parameters.items()}
+    known = [name for name, kind in names.items() if kind is inspect.Parameter.KEYWORD_ONLY]
+
+    @functools.wraps(function)
+    def call(*args: P.args, **given: P.kwargs) -> R:
+        if unknown := [name for name in given if name not in names]:
+            raise InputError(
+                "options",
+                found=unknown[0],
+                expected=", ".join(known),
+                fix="correct it or leave it out",
+            )
+        return function(*args, **given)
+
+    return call
 
 
 def check_request(request: Request) -> None:
@@ -122,22 +99,14 @@ def check_request(request: Request) -> None:
             fix=f"name the others behind a comma, ({str(folder)!r}, 'path/to/another'); a mergekit "
             "YAML merges one model with its base",
         )
-    choices: dict[str, tuple[str, ...]] = {
-        "export": ("model", "llm"),
-        "router": ROUTERS,
-        "positions": POSITIONS,
-        "mask": MASKS,
-    }
+    rules = [
+        one_of("export", request.export, ("model", "llm")),
+        one_of("router", request.router, ROUTERS),
+    ]
     if request.vocab is not None:
-        choices["vocab"] = (BASE, *members)
-    for key, allowed in choices.items():
-        if getattr(request, key) not in allowed:
-            raise InputError(
-                key,
-                found=repr(getattr(request, key)),
-                expected=" or ".join(map(repr, allowed)),
-                fix="choose one",
-            )
+        rules.append(one_of("vocab", request.vocab, (BASE, *members)))
+    check(rules, fix="choose one")
+    check_arrangement(request.positions, request.mask)
     if request.recipe is not None and (request.params or request.rules or request.base):
         raise InputError(
             "recipe",

@@ -12,6 +12,7 @@ from converters.preprocessor import read_preprocessor
 from converters.values import ANY, Values
 from vfjax import InputError
 from vfjax.atomic import findable, read_json
+from vfjax.errors import check, one_of
 from vfjax.merge import LazyTensor
 
 Tensors = dict[str, LazyTensor]
@@ -52,6 +53,10 @@ class Tower:
     places: str = ""
 
 
+SOURCES = ("auto", "checkpoint", "hub")
+"""See `Towers.source`."""
+
+
 @dataclasses.dataclass(frozen=True)
 class Towers:
     """Where towers, and base LLMs, are looked for.
@@ -66,13 +71,7 @@ class Towers:
     source: str = "auto"
 
     def __post_init__(self) -> None:
-        if self.source not in ("auto", "checkpoint", "hub"):
-            raise InputError(
-                "tower_source",
-                found=repr(self.source),
-                expected="'auto', 'checkpoint' or 'hub'",
-                fix="choose one",
-            )
+        check([one_of("tower_source", self.source, SOURCES)], fix="choose one")
 
     def find(self, folder: Path, name: str, slot: str = "vision_tower") -> Tower:
         """The tower of a checkpoint folder.

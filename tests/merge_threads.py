@@ -59,7 +59,7 @@ def use(threads: int) -> None:
 
 def open_once() -> None:
     """Has fuses keep what they found in a folder: opening takes six times as long as merging."""
-    module, known = sys.modules["converters.fuse"], {}
+    module, known = sys.modules["converters.fusion"], {}
     mapped = module.mapped
 
     def keep(source: converters.Source, export: str) -> Any:

@@ -1,5 +1,7 @@
 """The one exception a user of vfjax is meant to read."""
 
+from collections.abc import Collection, Hashable, Iterable
+
 LONGEST = 1000
 """Characters that a message stays below."""
 
@@ -29,6 +31,23 @@ class InputError(ValueError):
             over -= len(text) - left
             texts[i] = cut(text, left) if i < 3 else _ends(text, left)
         super().__init__("{3}: found {0}, expected {1}; {2}".format(*texts))
+
+
+Check = tuple[str, object, object, str]
+"""Where something stands, what was found, whether that is right, what was expected."""
+
+
+def check(rules: Iterable[Check], fix: str = "correct it") -> None:
+    """Raises InputError for the first that is not right."""
+    for where, found, right, expected in rules:
+        if not right:
+            raise InputError(where, found=found, expected=expected, fix=fix)
+
+
+def one_of(where: str, value: object, allowed: Collection[object]) -> Check:
+    """That a value is one of a few."""
+    right = isinstance(value, Hashable) and value in allowed
+    return where, cut(repr(value)), right, " or ".join(map(repr, allowed))
 
 
 def _said(part: object) -> str:

@@ -25,7 +25,7 @@ from vfjax.architectures.base import (
 )
 from vfjax.errors import InputError
 from vfjax.fusion.prune import Groups, Prune, pruned
-from vfjax.fusion.segments import MASKS, POSITIONS, parallel, running
+from vfjax.fusion.segments import check_arrangement, parallel, running
 from vfjax.llm import Cache
 from vfjax.sharding import mesh_of, place
 
@@ -143,15 +143,7 @@ class ModelConfig:
     def __post_init__(self) -> None:
         if self.prune is not None:
             self.prune.shares(len(self.branches))
-        choices = {"positions": POSITIONS, "mask": MASKS}
-        for key, allowed in choices.items():
-            if getattr(self, key) not in allowed:
-                raise InputError(
-                    key,
-                    found=repr(getattr(self, key)),
-                    expected=" or ".join(map(repr, allowed)),
-                    fix="choose one",
-                )
+        check_arrangement(self.positions, self.mask)
         for branch in self.branches:
             if branch.architecture.axes > self.llm.axes:
                 raise InputError(

@@ -12,7 +12,7 @@ from ml_collections import ConfigDict
 import converters
 from converters.export import to_bytes
 from experiments.family import encoders, scenes
-from experiments.tasks.common import FAMILY, named
+from experiments.tasks.common import FAMILY, check_config, named
 from experiments.tasks.evaluate import MEMBERS, shipped
 from vfjax import Batch, InputError, Model, Processor
 from vfjax import analysis as look
@@ -58,11 +58,8 @@ class Seen:
 
 
 def run(config: ConfigDict, workdir: Path) -> None:
-    for key, least in (("pictures", 1), ("maps", 1), ("batch", 1), ("probe_scenes", 0)):
-        if config[key] < least:
-            raise InputError(
-                f"config.{key}", found=config[key], expected=f"at least {least}", fix="correct it"
-            )
+    least = (("pictures", 1), ("maps", 1), ("batch", 1), ("probe_scenes", 0))
+    check_config(config, *((key, config[key] >= n, f"at least {n}") for key, n in least))
     folders = named("members", (*config.members, *([config.model] if config.model else [])))
     for folder in folders.values():
         if not converters.open_source(folder, towers=named("towers", config.towers)).branches:

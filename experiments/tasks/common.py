@@ -5,10 +5,12 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from ml_collections import ConfigDict
 from tqdm import tqdm
 
 import converters
 from vfjax import InputError, Model, Processor, Prune
+from vfjax.errors import check
 from vfjax.sharding import make_mesh
 
 FAMILY = Path(__file__).resolve().parents[1] / "family" / "models"
@@ -36,7 +38,7 @@ def named(key: str, items: Sequence[str]) -> dict[str, str]:
     return out
 
 
-def required(config: Any, *keys: str) -> None:
+def required(config: ConfigDict, *keys: str) -> None:
     """Raises InputError for the first key that has no value."""
     for key in keys:
         if not config[key]:
@@ -45,13 +47,14 @@ def required(config: Any, *keys: str) -> None:
             )
 
 
-def positive(config: Any, *keys: str) -> None:
+def check_config(config: ConfigDict, *rules: tuple[str, object, str]) -> None:
+    """Raises InputError for the first of (key, whether its value is right, what is expected)."""
+    check((f"config.{key}", repr(config[key]), right, expected) for key, right, expected in rules)
+
+
+def positive(config: ConfigDict, *keys: str) -> None:
     """Raises InputError for the first key whose value is not above 0."""
-    for key in keys:
-        if not config[key] > 0:
-            raise InputError(
-                f"config.{key}", found=config[key], expected="more than 0", fix="raise it"
-            )
+    check_config(config, *((key, config[key] > 0, "more than 0") for key in keys))
 
 
 @contextmanager
@@ -61,7 +64,7 @@ def bar(what: str) -> Iterator[Any]:
         yield progress.update
 
 
-def load(config: Any, folder: str | Path) -> tuple[Model, Processor]:
+def load(config: ConfigDict, folder: str | Path) -> tuple[Model, Processor]:
     """A model by the config's `mesh`, `dtype`, `towers`, `int8`s, `shard` and `prune`."""
     prune = config.get("prune")
     with bar("load") as progress:

@@ -16,7 +16,7 @@ import converters
 from converters.export import to_bytes
 from converters.files.checksums import audit_source
 from converters.files.writer import sha256
-from experiments.tasks.common import FAMILY, load, named, required
+from experiments.tasks.common import FAMILY, check_config, load, named, required
 from vfjax import InputError
 from vfjax.atomic import replacing
 from vfjax.errors import counted
@@ -65,16 +65,13 @@ def run(config: ConfigDict, workdir: Path) -> None:
 
 def _check(config: ConfigDict) -> None:
     limits = config.chunks >= 1 and 0 <= config.chunk < config.chunks
-    for key, good, expected in (
+    check_config(
+        config,
         ("mode", config.mode in MODES, " or ".join(MODES)),
         ("chunk", limits, f"0 to chunks - 1, of {config.chunks}"),
         ("limit", config.limit is None or config.limit > 0, "at least 1"),
         ("constant", not (config.constant and config.model), "no model beside it"),
-    ):
-        if not good:
-            raise InputError(
-                f"config.{key}", found=repr(config[key]), expected=expected, fix="correct it"
-            )
+    )
 
 
 # Answers

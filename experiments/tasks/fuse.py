@@ -7,8 +7,8 @@ import jax
 from ml_collections import ConfigDict
 
 import converters
-from converters.fuse import Fusion
-from converters.request import make_request
+from converters.fusion import Fusion
+from converters.request import Request
 from experiments.tasks.common import bar, named, required
 from vfjax import InputError
 from vfjax.errors import counted
@@ -47,7 +47,7 @@ def fuse(config: ConfigDict, workdir: Path) -> None:
         return
     with agreeing("fuse", folder=out.absolute().parent) as facts:
         if jax.process_count() > 1:
-            facts |= Fusion(make_request(members, out, options)).facts()
+            facts |= Fusion(Request(members, out, **options)).facts()
     source = None
     with together("fuse"):
         if jax.process_index() == 0:

@@ -18,7 +18,7 @@ import converters
 from converters.export import to_bytes
 from converters.files.checksums import audit_source
 from experiments.family import scenes
-from experiments.tasks.common import FAMILY, named, required
+from experiments.tasks.common import FAMILY, check_config, named, required
 from experiments.tasks.evaluate import MEMBERS
 from vfjax import InputError
 from vfjax.analysis import agreement, apart, draw
@@ -77,7 +77,8 @@ def run(config: ConfigDict, workdir: Path) -> None:
 
 def _check(config: ConfigDict) -> None:
     method = METHODS.get(config.method)
-    for key, good, expected in (
+    check_config(
+        config,
         ("method", method and "weights" in method.params, "a method with weights"),
         ("grid", len(set(config.grid)) >= 2, "at least two coefficients"),
         ("groups", config.groups >= 1, "at least 1"),
@@ -85,11 +86,7 @@ def _check(config: ConfigDict) -> None:
         ("objective", config.objective in OBJECTIVES, " or ".join(OBJECTIVES)),
         ("held_out", 0 < config.held_out < 1, "between 0 and 1"),
         ("scenes", config.scenes >= 1, "at least 1"),
-    ):
-        if not good:
-            raise InputError(
-                f"config.{key}", found=repr(config[key]), expected=expected, fix="correct it"
-            )
+    )
 
 
 # Questions

@@ -400,10 +400,10 @@ def test_weights_are_even_by_default(family: Path, tmp_path: Path):
         (
             "tokens",
             {"densty": 0.5},
-            "options of mode 'tokens': found densty, expected base, method",
+            "options: found densty, expected mode, base, method, params, rules, recipe, template",
         ),
-        ("tokens", {"export": "llm"}, "options of mode 'tokens': found export, expected base, "),
-        ("tokens", {"account": False}, "options of mode 'tokens': found account, expected base, "),
+        ("tokens", {"export": "llm"}, "options: found export, expected mode, base, method"),
+        ("tokens", {"account": False}, "options: found account, expected mode, base, method"),
         ("cache", {"positions": "parallel"}, "options of mode 'cache': found positions, expected"),
         ("cache", {"mask": "block"}, "options of mode 'cache': found mask, expected base, method"),
         (
@@ -719,7 +719,7 @@ def test_nan_is_found_before_anything_is_written(
     family: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
     monkeypatch.setattr(
-        sys.modules["converters.fuse"], "write_folder", lambda *a, **k: pytest.fail("written")
+        sys.modules["converters.fusion"], "write_folder", lambda *a, **k: pytest.fail("written")
     )
     bad = tmp_path / "bad"
     shutil.copytree(family / "up2", bad)

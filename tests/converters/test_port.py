@@ -10,9 +10,10 @@ from PIL import Image
 
 import converters
 from converters.chat import read_chat_template
-from converters.fuse import Fusion, Request
+from converters.fusion import Fusion
 from converters.inspect import inspect
 from converters.load import model_config, processor
+from converters.request import Request
 from tests.checkpoints import hf_llava_folder, llava_next_folder, write_json
 from vfjax import InputError, Processor
 from vfjax.atomic import read_json

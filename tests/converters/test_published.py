@@ -12,7 +12,7 @@ import pytest
 
 from converters.export import _places
 from converters.folder import open_source
-from converters.fuse import _describe
+from converters.fusion import _describe
 from converters.load import Params, abstract, check, model_config
 from converters.params.table import restored
 from converters.registry import find

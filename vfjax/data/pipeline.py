@@ -17,7 +17,7 @@ import jax
 import numpy as np
 
 from vfjax.data.conversations import Conversations
-from vfjax.errors import InputError, counted
+from vfjax.errors import InputError, check, counted
 from vfjax.model import Batch
 from vfjax.processor import Processor
 from vfjax.text import prompts as text
@@ -183,9 +183,7 @@ class Batches:
             rules.append((str(data.path), "pictures", seen, "none: the model is a plain LLM"))
             whole = self.parts * self.process_count == 1 or not data.videos.any()
             rules.append((str(data.path), "videos", whole, "none in steps of parts or processes"))
-        for where, found, good, expected in rules:
-            if not good:
-                raise InputError(where, found=found, expected=expected, fix="change it")
+        check(rules, fix="change it")
 
     def _mix(self) -> grain.MapDataset:
         """The order of rows by weight: each data set's shuffles, one after another without end."""

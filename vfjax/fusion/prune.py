@@ -16,7 +16,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from vfjax.errors import InputError, counted
+from vfjax.errors import InputError, check, counted, one_of
 from vfjax.llm.watch import watched, weights
 
 Array = jax.Array
@@ -48,15 +48,13 @@ class Prune:
         if isinstance(self.keep, list):
             object.__setattr__(self, "keep", tuple(self.keep))
         shares = self.keep if isinstance(self.keep, tuple) else (self.keep,)
-        for key, ok, expected in (
-            ("keep", all(0 < share <= 1 for share in shares), "shares above 0 and at most 1"),
-            ("by", self.by in RULES, " or ".join(map(repr, RULES))),
-            ("depth", self.depth >= 1, "at least 1 layer"),
-        ):
-            if not ok:
-                raise InputError(
-                    f"prune.{key}", found=getattr(self, key), expected=expected, fix="choose others"
-                )
+        right = all(0 < share <= 1 for share in shares)
+        rules = (
+            ("prune.keep", self.keep, right, "shares above 0 and at most 1"),
+            one_of("prune.by", self.by, RULES),
+            ("prune.depth", self.depth, self.depth >= 1, "at least 1 layer"),
+        )
+        check(rules, fix="choose others")
 
     def shares(self, count: int) -> tuple[float, ...]:
         """`keep` for each of `count` branches.

@@ -9,6 +9,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from vfjax.errors import check, one_of
+
 Array = jax.Array
 AnyArray = jax.Array | np.ndarray
 
@@ -17,6 +19,12 @@ POSITIONS = ("running", "parallel")
 
 MASKS = ("causal", "block")
 """Values of `ModelConfig.mask`."""
+
+
+def check_arrangement(positions: str, mask: str) -> None:
+    """Raises InputError for one that is not among `POSITIONS` or `MASKS`."""
+    rules = one_of("positions", positions, POSITIONS), one_of("mask", mask, MASKS)
+    check(rules, fix="choose one")
 
 
 def running(mask: Array, place: Array, steps: Array) -> Array:

@@ -1,27 +1,41 @@
-"""PyTorch and Hugging Face checkpoints <-> vfjax models."""
+"""PyTorch and Hugging Face checkpoints <-> vfjax models.
 
-from converters import registry, source
+Read a folder: Hugging Face's or their authors' LLaVA-like models, fused folders, causal LMs; LoRA
+adapters and projectors with `base=`. Write it back, in the layout it came in:
+
+    model, processor = converters.load("path/to/llava-1.5")
+    converters.export(model, "path/to/new-folder")
+
+Fuse members of one family, into a folder or with nothing written between; first say what would be:
+
+    members = {"a": "path/to/member-a", "b": "path/to/member-b"}
+    plan = converters.dry_run(members, "path/to/fused", base="path/to/base-llm")
+    converters.fuse(members, "path/to/fused", base="path/to/base-llm", method="ties")
+    model, processor = converters.load_fused(members, base="path/to/base-llm")
+
+Make a new model, whose connector is yet to be trained:
+
+    model, processor = converters.create("path/to/llm", "path/to/clip", {"kind": "mlp"})
+
+Look at parts: a vision encoder alone, or what a folder holds, from its headers (a `Source`):
+
+    encoder = converters.load_encoder("path/to/clip")
+    source = converters.open_source("path/to/llava-1.5")
+    print(source.layout, source.llm["model_type"], [branch.name for branch in source.branches])
+
+On the command line: `python -m converters inspect|verify`. `help(converters.load)` and the like say
+all about one name.
+"""
+# ruff: noqa: E402, F401  (readers need what is registered; without `__all__` help() is short)
+
+from converters import source
 from converters.folder import open_source
 from converters.source import Source
 
-for _module in registry.modules():
-    registry.register(_module)
-    source.register(getattr(_module, "LAYOUTS", ()))
+source.register()
 
-from converters.combine import load_fused  # noqa: E402  (the registry must be there first)
-from converters.create import create  # noqa: E402
-from converters.export import export  # noqa: E402
-from converters.fuse import dry_run, fuse  # noqa: E402
-from converters.load import load, load_encoder  # noqa: E402
-
-__all__ = [
-    "Source",
-    "create",
-    "dry_run",
-    "export",
-    "fuse",
-    "load",
-    "load_encoder",
-    "load_fused",
-    "open_source",
-]
+from converters.combine import load_fused
+from converters.create import create
+from converters.export import export
+from converters.fuse import dry_run, fuse
+from converters.load import load, load_encoder

@@ -180,7 +180,7 @@ def _positive(path: Path, key: str, value: Any, *, whole: bool) -> None:
         raise refused(path, key, value, "a positive whole number" if whole else "a positive number")
 
 
-def _numbers(path: Path, key: str, given: Any) -> None:
+def _numbers(path: Path, key: str, given: object) -> None:
     if not isinstance(given, list) or not all(type(x) is int and 0 <= x < 1 << 31 for x in given):
         raise refused(path, key, given, "a list of numbers, from 0", "correct it")
 

@@ -1,7 +1,6 @@
 """The chat template of a folder."""
 
 from pathlib import Path
-from typing import Any
 
 from vfjax import InputError
 from vfjax.atomic import contents, read_json
@@ -11,7 +10,7 @@ FILES = ("chat_template.json", "chat_template.jinja", "tokenizer_config.json")
 """Files that may hold one, beside processor_config.json."""
 
 
-def _is_text(value: Any) -> bool:
+def _is_text(value: object) -> bool:
     """Text that a file can hold: JSON may have half a character."""
     return isinstance(value, str) and not any("\ud800" <= letter <= "\udfff" for letter in value)
 

@@ -9,6 +9,7 @@ import jax
 import numpy as np
 from flax import nnx
 from jax.sharding import Mesh
+from jax.typing import DTypeLike
 
 from converters.fingerprint import fingerprint
 from converters.folder import open_source
@@ -68,7 +69,7 @@ def create(
     seed: int = 0,
     init: Literal["torch", "flax"] = "torch",
     mesh: Mesh | None = None,
-    dtype: Any = None,
+    dtype: DTypeLike | None = None,
 ) -> tuple[Model, Processor]:
     """A model whose LLM and encoders are read from their folders and whose connector is drawn.
 

@@ -3,7 +3,7 @@
 import re
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from converters.adapter_config import SETTINGS, read_settings
 from converters.files.others import TOWER
@@ -17,6 +17,9 @@ from vfjax.atomic import findable
 from vfjax.errors import counted
 from vfjax.sharding import nbytes
 from vfjax.text.chat import CHAT_TEMPLATE
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
 
 def inspect(
@@ -121,7 +124,7 @@ def _tower(path: Path, file: str) -> str:
     )
 
 
-def _beyond(tokenizer: Any, rows: int) -> list[str]:
+def _beyond(tokenizer: "PreTrainedTokenizerBase | None", rows: int) -> list[str]:
     """Tokens of a tokenizer that an embedding has no rows for."""
     words = {} if tokenizer is None else tokenizer.get_vocab()
     return [repr(word) for word, i in words.items() if i >= rows]

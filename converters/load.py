@@ -3,12 +3,13 @@
 import dataclasses
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import jax
 import numpy as np
 from flax import nnx
 from jax.sharding import Mesh
+from jax.typing import DTypeLike
 
 from converters.fingerprint import fingerprint
 from converters.folder import open_source
@@ -27,6 +28,7 @@ from vfjax.architectures import Architecture
 from vfjax.atomic import findable, read_json
 from vfjax.errors import counted
 from vfjax.fusion.prune import Prune
+from vfjax.llm import Llama, LlamaConfig
 from vfjax.merge import LazyTensor
 from vfjax.model import BranchConfig, ModelConfig
 from vfjax.nn.int8 import int8 as to_int8
@@ -35,6 +37,9 @@ from vfjax.sharding import Overrides
 from vfjax.text.chat import CHAT_TEMPLATE
 from vfjax.text.prompts import IMAGE_TOKEN, get_template
 from vfjax.vision.encoders.vit import resolve_taps
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
 Params = dict[str, nnx.Variable]
 """Parameter path, joined by "/" -> the parameter."""
@@ -57,7 +62,7 @@ def load(
     path: str | Path,
     *,
     mesh: Mesh | None = None,
-    dtype: Any = None,
+    dtype: DTypeLike | None = None,
     towers: Mapping[str, str | Path] | None = None,
     tower_source: str = "auto",
     base: str | Path | None = None,
@@ -140,14 +145,18 @@ def read_llm(
     mesh: Mesh | None,
     dtype: np.dtype | None,
     progress: Callable[[int], object] = lambda nbytes: None,
-) -> Any:
+) -> Llama:
     """The language model alone of an opened source; arguments and errors as `load`."""
     config = source.config_of("llm")
     table, tensors = source.table("llm"), source.parts["llm"]
-    return _read_module(config, table, tensors, f"{source.path}: llm", mesh, dtype, progress)
+    llm = _read_module(config, table, tensors, f"{source.path}: llm", mesh, dtype, progress)
+    assert isinstance(llm, Llama)  # the config of any LLM builds one
+    return llm
 
 
-def load_encoder(path: str | Path, *, mesh: Mesh | None = None, dtype: Any = None) -> nnx.Module:
+def load_encoder(
+    path: str | Path, *, mesh: Mesh | None = None, dtype: DTypeLike | None = None
+) -> nnx.Module:
     """A vision encoder from its own Hugging Face folder (config.json and weights).
 
     Raises:
@@ -195,7 +204,7 @@ def check_depth(config: Any, tensors: Mapping[str, LazyTensor], where: str) -> N
         )
 
 
-def float_dtype(dtype: Any) -> np.dtype | None:
+def float_dtype(dtype: DTypeLike | None) -> np.dtype | None:
     """The dtype that a user asks for, None if there is none.
 
     Raises:
@@ -278,7 +287,7 @@ def _check_channels(source: Source, part: str, made: Architecture) -> None:
             )
 
 
-def _check_width(source: Source, branch: BranchConfig, llm: Any) -> None:
+def _check_width(source: Source, branch: BranchConfig, llm: LlamaConfig) -> None:
     """Raises InputError if a branch's tokens are none of the LLM's, or it embeds ids beyond it."""
     where = f"{source.path}: branches.{branch.name}.connector"
     connector = branch.architecture.connector
@@ -377,7 +386,7 @@ def processor(source: Source, config: ModelConfig) -> Processor:
     )
 
 
-def _stops(source: Source, tokenizer: Any) -> tuple[int, ...]:
+def _stops(source: Source, tokenizer: "PreTrainedTokenizerBase | None") -> tuple[int, ...]:
     """Ids that end an answer.
 
     The tokenizer's, and those of generation_config.json or else of config.json or its text_config
@@ -397,7 +406,7 @@ def _stops(source: Source, tokenizer: Any) -> tuple[int, ...]:
     return tuple(sorted(stop))
 
 
-def _image_token(source: Source, tokenizer: Any) -> str:
+def _image_token(source: Source, tokenizer: "PreTrainedTokenizerBase | None") -> str:
     """`Processor.image_token`; the tokenizer's own, if it names one, as transformers has it."""
     if not source.image_token or tokenizer is None:
         return source.image_token
@@ -415,7 +424,7 @@ def _image_token(source: Source, tokenizer: Any) -> str:
     return token
 
 
-def _check_tokens(source: Source, tokenizer: Any, rows: int) -> None:
+def _check_tokens(source: Source, tokenizer: "PreTrainedTokenizerBase", rows: int) -> None:
     """Raises InputError if a prompt cannot be asked, as its tokens have no rows."""
     known = source.template != CHAT_TEMPLATE
     text = get_template(source.template).text if known else source.chat_template

@@ -210,7 +210,7 @@ def _reference(where: str, given: Any) -> Reference:
     return Reference(path, None if lora is None else _path(f"{where}.lora", lora))
 
 
-def _path(where: str, given: Any) -> str:
+def _path(where: str, given: object) -> str:
     """The folder of mergekit's ModelPath, "folder@revision" or a mapping."""
     if isinstance(given, Mapping):
         parse.keys(where, given, ("path", "revision"))
@@ -276,7 +276,7 @@ def _references(where: str, config: Any) -> list[tuple[str, Reference]]:
     return found
 
 
-def _kind(where: str, key: Any, value: Any) -> str | None:
+def _kind(where: str, key: object, value: object) -> str | None:
     """What a value is read as: "model", "base_model", "tokenizer", or None for no model."""
     if value is None or where == "tokenizer.tokens.":
         return None

@@ -181,7 +181,7 @@ def _kind(config: Mapping[str, Any], name: str) -> str:
     raise _unsupported(name, "image_processor_type", found, known)
 
 
-def _edge(size: Any, kind: str, name: str) -> tuple[int, Literal["shortest", "squash"]]:
+def _edge(size: object, kind: str, name: str) -> tuple[int, Literal["shortest", "squash"]]:
     """An integer is a shortest edge to CLIP and BiT, a square to ViT, an error to SigLIP."""
     if isinstance(size, Mapping) and set(size) == {"shortest_edge"}:
         return _square(size["shortest_edge"], name, "size"), "shortest"
@@ -193,7 +193,7 @@ def _edge(size: Any, kind: str, name: str) -> tuple[int, Literal["shortest", "sq
     return _square(size, name, "size"), "squash"
 
 
-def _square(size: Any, name: str, key: str) -> int:
+def _square(size: object, name: str, key: str) -> int:
     """One side from 224, [224, 224] or {"height": 224, "width": 224}."""
     if isinstance(size, Mapping) and set(size) == {"height", "width"}:
         size = [size["height"], size["width"]]

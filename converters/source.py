@@ -5,7 +5,7 @@ folder is read into it; `converters.folder` does so.
 """
 
 import dataclasses
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, Literal
 
@@ -220,12 +220,14 @@ LAYOUTS: list[Layout] = []
 """All layouts; at most one matches a config."""
 
 
-def register(layouts: Iterable[Layout]) -> None:
-    """Adds layouts; raises ValueError if another one has the name of one."""
-    for layout in layouts:
-        if any(layout.name == known.name for known in LAYOUTS):
-            raise ValueError(f"another layout is called {layout.name!r}")
-        LAYOUTS.append(layout)
+def register() -> None:
+    """Fills `LAYOUTS`, and `registry.TABLES`; raises ValueError for a second one of a name."""
+    for module in registry.modules():
+        registry.register(module)
+        for layout in getattr(module, "LAYOUTS", ()):
+            if any(layout.name == known.name for known in LAYOUTS):
+                raise ValueError(f"{module.__name__}: another layout is called {layout.name!r}")
+            LAYOUTS.append(layout)
 
 
 def layout_of(config: Config) -> Layout | None:

@@ -5,13 +5,16 @@ import json
 import warnings
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from converters.files.reader import first_line
 from converters.source import TOKENIZERS, Source, has_tokenizer
 from vfjax import InputError
 from vfjax.atomic import read_json, temporary
 from vfjax.errors import cut
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
 LLAMA = ("LlamaTokenizer", "LlamaTokenizerFast", "LLaMATokenizer", "LLaMATokenizerFast")
 BPE = 2
@@ -23,12 +26,14 @@ GEMMA = "<bos>"
 SETTINGS = "tokenizer_config.json"
 
 
-def tokenizer_of(source: Source) -> Any:
+def tokenizer_of(source: Source) -> "PreTrainedTokenizerBase | None":
     """The transformers tokenizer of an opened folder, see `load_tokenizer`."""
     return load_tokenizer(source.home, source.tokenizer)
 
 
-def load_tokenizer(folder: Path, config: Mapping[str, str] | None = None) -> Any:
+def load_tokenizer(
+    folder: Path, config: Mapping[str, str] | None = None
+) -> "PreTrainedTokenizerBase | None":
     """The folder's transformers tokenizer, None if it has none; no code of the folder is run.
 
     A folder of transformers' gives what its AutoTokenizer gives. Authors' code ran older versions:
@@ -79,7 +84,9 @@ def _alone(folder: Path) -> Iterator[Path]:
         yield home
 
 
-def _load(home: Path, known: Mapping[str, Any], config: dict[str, str]) -> Any:
+def _load(
+    home: Path, known: Mapping[str, Any], config: dict[str, str]
+) -> "PreTrainedTokenizerBase":
     """The tokenizer of a folder that holds nothing else; `known` is its tokenizer_config.json."""
     import transformers  # takes seconds, so only where it is needed
 
@@ -152,7 +159,7 @@ def _json(file: Path) -> dict[str, Any]:
     return read_json(file) if file.is_file() else {}
 
 
-def _as_sentencepiece(tokenizer: Any, proto: Any, legacy: bool) -> None:
+def _as_sentencepiece(tokenizer: "PreTrainedTokenizerBase", proto: Any, legacy: bool) -> None:
     """Lets a Llama tokenizer give SentencePiece's ids, as that of transformers 4 did.
 
     Transformers 5 ranks merges by id, where Llama's runs of spaces must merge last, and puts no
@@ -179,7 +186,7 @@ def _as_sentencepiece(tokenizer: Any, proto: Any, legacy: bool) -> None:
         backend.pre_tokenizer = pre_tokenizers.Sequence([first, rest])
 
 
-def _as_file(tokenizer: Any, file: Path) -> None:
+def _as_file(tokenizer: "PreTrainedTokenizerBase", file: Path) -> None:
     """Lets a tokenizer compute what its tokenizer.json says: some classes rebuild it by rules."""
     from tokenizers import Tokenizer
 

@@ -14,7 +14,7 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import EllipsisType
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import jax.numpy as jnp
 import numpy as np
@@ -25,6 +25,9 @@ from vfjax.atomic import UNFINISHED, read_json
 from vfjax.errors import counted
 from vfjax.merge import LazyTensor, Recipe, blocks
 from vfjax.merge.parse import fail, keys, mapping
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
 CHATML = (
     "{% for m in messages %}{{ '<|im_start|>' + m['role'] + '\n' + m['content'] + '<|im_end|>\n' }}"
@@ -177,7 +180,7 @@ class Vocabulary:
                     self.places[label][i] = vocab[word]
 
     def align(
-        self, name: str, tensors: Mapping[str, LazyTensor], base: str | None, dtype: Any
+        self, name: str, tensors: Mapping[str, LazyTensor], base: str | None, dtype: np.dtype | None
     ) -> dict[str, LazyTensor]:
         """The models' embeddings or heads in the order of the made tokenizer.
 
@@ -255,7 +258,7 @@ def _token(token: str, given: Any) -> tuple[Any, bool]:
     return source, force
 
 
-def _cut(tokenizer: Any, rows: int, label: str) -> Any:
+def _cut(tokenizer: "PreTrainedTokenizerBase", rows: int, label: str) -> "PreTrainedTokenizerBase":
     """A copy without the tokens that the model has no row for."""
     made = copy.deepcopy(tokenizer)
     lost = {word for word, i in made.get_vocab().items() if i >= rows}
@@ -305,7 +308,7 @@ class Gathered:
         dtype: of the result.
     """
 
-    def __init__(self, parts: Sequence[LazyTensor], rows: np.ndarray, total: int, dtype: Any):
+    def __init__(self, parts: Sequence[LazyTensor], rows: np.ndarray, total: int, dtype: np.dtype):
         self.parts, self.rows, self.dtype = parts, rows, np.dtype(dtype)
         self.shape = (total, *parts[0].shape[1:])
 

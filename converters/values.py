@@ -111,7 +111,7 @@ class Values:
         """A list of them, as a tuple."""
         expected = f"a list of whole numbers from {least} to {most}"
 
-        def good(value: Any) -> bool:
+        def good(value: object) -> bool:
             items = value if isinstance(value, list | tuple) else [None]
             return all(_is_whole(x, least, most) for x in items)
 
@@ -121,7 +121,7 @@ class Values:
     def pairs(self, key: str, default: Any = REQUIRED) -> Any:
         """A list of pairs of positive whole numbers, as tuples."""
 
-        def good(value: Any) -> bool:
+        def good(value: object) -> bool:
             pairs = value if isinstance(value, list | tuple) else [None]
             return all(
                 isinstance(x, list | tuple)
@@ -154,7 +154,7 @@ class Values:
     def numbers(self, key: str, default: Any = REQUIRED) -> Any:
         """A list of finite numbers, as a tuple."""
 
-        def good(value: Any) -> bool:
+        def good(value: object) -> bool:
             return isinstance(value, list | tuple) and all(map(is_number, value))
 
         found = self._take(key, default, False, good, "a list of numbers")
@@ -249,16 +249,16 @@ class Values:
                 raise self.error(key, known, "other values are not supported")
 
 
-def _is_whole(value: Any, least: float = -math.inf, most: float = math.inf) -> bool:
+def _is_whole(value: object, least: float = -math.inf, most: float = math.inf) -> bool:
     return isinstance(value, int) and not isinstance(value, bool) and least <= value <= most
 
 
-def is_number(value: Any) -> bool:
+def is_number(value: object) -> bool:
     """Whether a value of JSON is a finite number, and fits a float."""
     return isinstance(value, int | float) and not isinstance(value, bool) and abs(value) < 1e300
 
 
-def _same(value: Any, other: Any) -> bool:
+def _same(value: object, other: object) -> bool:
     """Equality that tells 1 from True, as JSON does; 1 and 1.0 are the same."""
     return value == other and isinstance(value, bool) == isinstance(other, bool)
 

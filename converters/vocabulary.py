@@ -100,7 +100,9 @@ class Vocabularies:
     def words(self, label: str) -> dict[str, int]:
         """Token -> id of a model that has a tokenizer."""
         if label not in self._words:
-            self._words[label] = tokenizer_of(self.opened[label]).get_vocab()
+            tokenizer = tokenizer_of(self.opened[label])
+            assert tokenizer is not None, label
+            self._words[label] = tokenizer.get_vocab()
         return self._words[label]
 
     def fits(self, label: str, rows: int) -> bool:
@@ -206,7 +208,8 @@ class Vocabularies:
         known, kept = name != CHAT_TEMPLATE, self.words(owner)
         whole = get_template(name).text if known else self.opened[label].chat_template
         whole = whole.replace(self.opened[label].image_token or IMAGE_TOKEN, "")
-        tokens = tokenizer_of(self.opened[label]).added_tokens_encoder
+        tokenizer = tokenizer_of(self.opened[label])
+        tokens = () if tokenizer is None else tokenizer.added_tokens_encoder
         if gone := [word for word in tokens if word in whole and word not in kept]:
             raise InputError(
                 f"{self.opened[label].path}: tokenizer",

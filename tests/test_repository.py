@@ -1,14 +1,20 @@
 """The static checks, and facts about the tree that no linter knows."""
 
+import ast
 import functools
+import importlib
+import inspect
 import os
+import pydoc
 import re
 import shutil
 import subprocess
 import sys
+import textwrap
 import tomllib
 import zipfile
 from pathlib import Path
+from types import ModuleType
 
 import grimp
 import pytest
@@ -100,6 +106,73 @@ def test_python_files_are_short() -> None:
 def test_names_are_not_glued_with_a_zero_byte() -> None:
     sources = [p for p in files() if p.suffix == ".py" and p.relative_to(ROOT).parts[0] in PACKAGES]
     assert [str(p) for p in sources if "\\0" in p.read_text() or "\\x00" in p.read_text()] == []
+
+
+PUBLIC = {package: importlib.import_module(package) for package in ("vfjax", "converters")}
+"""What users import."""
+
+
+def names_of(package: ModuleType) -> list[str]:
+    """Public names of a package but for its modules."""
+    found = {name: x for name, x in vars(package).items() if not name.startswith("_")}
+    return [name for name, x in found.items() if not isinstance(x, ModuleType)]
+
+
+@pytest.mark.parametrize("package", PUBLIC.values(), ids=PUBLIC)
+def test_help_lists_what_users_call(package: ModuleType) -> None:
+    """Each name in an example or said; a few screens in all."""
+    assert package.__doc__ is not None
+    examples = re.findall(r"((?:^    .*\n)+)", package.__doc__, re.MULTILINE)
+    for example in examples:
+        ast.parse(textwrap.dedent(example))
+    said = {name: re.search(rf"\b{name}\b", package.__doc__) for name in names_of(package)}
+    assert len(said) > 8
+    assert [name for name, found in said.items() if found is None] == []
+    assert len(pydoc.plain(pydoc.render_doc(package)).splitlines()) < 120
+
+
+@pytest.mark.parametrize("package", PUBLIC.values(), ids=PUBLIC)
+def test_public_functions_name_their_arguments(package: ModuleType) -> None:
+    for name in names_of(package):
+        function = getattr(package, name)
+        if inspect.isfunction(function):
+            kinds = {x.kind for x in inspect.signature(function).parameters.values()}
+            assert inspect.Parameter.VAR_KEYWORD not in kinds, name
+
+
+def test_names_in_the_readme_are_there() -> None:
+    """As it writes them: `vfjax.generate`, `converters.load`."""
+    names = set(
+        re.findall(r"\b(?:vfjax|converters)(?:\.[A-Za-z_]\w*)+", (ROOT / "README.md").read_text())
+    )
+    assert len(names) > 5
+    for name in names:
+        found: object = importlib.import_module(name.partition(".")[0])
+        for part in name.split(".")[1:]:
+            if not hasattr(found, part):
+                assert isinstance(found, ModuleType), name
+                importlib.import_module(f"{found.__name__}.{part}")
+            found = getattr(found, part)
+
+
+BARE = {"vfjax": 139, "converters": 58, "experiments": 89}
+"""Package -> most arguments and results of its functions that may be a bare `Any`."""
+
+
+def test_signatures_say_their_types() -> None:
+    counts = dict.fromkeys(BARE, 0)
+    for path in files():
+        package = path.relative_to(ROOT).parts[0]
+        if package in BARE and path.suffix == ".py":
+            for node in ast.walk(ast.parse(path.read_text())):
+                if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
+                    a = node.args
+                    given = [*a.posonlyargs, *a.args, *a.kwonlyargs, a.vararg, a.kwarg]
+                    types = [node.returns, *(x.annotation for x in given if x is not None)]
+                    counts[package] += sum(isinstance(x, ast.Name) and x.id == "Any" for x in types)
+    assert counts["converters"] > 0
+    over = {name: count for name, count in counts.items() if count > BARE[name]}
+    assert not over, "say what the values are"
 
 
 def test_readme_commands_are_make_targets() -> None:

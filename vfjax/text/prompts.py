@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from types import MappingProxyType
 from typing import Any
 
-from vfjax.errors import InputError, counted
+from vfjax.errors import InputError, counted, require
 
 IMAGE_TOKEN = "<image>"
 IMAGE_ID = -200
@@ -317,13 +317,22 @@ def tokenize(tokenizer: Any, prompt: str) -> list[int]:
 
     Returns:
         Token ids with `IMAGE_ID` at every picture.
+
+    Raises:
+        InputError: half a character, which no tokenizer takes.
     """
+    _check_text(prompt)
     first, *rest = (list(tokenizer(chunk).input_ids) for chunk in prompt.split(IMAGE_TOKEN))
     skip = 1 if first and first[0] == tokenizer.bos_token_id else 0
     ids = first
     for chunk in rest:
         ids += [IMAGE_ID, *chunk[skip:]]
     return ids
+
+
+def _check_text(prompt: str) -> None:
+    good = not re.search("[\ud800-\udfff]", prompt)
+    require(good, "prompt", "half a character", "valid Unicode")
 
 
 def tokenize_whole(
@@ -346,9 +355,10 @@ def tokenize_whole(
         Token ids with `IMAGE_ID` at every picture.
 
     Raises:
-        InputError: there are pictures, and the tokenizer has no special token to stand in for a
-            lacking one.
+        InputError: half a character, which no tokenizer takes; or there are pictures, and the
+            tokenizer has no special token to stand in for a lacking one.
     """
+    _check_text(prompt)
     text = prompt.replace(IMAGE_TOKEN, image_token)
     bos = tokenizer.bos_token
     special = special and not (bos and text.startswith(bos))

@@ -20,6 +20,7 @@ from vfjax.text.prompts import (
     labels,
     render,
     tokenize,
+    tokenize_whole,
 )
 
 BASES = ("LLaVA", "MGM", "SliME", "DenseConnector")
@@ -180,6 +181,14 @@ def test_tokenize_keeps_one_bos():
     assert tokenize(Letters(True), "a<image>b<image>") == [1, a, IMAGE_ID, b, IMAGE_ID]
     assert tokenize(Letters(True), "<image>b") == [1, IMAGE_ID, b]
     assert tokenize(Letters(True), "ab") == [1, a, b]
+
+
+@pytest.mark.parametrize("text", ["a \ud800", "<image>\udcff"])
+def test_half_a_character(text: str):
+    """JSON and command lines may have it, tokenizers do not take it."""
+    for run in (tokenize, lambda tokenizer, prompt: tokenize_whole(tokenizer, prompt, "<i>")):
+        with pytest.raises(InputError, match="prompt: found half a character"):
+            run(None, text)
 
 
 def test_tokenize_drops_nothing_without_bos():

@@ -6,6 +6,7 @@ A table stands between <!-- NAME --> and <!-- /NAME -->; what is there is replac
 nothing is written, and the exit code is 1 where a document says something else.
 """
 
+import functools
 import json
 import re
 import sys
@@ -17,6 +18,9 @@ ROOT = Path(__file__).resolve().parents[1]
 
 RESULTS = ROOT / "experiments" / "bench" / "results"
 FAMILY = ROOT / "experiments" / "family"
+
+CARDS = ("clip", "dino")
+"""Members whose cards have a score."""
 
 Record = Mapping[str, Any]
 
@@ -118,6 +122,13 @@ def mean(row: Mapping[str, float]) -> float:
     return sum(row.values()) / len(row)
 
 
+def card(name: str) -> list[str]:
+    """A member's right answers."""
+    row = read(FAMILY / "demo.json")["by_task"][name]
+    shown = {**row, "mean": mean(row)}
+    return [", ".join(f"{kind} {value:.1f}" for kind, value in shown.items())]
+
+
 def ways() -> list[str]:
     """Means of the ways to combine, beside the better member's."""
     found = read(FAMILY / "demo.json")
@@ -135,10 +146,14 @@ TABLES: dict[str, Callable[[], list[str]]] = {
     "saving": saving,
     "demo": demo,
     "ways": ways,
+    **{f"card-{name}": functools.partial(card, name) for name in CARDS},
 }
 """Name -> lines."""
 
-DOCUMENTS = (ROOT / "README.md", ROOT / "BUILD.md", FAMILY / "README.md")
+DOCUMENTS = (
+    *(ROOT / name for name in ("README.md", "BUILD.md")),
+    *(FAMILY / name for name in ("README.md", *(f"models/{name}/README.md" for name in CARDS))),
+)
 
 
 def filled(text: str) -> str:

@@ -13,13 +13,12 @@ from jax.typing import DTypeLike
 
 from converters.fingerprint import fingerprint
 from converters.folder import open_source
-from converters.formats import comm, dense_connector, llava, mini_gemini, slime
 from converters.formats.visionfuse import fused_config
 from converters.load import flatten, float_dtype, model_config, read_model
 from converters.params.table import FLOATS
 from converters.registry import find
-from converters.source import TEMPLATE, Source
-from converters.towers import KINDS, Tower, Towers, read_tower
+from converters.source import NEW, TEMPLATE, Made, New, Source
+from converters.towers import Tower, Towers, transformer_tower
 from converters.values import Values
 from vfjax import InputError, Model, Processor
 from vfjax.errors import check, one_of
@@ -29,7 +28,6 @@ from vfjax.nn.layers import redraw
 from vfjax.processes import agreeing, owners
 from vfjax.text.chat import CHAT_TEMPLATE
 from vfjax.text.prompts import get_template
-from vfjax.vision.encoders import ConvNeXtConfig
 from vfjax.vision.encoders.vit import resolve_taps
 
 UPSTREAM = {
@@ -37,25 +35,6 @@ UPSTREAM = {
     "mistral": ("llava_mistral", "LlavaMistralForCausalLM"),
 }
 """LLM -> `model_type` and class of LLaVA's code around it."""
-
-OPTIONS = {
-    "mlp": ("projector", "select"),
-    "sti": ("projector", "select"),
-    "sci": ("projector", "select", "side"),
-    "dci": ("projector", "select", "side"),
-    "comm": comm.OPTIONS,
-    "mgm": ("projector", "select", "image_size_aux", "image_grid", "image_global"),
-    "slime": ("select", *slime.OPTIONS),
-}
-"""Kind of connector -> its options, see `create`."""
-
-LAYOUTS = {
-    "mlp": llava.describe_upstream,
-    "comm": comm.describe,
-    "mgm": mini_gemini.describe,
-    "slime": slime.describe,
-}
-"""Kind of connector -> its layout's normal form; the others have Dense Connector's."""
 
 
 def create(
@@ -155,16 +134,14 @@ def describe(
     aspect: str = "pad",
 ) -> Source:
     """The new model in normal form, without the connector's tensors; arguments as of `create`."""
-    options = _options(connector, aux, aspect)
-    kind = options.pop("kind")
+    new = _kind(connector, aux, aspect)
+    options = {key: value for key, value in connector.items() if key != "kind"}
     text = open_source(llm)
-    towers = {"vision_tower": _tower(encoder)}
-    if aux is not None:
-        towers["vision_tower_aux"] = _convnext(aux) if kind == "mgm" else _tower(aux)
-    config = _config(text, towers, kind, options, aspect)
-    source = LAYOUTS.get(kind, dense_connector.describe)(
-        text.path, Values(config, "the new config.json"), _Given(found=towers)
-    )
+    towers = {"vision_tower": transformer_tower(encoder)}
+    if aux is not None and new.aux is not None:
+        towers["vision_tower_aux"] = new.aux(aux)
+    config = _config(text, towers, new, options, aspect)
+    source = new.describe(text.path, Values(config, "the new config.json"), _Given(found=towers))
     named = text.branches and text.template != CHAT_TEMPLATE
     default = text.template if named else source.template
     template = template or default
@@ -179,12 +156,12 @@ def describe(
         template=template,
         parts={"llm": text.parts["llm"]} | {part: tower.tensors for part, tower in towers_of},
         spare={part: tower.spare for part, tower in towers_of},
-        prefixes={"llm": (("", ""),), connector_part: _names(source, kind)}
+        prefixes={"llm": (("", ""),), connector_part: new.prefixes(source)}
         | {part: tower.prefixes for part, tower in towers_of},
         created=True,
     )
     prefix = find(branch.encoder, str(encoder)).config(branch.encoder).prefix
-    if text.llm["model_type"] in UPSTREAM and (prefix < 2 or kind == "comm"):
+    if text.llm["model_type"] in UPSTREAM and (prefix < 2 or new.registers):
         return source
     branch = dataclasses.replace(branch, connector={**branch.connector, "drop": prefix})
     return _fused(dataclasses.replace(source, branches=(branch,)))
@@ -200,84 +177,42 @@ class _Given(Towers):
         return self.found[slot]
 
 
-def _names(source: Source, kind: str) -> tuple[tuple[str, str], ...]:
-    """Prefixes of the connector's tensors in the new folder, and in its table."""
-    if kind in ("mgm", "slime"):
-        names = (mini_gemini if kind == "mgm" else slime).names(source)
-        return tuple((old, new) for old, part, new in names if new and part.endswith(".connector"))
-    lone = source.branches[0].connector["mm_projector_type"] == "linear"
-    return (("model.mm_projector.", "0." if lone else ""),)
-
-
-def _options(connector: Mapping[str, Any], aux: str | Path | None, aspect: str) -> dict[str, Any]:
-    """The connector's options, checked by name."""
+def _kind(connector: Mapping[str, Any], aux: str | Path | None, aspect: str) -> New:
+    """How the connector is made; its options are checked by name."""
     kind = connector.get("kind")
-    if kind not in OPTIONS:
+    if kind not in NEW:
         raise InputError(
-            "connector: kind", found=repr(kind), expected=", ".join(OPTIONS), fix="choose one"
+            "connector: kind", found=repr(kind), expected=", ".join(NEW), fix="choose one"
         )
-    if unknown := sorted(set(connector) - {"kind", *OPTIONS[kind]}):
+    new = NEW[kind]
+    if unknown := sorted(set(connector) - {"kind", *new.options}):
         raise InputError(
             f"connector {kind!r}: {unknown[0]}",
             found="no such option",
-            expected=", ".join(OPTIONS[kind]),
+            expected=", ".join(new.options),
             fix="remove it",
         )
-    if aux is not None and kind not in ("comm", "mgm"):
+    if aux is not None and new.aux is None:
+        two = " or ".join(repr(other.kind) for other in NEW.values() if other.aux is not None)
         raise InputError(
             "aux",
             found=f"a second encoder for connector {kind!r}",
             expected="none",
-            fix="take 'comm' or 'mgm', which read two",
+            fix=f"take {two}, which read two",
         )
-    if aux is None and kind == "mgm":
+    if aux is None and new.needs:
         raise InputError(
-            "aux", found="none", expected="a ConvNeXt for connector 'mgm'", fix="pass its folder"
+            "aux",
+            found="none",
+            expected=f"{new.needs} for connector {kind!r}",
+            fix="pass its folder",
         )
     check([one_of("aspect", aspect, ("pad", "crop"))], fix="choose one")
-    return dict(connector)
-
-
-def _read(path: str | Path) -> Tower:
-    path = Path(path)
-    return read_tower(path, next((f for f in KINDS if (path / f).is_file()), "config.json"))
-
-
-def _tower(path: str | Path) -> Tower:
-    """A vision transformer's own folder."""
-    tower = _read(path)
-    if not tower.preprocessor:
-        raise InputError(
-            Path(path) / "preprocessor_config.json",
-            found="no file",
-            expected="how the encoder's pictures are prepared",
-            fix="copy it from the published repository",
-        )
-    if not hasattr(find(tower.config, str(path)).config(tower.config), "prefix"):
-        raise InputError(
-            path,
-            found=f"model_type {tower.config['model_type']!r}, which has no tokens",
-            expected="a vision transformer",
-            fix="choose another encoder",
-        )
-    return tower
-
-
-def _convnext(path: str | Path) -> Tower:
-    """The folder of Mini-Gemini's second encoder, which is fed by the first one's preprocessor."""
-    tower = _read(path)
-    if not isinstance(find(tower.config, str(path)).config(tower.config), ConvNeXtConfig):
-        raise InputError(
-            path,
-            found=f"model_type {tower.config['model_type']!r}",
-            expected="an OpenCLIP ConvNeXt for connector 'mgm'",
-            fix="choose another second encoder",
-        )
-    return tower
+    return new
 
 
 def _config(
-    text: Source, towers: Mapping[str, Tower], kind: str, options: Mapping[str, Any], aspect: str
+    text: Source, towers: Mapping[str, Tower], new: New, options: Mapping[str, Any], aspect: str
 ) -> dict[str, Any]:
     """config.json as LLaVA's code and what grew from it have it."""
     tower = towers["vision_tower"]
@@ -293,7 +228,7 @@ def _config(
         "vocab_size": llm.vocab,
         "image_aspect_ratio": "pad" if aspect == "pad" else "square",
         "use_mm_proj": True,
-        "mm_hidden_size": encoder.width * (3 if kind in ("sci", "dci") else 1),
+        "mm_hidden_size": encoder.width,
         "mm_projector_type": options.get("projector", "mlp2x_gelu"),
         "mm_vision_tower": "vision_tower",
         "mm_vision_select_layer": select,
@@ -301,17 +236,9 @@ def _config(
     }
     if "vision_tower_aux" in towers:
         config["mm_vision_tower_aux"] = "vision_tower_aux"
-    if kind == "comm":
-        return config | {"mm_projector_type": "comm", "mm_comm": dict(options)}
-    if kind == "mgm":
-        return config | mini_gemini.config_of(name, towers["vision_tower_aux"], encoder, options)
-    if kind == "slime":
-        return config | slime.config_of(options, llm.vocab)
-    if kind in dense_connector.KINDS:
-        config |= dense_connector.config_of(kind, tower.config, encoder.layers, select)
-        if "side" in options:
-            config["mm_dense_connector_side"] = options["side"]
-    return config
+    aux = towers.get("vision_tower_aux")
+    made = Made(name, llm.vocab, tower, encoder, aux, select, options)
+    return config | new.config(made)
 
 
 def _fused(source: Source) -> Source:

@@ -220,14 +220,69 @@ LAYOUTS: list[Layout] = []
 """All layouts; at most one matches a config."""
 
 
+@dataclasses.dataclass(frozen=True)
+class Made:
+    """What a new model is made of, for the config of its connector.
+
+    Attributes:
+        name: `model_type` of LLaVA's code around the LLM.
+        vocab: tokens of the LLM.
+        tower: of the first encoder.
+        encoder: its config.
+        aux: the second tower, None without one.
+        select: hidden state of the plain feature.
+        options: of the connector.
+    """
+
+    name: str
+    vocab: int
+    tower: Tower
+    encoder: Any
+    aux: Tower | None
+    select: int
+    options: Config
+
+
+@dataclasses.dataclass(frozen=True)
+class New:
+    """How a format makes a new connector of a kind, see `converters.create`.
+
+    Attributes:
+        kind: unique.
+        options: names of its options.
+        describe: of its layout.
+        config: keys of config.json, beside or in place of LLaVA's.
+        prefixes: of the connector's tensors, (prefix in the folder, in its table).
+        aux: reads the folder of a second encoder; None: there is none.
+        needs: what the second encoder must be where the kind has one always; "" where it may lack.
+        registers: whether its folders can say that an encoder has register tokens.
+    """
+
+    kind: str
+    options: tuple[str, ...]
+    describe: Callable[[Path, Values, Towers], Source]
+    config: Callable[[Made], dict[str, Any]]
+    prefixes: Callable[[Source], Prefixes]
+    aux: Callable[[str | Path], Tower] | None = None
+    needs: str = ""
+    registers: bool = False
+
+
+NEW: dict[str, New] = {}
+"""Kind of connector -> how it is made anew."""
+
+
 def register() -> None:
-    """Fills `LAYOUTS`, and `registry.TABLES`; raises ValueError for a second one of a name."""
+    """Fills `LAYOUTS`, `NEW` and `registry.TABLES`; raises ValueError for a second of a name."""
     for module in registry.modules():
         registry.register(module)
         for layout in getattr(module, "LAYOUTS", ()):
             if any(layout.name == known.name for known in LAYOUTS):
                 raise ValueError(f"{module.__name__}: another layout is called {layout.name!r}")
             LAYOUTS.append(layout)
+        for new in getattr(module, "NEW", ()):
+            if NEW.setdefault(new.kind, new) is not new:
+                raise ValueError(f"{module.__name__}: another format makes {new.kind!r}, too")
 
 
 def layout_of(config: Config) -> Layout | None:

@@ -127,6 +127,36 @@ class Towers:
         return out
 
 
+def own_tower(path: str | Path) -> Tower:
+    """A tower of a folder of its own; errors as of `read_tower`."""
+    path = Path(path)
+    return read_tower(path, next((f for f in KINDS if (path / f).is_file()), "config.json"))
+
+
+def transformer_tower(path: str | Path) -> Tower:
+    """A vision transformer's own folder.
+
+    Raises:
+        InputError: it has no preprocessor_config.json or no tokens, or see `read_tower`.
+    """
+    tower = own_tower(path)
+    if not tower.preprocessor:
+        raise InputError(
+            Path(path) / "preprocessor_config.json",
+            found="no file",
+            expected="how the encoder's pictures are prepared",
+            fix="copy it from the published repository",
+        )
+    if not hasattr(registry.find(tower.config, str(path)).config(tower.config), "prefix"):
+        raise InputError(
+            path,
+            found=f"model_type {tower.config['model_type']!r}, which has no tokens",
+            expected="a vision transformer",
+            fix="choose another encoder",
+        )
+    return tower
+
+
 def read_tower(path: Path, file: str, slot: str = "", *, weights: bool = True) -> Tower:
     """A tower of a folder of its own, or of files that start with `slot`, perhaps its configs only.
 

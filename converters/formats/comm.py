@@ -20,8 +20,8 @@ from converters.formats.llava import (
 from converters.params.mlp import groups
 from converters.params.table import Rule, Table, dense, norm
 from converters.preprocessor import from_preprocessor
-from converters.source import Layout, Source
-from converters.towers import Towers
+from converters.source import Layout, New, Source
+from converters.towers import Towers, transformer_tower
 from converters.values import ANY, DEEPEST, Values
 from vfjax import InputError
 from vfjax.architectures import Comm, COMMConfig, MergeConfig
@@ -151,5 +151,18 @@ LAYOUTS = (
         describe,
         upstream_names,
         unused=llava.UNUSED,
+    ),
+)
+
+
+NEW = (
+    New(
+        "comm",
+        OPTIONS,
+        describe,
+        lambda made: {"mm_projector_type": "comm", "mm_comm": dict(made.options)},
+        llava.new_prefixes,
+        aux=transformer_tower,
+        registers=True,
     ),
 )

@@ -1,5 +1,6 @@
 """Dense Connector folders (DenseConnector llava/model; arXiv 2405.13800): several layers."""
 
+import functools
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -12,7 +13,7 @@ from converters.formats.llava import (
     upstream_source,
     upstream_tower,
 )
-from converters.source import Layout, Source
+from converters.source import Layout, Made, New, Source
 from converters.towers import Towers
 from converters.values import ANY, DEEPEST, Unused, Values
 from vfjax.architectures import dense
@@ -56,12 +57,17 @@ def is_siglip(encoder: Mapping[str, Any]) -> bool:
     return str(encoder["model_type"]).startswith("siglip")
 
 
-def config_of(kind: str, encoder: Mapping[str, Any], layers: int, select: int) -> dict[str, Any]:
-    """Keys of config.json from which `groups` reads a kind over a tower of `layers` layers."""
-    siglip = is_siglip(encoder)
-    shared = layers - siglip
-    fixed = shared == PUBLISHED[siglip] and (not siglip or select == -2)
-    return {"mm_dense_connector_type": kind} | ({} if fixed else {LAYERS: shared})
+def new_config(kind: str, made: Made) -> dict[str, Any]:
+    """Keys of config.json from which `groups` reads a kind over a new model's tower."""
+    siglip = is_siglip(made.tower.config)
+    shared = made.encoder.layers - siglip
+    fixed = shared == PUBLISHED[siglip] and (not siglip or made.select == -2)
+    out = {"mm_dense_connector_type": kind} | ({} if fixed else {LAYERS: shared})
+    if kind != "sti":
+        out["mm_hidden_size"] = 3 * made.encoder.width
+    if "side" in made.options:
+        out["mm_dense_connector_side"] = made.options["side"]
+    return out
 
 
 def describe(path: Path, config: Values, towers: Towers) -> Source:
@@ -95,4 +101,16 @@ LAYOUTS = (
         upstream_names,
         unused=UNUSED,
     ),
+)
+
+
+NEW = tuple(
+    New(
+        kind,
+        ("projector", "select", *(() if kind == "sti" else ("side",))),
+        describe,
+        functools.partial(new_config, kind),
+        llava.new_prefixes,
+    )
+    for kind in KINDS
 )

@@ -2,12 +2,11 @@
 
 A folder is read as the code that its config.json is for reads it. Upstream pads pictures of
 LLaVA-1.5 with their mean colour; transformers' port crops them. Of LLaVA-1.6, whose ports are
-nearly the same, see `describe_next`.
+nearly the same, see `converters.formats.llava_next`.
 """
 
 import ast
 import contextlib
-import dataclasses
 import re
 from collections.abc import Iterable, Mapping
 from pathlib import Path
@@ -18,8 +17,8 @@ from converters.chat import read_chat_template
 from converters.params.mlp import MERGES
 from converters.params.table import LM, Names
 from converters.preprocessor import from_preprocessor, read_preprocessor
-from converters.source import Branch, Layout, Source, tokenizer_class
-from converters.towers import Tower, Towers
+from converters.source import Branch, Layout, New, Source, tokenizer_class
+from converters.towers import Prefixes, Tower, Towers
 from converters.values import ANY, DEEPEST, PRETRAINED, Unused, Values
 from vfjax import InputError
 from vfjax.atomic import read_json
@@ -343,47 +342,6 @@ HF: Unused = {
 """Keys of LlavaConfig and LlavaNextConfig without effect."""
 
 
-def describe_next(path: Path, config: Values, towers: Towers) -> Source:
-    """Normal form of a transformers folder of LLaVA-1.6 (LlavaNextForConditionalGeneration).
-
-    What the port computes is what is computed here; upstream's folders have upstream's form. They
-    differ in two things. The port's pinpoints are (height, width): of canvases that suit a picture
-    equally, as a small square one, it takes the wide one where upstream takes the tall one. And it
-    rounds an unpadded side to 7 decimals before it cuts it to whole tokens, so that a row or column
-    more may stay.
-
-    Raises:
-        InputError: pinpoints of the image processor that are not the model's, or features with the
-            class token, which have no place on a grid.
-    """
-    source = describe_hf(path, config, towers)
-    llm = {**source.llm, "tie_word_embeddings": config.flag("tie_word_embeddings", False)}
-    (branch,) = source.branches
-    config.choice("vision_feature_select_strategy", ("default",), "default")
-    pinpoints = [list(pair) for pair in config.pairs("image_grid_pinpoints", None) or PINPOINTS]
-    images = branch.preprocessor.get("image_grid_pinpoints") or pinpoints
-    if images != pinpoints:
-        raise InputError(
-            f"{path}: image_grid_pinpoints",
-            found=f"{images} in the preprocessor's configuration",
-            expected=f"{pinpoints} as in config.json",
-            fix="correct one of the files",
-        )
-    connector = {
-        **branch.connector,
-        "merge": "spatial_unpad",
-        "pinpoints": [[width, height] for height, width in pinpoints],
-        "unpad_decimals": 7,
-    }
-    branches = (dataclasses.replace(branch, connector=connector),)
-    # The text's own tie_word_embeddings counts for nothing.
-    return dataclasses.replace(source, layout="llava-next-hf", llm=llm, branches=branches)
-
-
-PINPOINTS = [[336, 672], [672, 336], [672, 672], [1008, 336], [336, 1008]]
-"""The default of LlavaNextConfig."""
-
-
 def _preprocessor(path: Path, kind: str) -> dict[str, Any]:
     """The image processor's settings; `kind` is what transformers takes if they don't name it.
 
@@ -486,11 +444,18 @@ LAYOUTS = (
         hf_names,
         unused=HF,
     ),
-    Layout(
-        "llava-next-hf",
-        lambda config: config.get("model_type") == "llava_next",
-        describe_next,
-        hf_names,
-        unused={**HF, "use_image_newline_parameter": (True,)},
-    ),
 )
+
+
+def own_prefixes(names: Names) -> Prefixes:
+    """Of a layout's names those of a connector whose table has prefixes of its own."""
+    return tuple((old, new) for old, part, new in names if new and part.endswith(".connector"))
+
+
+def new_prefixes(source: Source) -> Prefixes:
+    """Prefixes of a new projector's tensors, see `converters.source.New`."""
+    lone = source.branches[0].connector["mm_projector_type"] == "linear"
+    return (("model.mm_projector.", "0." if lone else ""),)
+
+
+NEW = (New("mlp", ("projector", "select"), describe_upstream, lambda made: {}, new_prefixes),)

@@ -2,7 +2,6 @@
 
 import dataclasses
 import math
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +10,7 @@ import numpy as np
 from converters import registry
 from converters.formats import dense_connector, llava
 from converters.formats.llava import (
+    own_prefixes,
     upstream_branch,
     upstream_names,
     upstream_source,
@@ -19,11 +19,12 @@ from converters.formats.llava import (
 from converters.params import llama, mlp
 from converters.params.mlp import combine, projector, projector_rules
 from converters.params.table import Arrays, Names, Rule, Table, dense, norm
-from converters.source import Layout, Source
-from converters.towers import Tower, Towers
+from converters.source import Layout, Made, New, Source
+from converters.towers import Tower, Towers, own_tower
 from converters.values import ANY, Unused, Values
 from vfjax import InputError
 from vfjax.architectures import Inputs, MiniGemini, MiningConfig
+from vfjax.vision.encoders import ConvNeXtConfig
 from vfjax.vision.images import ImageSpec
 
 MODELS = {
@@ -154,18 +155,31 @@ def template(llm: str, config: Values) -> str:
     return TEMPLATES.get(llm) or by_vocabulary.get(size, "vicuna_v1")
 
 
-def config_of(name: str, aux: Tower, encoder: Any, options: Mapping[str, Any]) -> dict[str, Any]:
-    """The keys of config.json around a new connector.
+def convnext(path: str | Path) -> Tower:
+    """The folder of the second encoder, which is fed by the first one's preprocessor.
 
-    Args:
-        name: `model_type` of LLaVA's code around the LLM.
-        aux: the ConvNeXt.
-        encoder: config of the low-resolution encoder.
-        options: `image_size_aux`, `image_grid` and `image_global`.
+    Raises:
+        InputError: it is another encoder, or see `converters.towers.read_tower`.
+    """
+    tower = own_tower(path)
+    if not isinstance(registry.find(tower.config, str(path)).config(tower.config), ConvNeXtConfig):
+        raise InputError(
+            path,
+            found=f"model_type {tower.config['model_type']!r}",
+            expected="an OpenCLIP ConvNeXt for connector 'mgm'",
+            fix="choose another second encoder",
+        )
+    return tower
+
+
+def new_config(made: Made) -> dict[str, Any]:
+    """The keys of config.json around a new connector.
 
     Raises:
         InputError: a high-resolution map that the encoder's tokens do not divide.
     """
+    aux, encoder, options = made.aux, made.encoder, made.options
+    assert aux is not None
     grid = options.get("image_grid", 1)
     side = options.get("image_size_aux", 2 * grid * encoder.image_size)
     cells = grid * math.isqrt(encoder.tokens)
@@ -176,7 +190,7 @@ def config_of(name: str, aux: Tower, encoder: Any, options: Mapping[str, Any]) -
             expected=f"a multiple of 32 whose quarter is one of {cells}, the tokens a side",
             fix="choose another size",
         )
-    family = name.removeprefix("llava_")
+    family = made.name.removeprefix("llava_")
     return {
         "model_type": "mgm" if family == "llama" else f"mgm_{family}",
         "architectures": [f"MGM{family.capitalize()}ForCausalLM"],
@@ -209,5 +223,18 @@ LAYOUTS = (
         describe,
         names,
         unused=UNUSED,
+    ),
+)
+
+
+NEW = (
+    New(
+        "mgm",
+        ("projector", "select", "image_size_aux", "image_grid", "image_global"),
+        describe,
+        new_config,
+        lambda source: own_prefixes(names(source)),
+        aux=convnext,
+        needs="a ConvNeXt",
     ),
 )

@@ -1,7 +1,6 @@
 """SliME folders (SliME llava/model): tiles, resamplers, a router that reads the prompt."""
 
 import math
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal
 
@@ -11,6 +10,7 @@ from converters import registry
 from converters.formats import llava
 from converters.formats.llava import (
     is_upstream,
+    own_prefixes,
     upstream_branch,
     upstream_names,
     upstream_source,
@@ -19,7 +19,7 @@ from converters.formats.llava import (
 from converters.params import llama, mlp
 from converters.params.mlp import combine, projector, projector_rules
 from converters.params.table import TRANSPOSE, Arrays, Names, Rule, Table, dense, norm
-from converters.source import Layout, Source
+from converters.source import Layout, Made, New, Source
 from converters.towers import Towers
 from converters.values import Values
 from vfjax import InputError
@@ -155,16 +155,13 @@ def describe(path: Path, config: Values, towers: Towers) -> Source:
     return upstream_source(path, "slime", config, branch, tower, template=template, own=OWN)
 
 
-def config_of(options: Mapping[str, Any], vocab: int) -> dict[str, Any]:
-    """The keys of config.json around a new connector.
-
-    Args:
-        options: of `OPTIONS`.
-        vocab: tokens of the LLM.
+def new_config(made: Made) -> dict[str, Any]:
+    """The keys of config.json around a new connector; options are those of `OPTIONS`.
 
     Raises:
         InputError: a separator that the LLM lacks, or queries that are no grid.
     """
+    options, vocab = made.options, made.vocab
     separator = options.get("separator", SliMEConfig.separator)
     if not 0 <= separator < vocab:
         raise InputError(
@@ -202,5 +199,16 @@ LAYOUTS = (
         describe,
         names,
         unused=llava.UNUSED,
+    ),
+)
+
+
+NEW = (
+    New(
+        "slime",
+        ("select", *OPTIONS),
+        describe,
+        new_config,
+        lambda source: own_prefixes(names(source)),
     ),
 )

@@ -309,7 +309,7 @@ def test_llm_of_a_multimodal_folder(folders: Path, tmp_path: Path):
         ("clip", {"kind": "comm", "join": "tokens"}, {"aux": "siglip"}, "widths 32 and 24"),
         ("clip", {"kind": "comm", "layers": [1, 4]}, {}, "found [1, 4], expected at least one"),
         ("clip", {"kind": "comm", "depth": 2}, {}, "depth: found no such option"),
-        ("clip", {"kind": "resampler"}, {}, "found 'resampler', expected mlp, sti, sci, dci"),
+        ("clip", {"kind": "resampler"}, {}, "found 'resampler', expected comm, sti, sci, dci"),
         ("clip", {}, {}, "kind: found None"),
         ("clip", {"kind": "mlp", "select": 5}, {}, "found [5], expected at least one index"),
         ("clip", {"kind": "sti", "side": 2}, {}, "side: found no such option"),

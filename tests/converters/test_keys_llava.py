@@ -20,7 +20,7 @@ from transformers.initialization import no_init_weights
 
 import converters
 from converters import open_source
-from converters.formats.llava import PINPOINTS
+from converters.formats.llava_next import PINPOINTS
 from converters.load import model_config
 from converters.registry import TABLES
 from tests.checkpoints import preprocessor, randomize, write_json

@@ -16,7 +16,10 @@ def get_config() -> ConfigDict:
             "batch": 16,  # rows that run together
             "window": 0.005,  # seconds that a request waits for others
             "every": 8,  # tokens from one piece of a streamed answer to the next
-            "warm_up": False,  # compiles for a picture and a short question before it answers
+            # Compiles for a picture and a short question before it answers, greedy and sampled. The
+            # first request with a penalty, log-probabilities or a schema still compiles its own
+            # program, in a quarter to a third of what this takes for one number of rows.
+            "warm_up": False,
             "queue": 128,  # requests in the house; others get status 429
             "timeout": 600.0,  # seconds for a request
             "grace": 7.0,  # seconds that SIGTERM or Ctrl-C leaves to what runs; a second ends it

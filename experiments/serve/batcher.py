@@ -117,7 +117,8 @@ class Batcher:
 
     def warm_up(self) -> None:
         """Compiles what a picture and a short question take, or for an LLM without eyes a question,
-        for every number of rows, sampled and greedy.
+        for every number of rows, sampled and greedy. Penalties, log-probabilities and guides are
+        left to the first job that has them: every combination is a program.
         """
         seen = bool(self.processor.config.branches)
         ids, pictures = ([-200, 1], [Image.new("RGB", (336, 336))]) if seen else ([1], [])

@@ -124,7 +124,7 @@ def describe(limits: Limits, able: bool) -> dict[str, Any]:
 
     Other keys are taken, and named by the answer's header `X-Ignored`. What it leaves to words:
     roles come in the order of a conversation, the prompt fits the context, pictures can be decoded,
-    usage is asked for with `stream`, `top_logprobs` with `logprobs`, a schema is one that
+    usage is asked for with `stream`, a schema is one that
     llguidance keeps to, `logit_bias` may hold zeros, and `chat_template_kwargs` has no arguments
     of transformers' apply_chat_template.
     """
@@ -195,8 +195,11 @@ def _chat(limits: Limits, able: bool) -> dict[str, Any]:
         **{key: {} for key in sorted(keys.IGNORED | keys.TEMPLATE)},
     }
     required = ["model", "messages"]
+    alternatives = _object(("top_logprobs",), top_logprobs={"type": "integer", "minimum": 1})
     return {
         "type": "object",
         "properties": properties,
         "required": required,
+        "if": alternatives,
+        "then": _object(("logprobs",), logprobs={"const": True}),
     }

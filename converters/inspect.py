@@ -8,9 +8,10 @@ from typing import TYPE_CHECKING, Any
 from converters.adapter_config import SETTINGS, read_settings
 from converters.files.others import TOWER
 from converters.folder import open_source
-from converters.load import abstract, check, check_depth, model_config, processor, tower_file
+from converters.load import abstract, check, check_depth, model_config, tower_file
 from converters.lora import Updated
 from converters.params.table import restored
+from converters.processor import processor
 from converters.registry import find
 from converters.towers import read_tower
 from vfjax.atomic import findable

@@ -18,12 +18,11 @@ from converters.load_params import fill
 from converters.origin import remember
 from converters.params.table import FLOATS, Rule, Table
 from converters.preprocessor import from_preprocessor
+from converters.processor import processor
 from converters.registry import find
 from converters.source import TOKENIZERS, Branch, Source, is_tower
-from converters.tokenizer import tokenizer_of
 from converters.towers import KINDS, read_tower
-from converters.values import Values
-from vfjax import InputError, Model, Processor, Settings
+from vfjax import InputError, Model, Processor
 from vfjax.architectures import Architecture
 from vfjax.atomic import findable, read_json
 from vfjax.errors import counted
@@ -34,12 +33,10 @@ from vfjax.model import BranchConfig, ModelConfig
 from vfjax.nn.int8 import int8 as to_int8
 from vfjax.processes import agreeing, owners
 from vfjax.sharding import Overrides
-from vfjax.text.chat import CHAT_TEMPLATE
-from vfjax.text.prompts import IMAGE_TOKEN, get_template
 from vfjax.vision.encoders.vit import resolve_taps
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
+    pass
 
 Params = dict[str, nnx.Variable]
 """Parameter path, joined by "/" -> the parameter."""
@@ -361,79 +358,3 @@ def check(source: Source, params: Params) -> dict[str, dict[str, Rule]]:
         rules = source.table(part).check(shapes, source.parts.get(part, {}), where)
         out[part] = {names[path]: rule for path, rule in rules.items()}
     return out
-
-
-def processor(source: Source, config: ModelConfig) -> Processor:
-    """The processor of an opened folder.
-
-    Raises:
-        InputError: files of the tokenizer that can't be read, whose picture token has another id
-            than the model's, or that have no rows for the text of prompts.
-    """
-    tokenizer, file = tokenizer_of(source), source.home / "generation_config.json"
-    # Authors' code hands embeddings to transformers, which then knows no words of the prompt.
-    by_ids = not source.branches or source.layout == "visionfuse" or source.layout.endswith("-hf")
-    if tokenizer is not None:
-        _check_tokens(source, tokenizer, config.llm.vocab)
-    return Processor(
-        config,
-        tokenizer,
-        source.template,
-        _stops(source, tokenizer),
-        chat_template=source.chat_template,
-        image_token=_image_token(source, tokenizer),
-        settings=Settings.read(read_json(file) if file.is_file() else {}, by_ids, file),
-    )
-
-
-def _stops(source: Source, tokenizer: "PreTrainedTokenizerBase | None") -> tuple[int, ...]:
-    """Ids that end an answer.
-
-    The tokenizer's, and those of generation_config.json or else of config.json or its text_config
-    (transformers generation/configuration_utils.py, from_model_config).
-
-    Raises:
-        InputError: something else than ids there.
-    """
-    found = []
-    for name in ("generation_config.json", "config.json"):
-        file = source.home / name
-        whole = Values(read_json(file) if file.is_file() else {}, str(file))
-        found += [x.ids("eos_token_id") for x in (whole, whole.section("text_config", None))]
-    stop = set(next(filter(None, found), ()))
-    if tokenizer is not None and tokenizer.eos_token_id is not None:
-        stop.add(tokenizer.eos_token_id)
-    return tuple(sorted(stop))
-
-
-def _image_token(source: Source, tokenizer: "PreTrainedTokenizerBase | None") -> str:
-    """`Processor.image_token`; the tokenizer's own, if it names one, as transformers has it."""
-    if not source.image_token or tokenizer is None:
-        return source.image_token
-    token = getattr(tokenizer, "image_token", None) or source.image_token
-    found = tokenizer.added_tokens_encoder.get(token)
-    expected = source.config.get("image_token_id", source.config.get("image_token_index", 32000))
-    lacks = found is None and token == IMAGE_TOKEN  # pictures can be told from text all the same
-    if source.layout != "visionfuse" and found != expected and not lacks:
-        raise InputError(
-            f"{source.home}: {token}",
-            found="none in the tokenizer" if found is None else f"id {found} in the tokenizer",
-            expected=f"{expected}, as config.json says by image_token_index",
-            fix="take both files from one repository",
-        )
-    return token
-
-
-def _check_tokens(source: Source, tokenizer: "PreTrainedTokenizerBase", rows: int) -> None:
-    """Raises InputError if a prompt cannot be asked, as its tokens have no rows."""
-    known = source.template != CHAT_TEMPLATE
-    text = get_template(source.template).text if known else source.chat_template
-    ids = tokenizer(text.replace(source.image_token or IMAGE_TOKEN, " ")).input_ids
-    if beyond := [i for i in ids if i >= rows]:
-        token = tokenizer.convert_ids_to_tokens(beyond[0])
-        raise InputError(
-            f"{source.home}: tokenizer",
-            found=f"id {beyond[0]} of {token!r}, which prompts of template {source.template} have",
-            expected=f"ids below {rows}, the rows of the embedding",
-            fix="use the checkpoint's own tokenizer",
-        )

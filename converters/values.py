@@ -322,7 +322,7 @@ PRETRAINED: Unused = {
     "custom_pipelines": ANY,
     "decoder_start_token_id": ANY,
     "dtype": ANY,  # parameters are as stored, or as `load` is told
-    "eos_token_id": ANY,  # read by `converters.load.processor`
+    "eos_token_id": ANY,  # read by `converters.processor`
     "experts_implementation": ANY,
     "finetuning_task": ANY,
     "gradient_checkpointing": ANY,

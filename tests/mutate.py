@@ -33,10 +33,10 @@ import torch
 import yaml
 from safetensors.torch import load_file, save_file
 
-from converters import create, dry_run, export
-from converters.folder import open_source
+from converters import create, dry_run, export, open_source
 from converters.inspect import inspect
-from converters.load import model_config, processor, tower_file
+from converters.load import model_config, tower_file
+from converters.processor import processor
 from tests import adapters, checkpoints
 from vfjax import InputError
 from vfjax.data import Conversations

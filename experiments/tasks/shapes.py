@@ -3,7 +3,7 @@
 from collections.abc import Callable
 from pathlib import Path
 
-from converters.folder import open_source
+from converters import open_source
 from converters.load import model_config as config_of
 from vfjax import InputError
 from vfjax.architectures import (

@@ -18,10 +18,10 @@ from ml_collections import ConfigDict
 from safetensors.torch import load_file
 
 import converters
+from converters import open_source
 from converters.files.checksums import audit
 from converters.files.reader import read_weights
 from converters.files.writer import write_folder
-from converters.folder import open_source
 from experiments.tasks import demo
 from tests import checkpoints
 from tests.checkpoints import write_json

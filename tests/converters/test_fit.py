@@ -10,8 +10,8 @@ import torch
 from safetensors.torch import save_file
 
 import converters
+from converters import open_source
 from converters.create import describe
-from converters.folder import open_source
 from converters.inspect import inspect
 from converters.load import model_config
 from tests.checkpoints import (

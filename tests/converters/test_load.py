@@ -17,8 +17,7 @@ from flax import nnx
 from sentencepiece import sentencepiece_model_pb2
 
 import converters
-from converters import registry
-from converters.folder import open_source
+from converters import open_source, registry
 from converters.inspect import inspect
 from converters.load import model_config
 from converters.tokenizer import load_tokenizer, tokenizer_of

@@ -12,7 +12,8 @@ import converters
 from converters.chat import read_chat_template
 from converters.fusion import Fusion
 from converters.inspect import inspect
-from converters.load import model_config, processor
+from converters.load import model_config
+from converters.processor import processor
 from converters.request import Request
 from tests.checkpoints import hf_llava_folder, llava_next_folder, write_json
 from vfjax import InputError, Processor

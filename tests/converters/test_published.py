@@ -10,8 +10,8 @@ from typing import Any
 
 import pytest
 
+from converters import open_source
 from converters.export import _places
-from converters.folder import open_source
 from converters.fusion import _describe
 from converters.load import Params, abstract, check, model_config
 from converters.params.table import restored

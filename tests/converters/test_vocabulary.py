@@ -11,8 +11,8 @@ import transformers
 from tokenizers.pre_tokenizers import Metaspace
 
 import converters
+from converters import open_source
 from converters.files.reader import read_weights
-from converters.folder import open_source
 from converters.tokenizer import load_tokenizer, tokenizer_of
 from experiments.configs.fuse import get_config
 from experiments.tasks import fuse as task

@@ -14,7 +14,7 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 
 import converters
-from converters.folder import open_source
+from converters import open_source
 from tests.checkpoints import (
     LLAMA,
     NEXT_PINPOINTS,

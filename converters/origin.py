@@ -1,6 +1,7 @@
 """Where a loaded model came from, beside the model: JAX compiles for all that is inside one."""
 
 import dataclasses
+import json
 import weakref
 from collections.abc import Mapping
 from pathlib import Path
@@ -42,12 +43,12 @@ class Origin:
 def remember(model: Model, source: Source) -> None:
     """Keeps what `origin_of` gives; tensors are not kept."""
     towers, held = (
-        {p: t.json or tower_files(t.config, t.preprocessor) for p, t in found.items()}
+        {p: _sorted(t.json or tower_files(t.config, t.preprocessor)) for p, t in found.items()}
         for found in (source.towers, source.held)
     )
     ORIGINS[model] = Origin(
         home=source.home,
-        config=source.config,
+        config=_sorted(source.config),
         components=source.components,
         prefixes=source.prefixes,
         towers=towers,
@@ -58,6 +59,11 @@ def remember(model: Model, source: Source) -> None:
         },
         created=source.created,
     )
+
+
+def _sorted(files: Mapping[str, Any]) -> dict[str, Any]:
+    """A copy of JSON values with sorted keys, as transformers writes them."""
+    return json.loads(json.dumps(files, sort_keys=True))
 
 
 def origin_of(model: Model) -> Origin:

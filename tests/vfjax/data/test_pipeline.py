@@ -25,6 +25,7 @@ from vfjax.architectures import (
     MiniGemini,
     MiningConfig,
     MLPConfig,
+    OneVision,
     Pictures,
     ProjectorConfig,
     Slime,
@@ -305,6 +306,10 @@ def toy_model() -> Model:
                 pinpoints=tiles,
                 merge="spatial_unpad",
             ),
+        ),
+        BranchConfig(  # of a picture of two tiles one tile's tokens are read
+            "onevision",
+            OneVision(*(clip, ProjectorConfig(mlp, newline=True), spec), pinpoints=tiles, most=1),
         ),
         BranchConfig(
             "two_scales",

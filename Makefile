@@ -21,7 +21,7 @@ demo: $(VENV)/.vfjax-demo
 
 # All tests and static checks, in two processes; `make test ARGS="-k merge"` for some.
 test: $(VENV)/.vfjax-test
-	$(RUN) -m pytest -n 2 --dist loadfile $(ARGS)
+	$(RUN) -m pytest -n 2 --dist worksteal $(ARGS)
 
 # The static checks alone.
 lint: $(VENV)/.vfjax-test

@@ -38,13 +38,6 @@ hypothesis.settings.register_profile("vfjax", deadline=None, derandomize=True)
 hypothesis.settings.load_profile("vfjax")
 
 
-@pytest.fixture(scope="module", autouse=True)
-def _compiled() -> Iterator[None]:
-    """A module's compiled programs go with it: those of the whole suite are 7 GB a process."""
-    yield
-    jax.clear_caches()
-
-
 @pytest.fixture(scope="module")
 def optimised() -> Iterator[None]:
     """Programs as users run them, where bits are compared, not those that compile fast."""

@@ -324,4 +324,4 @@ def test_names_that_are_no_utf8(family: dict[str, Path], tmp_path: Path):
         [sys.executable, "-m", "converters", "inspect", odd], cwd=ROOT, capture_output=True
     )
     assert done.returncode == 0 and b"m\\udcff: layout llava" in done.stdout, done.stderr
-    refused(lambda: converters.open_source(odd / "\ud800"), "\\ud800", "found no folder")
+    refused(lambda: converters.open_source(odd / "\ud800"), "\\ud800", "expected a path")

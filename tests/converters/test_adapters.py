@@ -321,4 +321,4 @@ def test_half_an_adapter(llm: nn.Module, base: Path, tmp_path: Path):
 
 
 def test_a_complete_folder_does_not_read_the_base(base: Path, tmp_path: Path):
-    assert json.loads(converters.open_source(base, base=tmp_path).to_json())["path"] == str(base)
+    assert converters.open_source(base, base=tmp_path).path == base

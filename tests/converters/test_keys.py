@@ -89,7 +89,7 @@ FORMATS: dict[str, tuple[Any, Any, dict[str, Any]]] = {
 }
 """`model_type` -> transformers' classes, a tiny config."""
 
-OTHERS = {"clip", "siglip", "open_clip_convnext", "mlp", "mining", "slime", "comm"}
+OTHERS = {"clip", "siglip", "open_clip_convnext", "mlp", "mining", "slime", "comm", "onevision"}
 """Tables whose configs are halves of these, not of transformers, or ours."""
 
 

@@ -173,7 +173,7 @@ def shapes(source: Source) -> Params:
     parts = {"llm": config.llm}
     for branch in config.branches:
         for kind in ("encoder", "aux", "connector"):
-            if (own := getattr(branch, kind)) is not None:
+            if (own := getattr(branch.architecture, kind)) is not None:
                 parts[f"branches/{branch.name}/{kind}"] = own
     return {f"{part}/{n}": p for part, own in parts.items() for n, p in component(own).items()}
 
@@ -237,7 +237,7 @@ def test_model(specs: Mapping[str, Any], tmp_path: Path, name: str):
         trunk = {n: s for n, s in expected["vision_tower_aux"].items() if "trunk" in n}
         expected["vision_tower_aux"] = trunk
     written: dict[str, dict[str, list[int]]] = {folder: {} for folder in expected}
-    for path, (rule, prefixes, folder) in _places(json.loads(source.to_json()), params).items():
+    for path, (rule, prefixes, folder) in _places(source, params).items():
         for one in rule.each(params[path].shape):
             name_there = restored(one.source, prefixes)
             written[folder][name_there] = list(one.source_shape(params[path].shape))

@@ -259,7 +259,7 @@ def test_tensors_that_belong_to_no_part(folders: Path, tmp_path: Path):
 
 
 def test_an_unknown_tower_source(folders: Path):
-    with pytest.raises(InputError, match="tower_source: found 'own', expected 'auto', 'check"):
+    with pytest.raises(InputError, match="tower_source: found 'own', expected 'auto' or 'check"):
         open_source(folders / "up", tower_source="own")
 
 

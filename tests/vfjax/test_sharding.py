@@ -22,8 +22,17 @@ from tests.checkpoints import (
     make_tower,
     upstream_llava_folder,
 )
-from vfjax import Batch, InputError, Model, Processor, forward, generate_ids
-from vfjax.generate import _decode, _first, _how, _prefill
+from vfjax import (
+    Batch,
+    InputError,
+    Model,
+    Processor,
+    Sampling,
+    Settings,
+    forward,
+    generate_ids,
+)
+from vfjax.generate import _decode, _first, _prefill, _rows
 from vfjax.nn.layers import linear
 from vfjax.sharding import make_mesh, mesh_of, param_sharding, place
 
@@ -124,8 +133,8 @@ def test_decoding_gathers_no_parameter_and_copies_no_cache(folders, single, devi
     model, _ = converters.load(folders["fused"], mesh=mesh)
     batch = place(make_batch(single["fused"][1], 4), mesh)
     logits, cache = _prefill(*jax.tree.flatten(model), batch, size=batch.tokens.shape[1] + 64)
-    how = _how(model, batch, 8)
-    args = (*jax.tree.flatten(model), cache, _first(logits, how, steps=64), how, jnp.int32(8))
+    rows = _rows(model, batch, 8, (), Sampling(), Settings())
+    args = (*jax.tree.flatten(model), cache, _first(logits, rows, steps=64), rows, jnp.int32(8))
     text = _decode.lower(*args).compile().as_text()
     assert "dynamic-update-slice" in text  # the cache is written, and the shapes below are its own
     if mesh is None:
@@ -184,8 +193,8 @@ def test_the_cache_is_divided_over_rows_and_key_heads(single, sharded, mesh) -> 
 
     divided = [{(2, 1, 8, size)}, {(2, 1, size, 8)}]
     assert shapes(cache) == divided
-    how = _how(model, batch, 8)
-    args = (*jax.tree.flatten(model), cache, _first(logits, how, steps=64), how, jnp.int32(8))
+    rows = _rows(model, batch, 8, (), Sampling(), Settings())
+    args = (*jax.tree.flatten(model), cache, _first(logits, rows, steps=64), rows, jnp.int32(8))
     program = _decode.lower(*args).compile()
     assert f"[2,4,{size},8]" not in program.as_text()  # no device ever holds all heads
     _, cache = _decode(*args)

@@ -184,7 +184,12 @@ TRIALS = [
     Trial("fuse", "weights", differs("clip: weights.*"), flip("clip/model.safetensors")),
     Trial("fuse", "base", differs("base: weights.*"), flip("base/model.safetensors")),
     Trial(
-        *("fuse", "config.json", differs("dino: config.json: rms_norm_eps")),
+        # the process alone sees that its member is of another base, and says so to all
+        *(
+            "fuse",
+            "config.json",
+            "(process {who}: found an end .)?dino: rms_norm_eps: found 0.001.*",
+        ),
         edit("dino/config.json", rms_norm_eps=1e-3),
     ),
     Trial("fuse", "working folder", differs("working folder .*")),

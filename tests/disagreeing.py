@@ -192,7 +192,7 @@ TRIALS = [
         ),
         edit("dino/config.json", rms_norm_eps=1e-3),
     ),
-    Trial("fuse", "working folder", differs("working folder .*")),
+    Trial("fuse", "working folder", DIFFERS.format(where="process 1: working folder .*")),
     Trial(
         "train",
         "config",
@@ -205,7 +205,7 @@ TRIALS = [
         edit("clip/config.json", rms_norm_eps=1e-3),
     ),
     Trial("train", "rows", differs("stages.align: rows of rows.json"), shorter),
-    Trial("train", "working folder", differs("working folder .*")),
+    Trial("train", "working folder", DIFFERS.format(where="process 1: working folder .*")),
     *(
         Trial(
             task,

@@ -66,11 +66,9 @@ def initialize(seconds: int, **options: Any) -> None:
     service = functools.partial(
         _jax.get_distributed_runtime_service, cluster_register_timeout=seconds
     )
-    half = (
-        seconds // 2 + 2
-    )  # a client waits for twice its timeout: a little longer than the service
+    more = seconds + 2  # so that a client hears from the service before it gives up
     with mock.patch.object(_jax, "get_distributed_runtime_service", service):
-        jax.distributed.initialize(initialization_timeout=half, **options)
+        jax.distributed.initialize(initialization_timeout=more, **options)
 
 
 def together(what: str) -> AbstractContextManager[Facts]:

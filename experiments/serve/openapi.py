@@ -196,10 +196,16 @@ def _chat(limits: Limits, able: bool) -> dict[str, Any]:
     }
     required = ["model", "messages"]
     alternatives = _object(("top_logprobs",), top_logprobs={"type": "integer", "minimum": 1})
+    usage = _object(("include_usage",), include_usage={"const": True})
     return {
         "type": "object",
         "properties": properties,
         "required": required,
-        "if": alternatives,
-        "then": _object(("logprobs",), logprobs={"const": True}),
+        "allOf": [
+            {"if": alternatives, "then": _object(("logprobs",), logprobs={"const": True})},
+            {
+                "if": _object(("stream_options",), stream_options=usage),
+                "then": _object(("stream",), stream={"const": True}),
+            },
+        ],
     }

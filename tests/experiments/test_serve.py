@@ -454,7 +454,11 @@ def test_the_description_is_true(client):
     for schema in (takes, *gives.values()):
         jsonschema.Draft202012Validator.check_schema(schema)
     bodies = [ask("a", data(picture()), stop=["b"], seed=1, n=2), ask("a", n=17), ask("a", best=1)]
-    bodies += [ask("a", logprobs=True, top_logprobs=2), ask("a", top_logprobs=2)]
+    bodies += [
+        ask("a", logprobs=True, top_logprobs=2),
+        ask("a", top_logprobs=2),
+        ask("a", stream_options={"include_usage": True}),
+    ]
     kinds = ("text", "json_object", "xml")  # the model's tokenizer is one of words
     bodies += [ask("a", response_format={"type": kind}) for kind in kinds]
     bodies += [ask("a", **{key: value}) for key, values in ONLY.items() for value in values[:1]]

@@ -10,6 +10,7 @@ are read out of it by a weighted gather, so that tiling, unpadding, newlines, po
 are data.
 """
 
+import abc
 import dataclasses
 from collections.abc import Callable, Container, Mapping, Sequence
 from typing import Any, ClassVar, Protocol
@@ -383,7 +384,7 @@ class Shown:
 
 
 @dataclasses.dataclass(frozen=True)
-class Tapped:
+class Tapped(abc.ABC):
     """An `Architecture` with videos read as pictures, their tokens pooled by `Video.pool`.
 
     Zero-shot video of Dense Connector (DenseConnector llava/eval/video): of frames only the whole
@@ -411,10 +412,11 @@ class Tapped:
         return self.encoder.prefix + self.encoder.tokens - self.connector.combine.drop
 
     @property
+    @abc.abstractmethod
     def tokens(self) -> int:
         """Tokens of a picture, at most."""
-        raise NotImplementedError
 
+    @abc.abstractmethod
     def show(
         self, pictures: Sequence[Image.Image], frames: Container[int] = (), slots: int | None = None
     ) -> Shown:
@@ -425,11 +427,10 @@ class Tapped:
             frames: numbers of those that are frames of a video.
             slots: see `Architecture.prepare`.
         """
-        raise NotImplementedError
 
+    @abc.abstractmethod
     def regions(self, size: Size) -> np.ndarray:
         """See `Architecture.regions`."""
-        raise NotImplementedError
 
     def prepare(self, rows: Rows, slots: int | None = None) -> Prepared:
         """See `Architecture.prepare`."""

@@ -26,7 +26,7 @@ from vfjax.architectures.base import (
 )
 from vfjax.architectures.boxes import cells, frame
 from vfjax.architectures.combine import Combine
-from vfjax.architectures.mlp import MLPConfig
+from vfjax.architectures.mlp import MLPConfig, Projecting
 from vfjax.nn.layers import param
 from vfjax.vision.images import ImageSpec, preprocess
 
@@ -34,32 +34,12 @@ Array = jax.Array
 
 
 @dataclasses.dataclass(frozen=True)
-class ProjectorConfig:
+class ProjectorConfig(Projecting):
     """What is read, how it is joined and projected; `newline` is LLaVA-NeXT's end of a row."""
 
     projector: MLPConfig
     combine: Combine = Combine()
     newline: bool = False
-
-    @property
-    def act(self) -> str:
-        """Activation of the projector."""
-        return self.projector.act
-
-    @property
-    def taps(self) -> dict[str, tuple[int, ...]]:
-        """Hidden states that are read of each encoder."""
-        return {"encoder": self.combine.taps}
-
-    @property
-    def channels(self) -> dict[str, tuple[int, int]]:
-        """Encoder -> hidden states that are joined on channels, channels of all of them."""
-        return {"encoder": (self.combine.width(1), self.projector.din)}
-
-    @property
-    def dout(self) -> int:
-        """The LLM's width."""
-        return self.projector.dout
 
     def build(self, *, rngs: nnx.Rngs) -> "Projector":
         return Projector(self, rngs=rngs)

@@ -28,7 +28,7 @@ from vfjax.architectures.base import (
 )
 from vfjax.architectures.boxes import cells, cut, frame
 from vfjax.architectures.combine import Combine
-from vfjax.architectures.mlp import MLPConfig
+from vfjax.architectures.mlp import MLPConfig, Projecting
 from vfjax.nn.layers import layer_norm, linear
 from vfjax.vision.images import preprocess
 from vfjax.vision.resize import bilinear, resized
@@ -37,7 +37,7 @@ Array = jax.Array
 
 
 @dataclasses.dataclass(frozen=True)
-class MiningConfig:
+class MiningConfig(Projecting):
     """Sizes of the mining and of the projector after it.
 
     Attributes:
@@ -58,24 +58,14 @@ class MiningConfig:
     combine: Combine = Combine()
 
     @property
-    def act(self) -> str:
-        """Activation of the projector."""
-        return self.projector.act
-
-    @property
     def taps(self) -> dict[str, tuple[int, ...]]:
         """Hidden states that are read of each encoder; of the ConvNeXt, all stages."""
-        return {"encoder": self.combine.taps, "aux": (0, 1, 2, 3)}
+        return super().taps | {"aux": (0, 1, 2, 3)}
 
     @property
     def channels(self) -> dict[str, tuple[int, int]]:
         """Encoder -> hidden states that are joined on channels, channels of all of them."""
-        return {"encoder": (self.combine.width(1), self.projector.din), "aux": (1, self.aux_width)}
-
-    @property
-    def dout(self) -> int:
-        """The LLM's width."""
-        return self.projector.dout
+        return super().channels | {"aux": (1, self.aux_width)}
 
     def build(self, *, rngs: nnx.Rngs) -> "Mining":
         return Mining(self, rngs=rngs)

@@ -8,6 +8,7 @@ import dataclasses
 import jax
 from flax import nnx
 
+from vfjax.architectures.combine import Combine
 from vfjax.nn.layers import ACTIVATIONS, linear
 
 Array = jax.Array
@@ -25,6 +26,33 @@ class MLPConfig:
 
     def build(self, *, rngs: nnx.Rngs) -> "MLP":
         return MLP(self, rngs=rngs)
+
+
+class Projecting:
+    """Of a connector's config: what is read of the encoder is joined, and ends in a projector."""
+
+    projector: MLPConfig
+    combine: Combine
+
+    @property
+    def act(self) -> str:
+        """Activation of the projector."""
+        return self.projector.act
+
+    @property
+    def taps(self) -> dict[str, tuple[int, ...]]:
+        """Hidden states that are read of each encoder."""
+        return {"encoder": self.combine.taps}
+
+    @property
+    def channels(self) -> dict[str, tuple[int, int]]:
+        """Encoder -> hidden states that are joined on channels, channels of all of them."""
+        return {"encoder": (self.combine.width(1), self.projector.din)}
+
+    @property
+    def dout(self) -> int:
+        """The LLM's width."""
+        return self.projector.dout
 
 
 class MLP(nnx.Module):

@@ -30,7 +30,7 @@ from vfjax.architectures.base import (
 )
 from vfjax.architectures.boxes import NOWHERE, WHOLE, canvas, cells, cut, frame, within
 from vfjax.architectures.combine import Combine
-from vfjax.architectures.mlp import MLPConfig
+from vfjax.architectures.mlp import MLPConfig, Projecting
 from vfjax.nn.layers import attention, layer_norm, linear, param
 from vfjax.vision import tiling
 from vfjax.vision.images import preprocess
@@ -43,7 +43,7 @@ MAX_TILES = 6
 
 
 @dataclasses.dataclass(frozen=True)
-class SliMEConfig:
+class SliMEConfig(Projecting):
     """Sizes and options, under the names of the checkpoint's config where it has them.
 
     Attributes:
@@ -76,26 +76,6 @@ class SliMEConfig:
 
     switches = ("gate", "shown", "temperature", "top_p")
     """Fields that a stage of training may set: no weight's shape hangs on them."""
-
-    @property
-    def act(self) -> str:
-        """Activation of the projector."""
-        return self.projector.act
-
-    @property
-    def taps(self) -> dict[str, tuple[int, ...]]:
-        """Hidden states that are read of each encoder."""
-        return {"encoder": self.combine.taps}
-
-    @property
-    def channels(self) -> dict[str, tuple[int, int]]:
-        """Encoder -> hidden states that are joined on channels, channels of all of them."""
-        return {"encoder": (self.combine.width(1), self.projector.din)}
-
-    @property
-    def dout(self) -> int:
-        """The LLM's width."""
-        return self.projector.dout
 
     def build(self, *, rngs: nnx.Rngs) -> "SliME":
         return SliME(self, rngs=rngs)

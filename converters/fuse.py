@@ -51,8 +51,8 @@ def fuse(
         method: a key of `vfjax.merge.METHODS`.
         params: the method's parameters, such as {"weights": (0.5, 0.5)}; each may vary over the
             layers, see `vfjax.merge.from_config`. Weights are 1 / members each by default.
-        rules: (regex, changes) for the tensors whose names have it, see there; for example
-            ("embed_tokens|lm_head", {"take": "base"}).
+        rules: (regex, changes of method or params) for the tensors whose names the regex is found
+            in, such as ("embed_tokens|lm_head", {"take": "base"}); see `vfjax.merge.from_config`.
         recipe: a mergekit YAML file, in place of members, base, method, params and rules.
         export: "model" writes merged LLM and branches; "llm" a plain Hugging Face causal LM.
         template: prompt template; the first member's by default.

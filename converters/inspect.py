@@ -33,8 +33,8 @@ def inspect(
 
     Args:
         path: a folder that `converters.load` reads, or a vision tower's.
-        base: see `converters.load`.
-        towers: see there.
+        base: folder of the LLM that an adapter or a projector at `path` is for.
+        towers: name of a vision tower in config.json -> the folder where it is.
 
     Raises:
         InputError: what `converters.load`, or `load_encoder`, would say of it.

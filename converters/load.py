@@ -84,7 +84,7 @@ def load(
         base: folder of the LLM that a LoRA adapter or a bare projector at `path` is for; None: the
             one that its configs name.
         positions: "running" or "parallel", see `ModelConfig`; None: as the folder says.
-        mask: "causal" or "block", see there; None: as the folder says.
+        mask: "causal" or "block", see `ModelConfig`; None: as the folder says.
         prune: which visual tokens the LLM reads; None: all.
         int8: the LLM's products have int8 weights (`vfjax.nn.int8`); for generation.
         int8_cache: so do the keys and values of what was read (`vfjax.llm.cache.Int8Rows`).

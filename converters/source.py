@@ -105,13 +105,13 @@ class Source:
         spare: component -> tensors that are known and that its model may lack, under the names of
             the folder, or of the tower's; see `Table.spares`.
         seen: fields of the LLM's config as its tensors have them, see `settle`.
-        own_head: whether the LLM has a head of its own under a config that ties it, see there.
+        own_head: whether the LLM has a head of its own under a config that ties it, see `settle`.
         same: tensors of the LLM that are left out -> those that they equal, see `settle`.
         files: the folder's weights files, and its base's, by name.
         base: folder of the LLM that this one adapts or adds to, see `converters.adapters`.
         created: only the LLM's files are this folder's, see `converters.create`.
         positions: where the branches' tokens stand, see `vfjax.model.ModelConfig`.
-        mask: which of them see one another, see there.
+        mask: which of the branches' tokens see one another, see `vfjax.model.ModelConfig`.
     """
 
     path: Path

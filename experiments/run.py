@@ -86,14 +86,14 @@ def join_processes() -> None:
     """The same command runs on every host: connects them, and lets the first one print.
 
     JAX itself reads JAX_COORDINATOR_ADDRESS, but neither the number of processes nor this one's.
-    Python keeps stdout and stderr; what native code writes there goes through `relay.py`, as Gloo
-    greets on file descriptor 1 and XLA aborts a process when another is lost.
+    Python keeps stdout and stderr; what native code writes there goes through `stderr_filter.py`,
+    as Gloo greets on file descriptor 1 and XLA aborts a process when another is lost.
     """
     sys.stdout, sys.stderr = (
         os.fdopen(os.dup(file), "w", buffering=1, errors="backslashreplace") for file in (1, 2)
     )
-    relay = [sys.executable, str(Path(__file__).with_name("relay.py"))]
-    pipe = subprocess.Popen(relay, stdin=subprocess.PIPE).stdin
+    stderr_filter = [sys.executable, str(Path(__file__).with_name("stderr_filter.py"))]
+    pipe = subprocess.Popen(stderr_filter, stdin=subprocess.PIPE).stdin
     assert pipe is not None
     for file in (1, 2):
         os.dup2(pipe.fileno(), file)

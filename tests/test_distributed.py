@@ -271,8 +271,8 @@ AGAIN = "start the same command on all hosts, or have VFJAX_INITIALIZATION_TIMEO
 )
 def test_what_native_code_says(said: str, expected: str) -> None:
     """Is passed on, but for pages on processes that are lost or do not come, each one line."""
-    relay = [sys.executable, str(ROOT / "experiments" / "relay.py")]
-    done = subprocess.run(relay, input=said, stderr=subprocess.PIPE, text=True, check=True)
+    stderr_filter = [sys.executable, str(ROOT / "experiments" / "stderr_filter.py")]
+    done = subprocess.run(stderr_filter, input=said, stderr=subprocess.PIPE, text=True, check=True)
     assert done.stderr == expected
 
 

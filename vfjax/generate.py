@@ -145,23 +145,23 @@ def stream_ids(
     """What is new of each row, as it is written.
 
     Joined, the ids are those of `generate_ids`, by the same compiled programs. Closing the iterator
-    ends the work. Arguments that are not named here are as there.
+    ends the work.
 
     Args:
-        model: as in `generate`.
-        batch: as there.
+        model: a model, or members side by side.
+        batch: of the model's processor.
         every: tokens from one time to the next.
-        max_new_tokens: as there.
+        max_new_tokens: for all rows, or one number a row.
         room: slots for new tokens, at least `max_new_tokens`; None: these, rounded up to 64.
         stop: ids that end a row.
-        sampling: as there.
-        settings: as in `generate_ids`.
+        sampling: how tokens are chosen.
+        settings: of generation, by the model's folder.
         logprobs: how many of the likeliest tokens' log-probabilities are told beside the chosen
             one's; None: no log-probabilities.
         guides: one a row, None for one that is free; with any, `every` is 1.
 
     Raises:
-        InputError: as there, at the call; or `every` or `room` is too small.
+        InputError: what `generate_ids` raises, at the call; or `every` or `room` is too small.
     """
     require(every >= 1, "every", every, "at least 1")
     asked = _rows(model, batch, max_new_tokens, stop, sampling, settings, logprobs)

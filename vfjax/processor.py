@@ -277,7 +277,7 @@ class Processor:
                 parts.
             index: of this process.
             count: of the processes.
-            truncate: as for `__call__`.
+            truncate: cut rows to this many tokens, visual ones included.
             multiple: of pictures that a process makes room for, if any row has one: as many as it
                 has groups of devices that share rows.
 

@@ -146,8 +146,8 @@ class Table:
         """The architecture of a branch by its connector's config.
 
         Args:
-            hf: as of `config`; `aux` is the second encoder's config.
-            where: as there.
+            hf: the connector's Hugging Face config; `aux` is the second encoder's config.
+            where: what to call that in errors.
             images: how pictures are prepared.
             encoder: config of the encoder.
         """

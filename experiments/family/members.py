@@ -60,7 +60,7 @@ def make(
     """A member in LLaVA's architecture; `workdir` keeps the two stages' states and metrics.
 
     Args:
-        recipe: how.
+        recipe: tower, rows, steps and rates.
         base: folder of the base LLM.
         data: folder of `scenes.write`'s training split.
         workdir: to write to.

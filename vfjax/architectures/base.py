@@ -371,10 +371,10 @@ class Shown:
     """What a family shows of pictures and frames, all alike.
 
     Attributes:
-        inputs: see `Prepared`.
+        inputs: arrays of static shape.
         indices: for each, int64[k] its tokens.
-        size: see `Prepared`.
-        shared: see there.
+        size: tokens in the branch's memory.
+        shared: of these, the last ones, which belong to no picture.
     """
 
     inputs: Inputs

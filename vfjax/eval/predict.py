@@ -152,7 +152,7 @@ def predict(
     """Asks a model what has not been answered yet, greedily, and appends to a chunk's file.
 
     Args:
-        model: as for `vfjax.generate`.
+        model: a model, or members side by side.
         processor: the model's.
         questions: all of the run.
         folder: of the files; see `vfjax.eval.log`.

@@ -267,13 +267,13 @@ class MemberProcessors:
         input_ids: Sequence[Sequence[int]] | None = None,
         padding: str = "right",
     ) -> tuple[Batch, ...]:
-        """One batch a member; see `Processor`.
+        """One batch a member, as its own `Processor` makes it.
 
         Args:
-            images: as there.
+            images: pictures or videos in the order of the placeholders, or one list a row.
             prompts: for each row each member's, from `chat`, or one for all.
-            input_ids: as there, the same for all members.
-            padding: as there.
+            input_ids: in place of prompts, ids with -200 at each picture, the same for all members.
+            padding: side on which short rows are filled, "right" or "left".
         """
         return tuple(
             processor(

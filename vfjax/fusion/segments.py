@@ -36,7 +36,7 @@ def running(mask: Array, place: Array, steps: Array) -> Array:
     Args:
         mask: bool[b, t], False at padding and at visual tokens that a connector leaves out.
         place: int32[b, t, 3], see `vfjax.model.Batch`.
-        steps: int32[b, t], see there.
+        steps: int32[b, t], positions that the text goes on after each token.
     """
     taken = jnp.where(mask, steps, 0)
     start = jnp.cumsum(taken, axis=1) - taken
@@ -60,7 +60,7 @@ def parallel(
         mask: bool[b, t], False at padding and at visual tokens that a connector leaves out.
         count: of the branches.
         place: int32[b, t, 3], see `vfjax.model.Batch`; then p is 3. None: all zero, p is 1.
-        steps: int32[b, t], see there; None: all one.
+        steps: int32[b, t], positions that the text goes on after each token; None: all one.
     """
     edge = ((0, 0), (1, 1))
     before, after = (jnp.pad(segments, edge)[:, at : at + mask.shape[1]] for at in (0, 2))

@@ -120,8 +120,8 @@ class Step:
     """What a call tells all blocks.
 
     Attributes:
-        cos: of `LlamaConfig.rope`.
-        sin: of the same.
+        cos: cosines of the rotary angles, see `LlamaConfig.rope`.
+        sin: their sines.
         see: bool[b, t, s], who sees whom; where s = t, nobody sees what comes later.
         real: bool[b, t], where that, padding and `segments` alone hide a token; None: the cache
             does, too.

@@ -109,7 +109,7 @@ def attention(q: Array, k: Array, v: Array, mask: Array | None = None) -> Array:
         q: [b, t, n, h] queries.
         k: [b, s, g, h] keys; g divides n, query head i reads group i // (n // g).
         v: [b, s, g, h] values.
-        mask: as there.
+        mask: bool, broadcastable to [b, t, s]; True where a query may look. None: everywhere.
     """
     return attend(q, k.transpose(0, 2, 3, 1), v.transpose(0, 2, 1, 3), mask)
 

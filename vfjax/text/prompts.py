@@ -401,7 +401,7 @@ def labels(
     does not fit the template; upstream then masks the whole sample, and so does this.
 
     Args:
-        tokenizer: as for `tokenize`.
+        tokenizer: a transformers tokenizer.
         template: one of `TEMPLATES`.
         turns: (question, answer) pairs, all answered.
         image_token: of a model whose prompts are tokenised whole, see `tokenize_whole`.

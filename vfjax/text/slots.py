@@ -40,8 +40,8 @@ class Slots:
         ids: int64[k], 0 at visual tokens.
         visual: int64[k] numbers of visual tokens in the batch, -1 at text.
         segments: int64[k], k + 1 for branch k's tokens and marks, 0 for other text.
-        place: int64[k, 3], see `vfjax.model.Batch`.
-        steps: int64[k], see there.
+        place: int64[k, 3], time, row and column of a picture's token; see `vfjax.model.Batch`.
+        steps: int64[k], positions that the text goes on after each; see `vfjax.model.Batch`.
     """
 
     ids: np.ndarray

@@ -26,15 +26,15 @@ def stream(
     at the end.
 
     Args:
-        model: as in `generate`.
-        processor: as there.
-        batch: as there.
+        model: a model, or members side by side (`vfjax.generate`).
+        processor: its processor.
+        batch: of the processor.
         every: tokens from one time to the next.
-        max_new_tokens: as there.
-        sampling: as there.
+        max_new_tokens: for all rows, or one number a row.
+        sampling: how tokens are chosen.
 
     Raises:
-        InputError: as there, at the call; or `every` is below 1.
+        InputError: what `vfjax.generate` raises, at the call; or `every` is below 1.
     """
     pieces = stream_ids(
         model,

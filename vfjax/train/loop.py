@@ -95,7 +95,7 @@ def fit(
         model: any; trained in place.
         data: its batches.
         groups: what trains.
-        optim: how.
+        optim: steps, rates, clipping and the rest of the optimizer.
         folder: of this stage: states, metrics.jsonl, profile.
         config: JSON values; a folder of a run with others is refused.
         options: how it runs.

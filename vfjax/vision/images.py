@@ -146,7 +146,7 @@ def open_file(source: str | os.PathLike[str] | bytes | File, *, name: str | None
 
     Args:
         source: path or encoded bytes.
-        name: as for `open_image`.
+        name: what to call it in errors; by default its path.
 
     Raises:
         InputError: as `open_image`, but for what only the conversion tells.

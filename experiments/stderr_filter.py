@@ -1,4 +1,4 @@
-"""Between one of several processes and its stderr: `python relay.py < what it says`.
+"""Between one of several processes and its stderr: `python stderr_filter.py < what it says`.
 
 A process that loses another is aborted by XLA, which says so in a page of its own and leaves
 nothing that could say it better. This process, which outlives it, says it in a line.

@@ -7,20 +7,29 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
-from PIL import Image
 
-from vfjax.architectures.base import Media, Pictures, Prompt, bucket
-from vfjax.errors import InputError, counted
-from vfjax.fusion.prune import Groups, marks
+from vfjax.architectures.base import Pictures, bucket
+from vfjax.errors import InputError
+from vfjax.fusion.prune import Groups, group
+from vfjax.fusion.shard import Shard, agree, no_room
+from vfjax.fusion.splice import Slots, expand, layout, pad
 from vfjax.model import Batch, ModelConfig
+from vfjax.rows import (
+    Picture,
+    check_labels,
+    frames,
+    open_media,
+    pad_texts,
+    placeholders,
+    read_ids,
+    read_pictures,
+    texts,
+)
 from vfjax.settings import Settings
 from vfjax.text import chat as own
 from vfjax.text import prompts as text
-from vfjax.text.slots import Shard, Slots, laid, no_room, splice
-from vfjax.vision.images import Convert, File, open_file, open_image
+from vfjax.vision.images import Convert, File, open_file
 from vfjax.vision.video import Video
-
-Picture = str | os.PathLike | bytes | Image.Image | np.ndarray | File | Video
 
 LENGTHS = tuple(m << k for k in range(4, 17) for m in (4, 5, 6, 7))
 """Default sequence lengths: 64, 80, 96, 112, 128, ... each at most 1.25 x the one before."""
@@ -190,73 +199,53 @@ class Processor:
                 context, an id outside the vocabulary, a picture can't be read, or there is more
                 than `shard` has room for.
         """
-        rows = self._rows(prompts, input_ids)
-        pictures = self._pictures(images, rows)
-        words = [ids[:truncate] for ids in _words(rows)]
-        counts = [int((row == text.IMAGE_ID).sum()) for row in rows]
+        rows = self._ids(prompts, input_ids)
+        pictures = read_pictures(images, rows, len(self.config.branches))
+        counts = [placeholders(row) for row in rows]
+        words = [ids[:truncate] for ids in texts(rows)]
         images_in, parts, sizes = self._prepare(pictures, counts, words, shard)
-        seen = [Slots.join(branches) for branches in parts]
-        spliced, owned, first = [], [], 0
-        for row, count in zip(rows, counts, strict=True):
-            here = slice(first, first + count)
-            slots, source = splice(row, seen[here])
-            spliced.append((slots[:truncate], source[:truncate]))
-            owned.append(parts[here])
-            first += count
-        longest = max(len(slots) for slots, _ in spliced)
+        rest = iter(parts)
+        owned = [list(itertools.islice(rest, count)) for count in counts]
+        expanded = [
+            expand(row, [Slots.join(branches) for branches in seen])
+            for row, seen in zip(rows, owned, strict=True)
+        ]
+        cut = [slots[:truncate] for slots, _ in expanded]
+        longest = max(map(len, cut))
         t = self._length(longest) if shard is None else shard.length
         if longest > t:
             raise no_room("tokens in a row", longest, t)
-        shape = (len(rows), t)
-        tokens, visual = np.zeros(shape, np.int32), np.full(shape, -1, np.int32)
-        mask, segments = np.zeros(shape, bool), np.zeros(shape, np.int32)
-        learn = np.full(shape, text.IGNORE, np.int32)
+        slots, mask = pad(cut, t, padding)
+        learn = None
+        if labels is not None:
+            given = check_labels(labels, rows)
+            wanted = [ids[at][:truncate] for ids, (_, at) in zip(given, expanded, strict=True)]
+            learn = np.full(mask.shape, text.IGNORE, np.int32)
+            learn[mask] = np.concatenate(wanted)
+            learn[slots.segments > 0] = text.IGNORE
         placed = any(branch.architecture.axes > 1 for branch in self.config.branches)
-        place, steps = np.zeros((*shape, 3), np.int32), np.ones(shape, np.int32)
-        for i, (slots, source) in enumerate(spliced):
-            at = slice(t - len(slots), t) if padding == "left" else slice(0, len(slots))
-            tokens[i, at], visual[i, at], mask[i, at] = slots.ids, slots.visual, True
-            segments[i, at], place[i, at], steps[i, at] = slots.segments, slots.place, slots.steps
-            if labels is not None:
-                wanted = _labels(labels, i, rows)[source]
-                learn[i, at] = np.where(slots.segments == 0, wanted, text.IGNORE)
         return Batch(
-            tokens=tokens,
-            visual=visual,
+            tokens=slots.ids,
+            visual=slots.visual,
             mask=mask,
-            segments=segments,
+            segments=slots.segments,
             images=images_in,
-            labels=None if labels is None else learn,
-            groups=self._groups(owned, visual, mask) if images_in else None,
+            labels=learn,
+            groups=self._groups(owned, slots.visual, mask) if images_in else None,
             sizes=sizes,
-            place=place if placed else None,
-            steps=steps if placed else None,
+            place=slots.place if placed else None,
+            steps=slots.steps if placed else None,
         )
 
     def _groups(
         self, parts: Sequence[Sequence[Sequence[Slots]]], visual: np.ndarray, mask: np.ndarray
     ) -> Groups | None:
-        """What `Prune` needs to know; None where all visual tokens stay.
-
-        Args:
-            parts: of each row each picture's tokens by branch.
-            visual: of the batch.
-            mask: of the batch.
-        """
-        prune = self.config.prune
-        shares = () if prune is None else prune.shares(len(self.config.branches))
-        if all(share == 1 for share in shares):
+        """What pruning needs to know; `parts` are each row's pictures' tokens by branch."""
+        if self.config.prune is None:
             return None
-        of, most = np.full(visual.shape, -1, np.int32), np.zeros(visual.shape, np.int32)
-        stay = (mask & (visual < 0)).sum(axis=1)
-        for i, pictures in enumerate(parts):
-            places = np.flatnonzero(visual[i] >= 0)
-            numbers = [[s.visual[s.visual >= 0] for s in branches] for branches in pictures]
-            marked = marks(numbers, shares)[:, : len(places)]
-            of[i, places], most[i, places] = marked
-            sizes = np.bincount(marked[0])
-            stay[i] += sum(min(k, sizes[g]) for g, k in dict(marked.T.tolist()).items())
-        return Groups(of, most, self._length(int(stay.max())))
+        shares = self.config.prune.shares(len(self.config.branches))
+        numbers = [[[s.visual[s.visual >= 0] for s in p] for p in row] for row in parts]
+        return group(shares, numbers, visual, mask, self._length)
 
     def shard(
         self,
@@ -284,99 +273,21 @@ class Processor:
         Raises:
             InputError: the rows don't divide, or one is longer than the LLM's context.
         """
-        rows = self._rows(None, input_ids)
-        if len(rows) % count:
-            raise InputError(
-                "batch",
-                found=counted(len(rows), "row"),
-                expected=f"a multiple of {count}, the number of processes",
-                fix="choose another batch size",
-            )
-        places = np.array([(row == text.IMAGE_ID).sum() for row in rows])
-        each = sum(branch.tokens for branch in self.config.branches)
-        lengths = [len(r) + n * (each - 1) for r, n in zip(rows, places, strict=True)]
-        most = int(places.reshape(count, -1).sum(axis=1).max())
-        return Shard(
-            index=index,
-            count=count,
-            length=self._length(min(max(lengths), truncate or max(lengths))),
-            pictures=-(-bucket(most) // multiple) * multiple if most else 0,
-            text=self._length(max((len(w[:truncate]) for w in _words(rows)), default=1)),
+        return agree(
+            self._ids(None, input_ids),
+            index,
+            count,
+            tokens=sum(branch.tokens for branch in self.config.branches),
+            bucket_of=self._length,
+            truncate=truncate,
+            multiple=multiple,
         )
 
-    def _rows(
+    def _ids(
         self, prompts: Sequence[str] | None, input_ids: Sequence[Sequence[int]] | None
     ) -> list[np.ndarray]:
-        if isinstance(prompts, str):
-            raise InputError(
-                "prompts", found="one str", expected="a list of prompts", fix="pass [prompt]"
-            )
-        if (prompts is None) == (input_ids is None) or not (prompts or input_ids):
-            raise InputError(
-                "processor",
-                found="both or neither" if (prompts is None) == (input_ids is None) else "no row",
-                expected="prompts or input_ids, at least one row",
-                fix="pass one of the two",
-            )
-        if prompts is not None:
-            input_ids = [self.tokenize(prompt) for prompt in prompts]
-        assert input_ids is not None
-        rows = [np.asarray(row, np.int64) for row in input_ids]
-        for i, row in enumerate(rows):
-            bad = row[(row != text.IMAGE_ID) & ((row < 0) | (row >= self.config.llm.vocab))]
-            if bad.size or not row.size:
-                raise InputError(
-                    f"row {i}",
-                    found=f"token id {bad[0]}" if bad.size else "no token",
-                    expected=f"ids below {self.config.llm.vocab}, {text.IMAGE_ID} for a picture",
-                    fix="use the checkpoint's own tokenizer",
-                )
-        return rows
-
-    def _pictures(
-        self, images: Sequence[Picture | Sequence[Picture]] | None, rows: Sequence[np.ndarray]
-    ) -> list[Picture]:
-        """All pictures in prompt order; their number must match the placeholders."""
-        places = [int((row == text.IMAGE_ID).sum()) for row in rows]
-        bare = (str, os.PathLike, bytes, Image.Image, File, Video)
-        if isinstance(images, bare) or getattr(images, "ndim", 0) in (2, 3):
-            raise InputError(
-                "images",
-                found=f"one {type(images).__name__}",
-                expected="a list of pictures",
-                fix="pass [picture]",
-            )
-        images = [] if images is None else list(images)
-        if any(isinstance(image, (list, tuple)) for image in images):
-            if len(images) != len(rows):
-                raise InputError(
-                    "images",
-                    found=counted(len(images), "list"),
-                    expected=f"one list a row, {counted(len(rows), 'row')}",
-                    fix="pass an empty list where a row has no picture",
-                )
-            lists = [list(i) if isinstance(i, (list, tuple)) else [i] for i in images]
-            where = [f"row {i}" for i in range(len(rows))]
-        else:
-            lists, places, where = [images], [sum(places)], ["the batch"]
-        for name, found, expected in zip(where, lists, places, strict=True):
-            if len(found) != expected:
-                raise InputError(
-                    name,
-                    found=f"{counted(len(found), 'picture')} for "
-                    + counted(expected, f"{text.IMAGE_TOKEN} placeholder"),
-                    expected="as many of one as of the other",
-                    fix=f"put one {text.IMAGE_TOKEN} into the prompt at each picture",
-                )
-        pictures = [picture for group in lists for picture in group]
-        if pictures and not self.config.branches:
-            raise InputError(
-                "images",
-                found=counted(len(pictures), "picture"),
-                expected="none: this model is a plain LLM without a visual branch",
-                fix="load a multimodal checkpoint",
-            )
-        return pictures  # type: ignore[return-value]
+        vocab = self.config.llm.vocab
+        return read_ids(prompts, input_ids, tokenize=self.tokenize, vocab=vocab)
 
     def _length(self, longest: int) -> int:
         context = self.config.llm.context
@@ -387,7 +298,7 @@ class Processor:
                 expected=f"at most {context}, the LLM's context",
                 fix="shorten the prompt or pass fewer pictures",
             )
-        return _bucket(longest, (*self.lengths, context))
+        return min(length for length in (*self.lengths, context) if length >= longest)
 
     def _prepare(
         self,
@@ -407,33 +318,28 @@ class Processor:
         slots = shard.pictures if shard else None
         if not (pictures or slots):
             return {}, [], ()
-        owner = [i for i, p in enumerate(pictures) for _ in range(_frames(p))]
+        owner = [i for i, p in enumerate(pictures) for _ in range(frames(p))]
         videos = any(isinstance(p, Video) for p in pictures)
         if slots is not None and (videos or len(owner) > slots):
             raise no_room("pictures", len(owner), slots)
-        shown = {convert: _rows(pictures, counts, convert) for convert in self.converts}
+        shown = {convert: open_media(pictures, counts, convert) for convert in self.converts}
         parts: list[list[Slots]] = [[] for _ in pictures]
         inputs: dict[str, Pictures] = {}
         sizes: list[int] = []
         for number, branch in enumerate(self.config.branches):
             path = branch.architecture
             ready = path.prepare(shown[path.images.convert], slots)
-            tokens, gather, size = laid(ready, sum(sizes), number, shard)
-            prompt = self._texts([words[i] for i in owner], shard) if path.reads_text else None
+            tokens, gather, size = layout(ready, sum(sizes), number, shard)
+            prompt = None
+            if path.reads_text:
+                own = [words[i] for i in owner]
+                room = shard.text if shard else self._length(max(map(len, own)))
+                prompt = pad_texts(own, shard.pictures if shard else bucket(len(own)), room)
             inputs[branch.name] = Pictures(ready.inputs, gather, prompt)
             for mine, more in zip(parts, tokens, strict=True):
                 mine.append(more)
             sizes.append(size)
         return inputs, parts, tuple(sizes)
-
-    def _texts(self, words: Sequence[np.ndarray], shard: Shard | None) -> Prompt:
-        """For each picture or frame the ids of its prompt."""
-        n = shard.pictures if shard else bucket(len(words))
-        ids = np.zeros((n, shard.text if shard else self._length(max(map(len, words)))), np.int32)
-        mask = np.zeros(ids.shape, bool)
-        for i, row in enumerate(words):
-            ids[i, : len(row)], mask[i, : len(row)] = row, True
-        return Prompt(ids, mask)
 
     def require_tokenizer(self) -> Any:
         """The tokenizer; raises InputError if there is none."""
@@ -445,42 +351,3 @@ class Processor:
                 fix="add the files, or pass input_ids in place of prompts",
             )
         return self.tokenizer
-
-
-def _frames(picture: Picture) -> int:
-    """Pictures that are shown of one, or of a video."""
-    return len(picture.frames) if isinstance(picture, Video) else 1
-
-
-def _rows(
-    pictures: Sequence[Picture], counts: Sequence[int], convert: Convert
-) -> list[list[Media]]:
-    """Each row's pictures, RGB, and videos."""
-    rest = (p if isinstance(p, Video) else open_image(p, convert=convert) for p in pictures)
-    return [list(itertools.islice(rest, count)) for count in counts]
-
-
-def _words(rows: Sequence[np.ndarray]) -> list[np.ndarray]:
-    """For each picture the text ids of its row."""
-    return [
-        row[row != text.IMAGE_ID] for row in rows for _ in range(int((row == text.IMAGE_ID).sum()))
-    ]
-
-
-def _labels(labels: Sequence[Sequence[int]], i: int, rows: Sequence[np.ndarray]) -> np.ndarray:
-    if len(labels) != len(rows) or len(labels[i]) != len(rows[i]):
-        raise InputError(
-            f"labels of row {i}",
-            found=counted(len(labels), "row")
-            if len(labels) != len(rows)
-            else counted(len(labels[i]), "label"),
-            expected=f"{counted(len(rows), 'row')}, {counted(len(rows[i]), 'label')} in this one, "
-            "one an id",
-            fix="label every id, -100 where there is nothing to learn",
-        )
-    return np.asarray(labels[i], np.int32)
-
-
-def _bucket(size: int, sizes: Sequence[int]) -> int:
-    """The smallest bucket that holds `size`."""
-    return min(s for s in sizes if s >= size)

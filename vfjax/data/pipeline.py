@@ -18,10 +18,10 @@ import numpy as np
 
 from vfjax.data.conversations import Conversations
 from vfjax.errors import InputError, check, counted
+from vfjax.fusion.shard import Shard
 from vfjax.model import Batch
 from vfjax.processor import Processor
 from vfjax.text import prompts as text
-from vfjax.text.slots import Shard
 from vfjax.vision.images import File
 from vfjax.vision.video import Video, open_video
 

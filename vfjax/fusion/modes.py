@@ -18,7 +18,8 @@ from vfjax.fusion.segments import parallel
 from vfjax.llm import Cache, Llama
 from vfjax.llm.cache import Rows, wide
 from vfjax.model import Batch, Model, at_last, splice
-from vfjax.processor import Picture, Processor
+from vfjax.processor import Processor
+from vfjax.rows import Picture
 from vfjax.settings import Settings
 
 Array = jax.Array

@@ -9,7 +9,7 @@ in one step. Tokens that stay keep their positions.
 """
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -226,3 +226,32 @@ def marks(parts: Sequence[Sequence[AnyArray]], shares: Sequence[float]) -> np.nd
     return np.stack(
         [np.repeat(np.arange(sizes.size), sizes.ravel()), np.repeat(most, sizes.ravel())]
     )
+
+
+def group(
+    shares: Sequence[float],
+    parts: Sequence[Sequence[Sequence[np.ndarray]]],
+    visual: np.ndarray,
+    mask: np.ndarray,
+    bucket_of: Callable[[int], int],
+) -> Groups | None:
+    """What `Prune` needs to know of a batch; None where all visual tokens stay.
+
+    Args:
+        shares: of each branch that stay.
+        parts: of each row's pictures by branch the numbers of their visual tokens in the batch.
+        visual: int32[b, t] of the batch.
+        mask: bool[b, t].
+        bucket_of: the length that a row of so many tokens is filled up to.
+    """
+    if all(share == 1 for share in shares):
+        return None
+    of, most = np.full(visual.shape, -1, np.int32), np.zeros(visual.shape, np.int32)
+    stay = (mask & (visual < 0)).sum(axis=1)
+    for i, pictures in enumerate(parts):
+        places = np.flatnonzero(visual[i] >= 0)
+        marked = marks(pictures, shares)[:, : len(places)]
+        of[i, places], most[i, places] = marked
+        sizes = np.bincount(marked[0])
+        stay[i] += sum(min(k, sizes[g]) for g, k in dict(marked.T.tolist()).items())
+    return Groups(of, most, bucket_of(int(stay.max())))

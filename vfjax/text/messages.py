@@ -6,7 +6,8 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from vfjax.errors import InputError
-from vfjax.processor import Picture, Processor
+from vfjax.processor import Processor
+from vfjax.rows import Picture
 from vfjax.text import chat, prompts
 from vfjax.text.prompts import IMAGE_TOKEN
 

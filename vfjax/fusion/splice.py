@@ -6,30 +6,9 @@ from typing import Self
 
 import numpy as np
 
-from vfjax.architectures.base import Gather, Prepared, Run, bucket
-from vfjax.errors import InputError
+from vfjax.architectures.base import Gather, Prepared, bucket
+from vfjax.fusion.shard import Shard, no_room, numbered
 from vfjax.text.prompts import IMAGE_ID
-
-
-@dataclasses.dataclass(frozen=True)
-class Shard:
-    """A process's share of a batch that several make together; from `Processor.shard`.
-
-    Put together on their first axes, the arrays of all shares are one batch.
-
-    Attributes:
-        index: of the process.
-        count: of the processes.
-        length: t, of all rows of the batch.
-        pictures: that each process makes room for; 0 if no row of the batch has any.
-        text: ids of a prompt that each process makes room for.
-    """
-
-    index: int
-    count: int
-    length: int
-    pictures: int
-    text: int
 
 
 @dataclasses.dataclass(frozen=True)
@@ -71,7 +50,7 @@ class Slots:
         return type(self)(*(getattr(self, name)[where] for name in names))
 
 
-def splice(row: np.ndarray, seen: Sequence[Slots]) -> tuple[Slots, np.ndarray]:
+def expand(row: np.ndarray, seen: Sequence[Slots]) -> tuple[Slots, np.ndarray]:
     """A row with each placeholder widened to its picture's tokens.
 
     Args:
@@ -91,7 +70,7 @@ def splice(row: np.ndarray, seen: Sequence[Slots]) -> tuple[Slots, np.ndarray]:
     return Slots.join([*parts, Slots.text(row[first:])]), np.repeat(np.arange(len(row)), width)
 
 
-def laid(
+def layout(
     ready: Prepared, first: int, branch: int, shard: Shard | None = None
 ) -> tuple[list[Slots], Gather | None, int]:
     """The tokens of each of a branch's pictures, and how those are made that the memory lacks.
@@ -166,23 +145,25 @@ def _gather(made: Sequence[tuple[np.ndarray, np.ndarray | None]], room: int, wid
     return Gather(out, None if largest else shares)
 
 
-def numbered(ready: Prepared, shard: Shard) -> Prepared:
-    """A branch's share with its tokens' numbers in the memory of all processes' shares."""
-    own = ready.size - ready.shared
-    first, end = shard.index * own, shard.count * own
+def pad(rows: Sequence[Slots], length: int, side: str) -> tuple[Slots, np.ndarray]:
+    """Rows of a batch, filled up to one length.
 
-    def moved(run: Run) -> Run:
-        indices = np.where(run.indices < own, first + run.indices, end - own + run.indices)
-        return dataclasses.replace(run, indices=indices)
+    Args:
+        rows: b of them, none longer than `length`; at least one.
+        length: t.
+        side: "left" fills rows before their first token, else after their last.
 
-    return dataclasses.replace(ready, runs=[moved(r) for r in ready.runs], size=end + ready.shared)
-
-
-def no_room(what: str, found: int, room: int) -> InputError:
-    """The error of a share that has more than was agreed."""
-    return InputError(
-        "shard",
-        found=f"{found} {what}",
-        expected=f"at most {room}, as agreed between the processes, and no video",
-        fix="make the shard from the same rows",
-    )
+    Returns:
+        Arrays [b, t] of int32, and bool[b, t], False at padding. What is picked of an array by it
+        is the rows' one after another.
+    """
+    lengths, at = np.array([[len(row)] for row in rows]), np.arange(length)
+    mask = at >= length - lengths if side == "left" else at < lengths
+    every, padding = Slots.join(rows), {"visual": -1, "steps": 1}
+    arrays = []
+    for field in dataclasses.fields(Slots):
+        values = getattr(every, field.name)
+        array = np.full(mask.shape + values.shape[1:], padding.get(field.name, 0), np.int32)
+        array[mask] = values
+        arrays.append(array)
+    return Slots(*arrays), mask

@@ -4,7 +4,6 @@ import dataclasses
 import itertools
 import os
 from collections.abc import Mapping, Sequence
-from typing import Any
 
 import numpy as np
 
@@ -28,6 +27,7 @@ from vfjax.rows import (
 from vfjax.settings import Settings
 from vfjax.text import chat as own
 from vfjax.text import prompts as text
+from vfjax.text.tokenizer import Tokenizer
 from vfjax.vision.images import Convert, File, open_file
 from vfjax.vision.video import Video
 
@@ -53,7 +53,7 @@ class Processor:
     """
 
     config: ModelConfig
-    tokenizer: Any = None
+    tokenizer: Tokenizer | None = None
     template: str = "vicuna_v1"
     stop_ids: tuple[int, ...] = ()
     lengths: tuple[int, ...] = LENGTHS
@@ -84,7 +84,7 @@ class Processor:
         messages: own.Messages,
         *,
         answer: bool = True,
-        variables: Mapping[str, Any] | None = None,
+        variables: Mapping[str, object] | None = None,
     ) -> str:
         """Messages in the folder's own chat template; errors as of `vfjax.text.chat.render`."""
         if not self.chat_template:
@@ -341,7 +341,7 @@ class Processor:
             sizes.append(size)
         return inputs, parts, tuple(sizes)
 
-    def require_tokenizer(self) -> Any:
+    def require_tokenizer(self) -> Tokenizer:
         """The tokenizer; raises InputError if there is none."""
         if self.tokenizer is None:
             raise InputError(

@@ -15,7 +15,7 @@ import sys
 import tempfile
 import time
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import jax
 import jax.numpy as jnp
@@ -33,6 +33,7 @@ from experiments.configs.train import CONNECTOR, LLM
 from vfjax import Batch, InputError
 from vfjax.architectures import Inputs
 from vfjax.data import Batches, Conversations
+from vfjax.text.tokenizer import Tokenizer
 from vfjax.train import Group, Optim, Options, fit, init, make_step, split
 
 PACKAGES = ("jax", "jaxlib", "flax", "optax", "grain", "torch", "transformers", "vfjax")
@@ -176,7 +177,7 @@ def bench_data(folder: Path, sizes: Sizes, rows: list[Row], notes: dict[str, Any
         talks.append({"id": str(i), "image": f"{i}.jpg", "conversations": turns})
     (folder / "rows.json").write_text(json.dumps(talks))
     _, processor = converters.load(folder / "llava", dtype="float32")
-    processor.tokenizer = Words()
+    processor.tokenizer = cast(Tokenizer, Words())  # templates ask for no more of it
     data = Conversations(folder / "rows.json", folder / "pictures")
     batches = Batches([(data, 1.0)], processor, batch=8, seed=0, steps=40, window=1)
     stream = iter(batches.to_iter())

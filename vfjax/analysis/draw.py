@@ -2,7 +2,7 @@
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 from PIL import Image
@@ -10,21 +10,25 @@ from PIL import Image
 from vfjax.atomic import replacing
 from vfjax.eval.extras import needs
 
+if TYPE_CHECKING:  # it is in an extra
+    from matplotlib.figure import Figure
+
 Heats = Mapping[str, np.ndarray]
 """Label -> map float[h, w]."""
+Box = Sequence[float]
 
 
-def _save(figure: Any, file: Path) -> None:
+def _save(figure: "Figure", file: Path) -> None:
     with replacing(file) as part:
         figure.savefig(part, dpi=110, format="png")
 
 
-def _figure(width: float, height: float) -> Any:
+def _figure(width: float, height: float) -> "Figure":
     figure = needs("matplotlib.figure", "analysis", "matplotlib", "figures")
     return figure.Figure(figsize=(width, height), layout="constrained")
 
 
-def overlays(file: Path, rows: Sequence[tuple[Image.Image, str, Heats, Any]]) -> None:
+def overlays(file: Path, rows: Sequence[tuple[Image.Image, str, Heats, Box | None]]) -> None:
     """Maps over pictures, a row a picture, a column a label; each map's smallest to largest value.
 
     Args:

@@ -8,11 +8,10 @@ import hashlib
 import json
 import os
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path, PurePosixPath
-from typing import Any
 
 import numpy as np
 
@@ -138,8 +137,9 @@ class Conversations:
         folder = _Folder(self._images)
         for number, row in enumerate(_read(self.path)):
             try:
-                self._rows.append(_checked(row, f"{self.path} row {number}", number, folder))
-                self.openings += len(row["conversations"]) % 2  # the rest are pairs
+                checked, opening = _checked(row, f"{self.path} row {number}", number, folder)
+                self._rows.append(checked)
+                self.openings += opening
             except InputError as error:
                 if not skip_broken:
                     raise
@@ -208,7 +208,7 @@ class _Folder:
             return frozenset()
 
 
-def _read(path: Path) -> Iterator[Any]:
+def _read(path: Path) -> Iterator[object]:
     """The rows as they are parsed."""
     try:
         text = contents(path).decode(
@@ -236,7 +236,7 @@ def _read(path: Path) -> Iterator[Any]:
     yield from rows
 
 
-def _parsed(text: str, where: object) -> Any:
+def _parsed(text: str, where: object) -> object:
     try:
         return json.loads(text)
     except (ValueError, RecursionError) as error:
@@ -252,8 +252,8 @@ def _not_json(where: object, error: Exception) -> InputError:
     )
 
 
-def _checked(row: Any, where: str, number: int, folder: _Folder) -> _Row:
-    """A row in short form; raises InputError with the first fault."""
+def _checked(row: object, where: str, number: int, folder: _Folder) -> tuple[_Row, int]:
+    """A row in short form, and messages before its first pair; raises InputError with a fault."""
     if not isinstance(row, dict) or "conversations" not in row:
         raise InputError(
             where,
@@ -266,21 +266,21 @@ def _checked(row: Any, where: str, number: int, folder: _Folder) -> _Row:
     name = _name(row.get("id", number))
     where = f"{where} (id {name})"
     _check_keys(row, _READ, where)
-    messages = _messages(row["conversations"], where)
+    messages, opening = _messages(row["conversations"], where)
     images, videos = (_names(row.get(key), key, where) for key in ("image", "video"))
-    pictures, films, turns = _placed(_turns(*messages, where), images, videos, where)
+    pictures, films, turns = _placed(_turns(messages, opening, where), images, videos, where)
     for i, picture in enumerate(pictures):
         _check_picture(picture, "video" if i in films else "image", where, folder)
-    return number, name, pictures, films, turns
+    return (number, name, pictures, films, turns), opening
 
 
-def _name(id: Any) -> str:
+def _name(id: object) -> str:
     """A row's id in messages."""
     name = str(id)
     return name if name.isprintable() and name.isascii() and len(name) <= 80 else _short(id)
 
 
-def _check_keys(row: Mapping[str, Any], read: frozenset[str], where: str) -> None:
+def _check_keys(row: Mapping[str, object], read: frozenset[str], where: str) -> None:
     """Raises InputError for a key that is not read and has an effect elsewhere."""
     for key, value in row.items():
         if key in read or value is None or value in ("", [], {}):
@@ -303,7 +303,7 @@ def _check_keys(row: Mapping[str, Any], read: frozenset[str], where: str) -> Non
         )
 
 
-def _names(value: Any, key: str, where: str) -> list[str]:
+def _names(value: object, key: str, where: str) -> list[str]:
     """A row's pictures or videos."""
     names = [] if value is None else [value] if isinstance(value, str) else value
     if not isinstance(names, list) or not all(isinstance(n, str) for n in names):
@@ -351,7 +351,7 @@ def _placed(
     return pictures, films, turns
 
 
-def _messages(messages: Any, where: str) -> tuple[list[Any], int]:
+def _messages(messages: object, where: str) -> tuple[list[object], int]:
     """A row's messages from a human's on, and the number of the first of them."""
     if not isinstance(messages, list) or not messages:
         raise InputError(
@@ -366,7 +366,7 @@ def _messages(messages: Any, where: str) -> tuple[list[Any], int]:
     return messages[start:], start
 
 
-def _turns(messages: list[Any], first: int, where: str) -> tuple[tuple[str, str], ...]:
+def _turns(messages: Sequence[object], first: int, where: str) -> tuple[tuple[str, str], ...]:
     """(question, answer) pairs of messages, the first of which is the row's `first`."""
     texts = [
         _text(message, f"{where} message {first + i}", _ROLES[i % 2])
@@ -382,7 +382,7 @@ def _turns(messages: list[Any], first: int, where: str) -> tuple[tuple[str, str]
     return tuple(zip(texts[::2], texts[1::2], strict=True))
 
 
-def _text(message: Any, where: str, role: str) -> str:
+def _text(message: object, where: str, role: str) -> str:
     """The words of a message that `role` should have said."""
 
     def wrong(found: str, expected: str) -> InputError:

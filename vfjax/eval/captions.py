@@ -3,7 +3,6 @@
 import contextlib
 import io
 from collections.abc import Sequence
-from typing import Any
 
 from vfjax.errors import InputError
 from vfjax.eval.data import (
@@ -13,7 +12,7 @@ from vfjax.eval.data import (
     Question,
     fields,
     objects,
-    read_json,
+    read_object,
     text_fields,
 )
 from vfjax.eval.extras import needs
@@ -29,7 +28,8 @@ def read_captions(data: Data, options: Options) -> list[Question]:
     Of Karpathy's, the rows of `split`. A picture is one question, its captions the answers.
     """
     file = data.file("captions_*.json", "dataset_*.json", "*.json")
-    (images,) = fields(whole := read_json(file), file, "images")
+    whole = read_object(file, "images")
+    (images,) = fields(whole, file, "images")
     images = objects(images, file, "images")
     found: dict[str, tuple[str, list[str]]] = {}
     if "annotations" in whole:
@@ -78,7 +78,7 @@ def score_captions(
     METEOR, which is slow, if `meteor` is set. SPICE is not computed: pycocoevalcap would download
     what it needs.
     """
-    scorers: Any = {
+    scorers = {
         "CIDEr": _of("cider.cider", "Cider"),
         "BLEU": _of("bleu.bleu", "Bleu"),
         "ROUGE-L": _of("rouge.rouge", "Rouge"),
@@ -111,7 +111,7 @@ def score_captions(
     return out
 
 
-def _of(module: str, name: str) -> Any:
+def _of(module: str, name: str) -> type:
     return getattr(needs(f"pycocoevalcap.{module}", "eval", "pycocoevalcap"), name)
 
 

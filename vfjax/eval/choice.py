@@ -22,8 +22,8 @@ from vfjax.eval.data import (
     labelled,
     objects,
     read_by_id,
-    read_json,
     read_lines,
+    read_object,
     read_table,
     text_fields,
 )
@@ -105,7 +105,7 @@ def named_options(choices: Sequence[Any], where: object) -> dict[str, str]:
     return dict(zip(LETTERS, map(str, choices), strict=False))
 
 
-def _labelled(answer: Any, options: Mapping[str, str], where: object) -> str:
+def _labelled(answer: object, options: Mapping[str, str], where: object) -> str:
     """An answer's letter; raises InputError if it is of no option."""
     letter = str(answer).strip(" ()").upper()
     if letter not in options:
@@ -256,7 +256,7 @@ def read_seed(data: Data, options: Options) -> list[Question]:
     """SEED-Bench.json; questions about pictures only, as in LLaVA's "SEED-IMG"."""
     del options
     file, out = data.file("SEED-Bench.json", "*.json"), []
-    whole = read_json(file)
+    whole = read_object(file, "questions")
     (rows,) = fields(whole, file, "questions")
     (types,) = objects([whole.get("question_type", {})], file, "question_type")
     kinds = {str(number): name for name, number in types.items()}
@@ -344,8 +344,8 @@ def read_mmbench(data: Data, options: Options) -> list[Question]:
     return out
 
 
-def _given(value: Any) -> bool:
-    return bool(value) and value.lower() not in ("nan", "none")
+def _given(value: str | None) -> bool:
+    return bool(value and value.lower() not in ("nan", "none"))
 
 
 def _decoded(encoded: str | None, known: dict[str, bytes], where: str) -> Picture:

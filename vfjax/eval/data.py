@@ -10,12 +10,13 @@ import math
 import sys
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from vfjax.atomic import contents, findable
 from vfjax.errors import InputError, counted
 from vfjax.eval.stats import Metric
 
+T = TypeVar("T")
 Picture = Path | bytes
 """A file, or an encoded picture."""
 
@@ -146,7 +147,7 @@ class Data:
         return self._folders[folders] / name
 
 
-def read_json(path: Path) -> Any:
+def read_json(path: Path) -> object:
     """A JSON file.
 
     Raises:
@@ -165,10 +166,10 @@ def read_lines(path: Path) -> list[dict[str, Any]]:
         InputError: it is missing or holds something else.
     """
     text = read_text(path)
+    rows: list[dict[str, Any]] = []
     if text.lstrip().startswith("["):
-        rows = read_json(path)
+        rows += _of_kind(read_json(path), (list,), path, "the file", "a list")
     else:
-        rows = []
         for number, line in enumerate(text.split("\n"), 1):
             try:
                 rows += [json.loads(line)] if line.strip() else []
@@ -178,6 +179,15 @@ def read_lines(path: Path) -> list[dict[str, Any]]:
         if not isinstance(row, dict):
             raise _unreadable(f"{path} row {number}", f"a {type(row).__name__}")
     return rows
+
+
+def read_object(path: Path, key: str) -> dict[str, Any]:
+    """A JSON object, which should have a key.
+
+    Raises:
+        InputError: it is missing or holds something else.
+    """
+    return _of_kind(read_json(path), (dict,), path, "the whole", f"an object with {key!r}")
 
 
 def read_table(path: Path, delimiter: str) -> list[dict[str, str]]:
@@ -213,34 +223,33 @@ def read_by_id(path: Path) -> dict[str, dict[str, Any]]:
     Raises:
         InputError: it is missing or holds something else.
     """
-    rows = _of_kind(read_json(path), dict, path, "the file", "rows by id")
+    rows = _of_kind(read_json(path), (dict,), path, "the file", "rows by id")
     for id, row in rows.items():
-        _of_kind(row, dict, f"{path} {id}", "a row", "an object")
+        _of_kind(row, (dict,), f"{path} {id}", "a row", "an object")
     return rows
 
 
-def objects(value: Any, where: object, key: str) -> list[dict[str, Any]]:
+def objects(value: object, where: object, key: str) -> list[dict[str, Any]]:
     """The objects of a list; raises InputError if it is none."""
-    for found in _of_kind(value, list | tuple, where, key, "a list of objects"):
-        _of_kind(found, dict, where, f"in {key}", "an object")
-    return list(value)
+    found = _of_kind(value, (list, tuple), where, key, "a list of objects")
+    return [_of_kind(each, (dict,), where, f"in {key}", "an object") for each in found]
 
 
-def as_texts(value: Any, where: object, key: str) -> tuple[str, ...]:
+def as_texts(value: object, where: object, key: str) -> tuple[str, ...]:
     """The texts of a list; raises InputError if it is none."""
     return tuple(
         as_text(each, where, f"in {key}")
-        for each in _of_kind(value, list | tuple, where, key, "a list of texts")
+        for each in _of_kind(value, (list, tuple), where, key, "a list of texts")
     )
 
 
-def as_text(value: Any, where: object, key: str) -> str:
+def as_text(value: object, where: object, key: str) -> str:
     """A text, or a number as text; raises InputError if it is neither."""
-    kind = str | int | float if not isinstance(value, bool) else str
-    return str(_of_kind(value, kind, where, key, "a text"))
+    kinds = (str,) if isinstance(value, bool) else (str, int, float)
+    return str(_of_kind(value, kinds, where, key, "a text"))
 
 
-def text_fields(row: Mapping[str, Any], where: object, *keys: str) -> list[str]:
+def text_fields(row: object, where: object, *keys: str) -> list[str]:
     """Values of a row that are texts, or numbers, as an id may be.
 
     Raises:
@@ -250,8 +259,10 @@ def text_fields(row: Mapping[str, Any], where: object, *keys: str) -> list[str]:
     return [as_text(value, where, key) for value, key in found]
 
 
-def _of_kind(value: Any, kind: Any, where: object, what: str, expected: str) -> Any:
-    if not isinstance(value, kind):
+def _of_kind(
+    value: object, kinds: tuple[type[T], ...], where: object, what: str, expected: str
+) -> T:
+    if not isinstance(value, kinds):
         raise InputError(
             where,
             found=f"{what} {ascii(value)[:60]}",
@@ -261,33 +272,35 @@ def _of_kind(value: Any, kind: Any, where: object, what: str, expected: str) -> 
     return value
 
 
-def fields(row: Mapping[str, Any], where: object, *keys: str) -> list[Any]:
+def fields(row: object, where: object, *keys: str) -> list[Any]:
     """Values of a row.
 
     Raises:
         InputError: it is no object, or lacks one.
     """
-    _of_kind(row, dict, where, "the whole", f"an object with {keys[0]!r}")
+    found = _of_kind(row, (dict,), where, "the whole", f"an object with {keys[0]!r}")
     for key in keys:
-        if key not in row or row[key] is None:
+        if key not in found or found[key] is None:
             raise InputError(
                 where,
-                found=f"columns {', '.join(map(str, row))}",
+                found=f"columns {', '.join(map(str, found))}",
                 expected=f"a value in {key!r}",
                 fix="use the file as it is published",
             )
-    return [row[key] for key in keys]
+    return [found[key] for key in keys]
 
 
-def number(value: Any, where: object, key: str) -> float:
+def number(value: object, where: object, key: str) -> float:
     """A number of a row, which a table may hold as text.
 
     Raises:
         InputError: it is none, or not finite.
     """
     try:
-        found = math.nan if isinstance(value, bool) else float(value)
-    except (TypeError, ValueError, OverflowError):
+        found = math.nan
+        if isinstance(value, str | int | float) and not isinstance(value, bool):
+            found = float(value)
+    except (ValueError, OverflowError):
         found = math.nan
     if not math.isfinite(found):
         raise InputError(
@@ -299,7 +312,7 @@ def number(value: Any, where: object, key: str) -> float:
     return found
 
 
-def integer(value: Any, where: object, key: str) -> int:
+def integer(value: object, where: object, key: str) -> int:
     """A whole number of a row: 7, "7", or what pandas makes of it beside an empty cell, "7.0".
 
     Raises:

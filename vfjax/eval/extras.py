@@ -1,12 +1,12 @@
 """Libraries that only scoring and analysis need."""
 
 import importlib
-from typing import Any
+from types import ModuleType
 
 from vfjax.errors import InputError
 
 
-def needs(module: str, extra: str, package: str, where: str = "config.benchmark") -> Any:
+def needs(module: str, extra: str, package: str, where: str = "config.benchmark") -> ModuleType:
     """Imports a module of an extra; `where` names what asks for it.
 
     Raises:

@@ -5,7 +5,6 @@ import json
 from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from pathlib import Path
-from typing import Any
 
 from vfjax.errors import InputError
 from vfjax.eval import log
@@ -58,7 +57,7 @@ class Judge:
                 ) from None
         return {id: known[id] for id in questions}
 
-    def _one(self, messages: Any) -> str:
+    def _one(self, messages: Messages) -> str:
         done = self._client.chat.completions.create(
             model=self.model, messages=messages, temperature=0.0, max_tokens=1024
         )

@@ -217,7 +217,7 @@ def read_mathvista(data: Data, options: Options) -> list[Question]:
     del options
     file, out = data.file("testmini.json", "*.json"), []
     query = data.folder / "query.json"
-    queries = read_json(query) if query.is_file() else {}
+    queries: object = read_json(query) if query.is_file() else {}
     for id, row in read_by_id(file).items():
         where = f"{file} {id}"
         if not row.get("query"):

@@ -15,7 +15,7 @@ import grain
 from vfjax.errors import InputError
 from vfjax.eval import log
 from vfjax.eval.data import Question
-from vfjax.generate import generate
+from vfjax.generate import Generator, generate
 from vfjax.processor import Processor
 from vfjax.text import prompts
 from vfjax.vision.video import open_video
@@ -134,7 +134,7 @@ class _Inputs:
 
 
 def predict(
-    model: Any,
+    model: Generator,
     processor: Processor,
     questions: Sequence[Question],
     folder: Path,

@@ -20,6 +20,7 @@ from vfjax.eval.data import (
     read_by_id,
     read_json,
     read_lines,
+    read_object,
     text_fields,
 )
 from vfjax.eval.extras import needs
@@ -34,7 +35,8 @@ def read_vqav2(data: Data, options: Options) -> list[Question]:
     """VQA's `*_questions.json` and, if it is there, `*_annotations.json` (visualqa.org)."""
     del options
     file = data.file("*OpenEnded*_questions.json", "*questions.json")
-    (rows,) = fields(whole := read_json(file), file, "questions")
+    whole = read_object(file, "questions")
+    (rows,) = fields(whole, file, "questions")
     subtype = as_text(whole.get("data_subtype", "val2014"), file, "data_subtype")
     subtype = subtype.replace("-dev", "")  # test2015's pictures
     labels: dict[str, dict[str, Any]] = {}
@@ -120,7 +122,7 @@ def score_vqav2(
 ) -> dict[str, Metric]:
     """VQA accuracy, over all and by type of answer, by lmms-eval: see `score_textvqa`."""
     del options
-    vqa: Any = needs("lmms_eval.tasks.vqav2.utils", "lmms-eval", "lmms-eval")
+    vqa = needs("lmms_eval.tasks.vqav2.utils", "lmms-eval", "lmms-eval")
     labelled(questions)
     right = []
     for q, text in zip(questions, texts, strict=True):
@@ -143,7 +145,7 @@ def score_textvqa(
     official code does not: differences are tiny.
     """
     del options
-    vqa: Any = needs("lmms_eval.tasks.textvqa.utils", "lmms-eval", "lmms-eval")
+    vqa = needs("lmms_eval.tasks.textvqa.utils", "lmms-eval", "lmms-eval")
     labelled(questions)
     right = []
     for q, text in zip(questions, texts, strict=True):

@@ -152,7 +152,7 @@ def score_mme(
     Accuracy+ is the share of pictures with both questions right. By lmms-eval.
     """
     del options
-    mme: Any = needs("lmms_eval.tasks.mme.utils", "lmms-eval", "lmms-eval")
+    mme = needs("lmms_eval.tasks.mme.utils", "lmms-eval", "lmms-eval")
     groups: dict[str, list[dict[str, Any]]] = {}
     records: dict[str, list[dict[str, Any]]] = {}
     right = np.zeros(len(questions))

@@ -2,10 +2,11 @@
 
 from collections.abc import Mapping, Sequence
 from types import MappingProxyType
-from typing import Any
+from typing import Any, Protocol
 
 from vfjax.errors import InputError, counted
 from vfjax.text.prompts import IGNORE, IMAGE_TOKEN, Turn, check_turns, get_template
+from vfjax.text.tokenizer import Tokenizer
 
 CHAT_TEMPLATE = "chat_template"
 """In place of a name of `vfjax.text.prompts.TEMPLATES`: the folder's own chat template."""
@@ -54,13 +55,13 @@ def from_turns(turns: Sequence[Turn]) -> Messages:
 
 
 def render(
-    tokenizer: Any,
+    tokenizer: Tokenizer,
     template: str,
     messages: Messages,
     image_token: str,
     *,
     answer: bool = True,
-    variables: Mapping[str, Any] = MappingProxyType({}),
+    variables: Mapping[str, object] = MappingProxyType({}),
 ) -> str:
     """What transformers' apply_chat_template makes of a conversation.
 
@@ -100,18 +101,18 @@ def render(
 
 
 def _apply(
-    tokenizer: Any,
+    tokenizer: Tokenizer,
     template: str,
     messages: Messages,
     answer: bool,
-    variables: Mapping[str, Any] = MappingProxyType({}),
+    variables: Mapping[str, object] = MappingProxyType({}),
 ) -> str:
     return tokenizer.apply_chat_template(
         messages, chat_template=template, tokenize=False, add_generation_prompt=answer, **variables
     )
 
 
-def _knows_parts(tokenizer: Any, template: str, image_token: str) -> bool:
+def _knows_parts(tokenizer: Tokenizer, template: str, image_token: str) -> bool:
     asked: Messages = [{"role": "user", "content": [PICTURE, words("x")]}]
     try:
         return _apply(tokenizer, template, asked, True).count(image_token) == 1
@@ -132,7 +133,21 @@ def _wrong(found: str, expected: str) -> InputError:
     )
 
 
-def labels(processor: Any, turns: Sequence[Turn]) -> tuple[list[int], list[int]]:
+class Prompter(Protocol):
+    """What `labels` asks of a processor."""
+
+    @property
+    def stops(self) -> Sequence[int]:
+        """Ids that end an answer."""
+
+    def render_messages(self, messages: Messages, *, answer: bool = True) -> str:
+        """A conversation as a prompt; `answer`: whether one is to follow."""
+
+    def tokenize(self, prompt: str) -> list[int]:
+        """Its ids."""
+
+
+def labels(processor: Prompter, turns: Sequence[Turn]) -> tuple[list[int], list[int]]:
     """Training ids and the loss mask: what the template writes from an answer's first letter on.
 
     Args:

@@ -3,13 +3,13 @@
 import dataclasses
 import itertools
 from collections.abc import Mapping, Sequence
-from typing import Any
 
 from vfjax.errors import InputError
 from vfjax.processor import Processor
 from vfjax.rows import Picture
 from vfjax.text import chat, prompts
 from vfjax.text.prompts import IMAGE_TOKEN
+from vfjax.text.tokenizer import Encoding, TextTokenizer
 
 _LITERAL = "\ue000image\ue000"
 """Stands for `<image>` in people's words until the pictures' places are found."""
@@ -26,14 +26,14 @@ class Message:
     """
 
     role: str
-    parts: tuple[Any, ...]
-    more: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    parts: tuple[str | Picture, ...]
+    more: Mapping[str, object] = dataclasses.field(default_factory=dict)
 
 
 def tokenize(
     processor: Processor,
     messages: Sequence[Message],
-    variables: Mapping[str, Any] | None = None,
+    variables: Mapping[str, object] | None = None,
 ) -> tuple[list[int], list[Picture]]:
     """A conversation as a row of `processor(pictures, input_ids=...)`, its answer open.
 
@@ -82,12 +82,13 @@ def tokenize(
 
 
 def _own(
-    processor: Processor, messages: Sequence[Message], variables: Mapping[str, Any] | None
+    processor: Processor, messages: Sequence[Message], variables: Mapping[str, object] | None
 ) -> tuple[list[int], list[Picture]]:
     """By the folder's own chat template."""
     if not messages or messages[-1].role == "assistant":
         raise _wrong(len(messages) - 1, "no question at the end")
-    said, pictures = [], []
+    said: chat.Messages = []
+    pictures: list[Picture] = []
     for message in messages:
         pictures += [part for part in message.parts if not isinstance(part, str)]
         parts = [
@@ -116,7 +117,7 @@ def _ids(processor: Processor, text: str) -> list[int]:
     return ids
 
 
-def _question(parts: Sequence[Any], processor: Processor) -> str:
+def _question(parts: Sequence[str | Picture], processor: Processor) -> str:
     """The parts of a question as text with an `<image>` at each picture."""
     said = [_plain(part, processor) if isinstance(part, str) else None for part in parts]
     runs = [key for key, _ in itertools.groupby(said, key=lambda text: text is None)]
@@ -127,9 +128,10 @@ def _question(parts: Sequence[Any], processor: Processor) -> str:
 
 def _words(messages: Sequence[Message], at: int, processor: Processor) -> str:
     parts = [part for message in messages for part in message.parts]
-    if not all(isinstance(part, str) for part in parts):
+    said = [part for part in parts if isinstance(part, str)]
+    if len(said) < len(parts):
         raise _wrong(at, f"a picture in a message of {messages[0].role!r}")
-    return _plain("\n".join(parts), processor)
+    return _plain("\n".join(said), processor)
 
 
 def _plain(text: str, processor: Processor) -> str:
@@ -141,13 +143,13 @@ def _plain(text: str, processor: Processor) -> str:
 class _Literal:
     """A tokenizer that reads `<image>` where `_LITERAL` stands."""
 
-    tokenizer: Any
+    tokenizer: TextTokenizer
 
     @property
     def bos_token_id(self) -> int | None:
         return self.tokenizer.bos_token_id
 
-    def __call__(self, text: str) -> Any:
+    def __call__(self, text: str) -> Encoding:
         return self.tokenizer(text.replace(_LITERAL, IMAGE_TOKEN))
 
 

@@ -12,9 +12,9 @@ import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from types import MappingProxyType
-from typing import Any
 
 from vfjax.errors import InputError, counted, require
+from vfjax.text.tokenizer import TextTokenizer, Tokenizer
 
 IMAGE_TOKEN = "<image>"
 IMAGE_ID = -200
@@ -302,7 +302,7 @@ def render(template: Template, turns: Sequence[Turn]) -> str:
     return text
 
 
-def tokenize(tokenizer: Any, prompt: str) -> list[int]:
+def tokenize(tokenizer: TextTokenizer, prompt: str) -> list[int]:
     """Tokenises the text around each `<image>` by itself and joins the pieces with -200.
 
     Piece by piece matters: SentencePiece puts a word-start mark before the text after a picture,
@@ -311,8 +311,7 @@ def tokenize(tokenizer: Any, prompt: str) -> list[int]:
     `tokenizer_image_token`.
 
     Args:
-        tokenizer: a transformers tokenizer, or any callable that returns an object with
-            `input_ids` for a string and has `bos_token_id`.
+        tokenizer: a transformers tokenizer, or another that has so much.
         prompt: text with any number of `<image>`.
 
     Returns:
@@ -336,7 +335,7 @@ def _check_text(prompt: str) -> None:
 
 
 def tokenize_whole(
-    tokenizer: Any, prompt: str, image_token: str, *, special: bool = True
+    tokenizer: Tokenizer, prompt: str, image_token: str, *, special: bool = True
 ) -> list[int]:
     """Tokenises a prompt as transformers' processors do: whole, a picture being a special token.
 
@@ -366,7 +365,7 @@ def tokenize_whole(
         return list(tokenizer(text, add_special_tokens=special).input_ids)
     added = tokenizer.added_tokens_encoder
     stand = image_token if image_token in added else tokenizer.eos_token
-    if stand not in added:
+    if stand is None or stand not in added:
         raise InputError(
             "tokenizer",
             found=f"neither {image_token} nor an end of text among its special tokens",
@@ -381,7 +380,7 @@ def tokenize_whole(
     return ids
 
 
-def encoded(tokenizer: Any, prompt: str, image_token: str) -> list[int]:
+def encoded(tokenizer: Tokenizer, prompt: str, image_token: str) -> list[int]:
     """`tokenize_whole` if there is an `image_token`, else `tokenize`."""
     if image_token:
         return tokenize_whole(tokenizer, prompt, image_token)
@@ -389,7 +388,7 @@ def encoded(tokenizer: Any, prompt: str, image_token: str) -> list[int]:
 
 
 def labels(
-    tokenizer: Any, template: Template, turns: Sequence[Turn], image_token: str = ""
+    tokenizer: Tokenizer, template: Template, turns: Sequence[Turn], image_token: str = ""
 ) -> tuple[list[int], list[int]]:
     """Makes training ids and the loss mask of one conversation.
 

@@ -3,12 +3,12 @@
 import dataclasses
 import re
 from collections.abc import Iterator, Sequence
-from typing import Any
 
 from vfjax.fusion.modes import MemberProcessors
 from vfjax.generate import Batches, Generator, stream_ids
 from vfjax.processor import Processor
 from vfjax.sampling import GREEDY, Sampling
+from vfjax.text.tokenizer import Tokenizer
 
 
 def stream(
@@ -124,7 +124,7 @@ class Text:
         return new
 
 
-def _holds(tokenizer: Any, ids: Sequence[int], texts: Sequence[str]) -> bool:
+def _holds(tokenizer: Tokenizer, ids: Sequence[int], texts: Sequence[str]) -> bool:
     said = tokenizer.decode(ids, skip_special_tokens=True)
     return any(text in said for text in texts)
 
@@ -132,7 +132,7 @@ def _holds(tokenizer: Any, ids: Sequence[int], texts: Sequence[str]) -> bool:
 _BYTE = re.compile(r"<0x[0-9A-F]{2}>")
 
 
-def _settled(tokenizer: Any, ids: Sequence[int]) -> Sequence[int]:
+def _settled(tokenizer: Tokenizer, ids: Sequence[int]) -> Sequence[int]:
     """Without the byte tokens at the end: if their run turns out wrong, all of it does."""
     special, n = set(tokenizer.all_special_ids), len(ids)
     while n and (

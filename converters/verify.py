@@ -13,11 +13,9 @@ from converters.folder import open_source
 from converters.load import load
 from converters.source import Source
 from vfjax import Batch, InputError, Model, Processor, generate_ids
-from vfjax.architectures import Inputs
 from vfjax.atomic import read_json
 
-LIMITS: Mapping[str, float] = {
-    "attention_mask": 0,
+BRANCH: Mapping[str, float] = {
     "pixel_values": 2e-6,
     "pixel_values_aux": 2e-6,
     "vision_features": 1e-4,
@@ -33,11 +31,12 @@ LIMITS: Mapping[str, float] = {
     "selected_local": 0,
     "connector_features": 1e-4,
     "image_features": 1e-4,
-    "inputs_embeds": 1e-4,
-    "logits": 2e-4,
-    "generated": 0,
 }
-"""Stage -> largest absolute difference from the recording, float32 on CPU; 0 is equality."""
+"""Stage of a branch -> largest absolute difference from the recording, float32 on CPU; 0 is
+equality."""
+
+LLM: Mapping[str, float] = {"inputs_embeds": 1e-4, "logits": 2e-4, "generated": 0}
+"""So too of the LLM."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -80,7 +79,10 @@ MARKS = ("case.json", "config.json")
 
 
 def verify(case: str | Path) -> list[Row]:
-    """Runs a recorded case; the folder format is that of `golden/README.md`.
+    """Runs a recorded case by the path that users run: the processor, `Model` and `generate_ids`.
+
+    The folder format is that of `golden/README.md`. Of a model of several branches a branch's
+    stages are recorded under its name: `s0.NAME.image_features` beside `s0.logits`.
 
     Args:
         case: a checkpoint folder that also holds case.json, inputs.safetensors and
@@ -103,35 +105,42 @@ def verify(case: str | Path) -> list[Row]:
     source = open_source(case)
     model, processor = load(case, dtype="float32")
     errors: dict[str, list[tuple[float, str]]] = {}
+    limits = _limits(source)
     computed: set[str] = set()
-    limit = source.config.get("tokenizer_model_max_length")  # where upstream cuts
+    longest = source.config.get("tokenizer_model_max_length")  # where upstream cuts
     with jax.default_matmul_precision("highest"):
         samples = sorted({name.split(".")[0] for name in inputs})
-        longest = max(
-            _batch(processor, inputs, sample, limit).tokens.shape[1] for sample in samples
-        )
-        processor.lengths = (longest,)  # one compilation for all
+        batches = [_batch(processor, inputs, sample, longest) for sample in samples]
+        processor.lengths = (max(b.tokens.shape[1] for b in batches),)  # one compilation for all
         for sample in samples:
             start = f"{sample}."
             wanted = {k.removeprefix(start): v for k, v in recorded.items() if k.startswith(start)}
-            batch = _batch(processor, inputs, sample, limit)
+            batch = _batch(processor, inputs, sample, longest)
             found = _stages(model, source, batch, wanted)
-            computed |= set(found) & set(LIMITS)
+            computed |= set(found) & set(limits)
             for stage, value in wanted.items():
                 errors.setdefault(stage, []).append((_error(found.get(stage), value), sample))
-    limits = {**LIMITS, **_limits(source)}
     rows = []
-    for stage in [*(s for s in LIMITS if s in computed), *sorted(set(errors) - computed)]:
+    for stage in [*(s for s in limits if s in computed), *sorted(set(errors) - computed)]:
         error, worst = max(errors.get(stage, [(None, "")]))
         count = len(errors.get(stage, []))
         rows.append(Row(case.name, stage, error, worst, count, limits.get(stage, 0)))
     return rows
 
 
-def _limits(source: Source) -> Mapping[str, float]:
-    """Limits that a connector's table sets for itself."""
-    parts = [f"branches.{branch.name}.connector" for branch in source.branches]
-    return {k: v for part in parts for k, v in source.table(part).limits.items()}
+def _limits(source: Source) -> dict[str, float]:
+    """Stage -> its limit, in the order of computing; a connector's table may set its own."""
+    out: dict[str, float] = {"attention_mask": 0}
+    for branch in source.branches:
+        own = {**BRANCH, **source.table(f"branches.{branch.name}.connector").limits}
+        out |= _named(source, branch.name, own)
+    return {**out, **LLM}
+
+
+def _named(source: Source, branch: str, stages: Mapping[str, Any]) -> dict[str, Any]:
+    """A branch's stages under the names that a recording has for them."""
+    start = f"{branch}." if len(source.branches) > 1 else ""
+    return {f"{start}{stage}": value for stage, value in stages.items()}
 
 
 def _batch(
@@ -154,16 +163,14 @@ def _stages(
     """
     outputs = jax.tree.map(np.asarray, _outputs(model, batch))
     out: dict[str, Any] = {}
-    if batch.images:
-        (branch,) = model.branches.values()
-        ((name, seen),) = batch.images.items()
+    for name, stages in outputs["stages"].items():
         table = source.table(f"branches.{name}.connector")
-        assert table.recorded is not None, f"{table.types[0]} names no stages"
-        inputs = jax.tree.map(np.asarray, seen.given)
-        out = dict(table.recorded(branch.config.connector, inputs, outputs["stages"]))
-        for stage in set(out) & set(wanted):  # the batch holds black pictures up to its bucket
-            if _axis(wanted, stage) != 0:
-                out[stage] = out[stage][: len(wanted[stage])]
+        connector = model.config.branch(name).architecture.connector
+        inputs = jax.tree.map(np.asarray, batch.images[name].given)
+        out |= _named(source, name, table.recorded(connector, inputs, stages))
+    for stage in set(out) & set(wanted):  # the batch holds black pictures up to its bucket
+        if _axis(wanted, stage) != 0:
+            out[stage] = out[stage][: len(wanted[stage])]
     mask = outputs["mask"]
     real = wanted.get("attention_mask", np.True_).astype(bool)
     for stage in ("inputs_embeds", "logits"):
@@ -190,21 +197,18 @@ def _axis(wanted: Mapping[str, np.ndarray], stage: str) -> int | None:
 
 @jax.jit
 def _outputs(model: Model, batch: Batch) -> dict[str, Any]:
-    """All stages of one forward pass."""
-    out: dict[str, Any] = {}
-    if batch.images:
-        ((name, seen),) = batch.images.items()
-        assert isinstance(seen.given, Inputs)
-        branch = model.branches[name]
-        memory = branch.visual_tokens(
-            branch.encode(seen.given), model.llm.lookup, prompt=seen.prompt
-        )
-        own = {"tokens": memory.values, "keep": memory.keep}
-        out["stages"] = {**memory.stages, **own}
+    """What the model computes of a batch, and on the way."""
+    names = [branch.name for branch in model.config.branches]
+    memories = zip(names, model.memories(batch.images), strict=False)  # none without pictures
     x, mask = model.embed(batch)
-    hidden, _ = model.llm(x, mask)
-    x = x / model.llm.scale  # recorded before the authors' LLM scales them
-    return out | {"inputs_embeds": x, "mask": mask, "logits": model.llm.logits(hidden)}
+    if all(branch.scaled for branch in model.config.branches):
+        x = x / model.llm.scale  # recorded before the authors' LLM scales them
+    return {
+        "stages": {name: memory.stages for name, memory in memories},
+        "inputs_embeds": x,
+        "mask": mask,
+        "logits": model(batch),
+    }
 
 
 def _error(found: np.ndarray | None, wanted: np.ndarray) -> float:

@@ -190,7 +190,7 @@ class Model(nnx.Module):
         values = memory.values.astype(self.llm.embedding.dtype)
         if self.config.branch(name).scaled:
             values = self.llm.scaled(values)
-        memory = dataclasses.replace(memory, values=values, stages={})
+        memory = dataclasses.replace(memory, values=values)
         return memory if seen.gather is None else seen.gather(memory)
 
     def memories(self, images: Mapping[str, Pictures]) -> list[VisualTokens]:
@@ -330,7 +330,8 @@ def _encoded(leaves: list[Array], tree: Any, images: dict[str, Pictures]) -> dic
     out: dict[str, Pictures] = {}
     for name, seen in images.items():
         if not model.config.branch(name).architecture.reads_text:
-            out[name] = Pictures(model.memory(name, images, model.llm.lookup))
+            memory = model.memory(name, images, model.llm.lookup)
+            out[name] = Pictures(dataclasses.replace(memory, stages={}))
         elif isinstance(seen.given, Inputs):
             given = model.branches[name].encode(seen.given)
             out[name] = dataclasses.replace(seen, given=given)

@@ -39,7 +39,8 @@ def read_ids(
         raise InputError(
             "prompts", found="one str", expected="a list of prompts", fix="pass [prompt]"
         )
-    if (prompts is None) == (input_ids is None) or not (prompts or input_ids):
+    given = prompts if input_ids is None else input_ids
+    if given is None or (prompts is None) == (input_ids is None) or not len(given):
         raise InputError(
             "processor",
             found="both or neither" if (prompts is None) == (input_ids is None) else "no row",

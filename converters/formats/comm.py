@@ -17,6 +17,7 @@ from converters.formats.llava import (
     upstream_source,
     upstream_tower,
 )
+from converters.params import mlp
 from converters.params.mlp import groups
 from converters.params.table import Rule, Table, dense, norm
 from converters.preprocessor import from_preprocessor
@@ -91,6 +92,8 @@ TABLE = Table(
     read=read,
     unused=dict.fromkeys(("act", "blocks", "mm_projector_type", "ratio"), ANY),
     path=path,
+    recorded=mlp.recorded,
+    limits={"aux_features": 1e-4},
     rules=(
         *merge_rules("encoder"),
         *merge_rules("aux"),

@@ -91,7 +91,7 @@ def recorded(config: SliMEConfig, inputs: Slices, stages: Arrays) -> Arrays:
         "local_projected_raster": stages["local_features"][0, :local],
         "router_scores": stages["router_scores"][0, :local],
         "selected_local": np.flatnonzero(stages["selected"][0]),
-        "image_features": stages["tokens"][stages["keep"]],
+        "image_features": stages["image_features"][stages["keep"]],
     }
 
 

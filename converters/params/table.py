@@ -102,7 +102,8 @@ class Table:
         path: for connectors: (their Hugging Face config, preprocessing, encoder's config,
             connector's config) -> the branch's architecture.
         recorded: for connectors: (connector's config, the branch's inputs, its stages) -> the
-            stages under the names of the authors' code, for `converters verify`.
+            stages under the names of the authors' code, for `converters verify`; by default those
+            that the connector gives them.
         limits: for connectors: stage -> limit of `converters verify` in place of the usual one.
         published: last part of a repository's name -> its config and preprocessor, for checkpoints
             that hold a tower and only name where its config is.
@@ -118,7 +119,7 @@ class Table:
     around: Unused = dataclasses.field(default_factory=dict)
     architecture: str = ""
     path: Callable[[Values, ImageSpec, Any, Any], Architecture] | None = None
-    recorded: Callable[[Any, Any, Arrays], Arrays] | None = None
+    recorded: Callable[[Any, Any, Arrays], Arrays] = lambda config, inputs, stages: stages
     limits: Mapping[str, float] = dataclasses.field(default_factory=dict)
     published: Mapping[str, "Published"] = dataclasses.field(default_factory=dict)
 

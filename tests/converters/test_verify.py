@@ -7,11 +7,18 @@ import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
+import jax
 import numpy as np
 import pytest
+import torch
+import transformers
 from safetensors.numpy import load_file, save_file
 
+import converters
 from converters.__main__ import main
+from converters.files.reader import read_weights
+from vfjax import Model
+from vfjax.atomic import read_json
 
 STAGES = [
     "attention_mask",
@@ -164,3 +171,61 @@ def test_folders_beside_cases_are_said_and_skipped(case: Path, tmp_path: Path, v
     code, lines = verify(case, other)
     assert code == 2
     assert lines[-1].startswith(f"{other / 'case.json'}: found no file")
+
+
+@pytest.fixture(scope="module")
+def two_branches(shared: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A case of LLaVA-1.5 and Mini-Gemini fused; the branches' stages are their authors' own.
+
+    s0 is LLaVA's first sample and s1 Mini-Gemini's: of each the stages of its branch, and what
+    transformers' Llama makes of our embeddings.
+    """
+    members = {n: shared / "golden" / f for n, f in (("a", "llava15_mlp2x"), ("b", "mgm_plain"))}
+    out = tmp_path_factory.mktemp("golden") / "two"
+    converters.fuse(members, out, method="linear", family=False, params={"weights": [1.0, 1.0]})
+    inputs, outputs = {}, {}
+    for k, (name, folder) in enumerate(members.items()):
+        given, recorded = (load_file(folder / f"{x}.safetensors") for x in ("inputs", "outputs"))
+        inputs |= {n.replace("s0.", f"s{k}."): x for n, x in given.items() if n.startswith("s0.")}
+        for stage in ("pixel_values", "vision_features", "image_features"):
+            for end in ("", ".rows"):
+                if f"s0.{stage}{end}" in recorded:
+                    outputs[f"s{k}.{name}.{stage}{end}"] = recorded[f"s0.{stage}{end}"]
+    model, processor = converters.load(out, dtype="float32")
+    llm = read_json(out / "config.json")["text_config"]
+    theirs = transformers.LlamaForCausalLM(transformers.LlamaConfig(**llm)).eval()
+    weights = {n: torch.tensor(x[...]) for n, x in read_weights(out).items()}
+    theirs.load_state_dict({n: weights[n] for n in theirs.state_dict()})
+    for k in range(2):
+        ids, pixels = inputs[f"s{k}.input_ids"], inputs[f"s{k}.image0"]
+        batch = processor([pixels], input_ids=np.atleast_2d(ids))
+        x, mask = jax.jit(Model.embed)(model, batch)
+        embeds = np.asarray(x)[np.asarray(mask)][None]
+        with torch.no_grad():
+            logits = theirs(inputs_embeds=torch.tensor(embeds)).logits.numpy()
+        outputs |= {f"s{k}.inputs_embeds": embeds, f"s{k}.logits": logits}
+        outputs[f"s{k}.attention_mask"] = np.ones(embeds.shape[:2], np.int64)
+    save_file(inputs, out / "inputs.safetensors")
+    save_file(outputs, out / "outputs.safetensors")
+    (out / "case.json").write_text("{}")
+    return out
+
+
+def test_several_branches_are_verified_each_under_its_name(two_branches: Path, verify: Verify):
+    code, lines = verify(two_branches)
+    assert [line for line in lines if "FAILED" in line] == []
+    shown = [line.split()[1] for line in lines if not line.endswith("not recorded in this case")]
+    each = ("pixel_values", "vision_features", "image_features")
+    names = [f"{branch}.{stage}" for branch in "ab" for stage in each]
+    assert (code, shown) == (0, ["attention_mask", *names, "inputs_embeds", "logits"])
+
+
+def test_a_wrong_branch_among_several_is_named(two_branches: Path, verify: Verify):
+    def edit(arrays: Arrays) -> None:
+        arrays["s1.b.vision_features"] = arrays["s1.b.vision_features"] + 1e-3
+        arrays["s0.c.image_features"] = np.zeros(1, np.float32)  # no such branch
+
+    change(two_branches / "outputs.safetensors", edit)
+    code, lines = verify(two_branches)
+    wrong = [(line.split()[1], line.split()[-1]) for line in lines if "FAILED at " in line]
+    assert (code, wrong) == (1, [("b.vision_features", "s1"), ("c.image_features", "s0")])

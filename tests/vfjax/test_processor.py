@@ -220,6 +220,13 @@ def test_decode(tokenizer):
     assert processor.decode([]) == ""
 
 
+def test_ids_may_be_an_array():
+    rows = [[5, 6], [7, 8]]
+    found, expected = (make()(input_ids=ids) for ids in (np.array(rows), rows))
+    np.testing.assert_array_equal(found.tokens, expected.tokens)
+    np.testing.assert_array_equal(found.mask, expected.mask)
+
+
 def test_plain_llm():
     batch = make()(input_ids=[[5, 6], [7]])
     assert batch.images == {}

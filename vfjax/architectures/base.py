@@ -130,6 +130,7 @@ class Gather:
             more(tokens.values),
             jnp.concatenate([tokens.keep, keep.all(axis=1)]),
             None if tokens.deep is None else more(tokens.deep),
+            tokens.stages,
         )
 
 

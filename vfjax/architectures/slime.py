@@ -194,9 +194,11 @@ class SliME(nnx.Module):
         before = jnp.full((n, whole.shape[1] + 1), c.shown != "local")
         before = before.at[:, -1].set(c.shown == "all")  # the separator stands between both
         keep = selected & (c.shown != "global")
+        values = jnp.concatenate([whole, comma, local], axis=1).reshape(-1, d)
+        keep = jnp.concatenate([before, keep], axis=1).reshape(-1)
         return VisualTokens(
-            jnp.concatenate([whole, comma, local], axis=1).reshape(-1, d),
-            jnp.concatenate([before, keep], axis=1).reshape(-1),
+            values,
+            keep,
             stages={
                 "vision_features": plain,
                 "gates": gates,
@@ -205,6 +207,8 @@ class SliME(nnx.Module):
                 "local_features": local,
                 "router_scores": scores,
                 "selected": selected,
+                "image_features": values,
+                "keep": keep,
             },
         )
 

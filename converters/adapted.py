@@ -8,6 +8,7 @@ import functools
 import itertools
 import re
 from collections.abc import Mapping
+from typing import Final
 
 from converters.adapter_config import (
     MERGE,
@@ -50,7 +51,8 @@ Found = tuple[str, LazyTensor]
 Factors = dict[str, Found]
 """Of one module: what it is -> the tensor."""
 
-TOKENS, INDICES = "trainable_tokens", "trainable_token_indices"
+TOKENS = "trainable_tokens"
+INDICES: Final = "trainable_token_indices"
 """What PEFT's rows of single tokens are, and the setting that says of which."""
 
 EXPERTS = re.compile(r"(.+)\.mlp\.experts(\.base_layer)?")

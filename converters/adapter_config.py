@@ -9,7 +9,7 @@ import math
 import re
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import TypedDict, TypeVar, cast
 
 from vfjax import InputError
 from vfjax.atomic import read_json
@@ -17,26 +17,33 @@ from vfjax.errors import cut
 
 SETTINGS = "adapter_config.json"
 
-USED = (
-    "alpha_pattern",
-    "base_model_name_or_path",
-    "ensure_weight_tying",
-    "exclude_modules",
-    "layers_pattern",
-    "layers_to_transform",
-    "lora_alpha",
-    "lora_bias",
-    "modules_to_save",
-    "peft_type",
-    "r",
-    "rank_pattern",
-    "revision",
-    "target_modules",
-    "target_parameters",
-    "trainable_token_indices",
-    "use_dora",
-    "use_rslora",
-)
+Number = TypeVar("Number", int, float)
+
+
+class Settings(TypedDict, total=False):
+    """The keys of the file that are used, once checked; none where there is no file."""
+
+    alpha_pattern: dict[str, float] | None
+    base_model_name_or_path: str | None
+    ensure_weight_tying: bool | None
+    exclude_modules: list[str] | str | None
+    layers_pattern: list[str] | str | None
+    layers_to_transform: list[int] | int | None
+    lora_alpha: float
+    lora_bias: bool | None
+    modules_to_save: list[str] | None
+    peft_type: str
+    r: int
+    rank_pattern: dict[str, int] | None
+    revision: str | None
+    target_modules: list[str] | str | None
+    target_parameters: list[str] | None
+    trainable_token_indices: list[int] | dict[str, list[int]] | None
+    use_dora: bool | None
+    use_rslora: bool | None
+
+
+USED = tuple(Settings.__annotations__)
 
 IDLE = (
     "auto_mapping",
@@ -124,7 +131,7 @@ PATTERNS = (
 """Keys with names or regular expressions."""
 
 
-def read_settings(path: Path) -> dict[str, Any]:
+def read_settings(path: Path) -> Settings:
     """The adapter_config.json of a folder; empty if there is none.
 
     Raises:
@@ -132,7 +139,7 @@ def read_settings(path: Path) -> dict[str, Any]:
             not known; a value of a wrong type.
     """
     if not (path / SETTINGS).is_file():
-        return {}
+        return Settings()
     settings = {**DEFAULTS, **read_json(path / SETTINGS)}
     kind = settings.get("peft_type", "LORA")
     if kind != "LORA":
@@ -166,7 +173,7 @@ def read_settings(path: Path) -> dict[str, Any]:
             _pattern(path, key, pattern)
     if settings.get("target_modules") is None and not settings.get("target_parameters"):
         raise refused(path, "target_modules", None, "names of modules", MERGE)
-    return settings
+    return cast(Settings, settings)
 
 
 def refused(path: Path, key: str, value: object, expected: str, fix: str = MERGE) -> InputError:
@@ -175,8 +182,9 @@ def refused(path: Path, key: str, value: object, expected: str, fix: str = MERGE
     return InputError(where, found=cut(repr(value), 100), expected=expected, fix=fix)
 
 
-def _positive(path: Path, key: str, value: Any, *, whole: bool) -> None:
-    if type(value) not in ((int,) if whole else (int, float)) or not 0 < value < 1e30:
+def _positive(path: Path, key: str, value: object, *, whole: bool) -> None:
+    kinds = (int,) if whole else (int, float)
+    if not isinstance(value, kinds) or isinstance(value, bool) or not 0 < value < 1e30:
         raise refused(path, key, value, "a positive whole number" if whole else "a positive number")
 
 
@@ -192,7 +200,7 @@ def _pattern(path: Path, key: str, pattern: str) -> re.Pattern[str]:
         raise refused(path, key, pattern, f"names, or expressions of them ({error})") from error
 
 
-def targeted(settings: Mapping[str, Any], module: str) -> bool:
+def targeted(settings: Settings, module: str) -> bool:
     """Whether the settings give a module, by its name in the model, factors.
 
     As check_target_module_exists of peft/tuners/tuners_utils.py.
@@ -219,7 +227,7 @@ def targeted(settings: Mapping[str, Any], module: str) -> bool:
     return number in (layers if isinstance(layers, list) else [layers])
 
 
-def parameter_targeted(settings: Mapping[str, Any], parameter: str) -> bool:
+def parameter_targeted(settings: Settings, parameter: str) -> bool:
     """Whether the settings give a parameter, by its name in the model, factors of its own."""
     return _named(settings.get("target_parameters") or [], parameter)
 
@@ -231,7 +239,7 @@ def _named(names: str | list[str] | tuple[str, ...], module: str) -> bool:
     return any(f".{module}".endswith(f".{name}") for name in names)
 
 
-def kept_whole(settings: Mapping[str, Any], module: str) -> bool:
+def kept_whole(settings: Settings, module: str) -> bool:
     """Whether a module is, or is in, one of `modules_to_save`, which PEFT finds by their ends."""
     parts = module.split(".")
     wholes = [".".join(parts[:count]) for count in range(1, len(parts) + 1)]
@@ -239,7 +247,7 @@ def kept_whole(settings: Mapping[str, Any], module: str) -> bool:
     return any(whole.endswith(names) for whole in wholes)
 
 
-def token_numbers(settings: Mapping[str, Any], module: str) -> tuple[int, ...]:
+def token_numbers(settings: Settings, module: str) -> tuple[int, ...]:
     """Which tokens a module's rows are of: all modules', or by the end of its name."""
     numbers = settings.get("trainable_token_indices") or ()
     if isinstance(numbers, dict):  # no name fits a head that is tied to an embedding with a name
@@ -248,19 +256,22 @@ def token_numbers(settings: Mapping[str, Any], module: str) -> tuple[int, ...]:
     return tuple(numbers)
 
 
-def rank_and_scale(path: Path, settings: Mapping[str, Any], module: str) -> tuple[int, float]:
+def rank_and_scale(path: Path, settings: Settings, module: str) -> tuple[int, float]:
     """A module's rank, and what its update is multiplied by.
 
     alpha / rank, or alpha / sqrt(rank) with `use_rslora` (arXiv 2312.03732).
     """
-    rank = _by_module(path, settings, "rank_pattern", module, settings["r"])
-    alpha = _by_module(path, settings, "alpha_pattern", module, settings["lora_alpha"])
+    ranks, alphas = settings.get("rank_pattern"), settings.get("alpha_pattern")
+    rank = _by_module(path, "rank_pattern", ranks, module, settings["r"])
+    alpha = _by_module(path, "alpha_pattern", alphas, module, settings["lora_alpha"])
     return rank, alpha / (math.sqrt(rank) if settings.get("use_rslora") else rank)
 
 
-def _by_module(path: Path, settings: Mapping[str, Any], key: str, module: str, default: Any) -> Any:
+def _by_module(
+    path: Path, key: str, values: Mapping[str, Number] | None, module: str, default: Number
+) -> Number:
     """A module's value: of the first pattern that its name ends with, in the file's order."""
-    for pattern, value in (settings.get(key) or {}).items():
+    for pattern, value in (values or {}).items():
         if _pattern(path, key, rf"(.*\.)?({pattern})").fullmatch(module):
             return value
     return default

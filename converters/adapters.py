@@ -11,8 +11,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from converters.adapter_config import SETTINGS, read_settings
-from converters.files.reader import has_weights, read_config, read_weights
+from converters.adapter_config import SETTINGS, Settings, read_settings
+from converters.files.reader import Stored, has_weights, read_config, read_weights
 from converters.towers import Towers
 from converters.values import Values
 from vfjax import InputError
@@ -47,8 +47,8 @@ class Contents:
     tensors: dict[str, LazyTensor]
     files: dict[str, Path]
     base: Path | None = None
-    settings: dict[str, Any] = dataclasses.field(default_factory=dict)
-    added: dict[str, dict[str, Any]] = dataclasses.field(default_factory=dict)
+    settings: Settings = dataclasses.field(default_factory=Settings)
+    added: dict[str, dict[str, Stored]] = dataclasses.field(default_factory=dict)
 
 
 def read(path: Path, base: str | Path | None, towers: Towers) -> Contents:
@@ -151,7 +151,7 @@ def _check_base(path: Path, base: Path, below: dict[str, Any], own: dict[str, An
     check_family({str(base): below.get("text_config", below), label: own.get("text_config", own)})
 
 
-def _resized(config: dict[str, Any], added: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
+def _resized(config: dict[str, Any], added: Mapping[str, Mapping[str, Stored]]) -> dict[str, Any]:
     """A config with the vocabulary of an adapter that brings an embedding of its own."""
     saved = (x for name, x in added.get(ADAPTER, {}).items() if EMBEDDINGS.fullmatch(name))
     if (embedding := next(saved, None)) is None:
@@ -162,7 +162,7 @@ def _resized(config: dict[str, Any], added: Mapping[str, Mapping[str, Any]]) -> 
     return {**config, **rows}
 
 
-def _own_tensors(path: Path, settings: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
+def _own_tensors(path: Path, settings: Settings) -> dict[str, dict[str, Stored]]:
     """Stem -> the tensors of its file, of all files that are there; the adapter's must be."""
     stems = [stem for stem in (EXTRA, PROJECTOR) if has_weights(path, (stem,))]
     return {x: dict(read_weights(path, (x,))) for x in (*stems, *([ADAPTER] if settings else []))}

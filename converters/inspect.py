@@ -3,14 +3,14 @@
 import re
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from converters.adapter_config import SETTINGS, read_settings
 from converters.files.others import TOWER
 from converters.folder import open_source
 from converters.load import abstract, check, check_depth, model_config, tower_file
 from converters.lora import Updated
-from converters.params.table import restored
+from converters.params.table import Layered, restored
 from converters.processor import processor
 from converters.registry import find
 from converters.towers import read_tower
@@ -100,7 +100,7 @@ def inspect(
     return "\n".join(lines)
 
 
-def _size(config: Any) -> str:
+def _size(config: Layered) -> str:
     return f"{counted(config.layers, 'layer')} x {config.width}"
 
 

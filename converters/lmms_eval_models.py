@@ -7,7 +7,7 @@ What requests hold is said in `lmms_eval.api.model` and `lmms_eval.api.task`.
 """
 
 from collections.abc import Mapping, Sequence
-from typing import Any, NoReturn
+from typing import Any, NoReturn, Protocol
 
 from lmms_eval.api.instance import GenerationResult, Instance, TokenCounts
 from lmms_eval.api.model import lmms
@@ -18,6 +18,7 @@ from tqdm import tqdm
 import converters
 from vfjax import InputError, Sampling, generate_ids, open_video
 from vfjax.errors import counted
+from vfjax.processor import Picture
 from vfjax.text import chat
 from vfjax.text.messages import Message, tokenize
 from vfjax.text.prompts import IMAGE_TOKEN
@@ -25,8 +26,16 @@ from vfjax.text.stream import Text
 
 PICTURES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff", ".gif")
 SETTINGS = {"max_new_tokens", "temperature", "top_p", "do_sample", "num_beams", "until", "seed"}
-Row = tuple[list[int], list[Any]]
+Row = tuple[list[int], list[Picture]]
 """Token ids with -200 at each picture, and the pictures."""
+
+
+class Content(Protocol):
+    """Of a message, `lmms_eval.protocol`: a text has `text`, a picture or video `url`."""
+
+    type: str
+    text: str
+    url: Any  # a video's is its path
 
 
 class Simple(lmms):
@@ -45,7 +54,7 @@ class Simple(lmms):
         pool: int = 2,
         device: str | None = None,
         max_batch_size: int | None = None,
-        **unknown: Any,
+        **unknown: object,
     ):
         """Loads the model.
 
@@ -141,12 +150,12 @@ class Simple(lmms):
             return self.processor.tokenize(self.processor.render([(text, None)])), visuals
         return tokenize(self.processor, [Message("user", (*visuals, text))])
 
-    def _picture(self, visual: Any) -> Any:
+    def _picture(self, visual: Picture) -> Picture:
         if isinstance(visual, str) and not visual.lower().endswith(PICTURES):
             return open_video(visual, frames=self.frames, pool=self.pool)
         return visual
 
-    def _count(self, visuals: Sequence[Any]) -> None:
+    def _count(self, visuals: Sequence[Picture]) -> None:
         if self.max_images is not None and len(visuals) > self.max_images:
             _refuse("max_images", counted(len(visuals), "picture"), f"at most {self.max_images}")
 
@@ -178,7 +187,7 @@ class Chat(Simple):
         self._count(pictures)
         return ids, pictures
 
-    def _part(self, part: Any) -> Any:
+    def _part(self, part: Content) -> Picture:
         if part.type == "text":
             return part.text
         if part.type == "image":

@@ -3,7 +3,7 @@
 import dataclasses
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, TypeVar
 
 import jax
 import numpy as np
@@ -16,7 +16,7 @@ from converters.folder import open_source
 from converters.formats.visionfuse import arranged
 from converters.load_params import fill
 from converters.origin import remember
-from converters.params.table import FLOATS, Rule, Table
+from converters.params.table import FLOATS, Layered, Rule, Table
 from converters.preprocessor import from_preprocessor
 from converters.processor import processor
 from converters.registry import find
@@ -37,6 +37,8 @@ from vfjax.vision.encoders.vit import resolve_taps
 
 if TYPE_CHECKING:
     pass
+
+Module = TypeVar("Module", bound=nnx.Module)
 
 Params = dict[str, nnx.Variable]
 """Parameter path, joined by "/" -> the parameter."""
@@ -174,8 +176,8 @@ def tower_file(path: Path) -> str | None:
 
 
 def _read_module(
-    config: Any,
-    table: Table,
+    config: Layered,
+    table: Table[Layered],
     tensors: Mapping[str, LazyTensor],
     where: str,
     mesh: Mesh | None,
@@ -190,7 +192,7 @@ def _read_module(
     return join(graph, params)
 
 
-def check_depth(config: Any, tensors: Mapping[str, LazyTensor], where: str) -> None:
+def check_depth(config: Layered, tensors: Mapping[str, LazyTensor], where: str) -> None:
     """Raises InputError before more layers are built than there can be weights for."""
     if config.layers > len(tensors):
         raise InputError(
@@ -306,7 +308,7 @@ def _check_width(source: Source, branch: BranchConfig, llm: LlamaConfig) -> None
         )
 
 
-def abstract(build: Callable[..., nnx.Module]) -> tuple[nnx.GraphDef, Params]:
+def abstract(build: Callable[..., Module]) -> tuple[nnx.GraphDef[Module], Params]:
     """The module that `build(rngs=)` makes, as structure and shapes only."""
     graph, state = nnx.split(nnx.eval_shape(lambda: build(rngs=_OneKey())))
     return graph, flatten(state)
@@ -324,7 +326,7 @@ def flatten(state: nnx.State) -> Params:
     return {"/".join(map(str, path)): v for path, v in nnx.to_flat_state(state)}
 
 
-def join(graph: nnx.GraphDef, params: Params) -> Any:
+def join(graph: nnx.GraphDef[Module], params: Params) -> Module:
     """The module of a structure and its parameters."""
     flat = [(tuple(map(_key, name.split("/"))), v) for name, v in params.items()]
     return nnx.merge(graph, nnx.from_flat_state(flat))

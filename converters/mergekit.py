@@ -88,7 +88,7 @@ def read_yaml(path: str | Path) -> Yaml:
     return dataclasses.replace(_result(str(path), found), text=text)
 
 
-def _result(path: str, found: Sequence[Any]) -> Yaml:
+def _result(path: str, found: Sequence[object]) -> Yaml:
     """The document of a file that no other one needs."""
     documents: dict[str | None, Mapping[str, Any]] = {}
     for document in found or [None]:
@@ -120,7 +120,7 @@ def _result(path: str, found: Sequence[Any]) -> Yaml:
 class _Loader(yaml.SafeLoader):
     """Refuses a key that a mapping has twice, of which PyYAML would drop the first."""
 
-    def compose_mapping_node(self, anchor: Any) -> yaml.MappingNode:
+    def compose_mapping_node(self, anchor: str | None) -> yaml.MappingNode:
         node = super().compose_mapping_node(anchor)
         seen: set[str] = set()
         for key, _ in node.value:
@@ -132,7 +132,7 @@ class _Loader(yaml.SafeLoader):
         return node
 
 
-def _check_size(path: Path, found: Any) -> None:
+def _check_size(path: Path, found: object) -> None:
     """Refuses what is nested too deep, as aliases of themselves are, or too much, as of aliases."""
     left, nodes = [(found, 0)], 0
     while left:
@@ -141,8 +141,8 @@ def _check_size(path: Path, found: Any) -> None:
         if depth > DEEPEST or nodes > MOST:
             what = f"more than {DEEPEST} levels" if depth > DEEPEST else f"more than {MOST} values"
             parse.fail(str(path), what, "a recipe", "see mergekit's examples")
-        inner = value.values() if isinstance(value, Mapping) else value
         if isinstance(value, Mapping | list):
+            inner = value.values() if isinstance(value, Mapping) else value
             left += [(x, depth + 1) for x in inner]
 
 
@@ -192,21 +192,21 @@ def _read(
     return Yaml(recipe, folders, below, merges, others)
 
 
-def _reference(where: str, given: Any) -> Reference:
+def _reference(where: str, given: object) -> Reference:
     """Mergekit's ModelReference: a string, or a mapping of `model` and `lora`."""
     if isinstance(given, str) and findable(given, where).exists():
         return Reference(given)
     if isinstance(given, str):
-        path, *lora = given.split("+")
-        if len(lora) > 1:
+        folder, *more = given.split("+")
+        if len(more) > 1:
             parse.fail(where, repr(given), "folder, or folder+adapter", "correct it")
-        given = {"model": path, "lora": lora[0] if lora else None}
-    parse.keys(where, given, ("model", "lora", "override_architecture"))
-    if given.get("override_architecture") is not None:
-        found = f"override_architecture {given['override_architecture']!r}"
+        given = {"model": folder, "lora": more[0] if more else None}
+    asked = parse.keys(where, given, ("model", "lora", "override_architecture"))
+    if (other := asked.get("override_architecture")) is not None:
+        found = f"override_architecture {other!r}"
         parse.fail(where, found, "the architecture of config.json", "remove it")
-    path = _path(f"{where}.model", given.get("model"))
-    lora = given.get("lora")
+    path = _path(f"{where}.model", asked.get("model"))
+    lora = asked.get("lora")
     return Reference(path, None if lora is None else _path(f"{where}.lora", lora))
 
 
@@ -264,7 +264,7 @@ WORDS = ("union", "base")
 """Sources of tokenizers that are no models."""
 
 
-def _references(where: str, config: Any) -> list[tuple[str, Reference]]:
+def _references(where: str, config: Mapping[str, Any] | list[Any]) -> list[tuple[str, Reference]]:
     """("model", "base_model" or "tokenizer", model) in the order in which they occur."""
     found = []
     for key, value in config.items() if isinstance(config, Mapping) else enumerate(config):
@@ -298,14 +298,22 @@ def _label(reference: Reference, taken: set[str]) -> str:
     return label
 
 
-def _renamed(where: str, config: Any, labels: Mapping[Reference, str]) -> Any:
+def _renamed(
+    where: str, config: Mapping[str, Any], labels: Mapping[Reference, str]
+) -> dict[str, Any]:
     """The configuration with labels in place of references."""
-    pairs = config.items() if isinstance(config, Mapping) else enumerate(config)
-    out = []
-    for key, value in pairs:
-        if _kind(where, key, value) is not None:
-            value = labels[_reference(f"{where}{key}", value)]
-        elif isinstance(value, Mapping | list):
-            value = _renamed(f"{where}{key}.", value, labels)
-        out.append((key, value))
-    return dict(out) if isinstance(config, Mapping) else [value for _, value in out]
+    return {key: _relabelled(where, key, value, labels) for key, value in config.items()}
+
+
+def _relabelled(
+    where: str, key: str | int, value: object, labels: Mapping[Reference, str]
+) -> object:
+    """A value of it, under a key or at a place in a list."""
+    if _kind(where, key, value) is not None:
+        return labels[_reference(f"{where}{key}", value)]
+    inside = f"{where}{key}."
+    if isinstance(value, Mapping):
+        return _renamed(inside, value, labels)
+    if isinstance(value, list):
+        return [_relabelled(inside, i, x, labels) for i, x in enumerate(value)]
+    return value

@@ -7,9 +7,11 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from converters.lora import Updated
 from converters.source import Source
 from converters.towers import Prefixes, tower_files
 from vfjax import InputError, Model
+from vfjax.merge import LazyTensor
 
 ORIGINS: "weakref.WeakKeyDictionary[Model, Origin]" = weakref.WeakKeyDictionary()
 """Model -> its checkpoint, as long as the model lives."""
@@ -82,6 +84,9 @@ def origin_of(model: Model) -> Origin:
     return ORIGINS[model]
 
 
-def _file(tensor: Any) -> Path:
+def _file(tensor: LazyTensor) -> Path:
     """Of a tensor; under an adapter the base's: its update of what nothing reads is 0."""
-    return tensor.path if hasattr(tensor, "path") else _file(tensor.base)
+    if isinstance(tensor, Updated):
+        return _file(tensor.base)
+    assert hasattr(tensor, "path"), "spare tensors are as they are in files"
+    return tensor.path

@@ -204,9 +204,9 @@ def _square(size: object, name: str, key: str) -> int:
     return size
 
 
-def _channels(value: Any, name: str, key: str, above: float) -> tuple[float, float, float]:
-    is_list = isinstance(value, list | tuple) and len(value) == 3
-    if not is_list or not all(is_number(v) and v > above for v in value):
+def _channels(value: object, name: str, key: str, above: float) -> tuple[float, float, float]:
+    given = value if isinstance(value, list | tuple) else ()
+    if len(given) != 3 or not all(is_number(v) and v > above for v in given):
         raise _unsupported(name, key, value, f"three numbers above {above}")
-    red, green, blue = (float(v) for v in value)
+    red, green, blue = (float(v) for v in given)
     return red, green, blue

@@ -11,11 +11,11 @@ from converters.params.table import Table
 from vfjax import InputError
 from vfjax.errors import cut
 
-TABLES: dict[str, Table] = {}
+TABLES: dict[str, Table[Any]] = {}
 """`model_type` of a component's config -> its table."""
 
 
-def find(config: Mapping[str, Any], where: str) -> Table:
+def find(config: Mapping[str, Any], where: str) -> Table[Any]:
     """The table for a component's config.
 
     Raises:

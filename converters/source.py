@@ -152,11 +152,11 @@ class Source:
         parts = [item for branch in self.branches for item in branch.parts.items()]
         return {"llm": self.llm, **dict(parts)}
 
-    def table(self, part: str) -> Table:
+    def table(self, part: str) -> Table[Any]:
         """The table of a component."""
         return registry.find(self.components[part], f"{self.path}: {part}")
 
-    def config_of(self, part: str, **more: int) -> Any:
+    def config_of(self, part: str, **more: int) -> Any:  # each table has a class of its own
         """The config of a component, read by its table.
 
         Args:

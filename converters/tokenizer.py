@@ -3,9 +3,9 @@
 import contextlib
 import json
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 from converters.files.reader import first_line
 from converters.source import TOKENIZERS, Source, has_tokenizer
@@ -24,6 +24,33 @@ GEMMA = "<bos>"
 """A piece of Gemma's SentencePiece files that Llama's have not."""
 
 SETTINGS = "tokenizer_config.json"
+
+
+class Piece(Protocol):
+    """A token of a SentencePiece file."""
+
+    piece: str
+    score: float
+
+
+class Trainer(Protocol):
+    """How a SentencePiece file was made; `model_type` is a number, see `BPE`."""
+
+    model_type: int
+
+
+class Normalizer(Protocol):
+    """What SentencePiece does to a text first."""
+
+    add_dummy_prefix: bool
+
+
+class Pieces(Protocol):
+    """What is read here of `sentencepiece_model.proto`'s ModelProto."""
+
+    pieces: Sequence[Piece]
+    trainer_spec: Trainer
+    normalizer_spec: Normalizer
 
 
 def tokenizer_of(source: Source) -> "PreTrainedTokenizerBase | None":
@@ -119,7 +146,7 @@ def _load(
             kind = kinds[config["model_type"]] if known_type else transformers.PreTrainedConfig
             options["config"] = kind(tokenizer_class=config.get("tokenizer_class"))
         tokenizer = load.from_pretrained(home, trust_remote_code=False, **options)
-    if llama:
+    if llama and proto is not None:
         _as_sentencepiece(tokenizer, proto, options["legacy"])
         for i, token in settings["added_tokens_decoder"].items():
             if tokenizer.convert_tokens_to_ids(token["content"]) != int(i):
@@ -129,7 +156,7 @@ def _load(
     return tokenizer
 
 
-def _sentencepiece(file: Path) -> Any:
+def _sentencepiece(file: Path) -> "Pieces | None":
     """The model of a SentencePiece file; None if it is of another kind, as tiktoken's."""
     from google.protobuf.message import DecodeError
     from sentencepiece import sentencepiece_model_pb2 as pb
@@ -159,7 +186,7 @@ def _json(file: Path) -> dict[str, Any]:
     return read_json(file) if file.is_file() else {}
 
 
-def _as_sentencepiece(tokenizer: "PreTrainedTokenizerBase", proto: Any, legacy: bool) -> None:
+def _as_sentencepiece(tokenizer: "PreTrainedTokenizerBase", proto: "Pieces", legacy: bool) -> None:
     """Lets a Llama tokenizer give SentencePiece's ids, as that of transformers 4 did.
 
     Transformers 5 ranks merges by id, where Llama's runs of spaces must merge last, and puts no

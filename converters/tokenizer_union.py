@@ -42,6 +42,9 @@ LLAMA3 = (
 TEMPLATES = {"chatml": CHATML, "llama3": LLAMA3}
 """Chat templates by mergekit's names; alpaca, exaone and mistral are not here."""
 
+Stand = str | Mapping[str, Any] | None
+"""What stands for a token that a model lacks: "zero", a model's label, or a mapping with both."""
+
 GAP = 256
 """Rows that are nearer are read together."""
 
@@ -100,20 +103,25 @@ class Vocabulary:
             values of the wrong kind.
     """
 
-    def __init__(self, recipe: Recipe, loaded: Mapping[str, Any], rows: Mapping[str, int]):
+    def __init__(
+        self,
+        recipe: Recipe,
+        loaded: "Mapping[str, PreTrainedTokenizerBase | None]",
+        rows: Mapping[str, int],
+    ):
         self.size: int | None = None
         self.tokenizer: Mapping[str, str] = {}
         given = recipe.tokenizer or {}
         keys("tokenizer", given, ("source", "tokens", "pad_to_multiple_of"))
         source = given.get("source", "union") if recipe.tokenizer else recipe.tokenizer_source
         self.start = base = recipe.base or next(iter(loaded))
-        if loaded[base] is None:
+        if (own := loaded[base]) is None:
             wanted = f"one in {base}, for tokenizer or chat_template"
             fail("recipe", "no tokenizer", wanted, "copy its files there")
-        made = copy.deepcopy(loaded[base])
+        made = copy.deepcopy(own)
         if source is not None:
             limits = {label: rows.get(label, 1 << 62) for label in loaded}
-            known = {label: each or loaded[base] for label, each in loaded.items()}
+            known = {label: each or own for label, each in loaded.items()}
             made = self._made(source, known, limits, base)
             tokens = mapping("tokenizer.tokens", given.get("tokens"))
             self.tokens = {token: _token(token, value) for token, value in tokens.items()}
@@ -134,8 +142,12 @@ class Vocabulary:
         return hashlib.sha256(b"".join(found)).hexdigest()
 
     def _made(
-        self, source: Any, known: Mapping[str, Any], limits: Mapping[str, int], base: str
-    ) -> Any:
+        self,
+        source: object,
+        known: "Mapping[str, PreTrainedTokenizerBase]",
+        limits: Mapping[str, int],
+        base: str,
+    ) -> "PreTrainedTokenizerBase":
         """The tokenizer of a source: "base", "union" or a label."""
         if not isinstance(source, str) or source not in ("union", "base", *known):
             fail("tokenizer", repr(source), "union, base or a model", "name one of these")
@@ -160,18 +172,19 @@ class Vocabulary:
 
     def _place(
         self,
-        made: Any,
-        known: Mapping[str, Any],
+        made: "PreTrainedTokenizerBase",
+        known: "Mapping[str, PreTrainedTokenizerBase]",
         limits: Mapping[str, int],
         rows: Mapping[str, int],
-        multiple: Any,
+        multiple: object,
     ) -> None:
         """Where each model has the rows of the made tokenizer's tokens."""
         self.ids = made.get_vocab()
         self.count = 1 + max(self.ids.values())
-        if multiple is not None and (type(multiple) is not int or multiple < 1):
+        step = 1 if multiple is None else multiple
+        if not isinstance(step, int) or isinstance(step, bool) or step < 1:
             fail("tokenizer.pad_to_multiple_of", repr(multiple), "a number", "correct it")
-        self.size = -(-self.count // (multiple or 1)) * (multiple or 1)
+        self.size = -(-self.count // step) * step
         self.vocabs = {label: known[label].get_vocab() for label in rows}
         self.places = {label: np.full(self.count, -1) for label in rows}
         for label, vocab in self.vocabs.items():
@@ -221,7 +234,7 @@ class Vocabulary:
         return out
 
     def _chosen(
-        self, name: str, token: str, source: Any, tensors: Mapping[str, LazyTensor]
+        self, name: str, token: str, source: Stand, tensors: Mapping[str, LazyTensor]
     ) -> tuple[str, int]:
         """The model and row that stand for a token of `tokens`."""
         where = f"tokenizer.tokens: {token!r}"
@@ -240,11 +253,11 @@ class Vocabulary:
         return label, row
 
 
-def _token(token: str, given: Any) -> tuple[Any, bool]:
+def _token(token: str, given: object) -> tuple[Stand, bool]:
     """The source ("zero", label or mapping) of a token's embedding, and whether it is forced."""
     where = f"tokenizer.tokens: {token!r}"
-    keys(where, given, ("source", "force"))
-    source, force = given.get("source"), given.get("force", False)
+    asked = keys(where, given, ("source", "force"))
+    source, force = asked.get("source"), asked.get("force", False)
     if type(force) is not bool:
         fail(f"{where}: force", repr(force), "true or false", "correct it")
     if isinstance(source, Mapping):
@@ -280,7 +293,9 @@ def _cut(tokenizer: "PreTrainedTokenizerBase", rows: int, label: str) -> "PreTra
     return made
 
 
-def _template(given: str | None, loaded: Mapping[str, Any]) -> str | None:
+def _template(
+    given: str | None, loaded: "Mapping[str, PreTrainedTokenizerBase | None]"
+) -> str | None:
     """The chat template of a recipe: that of most models, a named one, or the text itself."""
     if given is None:
         return None

@@ -8,7 +8,7 @@ others are refused by name: vfjax would not compute what they ask for.
 import dataclasses
 import math
 from collections.abc import Callable, Container, Mapping
-from typing import Any
+from typing import Any, TypeVar
 
 from vfjax import InputError
 from vfjax.errors import cut
@@ -16,6 +16,14 @@ from vfjax.nn.layers import ACTIVATIONS
 
 Unused = dict[str, tuple[Any, ...] | None]
 """Key -> the values at which it changes nothing, None for any."""
+
+Pairs = tuple[tuple[int, int], ...]
+
+Absent = TypeVar("Absent", bound=None)
+"""None where that is the default of a key, else nothing: what an absent value may be beside."""
+
+Choice = TypeVar("Choice", bound=str)
+"""The texts, or literals, that one is chosen from."""
 
 ANY = None
 """At any value."""
@@ -74,7 +82,7 @@ class Values:
         found = cut(repr(self.data.get(key, self.defaults.get(key))))
         return InputError(f"{self.where}: {key}", found=found, expected=expected, fix=fix)
 
-    def any(self, key: str, default: Any = None) -> Any:
+    def any(self, key: str, default: object = None) -> Any:  # JSON that the caller takes apart
         """The value as it is, of whatever type."""
         self.taken.add(key)
         value = self.data.get(key, self.defaults.get(key, default))
@@ -84,8 +92,13 @@ class Values:
             )
         return value
 
-    def _take(
-        self, key: str, default: Any, null: bool, good: Callable[[Any], bool], expected: str
+    def _take(  # Any: `good` tells what it is, each method what that means
+        self,
+        key: str,
+        default: object,
+        good: Callable[[Any], bool],
+        expected: str,
+        null: bool = False,
     ) -> Any:
         value = self.any(key, default)
         if value is None and (null or default is None):
@@ -97,17 +110,23 @@ class Values:
     def whole(
         self,
         key: str,
-        default: int | None = REQUIRED,
+        default: int | Absent = REQUIRED,
         *,
         least: int = 1,
         most: int = MOST,
-        null: bool = False,
-    ) -> Any:
+    ) -> int | Absent:
         """A whole number within bounds, a positive one by default."""
         expected = f"a whole number from {least} to {most}"
-        return self._take(key, default, null, lambda x: _is_whole(x, least, most), expected)
+        return self._take(key, default, lambda x: _is_whole(x, least, most), expected)
 
-    def wholes(self, key: str, default: Any = REQUIRED, *, least: int, most: int = MOST) -> Any:
+    def wholes(
+        self,
+        key: str,
+        default: tuple[int, ...] | Absent = REQUIRED,
+        *,
+        least: int,
+        most: int = MOST,
+    ) -> tuple[int, ...] | Absent:
         """A list of them, as a tuple."""
         expected = f"a list of whole numbers from {least} to {most}"
 
@@ -115,10 +134,10 @@ class Values:
             items = value if isinstance(value, list | tuple) else [None]
             return all(_is_whole(x, least, most) for x in items)
 
-        found = self._take(key, default, False, good, expected)
-        return None if found is None else tuple(found)
+        found = self._take(key, default, good, expected)
+        return tuple(found) if isinstance(found, list | tuple) else found
 
-    def pairs(self, key: str, default: Any = REQUIRED) -> Any:
+    def pairs(self, key: str, default: Pairs | Absent = REQUIRED) -> Pairs | Absent:
         """A list of pairs of positive whole numbers, as tuples."""
 
         def good(value: object) -> bool:
@@ -130,8 +149,8 @@ class Values:
                 for x in pairs
             )
 
-        found = self._take(key, default, False, good, "pairs of positive whole numbers")
-        return None if found is None else tuple((a, b) for a, b in found)
+        found = self._take(key, default, good, "pairs of positive whole numbers")
+        return tuple((a, b) for a, b in found) if isinstance(found, list | tuple) else found
 
     def side(self, key: str, default: int) -> int:
         """Side of a square: one number, or the same twice."""
@@ -143,32 +162,36 @@ class Values:
         return value
 
     def number(
-        self, key: str, default: float | None = REQUIRED, *, least: float = 0.0, null: bool = False
-    ) -> Any:
+        self, key: str, default: float | Absent = REQUIRED, *, least: float = 0.0
+    ) -> float | Absent:
         """A finite number, not below `least`."""
         found = self._take(
-            key, default, null, lambda x: is_number(x) and x >= least, f"a number from {least:g}"
+            key, default, lambda x: is_number(x) and x >= least, f"a number from {least:g}"
         )
-        return None if found is None else float(found)
+        return float(found) if is_number(found) else found
 
-    def numbers(self, key: str, default: Any = REQUIRED) -> Any:
+    def numbers(
+        self, key: str, default: tuple[float, ...] | Absent = REQUIRED
+    ) -> tuple[float, ...] | Absent:
         """A list of finite numbers, as a tuple."""
 
         def good(value: object) -> bool:
             return isinstance(value, list | tuple) and all(map(is_number, value))
 
-        found = self._take(key, default, False, good, "a list of numbers")
-        return None if found is None else tuple(map(float, found))
+        found = self._take(key, default, good, "a list of numbers")
+        return tuple(map(float, found)) if isinstance(found, list | tuple) else found
 
     def flag(self, key: str, default: bool = REQUIRED, *, null: bool = False) -> bool:
         """True or False; null, where allowed, counts as the latter."""
-        return bool(self._take(key, default, null, lambda x: isinstance(x, bool), "true or false"))
+        return bool(self._take(key, default, lambda x: isinstance(x, bool), "true or false", null))
 
-    def text(self, key: str, default: str | None = REQUIRED, *, null: bool = False) -> Any:
+    def text(self, key: str, default: str | Absent = REQUIRED) -> str | Absent:
         """Text."""
-        return self._take(key, default, null, lambda x: isinstance(x, str), "text")
+        return self._take(key, default, lambda x: isinstance(x, str), "text")
 
-    def choice(self, key: str, options: tuple[str, ...], default: str | None = REQUIRED) -> Any:
+    def choice(
+        self, key: str, options: tuple[Choice, ...], default: Choice | Absent = REQUIRED
+    ) -> Choice | Absent:
         """One of a few texts; null counts as absent."""
         value = self.any(key, default)
         if value is None and default is not REQUIRED:
@@ -178,11 +201,11 @@ class Values:
             raise self.error(key, ", ".join(map(repr, options)), fix)
         return value
 
-    def activation(self, key: str, default: str, *, null: bool = False) -> Any:
+    def activation(self, key: str, default: str | Absent) -> str | Absent:
         """An activation, under its name in `vfjax.nn.layers.ACTIVATIONS`."""
-        value = self.text(key, default, null=null)
+        value = self.text(key, default)
         if value is None:
-            return None
+            return value
         if (found := FORMULAS.get(value, value)) not in ACTIVATIONS:
             known = ", ".join((*ACTIVATIONS, *FORMULAS))
             raise self.error(key, known, "this activation is not supported yet")
@@ -204,11 +227,13 @@ class Values:
             raise self.error(key, "a list of names")
         return tuple(found)
 
-    def mapping(self, key: str, default: Any = REQUIRED) -> Any:
+    def mapping(
+        self, key: str, default: Mapping[str, Any] | Absent = REQUIRED
+    ) -> Mapping[str, Any] | Absent:
         """A mapping, for another reader to take apart."""
-        return self._take(key, default, False, lambda x: isinstance(x, Mapping), "a mapping")
+        return self._take(key, default, lambda x: isinstance(x, Mapping), "a mapping")
 
-    def section(self, key: str, default: Any = REQUIRED) -> "Values":
+    def section(self, key: str, default: Mapping[str, Any] | None = REQUIRED) -> "Values":
         """A section; null counts as an empty one where the default is None."""
         if key not in self.parts:
             self.parts[key] = Values(self.mapping(key, default) or {}, f"{self.where}: {key}")

@@ -125,7 +125,11 @@ class TorchTensor:
         return part.numpy().copy()
 
 
-def read_weights(folder: Path, stems: Sequence[str] = STEMS) -> dict[str, FileTensor | TorchTensor]:
+Stored = FileTensor | TorchTensor
+"""A tensor in a file."""
+
+
+def read_weights(folder: Path, stems: Sequence[str] = STEMS) -> dict[str, Stored]:
     """All tensors of a checkpoint folder, none of them read yet.
 
     Args:
@@ -160,13 +164,13 @@ def _names(stems: Sequence[str]) -> list[str]:
     return [stem + end for end in (".safetensors", ".bin") for stem in stems]
 
 
-def _sharded(index: Path) -> dict[str, FileTensor | TorchTensor]:
+def _sharded(index: Path) -> dict[str, Stored]:
     places = read_json(index).get("weight_map")
     if not isinstance(places, dict) or not all(isinstance(x, str) for x in places.values()):
         raise InputError(
             index, found="no weight_map", expected="tensor -> shard", fix="download it again"
         )
-    shards: dict[str, Mapping[str, FileTensor | TorchTensor]] = {}
+    shards: dict[str, Mapping[str, Stored]] = {}
     for shard in sorted(set(places.values())):
         if "/" in shard:
             raise InputError(
@@ -194,12 +198,12 @@ def _sharded(index: Path) -> dict[str, FileTensor | TorchTensor]:
     return {name: shards[place][name] for name, place in places.items()}
 
 
-def read_file(path: Path) -> dict[str, FileTensor | TorchTensor]:
+def read_file(path: Path) -> dict[str, Stored]:
     """The tensors of one weights file, none of them read yet; errors as `read_weights`."""
     return dict(_safetensors(path) if path.suffix == ".safetensors" else _torch(path))
 
 
-def _safetensors(path: Path) -> Iterator[tuple[str, FileTensor | TorchTensor]]:
+def _safetensors(path: Path) -> Iterator[tuple[str, Stored]]:
     try:
         with safe_open(path, framework="numpy"):
             pass
@@ -237,7 +241,7 @@ def _bad_dtype(where: str, dtype: str) -> InputError:
     )
 
 
-def _torch(path: Path) -> Iterator[tuple[str, FileTensor | TorchTensor]]:
+def _torch(path: Path) -> Iterator[tuple[str, Stored]]:
     try:
         import torch
     except ImportError as error:

@@ -6,7 +6,6 @@ LLaVA's layout with a second tower under Mini-Gemini's key (`mm_vision_tower_aux
 
 import dataclasses
 from pathlib import Path
-from typing import Any
 
 from converters import registry
 from converters.formats import llava
@@ -19,13 +18,14 @@ from converters.formats.llava import (
 )
 from converters.params import mlp
 from converters.params.mlp import groups
-from converters.params.table import Rule, Table, dense, norm
+from converters.params.table import Rule, Table, Vision, dense, norm
 from converters.preprocessor import from_preprocessor
 from converters.source import Layout, New, Source
 from converters.towers import Towers, transformer_tower
 from converters.values import ANY, DEEPEST, Values
 from vfjax import InputError
 from vfjax.architectures import Comm, COMMConfig, MergeConfig
+from vfjax.architectures.comm import MERGES
 from vfjax.vision.images import ImageSpec
 
 OPTIONS = ("layers", "layers_aux", "merge", "blocks", "ratio", "join")
@@ -34,21 +34,20 @@ OPTIONS = ("layers", "layers_aux", "merge", "blocks", "ratio", "join")
 
 def read(hf: Values) -> COMMConfig:
     """Layers and widths of both encoders; the MLPs stand behind the second one only."""
-    merge, join = hf.text("merge"), hf.text("join")
+    merge = hf.choice("merge", MERGES)
     encoder = MergeConfig(hf.whole("din"), groups(hf)[0], hf.whole("drop", least=0), merge)
     aux = None
     if "layers_aux" in hf:
-        layers, drop = hf.wholes("layers_aux", **LAYERS), hf.whole("drop_aux", least=0)
+        layers, drop = (
+            hf.wholes("layers_aux", least=-DEEPEST, most=DEEPEST),
+            hf.whole("drop_aux", least=0),
+        )
         blocks, ratio = hf.whole("blocks", least=0, most=DEEPEST), hf.whole("ratio")
         aux = MergeConfig(hf.whole("din_aux"), layers, drop, merge, blocks, ratio)
-    return COMMConfig(encoder, hf.whole("dout"), aux, join)
+    return COMMConfig(encoder, hf.whole("dout"), aux, hf.choice("join", ("channels", "tokens")))
 
 
-LAYERS = {"least": -DEEPEST, "most": DEEPEST}
-"""Bounds of hidden states' numbers."""
-
-
-def path(hf: Values, images: ImageSpec, encoder: Any, connector: COMMConfig) -> Comm:
+def path(hf: Values, images: ImageSpec, encoder: Vision, connector: COMMConfig) -> Comm:
     """The same pixels for both encoders, each with the mean and deviation it was trained on.
 
     Raises:
@@ -121,11 +120,12 @@ def describe(path: Path, config: Values, towers: Towers) -> Source:
         )
     tower = upstream_tower(path, config, towers)
     encoder = registry.find(tower.config, str(path)).config(tower.config)
+    layers = options.wholes("layers", None, least=-DEEPEST, most=DEEPEST)
     branch = upstream_branch(config, tower)
     connector = branch["connector"]
     connector |= {
         "model_type": "comm",
-        "groups": [list(options.wholes("layers", None, **LAYERS) or range(1, encoder.layers + 1))],
+        "groups": [list(layers or range(1, encoder.layers + 1))],
         "drop": encoder.prefix,
         "merge": options.text("merge", "lln_layerscale"),
         "blocks": options.whole("blocks", 1, least=0, most=DEEPEST),
@@ -136,10 +136,11 @@ def describe(path: Path, config: Values, towers: Towers) -> Source:
     if name := config.text("mm_vision_tower_aux", None):
         second = towers.find(path, name, "vision_tower_aux")
         aux = registry.find(second.config, str(path)).config(second.config)
+        layers = options.wholes("layers_aux", None, least=-DEEPEST, most=DEEPEST)
         last = range(aux.layers - max(1, aux.layers // 4) + 1, aux.layers + 1)
         connector |= {
             "din_aux": aux.width,
-            "layers_aux": list(options.wholes("layers_aux", None, **LAYERS) or last),
+            "layers_aux": list(layers or last),
             "drop_aux": aux.prefix,
             "preprocessor_aux": second.preprocessor,
         }

@@ -25,11 +25,11 @@ from converters.formats.llava import (
     upstream_tower,
 )
 from converters.params import mlp
-from converters.params.table import Table
+from converters.params.table import Table, Vision
 from converters.preprocessor import read_preprocessor
 from converters.source import Layout, Source
 from converters.towers import Towers
-from converters.values import ANY, Unused, Values
+from converters.values import ANY, REQUIRED, Unused, Values
 from vfjax import InputError
 from vfjax.architectures import ProjectorConfig
 from vfjax.architectures.onevision import OneVision
@@ -46,7 +46,7 @@ def read(hf: Values) -> ProjectorConfig:
     return ProjectorConfig(mlp.projector(hf), mlp.combine(hf), newline=True)
 
 
-def path(hf: Values, images: ImageSpec, encoder: Any, connector: ProjectorConfig) -> OneVision:
+def path(hf: Values, images: ImageSpec, encoder: Vision, connector: ProjectorConfig) -> OneVision:
     """Tiles on `pinpoints`, of `most` views' tokens at most.
 
     Raises:
@@ -81,7 +81,7 @@ TABLE = Table(
 )
 
 
-def limit(values: Values, key: str, default: str | None = None) -> int:
+def limit(values: Values, key: str, default: str = REQUIRED) -> int:
     """N of a value "anyres_max_N".
 
     Raises:
@@ -287,10 +287,12 @@ PROCESSOR = (
 """Keys of processor_config.json that are read elsewhere, or that its class does not read."""
 
 
-def _same(one: Any, other: Any) -> bool:
+def _same(one: object, other: object) -> bool:
     if isinstance(one, int | float) and isinstance(other, int | float):
         return math.isclose(one, other, rel_tol=1e-12)
-    return list(one) == list(other) if isinstance(one, list | tuple) else one == other
+    if isinstance(one, list | tuple) and isinstance(other, list | tuple):
+        return list(one) == list(other)
+    return one == other
 
 
 LAYOUTS = (

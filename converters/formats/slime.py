@@ -18,7 +18,7 @@ from converters.formats.llava import (
 )
 from converters.params import llama, mlp
 from converters.params.mlp import combine, projector, projector_rules
-from converters.params.table import TRANSPOSE, Arrays, Names, Rule, Table, dense, norm
+from converters.params.table import TRANSPOSE, Arrays, Names, Rule, Table, Vision, dense, norm
 from converters.source import Layout, Made, New, Source
 from converters.towers import Towers
 from converters.values import Values
@@ -72,7 +72,7 @@ def shown(hf: Values) -> Literal["all", "global", "local"]:
     return "global" if whole else "local" if tiles else "all"
 
 
-def path(hf: Values, images: ImageSpec, encoder: Any, connector: SliMEConfig) -> Slime:
+def path(hf: Values, images: ImageSpec, encoder: Vision, connector: SliMEConfig) -> Slime:
     """The whole picture and tiles."""
     del hf
     return Slime(encoder, connector, images)

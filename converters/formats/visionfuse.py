@@ -33,7 +33,9 @@ def describe_fused(path: Path, config: Values, towers: Towers) -> Source:
         tokenizer=dict(config.mapping("tokenizer", {})),
         chat_template=read_chat_template(path),
         image_token=config.text("image_token", ""),
-        **{key: config.choice(key, known) for key, known in ARRANGEMENT.items() if key in config},
+        # absent from older folders
+        positions=config.choice("positions", POSITIONS, "running"),
+        mask=config.choice("mask", MASKS, "causal"),
     )
 
 
@@ -58,11 +60,6 @@ def fused_prefixes(source: Source) -> tuple[tuple[str, str, str], ...]:
     return (*((f"{part}.", part, "") for part in parts), ("", "llm", ""))
 
 
-ARRANGEMENT = {"positions": POSITIONS, "mask": MASKS}
-"""Keys, absent from older folders, that say where branches' tokens stand and who sees whom, and
-their values."""
-
-
 def arranged(source: Source, positions: str | None, mask: str | None) -> Source:
     """With what is not None, in a fused folder's config.json too; one branch has no choice."""
     asked = {"positions": positions, "mask": mask}
@@ -85,7 +82,8 @@ def fused_config(source: Source, recipe: Mapping[str, Any]) -> dict[str, Any]:
         "template": source.template,
         **({"image_token": source.image_token} if source.image_token else {}),
         **({"tokenizer": source.tokenizer} if source.tokenizer else {}),
-        **{key: getattr(source, key) for key in ARRANGEMENT},
+        "positions": source.positions,
+        "mask": source.mask,
         "recipe": dict(recipe),
     }
 

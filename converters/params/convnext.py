@@ -27,9 +27,9 @@ def read(hf: Values) -> ConvNeXtConfig:
     Raises:
         InputError: a timm model of another kind, or stages without widths.
     """
-    depths, widths = SIZES[hf.choice("timm_model_name", tuple(SIZES))]
-    depths = hf.wholes("golden_depths", depths, least=1, most=DEEPEST)
-    widths = hf.wholes("golden_dims", widths, least=1)
+    named = SIZES[hf.choice("timm_model_name", tuple(SIZES))]
+    depths = hf.wholes("golden_depths", named[0], least=1, most=DEEPEST)
+    widths = hf.wholes("golden_dims", named[1], least=1)
     if len(widths) != len(depths):
         raise hf.error("golden_dims", f"{len(depths)} widths, as golden_depths")
     return ConvNeXtConfig(

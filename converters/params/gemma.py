@@ -30,7 +30,7 @@ def read(hf: Values) -> LlamaConfig:
     hf = hf.over(DEFAULTS)
     made, bias = llama.decoder(hf), hf.flag("attention_bias", False)
     act = "gelu_pytorch_tanh" if hf.text("hidden_act") == "gelu" else made.act
-    if hf.activation("hidden_activation", act, null=True) not in (act, None):
+    if hf.activation("hidden_activation", None) not in (act, None):
         raise hf.error("hidden_activation", f"{act!r}, as hidden_act")
     return dataclasses.replace(made, act=act, qkv_bias=bias, out_bias=bias, gemma=True)
 

@@ -10,14 +10,16 @@ DEFAULTS = {
     "intermediate_size": 14336,
     "num_key_value_heads": 8,
     "max_position_embeddings": 4096 * 32,
+    "sliding_window": 4096,
 }
 """Of transformers' MistralConfig, where they differ from LlamaConfig's."""
 
 
 def read(hf: Values) -> LlamaConfig:
     """Within its sliding window the model is Llama's; the context is cut to that."""
-    made = llama.decoder(hf.over(DEFAULTS))
-    return windowed(made, hf.whole("sliding_window", 4096, most=llama.VOCABULARY, null=True))
+    hf = hf.over(DEFAULTS)
+    made = llama.decoder(hf)
+    return windowed(made, hf.whole("sliding_window", None, most=llama.VOCABULARY))
 
 
 def windowed(config: LlamaConfig, window: int | None) -> LlamaConfig:

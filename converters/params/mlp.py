@@ -2,11 +2,10 @@
 
 import math
 import re
-from typing import Any
 
 import numpy as np
 
-from converters.params.table import Arrays, Rule, Table, dense
+from converters.params.table import Arrays, Rule, Table, Vision, dense
 from converters.values import ANY, DEEPEST, REQUIRED, Unused, Values
 from vfjax import InputError
 from vfjax.architectures import (
@@ -87,7 +86,7 @@ MERGES = ("flat", "spatial", "spatial_unpad")
 
 
 def path(
-    hf: Values, images: ImageSpec, encoder: Any, connector: ProjectorConfig
+    hf: Values, images: ImageSpec, encoder: Vision, connector: ProjectorConfig
 ) -> Llava | LlavaNext:
     """Tiles if the connector has `pinpoints`, the whole picture otherwise."""
     tokens = connector.combine.tokens(encoder.prefix + encoder.tokens - connector.combine.drop)
@@ -113,7 +112,7 @@ def path(
     )
 
 
-def recorded(config: Any, inputs: Inputs, stages: Arrays) -> Arrays:
+def recorded(config: object, inputs: Inputs, stages: Arrays) -> Arrays:
     """Stages have the names of LLaVA's code already; pixels are NCHW there."""
     del config
     return {**stages, "pixel_values": np.moveaxis(np.asarray(inputs.pixels), -1, 1)}

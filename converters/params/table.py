@@ -4,10 +4,11 @@ import dataclasses
 import re
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import replace
-from typing import Any, NamedTuple
+from typing import Any, Generic, NamedTuple, Protocol, TypeVar
 
 import ml_dtypes
 import numpy as np
+from flax import nnx
 
 from converters.values import Unused, Values
 from vfjax import InputError
@@ -17,6 +18,9 @@ from vfjax.merge import LazyTensor
 from vfjax.vision.images import ImageSpec
 
 Arrays = Mapping[str, np.ndarray]
+
+Config = TypeVar("Config")
+"""Class of a component's config."""
 
 TRANSPOSE = (1, 0)
 """torch Linear (out, in) -> kernel (in, out)."""
@@ -82,8 +86,29 @@ class Published:
     preprocessor: Mapping[str, Any]
 
 
+class Layered(Protocol):
+    """Config of an encoder or an LLM."""
+
+    @property
+    def layers(self) -> int: ...
+    @property
+    def width(self) -> int: ...
+    def build(self, *, rngs: nnx.Rngs) -> nnx.Module: ...
+
+
+class Vision(Layered, Protocol):
+    """Config of an encoder whose tokens stand for patches, see `vfjax.vision.encoders`."""
+
+    @property
+    def image_size(self) -> int: ...
+    @property
+    def prefix(self) -> int: ...
+    @property
+    def tokens(self) -> int: ...
+
+
 @dataclasses.dataclass(frozen=True)
-class Table:
+class Table(Generic[Config]):
     """One component: a vision encoder, a connector or an LLM.
 
     Attributes:
@@ -110,7 +135,7 @@ class Table:
     """
 
     types: tuple[str, ...]
-    read: Callable[[Values], Any]
+    read: Callable[[Values], Config]
     rules: tuple[Rule, ...]
     unused: Unused
     ignore: tuple[str, ...] = ()
@@ -118,12 +143,13 @@ class Table:
     prefixes: tuple[tuple[str, str], ...] = (("", ""),)
     around: Unused = dataclasses.field(default_factory=dict)
     architecture: str = ""
-    path: Callable[[Values, ImageSpec, Any, Any], Architecture] | None = None
-    recorded: Callable[[Any, Any, Arrays], Arrays] = lambda config, inputs, stages: stages
+    path: Callable[[Values, ImageSpec, Vision, Config], Architecture] | None = None
+    # Any: a family's own `Inputs`
+    recorded: Callable[[Config, Any, Arrays], Arrays] = lambda config, inputs, stages: stages
     limits: Mapping[str, float] = dataclasses.field(default_factory=dict)
     published: Mapping[str, "Published"] = dataclasses.field(default_factory=dict)
 
-    def config(self, hf: Mapping[str, Any], where: str = "config.json") -> Any:
+    def config(self, hf: Mapping[str, Any], where: str = "config.json") -> Config:
         """The component's config; missing keys have the defaults of its transformers class.
 
         Args:
@@ -142,7 +168,7 @@ class Table:
         return made
 
     def architecture_of(
-        self, hf: Mapping[str, Any], where: str, images: ImageSpec, encoder: Any
+        self, hf: Mapping[str, Any], where: str, images: ImageSpec, encoder: Vision
     ) -> Architecture:
         """The architecture of a branch by its connector's config.
 

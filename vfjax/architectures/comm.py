@@ -23,7 +23,8 @@ from vfjax.vision.images import ImageSpec
 
 Array = jax.Array
 
-MERGES = ("lln_layerscale", "layerscale", "mean", "conv_layerscale")
+Merging = Literal["lln_layerscale", "layerscale", "mean", "conv_layerscale"]
+MERGES: tuple[Merging, ...] = ("lln_layerscale", "layerscale", "mean", "conv_layerscale")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -49,7 +50,7 @@ class MergeConfig:
     width: int
     layers: tuple[int, ...]
     drop: int = 1
-    merge: Literal["lln_layerscale", "layerscale", "mean", "conv_layerscale"] = "lln_layerscale"
+    merge: Merging = "lln_layerscale"
     blocks: int = 0
     ratio: int = 4
     eps: float = 1e-5

@@ -65,12 +65,13 @@ def one_of(where: str, given: Mapping[str, Any], keys: Sequence[str]) -> str:
     return held[0]
 
 
-def keys(where: str, given: Any, known: Sequence[str]) -> None:
-    """Refuses what is no mapping with these keys."""
+def keys(where: str, given: object, known: Sequence[str]) -> Mapping[str, Any]:
+    """The mapping; refuses another thing, and other keys."""
     if not isinstance(given, Mapping):
         fail(where, repr(given), f"a mapping with {', '.join(known)}", "correct it")
     if unknown := [key for key in given if key not in known]:
         fail(where, f"key {unknown[0]!r}", ", ".join(known), "remove or rename it")
+    return given
 
 
 def mapping(where: str, given: Any) -> Mapping[str, Any]:

@@ -4,7 +4,6 @@ import dataclasses
 import fnmatch
 import math
 from collections.abc import Callable, Mapping
-from typing import Any
 
 from ml_collections import ConfigDict
 
@@ -22,15 +21,15 @@ class Kind:
     """
 
     what: str
-    good: Callable[[Any], bool]
+    good: Callable[[object], bool]
     numbers: tuple[int, ...] | None = None
 
 
-def _number(value: Any) -> bool:
+def _number(value: object) -> bool:
     return isinstance(value, int | float) and not isinstance(value, bool) and abs(value) < 1e300
 
 
-def _pair(*kinds: Callable[[Any], bool]) -> Callable[[Any], bool]:
+def _pair(*kinds: Callable[[object], bool]) -> Callable[[object], bool]:
     return lambda value: (
         isinstance(value, tuple | list)
         and len(value) == len(kinds)
@@ -38,11 +37,11 @@ def _pair(*kinds: Callable[[Any], bool]) -> Callable[[Any], bool]:
     )
 
 
-def _text(value: Any) -> bool:
+def _text(value: object) -> bool:
     return isinstance(value, str)
 
 
-def _count(value: Any) -> bool:
+def _count(value: object) -> bool:
     return type(value) is int and 0 <= value < 1 << 31
 
 
@@ -87,7 +86,7 @@ def check_values(config: ConfigDict, where: str = "") -> None:
             _check_items(path, value)
 
 
-def _check_items(path: str, value: tuple[Any, ...]) -> None:
+def _check_items(path: str, value: tuple[object, ...]) -> None:
     kind = next((kind for name, kind in ITEMS.items() if fnmatch.fnmatch(path, name)), None)
     if kind is None:
         return

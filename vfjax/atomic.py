@@ -8,11 +8,14 @@ import os
 import shutil
 import stat
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 
 from vfjax.errors import InputError, cut
+
+JSON: TypeAlias = None | bool | int | float | str | Sequence["JSON"] | Mapping[str, "JSON"]
+"""What JSON can hold."""
 
 MARK = ".vfjax"
 """A file that says of its folder that vfjax made it, and may empty it."""

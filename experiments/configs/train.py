@@ -19,13 +19,15 @@ from typing import Any
 
 from ml_collections import ConfigDict, config_dict
 
+from vfjax.atomic import JSON
+
 CONNECTOR = r"branches/[^/]*/connector/"
 ENCODER = r"branches/[^/]*/encoder/"
 LLM = "llm/"
 ADAPTERS = r".*/[ab]$"
 
 
-def stage(train: tuple[tuple[str, float], ...], batch: int, **more: Any) -> dict[str, Any]:
+def stage(train: tuple[tuple[str, float], ...], batch: int, **more: JSON) -> dict[str, Any]:
     """One stage: (pattern, learning rate) pairs, rows a step."""
     return {
         "data": (),  # ("rows.json=folder of pictures", ...)
@@ -52,7 +54,7 @@ def stage(train: tuple[tuple[str, float], ...], batch: int, **more: Any) -> dict
     }
 
 
-def align(rate: float = 1e-3, **more: Any) -> dict[str, Any]:
+def align(rate: float = 1e-3, **more: JSON) -> dict[str, Any]:
     """The first stage of LLaVA and what grew from it: captions, the connector alone."""
     return stage(((CONNECTOR, rate),), 256, template="plain", **more)
 
@@ -83,7 +85,7 @@ def comm() -> dict[str, Any]:
 
 
 def slime(first: float = 1e-3, rate: float = 2e-5) -> dict[str, Any]:
-    def part(pattern: str, **switches: Any) -> dict[str, Any]:
+    def part(pattern: str, **switches: str | float) -> dict[str, Any]:
         one = ((CONNECTOR + pattern, first),)
         return stage(one, 256, template="plain", connector={"top_p": 1.0, **switches})
 

@@ -9,7 +9,7 @@ import logging
 import re
 import secrets
 import time
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Mapping, Sequence
 from typing import Any, NoReturn
 
 import anyio
@@ -25,6 +25,7 @@ from experiments.serve.openapi import describe
 from experiments.serve.refused import Limits, Refused
 from experiments.serve.request import ChatRequest, read
 from vfjax import InputError
+from vfjax.atomic import JSON
 
 LOG = logging.getLogger(__name__)
 LOGGED: set[str] = set()
@@ -88,7 +89,7 @@ class Service:
 
     async def models(self, request: Request) -> Response:
         own = self.limits.model
-        card = {"id": own, "object": "model", "created": self.started, "owned_by": "vfjax"}
+        card: JSON = {"id": own, "object": "model", "created": self.started, "owned_by": "vfjax"}
         name = request.path_params.get("name")
         if name is None:
             return _json({"object": "list", "data": [card]})
@@ -212,7 +213,7 @@ class _Answer:
             raise
         finally:
             gone.cancel()
-        choices = []
+        choices: list[JSON] = []
         for i, each in enumerate(pieces):
             text = "".join(piece.text for piece in each)
             message = {"role": "assistant", "content": text, "refusal": None}
@@ -230,7 +231,7 @@ class _Answer:
         found["usage"] = _usage([each[-1] for each in pieces])
         return _json(found, headers=headers)
 
-    def _logs(self, tokens: list[dict[str, Any]] | None) -> dict[str, Any] | None:
+    def _logs(self, tokens: Sequence[JSON] | None) -> JSON:
         """A choice's log-probabilities."""
         if self.asked.logprobs is None:
             return None
@@ -283,12 +284,12 @@ class _Answer:
             self.cancel()  # ended, or nobody listens
         yield "data: [DONE]\n\n"
 
-    def _event(self, i: int, delta: dict[str, Any], **more: Any) -> str:
-        choice = {"index": i, "delta": delta, "finish_reason": None, "logprobs": None} | more
+    def _event(self, i: int, delta: JSON, **more: JSON) -> str:
+        choice = {"index": i, "delta": delta, "finish_reason": None, "logprobs": None, **more}
         usage = {"usage": None} if self.asked.usage else {}
         return _data(self._object("chat.completion.chunk", choice) | usage)
 
-    def _object(self, kind: str, *choices: dict[str, Any]) -> dict[str, Any]:
+    def _object(self, kind: str, *choices: JSON) -> dict[str, JSON]:
         return {
             "id": self.id,
             "object": kind,
@@ -337,15 +338,15 @@ async def _disconnected(request: Request) -> None:
         pass
 
 
-def _json(found: Any, status: int = 200, headers: Any = None) -> Response:
+def _json(found: JSON, status: int = 200, headers: Mapping[str, str] | None = None) -> Response:
     return Response(json.dumps(found), status, headers, media_type="application/json")
 
 
-def _data(found: Any) -> str:
+def _data(found: JSON) -> str:
     return f"data: {json.dumps(found)}\n\n"
 
 
-def _error(error: Refused) -> dict[str, Any]:
+def _error(error: Refused) -> JSON:
     kind = "invalid_request_error" if error.status < 500 else "server_error"
     if error.status == 429:
         kind = "rate_limit_error"

@@ -12,6 +12,7 @@ from PIL import Image
 
 from experiments.serve.logprobs import TOP, Names
 from vfjax import InputError, Model, Processor, Sampling, stream_ids
+from vfjax.atomic import JSON
 from vfjax.generate import Guide, Logs
 from vfjax.sampling import GREEDY
 from vfjax.text.stream import Text
@@ -39,7 +40,7 @@ class Piece:
     prompt: int
     written: int
     finish: str | None = None
-    logprobs: list[dict[str, Any]] | None = None
+    logprobs: list[JSON] | None = None
 
 
 Event = Piece | Exception
@@ -107,7 +108,7 @@ class Batcher:
         self.model, self.batch, self.window, self.every = model, batch, window, every
         self.processor = dataclasses.replace(processor, lengths=LENGTHS)
         self.max_new_tokens = max_new_tokens
-        self.names = Names(processor.tokenizer)
+        self.names = Names(processor.require_tokenizer())
         self.pending = 0  # jobs that have not ended
         self.pixels = 0  # of their pictures
         self._lock = threading.Lock()

@@ -4,8 +4,9 @@ They are those of OpenAI's client and of the servers that speak its form (vLLM, 
 llama.cpp).
 """
 
-from collections.abc import Mapping
-from typing import Any
+from collections.abc import Mapping, Sequence
+
+from vfjax.atomic import JSON
 
 ROLES = ("system", "developer", "user", "assistant")
 """Of messages."""
@@ -27,7 +28,7 @@ IGNORED = frozenset(
 """Keys that change no answer here, whatever their value; they are for the server's own house, or
 belong to something that these models or the other keys don't have."""
 
-ONLY: Mapping[str, tuple[Any, ...]] = {
+ONLY: Mapping[str, Sequence[JSON]] = {
     "add_generation_prompt": (True,),
     "add_special_tokens": (False,),
     "allowed_token_ids": (),
@@ -123,7 +124,7 @@ ONLY: Mapping[str, tuple[Any, ...]] = {
 """Keys that would change an answer -> the values at which they don't; others are refused. null is
 as good as no key everywhere."""
 
-MESSAGE: Mapping[str, tuple[Any, ...]] = {
+MESSAGE: Mapping[str, Sequence[JSON]] = {
     "annotations": ([],),
     "audio": (),
     "audios": ([],),
@@ -143,7 +144,7 @@ MESSAGE: Mapping[str, tuple[Any, ...]] = {
 }
 """The same of a message."""
 
-PART: Mapping[str, tuple[Any, ...]] = {
+PART: Mapping[str, Sequence[JSON]] = {
     "audio": (),
     "audio_url": (),
     "file": (),
@@ -161,7 +162,7 @@ PART: Mapping[str, tuple[Any, ...]] = {
 """The same of a part of a message beside what its type names, and of what its image_url holds."""
 
 
-def allowed(value: Any, values: tuple[Any, ...]) -> bool:
+def allowed(value: object, values: Sequence[JSON]) -> bool:
     """Whether a value is one of those; true is not 1 here."""
     return any(
         value == each and isinstance(value, bool) == isinstance(each, bool) for each in values

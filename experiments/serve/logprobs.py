@@ -3,11 +3,12 @@
 import dataclasses
 import functools
 import re
-from typing import Any
 
 from transformers.convert_slow_tokenizer import bytes_to_unicode
 
+from vfjax.atomic import JSON
 from vfjax.generate import Logs
+from vfjax.text.tokenizer import Tokenizer
 
 TOP = 20
 """Alternatives of a token at most, by OpenAI."""
@@ -23,13 +24,13 @@ class Names:
         tokenizer: transformers'.
     """
 
-    tokenizer: Any
+    tokenizer: Tokenizer
 
     def __post_init__(self) -> None:
         self._start = self.tokenizer("a", add_special_tokens=False).input_ids
         self.name = functools.cache(self._name)  # as many as the vocabulary has
 
-    def content(self, logs: Logs, ids: list[int], top: int) -> list[dict[str, Any]]:
+    def content(self, logs: Logs, ids: list[int], top: int) -> list[JSON]:
         """A row's new tokens, each with `top` alternatives."""
         return [
             self._entry(token, chosen)
@@ -42,7 +43,7 @@ class Names:
             for token, chosen, values, others in zip(ids, *logs, strict=True)
         ]
 
-    def _entry(self, token: int, logprob: Any) -> dict[str, Any]:
+    def _entry(self, token: int, logprob: float) -> dict[str, JSON]:
         text, data = self.name(token)
         return {"token": text, "bytes": list(data), "logprob": max(float(logprob), -9999.0)}
 

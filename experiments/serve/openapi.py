@@ -1,38 +1,40 @@
 """The OpenAPI description of what the server takes, as far as a schema can say it."""
 
-from collections.abc import Mapping
-from typing import Any
+from collections.abc import Mapping, Sequence
 
 from experiments.serve import keys
 from experiments.serve.logprobs import TOP
 from experiments.serve.refused import Limits
 from experiments.serve.request import DETAILS
+from vfjax.atomic import JSON
+
+Schema = Mapping[str, JSON]
 
 
-def _object(required: tuple[str, ...] = (), **properties: Any) -> dict[str, Any]:
+def _object(required: tuple[str, ...] = (), **properties: JSON) -> Schema:
     return {"type": "object", "properties": properties, "required": list(required)}
 
 
-def _array(items: dict[str, Any], **more: Any) -> dict[str, Any]:
+def _array(items: Schema, **more: JSON) -> Schema:
     return {"type": "array", "items": items, **more}
 
 
-def _answer(description: str, schema: dict[str, Any]) -> dict[str, Any]:
+def _answer(description: str, schema: Schema) -> Schema:
     return {"description": description, "content": {"application/json": {"schema": schema}}}
 
 
-def _only(known: Mapping[str, tuple[Any, ...]]) -> dict[str, Any]:
+def _only(known: Mapping[str, Sequence[JSON]]) -> Schema:
     """Keys that are taken at some values alone."""
     return {key: {"enum": [*values, None]} for key, values in known.items()}
 
 
-def _or_null(schema: dict[str, Any]) -> dict[str, Any]:
+def _or_null(schema: Schema) -> Schema:
     return {"anyOf": [schema, {"type": "null"}]}
 
 
 STRING, INTEGER, FLAG = {"type": "string"}, {"type": "integer"}, {"type": "boolean"}
 COUNT = _or_null({"type": "integer", "minimum": 1, "maximum": 1 << 31})
-STOP = {"type": "string", "minLength": 1, "maxLength": 255}
+STOP: Schema = {"type": "string", "minLength": 1, "maxLength": 255}
 TEXT = _object(("type", "text"), **{**_only(keys.PART), "type": {"const": "text"}, "text": STRING})
 ADDRESS = {"type": "string", "description": "data:image/...;base64,..."}
 HELD = {**_only(keys.PART), "url": ADDRESS, "detail": {"enum": [*DETAILS, None]}}
@@ -51,7 +53,7 @@ MESSAGE = _object(
     name=_or_null(STRING),
     **_only(keys.MESSAGE),
 )
-PLAIN = {**_object(("type",), type={"const": "text"}), "additionalProperties": False}
+PLAIN: Schema = {**_object(("type",), type={"const": "text"}), "additionalProperties": False}
 FORMATS = [
     PLAIN,
     {**PLAIN, "properties": {"type": {"const": "json_object"}}},
@@ -115,7 +117,7 @@ FAULTS = {
 }
 
 
-def describe(limits: Limits, able: bool) -> dict[str, Any]:
+def describe(limits: Limits, able: bool) -> Schema:
     """The description of a server of a model.
 
     Args:
@@ -128,12 +130,17 @@ def describe(limits: Limits, able: bool) -> dict[str, Any]:
     llguidance keeps to, `logit_bias` may hold zeros, and `chat_template_kwargs` has no arguments
     of transformers' apply_chat_template.
     """
-    name = {"name": "name", "in": "path", "required": True, "schema": STRING}
-    models = _object(("object", "data"), object={"const": "list"}, data=_array(MODEL))
+    name: Schema = {"name": "name", "in": "path", "required": True, "schema": STRING}
+    models: Schema = _object(("object", "data"), object={"const": "list"}, data=_array(MODEL))
     health = _object(("status", "requests"), status=STRING, requests=INTEGER)
-    completed = _answer("the answer; with `stream` as server-sent events", COMPLETION)
-    completed["headers"] = {"X-Ignored": {"description": "keys not used", "schema": STRING}}
-    completed["content"]["text/event-stream"] = {"schema": STRING}
+    completed: Schema = {
+        "description": "the answer; with `stream` as server-sent events",
+        "content": {
+            "application/json": {"schema": COMPLETION},
+            "text/event-stream": {"schema": STRING},
+        },
+        "headers": {"X-Ignored": {"description": "keys not used", "schema": STRING}},
+    }
     return {
         "openapi": "3.1.0",
         "info": {"title": "vfjax", "version": "1"},
@@ -160,13 +167,13 @@ def describe(limits: Limits, able: bool) -> dict[str, Any]:
     }
 
 
-def _get(answer: dict[str, Any], others: Any = None, **more: Any) -> dict[str, Any]:
+def _get(answer: Schema, others: Schema | None = None, **more: JSON) -> Schema:
     return {"get": {**more, "responses": {"200": answer, **(others or {})}}}
 
 
-def _chat(limits: Limits, able: bool) -> dict[str, Any]:
+def _chat(limits: Limits, able: bool) -> Schema:
     """A request; a key that is null counts as absent."""
-    properties = {
+    properties: Schema = {
         "model": {"enum": [limits.model]},
         "messages": _array(MESSAGE, minItems=1),
         "stream": _or_null(FLAG),

@@ -3,7 +3,7 @@
 import dataclasses
 import json
 from collections.abc import Mapping
-from typing import Any, NoReturn
+from typing import NoReturn
 
 
 class Refused(Exception):
@@ -62,7 +62,7 @@ def bad(where: str, found: object, expected: str) -> NoReturn:
     raise Refused(400, text, param=where.split("[")[0])
 
 
-def cut(value: Any) -> str:
+def cut(value: object) -> str:
     """JSON of a value, of 40 letters at most."""
     text = json.dumps(value)
     return text if len(text) <= 40 else text[:37] + "..."

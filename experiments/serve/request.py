@@ -5,16 +5,22 @@ import inspect
 import json
 import re
 import secrets
-from collections.abc import Mapping
-from typing import Any, NoReturn
+from collections.abc import Mapping, Sequence
+from typing import Any, NoReturn, TypeVar
 
 from experiments.serve.addresses import Budget
 from experiments.serve.keys import IGNORED, MESSAGE, ONLY, PART, ROLES, TEMPLATE, allowed
 from experiments.serve.logprobs import TOP
 from experiments.serve.refused import Limits, Refused, bad, cut
 from vfjax import InputError, Processor, Sampling
+from vfjax.atomic import JSON
 from vfjax.text.chat import CHAT_TEMPLATE
 from vfjax.text.messages import Message, tokenize
+from vfjax.vision.images import File
+
+Kind = TypeVar("Kind")
+Absent = TypeVar("Absent", bound=None)
+"""None where that is the default, else nothing."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -110,7 +116,9 @@ class _Taken:
     def __init__(self, found: Mapping[str, Any]):
         self.found, self.rest = found, dict(found)
 
-    def get(self, key: str, default: Any, kind: type | tuple[type, ...], expected: str) -> Any:
+    def get(
+        self, key: str, default: object, kind: type[Kind] | tuple[type[Kind], ...], expected: str
+    ) -> Kind:
         value = self.rest.pop(key, default)
         if not isinstance(value, kind) or (isinstance(value, bool) and kind is not bool):
             bad(key, "nothing" if value is None else f"a {type(value).__name__}", expected)
@@ -122,10 +130,10 @@ class _Taken:
     def flag(self, key: str) -> bool:
         return self.get(key, False, bool, "true or false")
 
-    def number(self, key: str, default: float | None, low: float, high: float) -> Any:
+    def number(self, key: str, default: float | Absent, low: float, high: float) -> float | Absent:
         """A float; None where there is neither the key nor a default."""
         if default is None and key not in self.rest:
-            return None
+            return default
         value = self.get(key, default, (int, float), "a number")
         if not low <= value <= high:
             bad(key, value, f"{low} to {high}")
@@ -227,7 +235,7 @@ def _sampling(taken: _Taken) -> Sampling:
     )
 
 
-def _others(rest: Mapping[str, Any], only: Mapping[str, tuple[Any, ...]], where: str) -> list[str]:
+def _others(rest: Mapping[str, Any], only: Mapping[str, Sequence[JSON]], where: str) -> list[str]:
     """Refuses what would be asked for in vain; the keys that nothing is known of."""
     unknown = []
     for key, value in rest.items():
@@ -241,7 +249,7 @@ def _others(rest: Mapping[str, Any], only: Mapping[str, tuple[Any, ...]], where:
     return unknown
 
 
-def _no_bias(key: str, value: Any) -> bool:
+def _no_bias(key: str, value: object) -> bool:
     return (
         key == "logit_bias"
         and isinstance(value, dict)
@@ -255,7 +263,7 @@ def _given(found: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _messages(
-    found: list[Any], limits: Limits, processor: Processor, ignored: list[str]
+    found: list[object], limits: Limits, processor: Processor, ignored: list[str]
 ) -> list[Message]:
     out = []
     budget = Budget(limits)
@@ -293,7 +301,7 @@ DETAILS = ("auto", "low", "high", "original")
 """Of a picture, by OpenAI; the model alone decides how it looks at it."""
 
 
-def _part(part: Any, where: str, budget: Budget, ignored: list[str]) -> Any:
+def _part(part: object, where: str, budget: Budget, ignored: list[str]) -> str | File:
     rest = {"type": "text", "text": part} if isinstance(part, str) else part
     rest = _given(rest) if isinstance(rest, dict) else {}
     kind = rest.pop("type", None)

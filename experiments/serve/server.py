@@ -5,9 +5,9 @@ import ctypes
 import socket
 import threading
 from types import FrameType
-from typing import Any
 
 import uvicorn
+from starlette.types import ASGIApp
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
 from experiments import signals
@@ -64,7 +64,9 @@ class Impatient(H11Protocol):
 
     late: asyncio.TimerHandle | None = None
 
-    def connection_made(self, transport: Any) -> None:
+    def connection_made(  # type: ignore[override]  # as uvicorn's own
+        self, transport: asyncio.Transport
+    ) -> None:
         super().connection_made(transport)
         self._wait()
 
@@ -100,7 +102,9 @@ class _Server(uvicorn.Server):
         end.start()
 
 
-def server(app: Any, timeout: float, log_level: str = "warning", rest: int = 75) -> uvicorn.Server:
+def server(
+    app: ASGIApp, timeout: float, log_level: str = "warning", rest: int = 75
+) -> uvicorn.Server:
     """A server of an ASGI application.
 
     Args:
@@ -122,7 +126,9 @@ def server(app: Any, timeout: float, log_level: str = "warning", rest: int = 75)
     )
 
 
-def serve(app: Any, listener: socket.socket, timeout: float, log_level: str = "warning") -> None:
+def serve(
+    app: ASGIApp, listener: socket.socket, timeout: float, log_level: str = "warning"
+) -> None:
     """Runs an ASGI application until SIGTERM or SIGINT; arguments as in `server`."""
     share_memory()
     server(app, timeout, log_level).run(sockets=[listener])

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 from converters.adapter_config import SETTINGS, read_settings
 from converters.files.others import TOWER
 from converters.folder import open_source
-from converters.load import abstract, check, check_depth, model_config, tower_file
+from converters.load import check, check_depth, model_config, structure, tower_file
 from converters.lora import Updated
 from converters.params.table import Layered, restored
 from converters.processor import processor
@@ -43,7 +43,7 @@ def inspect(
         return _tower(Path(path), file)
     source = open_source(path, towers=towers, base=base)
     config = model_config(source)
-    _, params = abstract(config.build)
+    _, params = structure(config)
     llm = config.llm
     lines = [
         f"{source.path}: layout {source.layout}, template {source.template}"
@@ -110,7 +110,7 @@ def _tower(path: Path, file: str) -> str:
     table = find(tower.config, str(path))
     config = table.config(tower.config, str(path))
     check_depth(config, tower.tensors, str(path))
-    _, params = abstract(config.build)
+    _, params = structure(config)
     rules = table.check({name: p.shape for name, p in params.items()}, tower.tensors, str(path))
     used = {one.source for name, r in rules.items() for one in r.each(params[name].shape)}
     size, left = sum(nbytes(tower.tensors[name]) for name in used), len(tower.tensors) - len(used)

@@ -1,9 +1,10 @@
 """Checkpoint folder -> sharded model: streams a few tensors at a time onto the devices."""
 
 import dataclasses
+import functools
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, TypeVar
+from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 
 import jax
 import numpy as np
@@ -39,6 +40,7 @@ if TYPE_CHECKING:
     pass
 
 Module = TypeVar("Module", bound=nnx.Module)
+Module_co = TypeVar("Module_co", bound=nnx.Module, covariant=True)
 
 Params = dict[str, nnx.Variable]
 """Parameter path, joined by "/" -> the parameter."""
@@ -122,7 +124,7 @@ def read_model(
 ) -> tuple[Model, Processor]:
     """An opened source as a model and its processor; arguments and errors as `load`."""
     config = dataclasses.replace(model_config(source), prune=prune)
-    graph, params = abstract(config.build)
+    graph, params = structure(config)
     tensors = {
         name: (source.parts[part], rule)
         for part, rules in check(source, params).items()
@@ -186,7 +188,7 @@ def _read_module(
 ) -> nnx.Module:
     """One component by itself."""
     check_depth(config, tensors, where)
-    graph, params = abstract(config.build)
+    graph, params = structure(config)
     rules = table.check({name: p.shape for name, p in params.items()}, tensors, where)
     fill(params, {n: (tensors, rule) for n, rule in rules.items()}, mesh, dtype, progress)
     return join(graph, params)
@@ -312,6 +314,24 @@ def abstract(build: Callable[..., Module]) -> tuple[nnx.GraphDef[Module], Params
     """The module that `build(rngs=)` makes, as structure and shapes only."""
     graph, state = nnx.split(nnx.eval_shape(lambda: build(rngs=_OneKey())))
     return graph, flatten(state)
+
+
+class Config(Protocol[Module_co]):
+    """What a module is made of; equal ones make equal structures."""
+
+    def __hash__(self) -> int: ...
+    def build(self, *, rngs: nnx.Rngs) -> Module_co: ...
+
+
+def structure(config: Config[Module]) -> tuple[nnx.GraphDef[Module], Params]:
+    """`abstract(config.build)`; equal configs, as members of one family have, are traced once."""
+    graph, params = _traced(config)
+    return graph, {name: p.copy() for name, p in params.items()}
+
+
+@functools.lru_cache(maxsize=16)
+def _traced(config: Config[nnx.Module]) -> tuple[nnx.GraphDef[Any], Params]:
+    return abstract(config.build)
 
 
 class _OneKey:

@@ -18,7 +18,7 @@ import numpy as np
 
 from converters.files.reader import read_file
 from converters.files.writer import sha256
-from converters.load import abstract, check, model_config
+from converters.load import check, model_config, structure
 from converters.params.table import restored
 from converters.source import Source
 from converters.towers import Tensors
@@ -54,7 +54,7 @@ def mapped(source: Source, export: str = "model") -> dict[str, Tensors]:
     """
     if export == "llm":
         source = dataclasses.replace(source, branches=(), parts={"llm": source.parts["llm"]})
-    _, shapes = abstract(model_config(source).build)
+    _, shapes = structure(model_config(source))
     return {
         part: {
             one.source: source.parts[part][one.source]

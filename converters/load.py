@@ -272,7 +272,8 @@ def _branch_config(source: Source, branch: Branch) -> BranchConfig:
 
 def _check_channels(source: Source, part: str, made: Architecture) -> None:
     """Raises InputError if a connector reads layers or channels that an encoder doesn't have."""
-    connector, encoders = made.connector, {"encoder": made.encoder, "aux": made.aux}
+    connector, encoders = made.connector, {"encoder": made.encoder}
+    encoders |= {} if made.aux is None else {"aux": made.aux}
     for name, (states, channels) in connector.channels.items():
         encoder, where = encoders[name], f"{part}.{name}"
         resolve_taps(connector.taps[name], encoder.layers, f"{source.path}: {where}: taps")

@@ -3,12 +3,13 @@
 import dataclasses
 import functools
 from collections.abc import Iterator, Sequence
-from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
+from typing import TYPE_CHECKING, NamedTuple, Protocol, TypeVar
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.experimental import multihost_utils
+from jax.tree_util import PyTreeDef
 
 from vfjax.errors import InputError, require
 from vfjax.model import AnyArray, Batch
@@ -26,17 +27,24 @@ Batches = Batch | tuple[Batch, ...]
 """What a model reads: one batch, or one a member."""
 
 
-class Generator(Protocol):
-    """What generates: a `Model`, or one of `vfjax.fusion.modes`; a pytree."""
+B = TypeVar("B", bound=Batches, contravariant=True)
+C = TypeVar("C")
+
+
+class Generator(Protocol[B, C]):
+    """What generates: a `Model`, or one of `vfjax.fusion.modes`; a pytree.
+
+    B is what it reads, C its cache.
+    """
 
     @property
     def context(self) -> int:
         """Tokens that it was made for."""
 
-    def prefill(self, batch: Any, size: int) -> tuple[Array, Any]:
+    def prefill(self, batch: B, size: int) -> tuple[Array, C]:
         """Reads a batch: logits float32[b, vocab] after it, and a cache of `size` slots."""
 
-    def next(self, tokens: Array, cache: Any) -> tuple[Array, Any]:
+    def next(self, tokens: Array, cache: C) -> tuple[Array, C]:
         """Reads int32[b] tokens: logits float32[b, vocab] after them, and the cache."""
 
 
@@ -213,7 +221,7 @@ class _State:
     logs: tuple[Array, Array, Array] | None
 
 
-def _agree(model: Generator, batch: Batches, same: dict[str, Any]) -> None:
+def _agree(model: Generator, batch: Batches, same: dict[str, object]) -> None:
     """Raises InputError if the processes of the model's mesh have other batches or arguments."""
     if jax.process_count() == 1:
         return
@@ -307,7 +315,9 @@ def _allowed(guides: Sequence[Guide | None], done: np.ndarray, vocab: int) -> np
 
 
 @functools.partial(jax.jit, static_argnames=("tree", "size"))
-def _prefill(leaves: list[Array], tree: Any, batch: Batches, *, size: int) -> tuple[Array, Any]:
+def _prefill(
+    leaves: list[Array], tree: PyTreeDef, batch: Batches, *, size: int
+) -> tuple[Array, object]:
     return jax.tree.unflatten(tree, leaves).prefill(batch, size)
 
 
@@ -346,8 +356,8 @@ def _first(logits: Array, rows: Rows, seen: AnyArray | None = None, *, steps: in
 
 @functools.partial(jax.jit, static_argnames="tree", donate_argnames="cache")
 def _decode(
-    leaves: list[Array], tree: Any, cache: Any, state: _State, rows: Rows, until: Array
-) -> tuple[_State, Any]:
+    leaves: list[Array], tree: PyTreeDef, cache: C, state: _State, rows: Rows, until: Array
+) -> tuple[_State, C]:
     """Decodes until every row has ended or `until` tokens are written.
 
     Returns:
@@ -355,11 +365,11 @@ def _decode(
     """
     model = jax.tree.unflatten(tree, leaves)
 
-    def running(carry: tuple[_State, Any]) -> Array:
+    def running(carry: tuple[_State, C]) -> Array:
         state, _ = carry
         return (state.i < until) & _active(state.done, state.i, rows.limit).any()
 
-    def step(carry: tuple[_State, Any]) -> tuple[_State, Any]:
+    def step(carry: tuple[_State, C]) -> tuple[_State, C]:
         state, cache = carry
         logits, cache = model.next(state.token, cache)
         seen = state.seen
@@ -377,7 +387,7 @@ def _decode(
     return jax.lax.while_loop(running, step, (state, cache))
 
 
-def _active(done: AnyArray, i: AnyArray | int, limit: AnyArray) -> Any:
+def _active(done: AnyArray, i: AnyArray | int, limit: AnyArray) -> AnyArray:
     """bool[b]: rows that take an i-th token from 0."""
     return ~done & (i < limit)
 

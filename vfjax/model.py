@@ -8,12 +8,12 @@ combine members are in `vfjax.fusion.modes`.
 import dataclasses
 import functools
 from collections.abc import Mapping, Sequence
-from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
+from jax.tree_util import PyTreeDef
 
 from vfjax.architectures.base import (
     Architecture,
@@ -26,7 +26,7 @@ from vfjax.architectures.base import (
 from vfjax.errors import InputError
 from vfjax.fusion.prune import Groups, Prune, pruned
 from vfjax.fusion.segments import check_arrangement, parallel, running
-from vfjax.llm import Cache
+from vfjax.llm import Cache, LlamaConfig
 from vfjax.sharding import mesh_of, place
 
 Array = jax.Array
@@ -135,7 +135,7 @@ class ModelConfig:
     """
 
     branches: tuple[BranchConfig, ...]
-    llm: Any
+    llm: LlamaConfig
     positions: str = "running"
     mask: str = "causal"
     prune: Prune | None = None
@@ -208,7 +208,7 @@ class Model(nnx.Module):
         x, mask, _ = splice(text, batch, self.memories(batch.images))
         return x, mask
 
-    def read(self, batch: Batch, cache: Cache | None = None) -> tuple[Array, Array, Any]:
+    def read(self, batch: Batch, cache: Cache | None = None) -> tuple[Array, Array, Cache | None]:
         """The LLM on a batch, as `ModelConfig.positions` and `mask` say.
 
         Returns:
@@ -244,13 +244,15 @@ class Model(nnx.Module):
         """
         empty = self.llm.new_cache(batch.tokens.shape[0], size)
         hidden, mask, cache = self.read(batch, empty)
+        assert cache is not None
         return self.llm.logits(at_last(hidden, mask)), cache
 
     def next(self, tokens: Array, cache: Cache) -> tuple[Array, Cache]:
         """Reads int32[b] tokens, one a row: logits float32[b, vocab] after them, and the cache."""
         x = self.llm.embed(tokens[:, None])
-        hidden, cache = self.llm(x, jnp.ones((len(tokens), 1), bool), cache)
-        return self.llm.logits(hidden[:, 0]), cache
+        hidden, read = self.llm(x, jnp.ones((len(tokens), 1), bool), cache)
+        assert read is not None
+        return self.llm.logits(hidden[:, 0]), read
 
 
 def splice(
@@ -325,7 +327,9 @@ def encode(model: Model, batch: Batch) -> Batch:
 
 
 @functools.partial(jax.jit, static_argnames="tree")
-def _encoded(leaves: list[Array], tree: Any, images: dict[str, Pictures]) -> dict[str, Pictures]:
+def _encoded(
+    leaves: list[Array], tree: PyTreeDef, images: dict[str, Pictures]
+) -> dict[str, Pictures]:
     model: Model = jax.tree.unflatten(tree, leaves)
     out: dict[str, Pictures] = {}
     for name, seen in images.items():

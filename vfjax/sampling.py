@@ -3,17 +3,19 @@
 import dataclasses
 import functools
 from collections.abc import Sequence
-from typing import Any
+from typing import TypeVar
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.typing import DTypeLike
 
 from vfjax.errors import counted, require
 from vfjax.model import AnyArray
 from vfjax.settings import NONE, Settings
 
 Array = jax.Array
+T = TypeVar("T")
 ALL = np.iinfo(np.int32).max
 """A top-k that keeps every token."""
 
@@ -149,11 +151,11 @@ GREEDY = Sampling()
 """The likeliest tokens."""
 
 
-def _column(values: list[Any], dtype: Any) -> np.ndarray:
+def _column(values: list[float], dtype: DTypeLike) -> np.ndarray:
     return np.asarray(values, dtype)[:, None]
 
 
-def by_row(name: str, value: Any, b: int) -> list[Any]:
+def by_row(name: str, value: T | Sequence[T], b: int) -> list[T]:
     """One value for each of b rows.
 
     Raises:

@@ -34,6 +34,7 @@ from vfjax import Batch, Model, Processor, encode, generate_ids
 from vfjax.architectures import MLPConfig
 from vfjax.model import ModelConfig
 from vfjax.sharding import nbytes
+from vfjax.vision.encoders import CLIPConfig
 
 FULL = ("llava@vicuna-7b", "llava@llama-3-8b", "llava+dense-clip@llama-3-8b")
 BATCHES = (1, 8)
@@ -135,6 +136,7 @@ def random_model(config: ModelConfig, dtype: str) -> Model:
 def peers(config: ModelConfig, dtype: torch.dtype) -> tuple[Any, Any]:
     """The vision tower and LLM of transformers in the same shapes, where torch runs best."""
     tower, llm = config.branches[0].architecture.encoder, config.llm
+    assert isinstance(tower, CLIPConfig)
     sizes = transformers.LlamaConfig(
         vocab_size=llm.vocab,
         hidden_size=llm.width,
@@ -219,6 +221,7 @@ def least(case: Case, b: int, chip: Chip) -> Least:
     towers = 0.0
     for branch in model.config.branches:
         tower = branch.architecture.encoder
+        assert isinstance(tower, CLIPConfig)
         n = tower.tokens + tower.prefix
         blocks = jax.tree.leaves(model.branches[branch.name])
         towers += 2 * n * sum(x.size for x in blocks) + 4 * n * n * tower.layers * tower.width

@@ -5,7 +5,7 @@ import functools
 import math
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import jax
 import jax.numpy as jnp
@@ -19,6 +19,7 @@ from experiments.configs.train import CONNECTOR, LLM
 from experiments.family import encoders, language, scenes
 from vfjax import CacheFusion, LogitsFusion, Model, Processor, Prune, encode
 from vfjax.architectures import Prompt
+from vfjax.architectures.base import PatchEncoder
 from vfjax.data import Batches, Conversations
 from vfjax.eval.data import read_lines
 from vfjax.train import Group, Optim, Options, fit
@@ -110,7 +111,8 @@ def align(model: Model, data: Path, recipe: Recipe, *, report: Report = print) -
     digits, colours = (np.array([row[key] for row in labels]) for key in ("digits", "colours"))
     (branch,) = model.branches.values()
     told = language.caption(digits, colours, see=recipe.see)
-    words = jnp.asarray(spread(told, math.isqrt(branch.config.encoder.tokens)))
+    encoder = cast(PatchEncoder, branch.config.encoder)
+    words = jnp.asarray(spread(told, math.isqrt(encoder.tokens)))
     seen = states(branch, [data / "images" / row["image"] for row in labels])
     parts: Any = nnx.split(branch.connector, nnx.Param, ...)
     graph, params, rest = parts

@@ -125,12 +125,13 @@ def turned_over(member: Path, out: Path, seed: int) -> None:
     """
     model, _ = converters.load(member, dtype="float32")
     llm, (branch,) = model.llm, model.branches.values()
+    blocks: list[Any] = list(llm.blocks)
     order = np.random.default_rng(seed).permutation(llm.config.width)
-    rows = [getattr(block.attn, name) for block in llm.blocks for name in ("q", "k", "v")]
-    rows += [getattr(block.mlp, name) for block in llm.blocks for name in ("gate", "up")]
-    columns = [layer for block in llm.blocks for layer in (block.attn.out, block.mlp.down)]
+    rows = [getattr(block.attn, name) for block in blocks for name in ("q", "k", "v")]
+    rows += [getattr(block.mlp, name) for block in blocks for name in ("gate", "up")]
+    columns = [layer for block in blocks for layer in (block.attn.out, block.mlp.down)]
     columns.append(branch.connector.projector.layers[-1])
-    norms = [norm for block in llm.blocks for norm in (block.norm1, block.norm2)]
+    norms = [norm for block in blocks for norm in (block.norm1, block.norm2)]
     for layer in rows:
         layer.kernel[...] = layer.kernel[...][order]
     for layer in columns:

@@ -240,13 +240,28 @@ class Prepared:
 
 
 class Encoder(Protocol):
-    """Config of an encoder (`vfjax.vision.encoders`)."""
+    """Config of an encoder (`vfjax.vision.encoders`), whose module is called (pixels, taps)."""
 
     @property
     def layers(self) -> int: ...
     @property
     def width(self) -> int: ...
-    def build(self, *, rngs: nnx.Rngs) -> Any: ...
+    def __hash__(self) -> int: ...
+    def build(self, *, rngs: nnx.Rngs) -> nnx.Module: ...
+
+
+class PatchEncoder(Encoder, Protocol):
+    """Config of an encoder whose hidden states are tokens [n, prefix + tokens, width].
+
+    Attributes:
+        prefix: tokens before the patches.
+        tokens: patches of one picture.
+    """
+
+    @property
+    def prefix(self) -> int: ...
+    @property
+    def tokens(self) -> int: ...
 
 
 class Connector(Protocol):
@@ -264,7 +279,7 @@ class Connector(Protocol):
     def channels(self) -> dict[str, tuple[int, int]]: ...
     @property
     def dout(self) -> int: ...
-    def build(self, *, rngs: nnx.Rngs) -> Any: ...
+    def build(self, *, rngs: nnx.Rngs) -> nnx.Module: ...
 
 
 class Architecture(Protocol):
@@ -279,15 +294,15 @@ class Architecture(Protocol):
     axes: ClassVar[int]
 
     @property
-    def encoder(self) -> Any:
+    def encoder(self) -> Encoder:
         """Config of the encoder."""
 
     @property
-    def connector(self) -> Any:
-        """Config of the connector, see `Connector`."""
+    def connector(self) -> Connector:
+        """Config of the connector."""
 
     @property
-    def aux(self) -> Any:
+    def aux(self) -> Encoder | None:
         """Config of a second encoder; None without."""
 
     @property
@@ -330,10 +345,11 @@ class Branch(nnx.Module):
 
     def __init__(self, config: Architecture, *, rngs: nnx.Rngs):
         self.config = config
-        self.encoder = config.encoder.build(rngs=rngs)
+        # Whoever looks inside (analysis, training) knows the families' own parts.
+        self.encoder: Any = config.encoder.build(rngs=rngs)
         if config.aux is not None:
-            self.aux = config.aux.build(rngs=rngs)
-        self.connector = config.connector.build(rngs=rngs)
+            self.aux: Any = config.aux.build(rngs=rngs)
+        self.connector: Any = config.connector.build(rngs=rngs)
 
     def encode(self, inputs: Inputs) -> Encoded:
         """Hidden states at the connector's taps."""

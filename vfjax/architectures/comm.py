@@ -5,12 +5,13 @@ Its code was never published. What the paper leaves open is an option here, and 
 
 import dataclasses
 from collections.abc import Container, Mapping, Sequence
-from typing import Any, Literal
+from typing import Literal
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
+from jax.typing import DTypeLike
 from PIL import Image
 
 from vfjax.architectures.base import Inputs, Shown, Size, Tapped, VisualTokens, all_of, bucket
@@ -89,7 +90,7 @@ class Merge(nnx.Module):
             return Asker(width, width, rngs=rngs)
         return linear(width, width, (None, "embed"), rngs=rngs)
 
-    def __call__(self, states: Sequence[Array], dtype: Any) -> Array:
+    def __call__(self, states: Sequence[Array], dtype: DTypeLike) -> Array:
         """The feature of the hidden states at `config.layers`, computed in `dtype`."""
         c = self.config
         features = [s[:, c.drop :].astype(dtype) for s in states]

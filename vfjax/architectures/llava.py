@@ -6,7 +6,6 @@ LLaVA llava/model/llava_arch.py. With more layers read it is Dense Connector, se
 
 import dataclasses
 from collections.abc import Container, Mapping, Sequence
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -16,6 +15,7 @@ from PIL import Image
 
 from vfjax.architectures.base import (
     Inputs,
+    PatchEncoder,
     Shown,
     Size,
     Tapped,
@@ -105,7 +105,7 @@ def whole(pictures: Sequence[Image.Image], images: ImageSpec, count: int) -> np.
     return stacked([preprocess(p, images) for p in pictures], count, images.size)
 
 
-def whole_regions(encoder: Any, images: ImageSpec, tokens: int, size: Size) -> np.ndarray:
+def whole_regions(encoder: PatchEncoder, images: ImageSpec, tokens: int, size: Size) -> np.ndarray:
     """Boxes of a whole picture's tokens, see `Architecture.regions`.
 
     Tokens before the patches (class, registers), if they are read, and those behind (Dense

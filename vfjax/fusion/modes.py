@@ -15,7 +15,7 @@ from flax import nnx
 
 from vfjax.errors import InputError
 from vfjax.fusion.segments import parallel
-from vfjax.llm import Cache, Llama
+from vfjax.llm import Cache, Llama, LlamaConfig
 from vfjax.llm.cache import Rows, wide
 from vfjax.model import Batch, Model, at_last, splice
 from vfjax.processor import Processor
@@ -83,7 +83,7 @@ class CacheFusion(nnx.Module):
         merged, branches = self.merged, self.merged.config.branches
         if not batch.images:
             return merged.prefill(batch, size)
-        llms: list[Any] = [self.llms[owner] for owner in self.owners]
+        llms = [self.llms[owner] for owner in self.owners]
         memories = [
             merged.memory(branch.name, batch.images, llm.lookup)
             for branch, llm in zip(branches, llms, strict=True)
@@ -101,15 +101,17 @@ class CacheFusion(nnx.Module):
             theirs, _, _ = splice(llm.embed(tokens), batch, memories)
             own = segments == k + 1
             state, cache = llm(theirs, mask & (text | own), empty, positions, deep=deep)
+            assert cache is not None
             mine = mask & (own | before if k == 0 else own)
             hidden = jnp.where(mine[..., None], state, hidden)
             joined = _join(joined, cache, mine)
 
         rest = mask & ~joined.mask[:, : mask.shape[1]]
         filled = _Filled(**_fields(joined), held=joined.mask)
-        state, filled = merged.llm(x, rest, filled, positions, deep=deep)
+        state, read = merged.llm(x, rest, filled, positions, deep=deep)
+        assert read is not None
         hidden = jnp.where(rest[..., None], state, hidden)  # of a branch where it ends the row
-        return merged.llm.logits(at_last(hidden, mask)), Cache(**_fields(filled))
+        return merged.llm.logits(at_last(hidden, mask)), Cache(**_fields(read))
 
     def next(self, tokens: Array, cache: Cache) -> tuple[Array, Cache]:
         """One step of the merged LLM; see `Model.next`."""
@@ -160,7 +162,7 @@ def _join(joined: Cache, cache: Cache, mine: Array) -> Cache:
     return dataclasses.replace(joined, k=k, v=v, mask=joined.mask | mine)
 
 
-def _shape(config: Any) -> Any:
+def _shape(config: LlamaConfig) -> LlamaConfig:
     """An LLM's config without what members may differ in."""
     return dataclasses.replace(config, vocab=0, context=0)
 

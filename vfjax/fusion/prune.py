@@ -10,13 +10,13 @@ in one step. Tokens that stay keep their positions.
 
 import dataclasses
 from collections.abc import Callable, Sequence
-from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
 from vfjax.errors import InputError, check, counted, one_of
+from vfjax.llm.llama import Attention, Llama, Step
 from vfjax.llm.watch import watched, weights
 
 Array = jax.Array
@@ -93,7 +93,7 @@ class Groups:
 def pruned(
     prune: Prune,
     groups: Groups,
-    llm: Any,
+    llm: Llama,
     apart: bool,
     x: Array,
     mask: Array,
@@ -177,7 +177,7 @@ def merged(x: Array, likeness: Array, visual: Array, kept: Array) -> Array:
 
 
 def looked_at(
-    llm: Any,
+    llm: Llama,
     x: Array,
     mask: Array,
     positions: Array,
@@ -202,7 +202,7 @@ def looked_at(
     def take(a: Array) -> Array:
         return jnp.take_along_axis(a, last[..., None], axis=1)
 
-    def show(attn: Any, y: Array, k: Array, step: Any) -> None:
+    def show(attn: Attention, y: Array, k: Array, step: Step) -> None:
         alone = dataclasses.replace(
             step, cos=take(step.cos), sin=take(step.sin), see=take(step.see)
         )

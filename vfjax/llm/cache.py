@@ -1,10 +1,11 @@
 """The key-value cache of a decoder, passed in and out of every call."""
 
 import dataclasses
-from typing import Any, Self
+from typing import Self
 
 import jax
 import jax.numpy as jnp
+from jax.typing import ArrayLike, DTypeLike
 
 from vfjax.nn.layers import quantize
 
@@ -31,7 +32,7 @@ class Int8Rows:
         """Keys or values whose features are along an axis, quantised."""
         return cls(*quantize(x, axis))
 
-    def wide(self, dtype: Any) -> Array:
+    def wide(self, dtype: DTypeLike) -> Array:
         """Keys or values in a dtype."""
         return (self.rows * self.scale).astype(dtype)
 
@@ -69,7 +70,15 @@ class Cache:
 
     @classmethod
     def empty(
-        cls, b: int, size: int, layers: int, heads: int, dim: int, dtype: Any, *, int8: bool = False
+        cls,
+        b: int,
+        size: int,
+        layers: int,
+        heads: int,
+        dim: int,
+        dtype: DTypeLike,
+        *,
+        int8: bool = False,
     ) -> Self:
         """A cache of `size` slots for `b` rows, with `heads` key heads of `dim` in each layer.
 
@@ -144,17 +153,17 @@ class Cache:
         return kept, (wide(kept[0], k.dtype), wide(kept[1], v.dtype))
 
 
-def wide(rows: Rows, dtype: Any) -> Array:
+def wide(rows: Rows, dtype: DTypeLike) -> Array:
     """Keys or values in a dtype."""
     return rows.wide(dtype) if isinstance(rows, Int8Rows) else rows.astype(dtype)
 
 
-def _put(old: Rows, new: Array, at: tuple[Any, ...], features: int) -> Rows:
+def _put(old: Rows, new: Array, at: tuple[ArrayLike, ...], features: int) -> Rows:
     if isinstance(old, Int8Rows):
         narrow = Int8Rows.of(new, features)
         return Int8Rows(_update(old.rows, narrow.rows, at), _update(old.scale, narrow.scale, at))
     return _update(old, new, at)
 
 
-def _update(old: Array, new: Array, at: tuple[Any, ...]) -> Array:
+def _update(old: Array, new: Array, at: tuple[ArrayLike, ...]) -> Array:
     return jax.lax.dynamic_update_slice(old, new.astype(old.dtype), at)

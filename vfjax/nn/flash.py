@@ -8,11 +8,12 @@ a TPU's memory several times, which takes longer than all products of a prefill.
 import functools
 import math
 from collections.abc import Callable
-from typing import Any
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
 from jax.extend.backend import get_backend
+from jax.extend.core import ClosedJaxpr, Jaxpr
 from jax.sharding import AxisType, PartitionSpec
 
 from vfjax.fusion.segments import block
@@ -145,7 +146,7 @@ def cudnn(
     real: Array,
     segments: Array | None,
     *,
-    implementation: Any = "cudnn",
+    implementation: Literal["xla", "cudnn"] = "cudnn",
 ) -> Array:
     """`flash` on an NVIDIA GPU; `implementation` is that of `jax.nn.dot_product_attention`.
 
@@ -181,7 +182,7 @@ PRODUCTS = {"fwd": (1, 1), "dq": (2, 1), "dkv": (2, 2), "bwd": (3, 2)}
 """Phase of a kernel -> its products over all pairs of tokens: of keys', of values' features."""
 
 
-def kernel_flops(jaxpr: Any) -> float:
+def kernel_flops(jaxpr: Jaxpr | ClosedJaxpr) -> float:
     """Operations of the attention kernels of a traced program on a device: no compiler counts them.
 
     Args:
@@ -195,7 +196,7 @@ def kernel_flops(jaxpr: Any) -> float:
         elif eqn.primitive.name != "pallas_call":
             name = ""
         if phase := next((each for each in PRODUCTS if f"_{each}_" in name), None):
-            inputs = (x.aval for x in eqn.invars)
+            inputs: list[Any] = [x.aval for x in eqn.invars]  # arrays all
             q, _, v, *_ = (x.shape for x in inputs if jnp.issubdtype(x.dtype, jnp.floating))
             features = sum(n * x[-1] for n, x in zip(PRODUCTS[phase], (q, v), strict=True))
             total += features * math.prod(q[:-1]) * q[tokens]  # half of all pairs
@@ -207,5 +208,5 @@ def kernel_flops(jaxpr: Any) -> float:
     return total
 
 
-def _is_jaxpr(x: Any) -> bool:
+def _is_jaxpr(x: object) -> bool:
     return hasattr(getattr(x, "jaxpr", x), "eqns")

@@ -4,7 +4,6 @@ import json
 import os
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
 import jax
 from orbax.checkpoint import v1 as ocp
@@ -25,7 +24,7 @@ class Checkpoints:
     run leaves the ones before.
     """
 
-    def __init__(self, folder: Path, config: Mapping[str, Any], *, keep: int = 2):
+    def __init__(self, folder: Path, config: Mapping[str, object], *, keep: int = 2):
         """Opens the folder, or makes it.
 
         Args:
@@ -118,7 +117,7 @@ class Checkpoints:
         self.files.wait()
 
 
-def same_config(folder: Path, config: Mapping[str, Any]) -> None:
+def same_config(folder: Path, config: Mapping[str, object]) -> None:
     """Keeps a config in a new folder; raises InputError where an old one's differs in a key."""
     file, config = folder / CONFIG, json.loads(json.dumps(config))
     if file.is_file():

@@ -58,7 +58,7 @@ def step_flops(graph: nnx.GraphDef, params: nnx.State, frozen: nnx.State, batche
     return parts * (eyes * (3 if tuned else 1) + (whole - eyes) * (2 + trained / total))
 
 
-def _forward(function: Callable[..., Any], *args: Any) -> float:
+def _forward(function: Callable[..., Any], *args: object) -> float:
     traced = jax.jit(function).trace(*args)
     cost = traced.lower().cost_analysis()
     # XLA does not look into attention's kernels, which leave out half of the square.

@@ -10,13 +10,13 @@ import signal
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jax.typing import DTypeLike
 
 from vfjax.errors import InputError, counted, require
 from vfjax.model import Batch, Model
@@ -52,7 +52,7 @@ class Options:
         InputError: a number out of range, or another dtype than a floating one.
     """
 
-    dtype: Any = jnp.bfloat16
+    dtype: DTypeLike = jnp.bfloat16
     remat: bool = True
     sequence: bool = False
     save_every: int = 500
@@ -85,7 +85,7 @@ def fit(
     optim: Optim,
     folder: Path,
     *,
-    config: Mapping[str, Any] | None = None,
+    config: Mapping[str, object] | None = None,
     options: Options = Options(),
     trackers: Sequence[Tracker] = (),
 ) -> Model:
@@ -241,12 +241,14 @@ class _Pending:
     ):
         self.rate, self.every = optim.rate(groups[0].learning_rate), every
         self.rows: list[tuple[int, dict[str, jax.Array], float | None]] = []
-        self.known: dict[Any, float] = {}
+        self.known: dict[tuple[tuple[int, ...], ...], float] = {}
         self.record = None
         if jax.process_index() == 0:
             self.record = Record(folder, done, optim.steps, trackers=trackers)
 
-    def flops(self, graph: Any, params: Any, frozen: Any, batches: Batch) -> float | None:
+    def flops(
+        self, graph: nnx.GraphDef, params: nnx.State, frozen: nnx.State, batches: Batch
+    ) -> float | None:
         """Of a step, counted once for each shape of its batches; None if nobody asks."""
         if self.record is None or self.record.peak is None:
             return None
@@ -284,7 +286,7 @@ class _Pending:
             self.record.close()
 
 
-def _check(step: int, row: Mapping[str, Any]) -> None:
+def _check(step: int, row: Mapping[str, float]) -> None:
     """Raises InputError for a step that nothing can be learnt from."""
     if not math.isfinite(row["loss"]) or not math.isfinite(row["grad_norm"]):
         raise InputError(

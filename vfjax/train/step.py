@@ -3,13 +3,14 @@
 import dataclasses
 import re
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, TypeVar
 
 import jax
 import jax.numpy as jnp
 import optax
 from flax import nnx
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jax.typing import DTypeLike
 
 from vfjax.errors import InputError
 from vfjax.model import Batch, Model
@@ -17,6 +18,9 @@ from vfjax.text.prompts import IGNORE
 from vfjax.train.optim import Group, name_of, trains
 
 Array = jax.Array
+T = TypeVar("T")
+Sums = tuple[Array, Array, nnx.State]
+"""A loss, of how many tokens, and its gradients."""
 LOGITS = 2**28
 """Logits, of all rows, that are in memory at once."""
 
@@ -34,7 +38,7 @@ class State:
 
     step: Array
     params: nnx.State
-    opt: Any
+    opt: optax.OptState
 
 
 def split(model: Model, groups: Sequence[Group]) -> tuple[nnx.GraphDef, nnx.State, nnx.State]:
@@ -85,10 +89,10 @@ def check_groups(groups: Sequence[Group], names: Sequence[str], where: str = "tr
             )
 
 
-def cast(tree: Any, dtype: Any) -> Any:
+def cast(tree: T, dtype: DTypeLike) -> T:
     """Floating arrays, or shapes of arrays, in `dtype`."""
 
-    def one(x: Any) -> Any:
+    def one(x: Array | jax.ShapeDtypeStruct) -> Array | jax.ShapeDtypeStruct:
         if not jnp.issubdtype(x.dtype, jnp.floating):
             return x
         if isinstance(x, jax.ShapeDtypeStruct):
@@ -170,7 +174,7 @@ def gradients(
     params: nnx.State,
     frozen: nnx.State,
     batches: Batch,
-    dtype: Any,
+    dtype: DTypeLike,
     key: Array | None = None,
 ) -> tuple[Array, nnx.State]:
     """Mean loss of all labelled tokens, and its gradients in float32.
@@ -193,7 +197,7 @@ def gradients(
 
     grad = jax.value_and_grad(loss, has_aux=True)
 
-    def add(sums: Any, each: tuple[Batch, Array]) -> tuple[Any, None]:
+    def add(sums: Sums, each: tuple[Batch, Array]) -> tuple[Sums, None]:
         (total, count), found = grad(params, *each)
         return jax.tree.map(jnp.add, sums, (total, count, found)), None
 
@@ -212,7 +216,7 @@ def make_step(
     tx: optax.GradientTransformation,
     state: State,
     *,
-    dtype: Any = jnp.float32,
+    dtype: DTypeLike = jnp.float32,
     mesh: Mesh | None = None,
     seed: int | None = None,
 ) -> Callable[[State, nnx.State, Batch], tuple[State, dict[str, Array]]]:

@@ -1,11 +1,14 @@
-"""Tensors of the members' branches, under the names that they have in a fused folder."""
+"""The members' branches in a fused folder: its normal form, the names of their tensors."""
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
 
 from converters.load import model_config
 from converters.source import Branch, Source
+from vfjax import InputError
 from vfjax.merge import LazyTensor
+from vfjax.text.chat import CHAT_TEMPLATE
 
 Tensors = dict[str, LazyTensor]
 
@@ -26,6 +29,44 @@ def branch_tensors(member: str, source: Source, parts: Mapping[str, Tensors]) ->
         for part, new in zip(branch.parts, own.parts, strict=True):
             out |= {f"{new}.{key}": value for key, value in parts.get(part, {}).items()}
     return out
+
+
+def first_seeing(opened: Mapping[str, Source], members: Iterable[str]) -> str:
+    """The first member that has branches, else the first: it says how the result is prompted."""
+    members = list(members)
+    return next((name for name in members if opened[name].branches), members[0])
+
+
+def joined(
+    opened: Mapping[str, Source], members: Sequence[str], out: Path, template: str | None
+) -> Source:
+    """The fused folder's normal form: all members' branches, the first opened model's LLM."""
+    reference = next(iter(opened.values()))
+    branches = tuple(
+        dataclasses.replace(branch, name=branch_name(name, opened[name], branch.name))
+        for name in members
+        for branch in opened[name].branches
+    )
+    llm = {**reference.llm, "architectures": [reference.table("llm").architecture]}
+    first = opened[first_seeing(opened, members)]
+    template = template or first.template
+    if template == CHAT_TEMPLATE and not first.chat_template:
+        raise InputError(
+            "template",
+            found=f"{CHAT_TEMPLATE!r}, and no chat template in {first.path}",
+            expected="a first member that has one, or the name of a template",
+            fix="name another",
+        )
+    return Source(
+        out,
+        "visionfuse",
+        {},
+        llm,
+        branches,
+        template,
+        chat_template=first.chat_template,
+        image_token=first.image_token,
+    )
 
 
 def own_embeddings(

@@ -31,6 +31,7 @@ MODES = {
         *("method", "params", "rules", "recipe", "template", "positions", "mask", "router"),
         *("vocab", "family", "seed"),
     ),
+    "whole": ("positions", "mask", "router"),
 }
 """How members may be combined -> the options that it does not use."""
 
@@ -65,8 +66,9 @@ def load_fused(  # noqa: D417  (`fuse` has the others)
         members: name -> folder, as of `fuse`; so are the arguments from `base` to `seed`.
         mode: "tokens", one merged LLM reads all branches: what `load` reads of what `fuse` writes;
             "cache", each branch is read by its member's LLM (`vfjax.CacheFusion`), which has
-            positions and mask of its own; or "logits", nothing is merged and probabilities are
-            averaged (`vfjax.LogitsFusion`): of the arguments it uses `base`, `dtype` and `towers`.
+            positions and mask of its own; "logits", nothing is merged and probabilities are
+            averaged (`vfjax.LogitsFusion`): of the arguments it uses `base`, `dtype` and `towers`;
+            or "whole", towers and connectors are merged, too: what `fuse` writes so.
         mesh: see `load`.
         progress: see `load`.
 
@@ -91,6 +93,7 @@ def load_fused(  # noqa: D417  (`fuse` has the others)
         vocab=vocab,
         family=family,
         seed=seed,
+        export="whole" if mode == "whole" else "model",
         account=False,
     )
     _check_used(request, mode)
@@ -102,7 +105,7 @@ def load_fused(  # noqa: D417  (`fuse` has the others)
         facts |= {"mode": mode}
         facts |= {n: str(x) for n, x in dataclasses.asdict(request).items() if n not in PATHS}
     merged, processor = read_model(fusion.source(), mesh, None, progress)
-    if mode == "tokens":
+    if mode in ("tokens", "whole"):
         return merged, processor
     stored = np.dtype(merged.llm.embedding.dtype)
     sources = [source for name, source in fusion.opened.items() if name != BASE]

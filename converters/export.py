@@ -2,7 +2,7 @@
 
 import json
 import threading
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Container, Iterator, Mapping, Sequence
 from pathlib import Path
 from types import EllipsisType
 from typing import Any
@@ -14,7 +14,7 @@ from flax import nnx
 from jax.experimental import multihost_utils
 
 from converters.files.reader import read_file
-from converters.files.writer import write_folder
+from converters.files.writer import Content, write_folder
 from converters.load import TOKENIZER_FILES, Params, flatten, part_of
 from converters.origin import Origin, origin_of
 from converters.params.table import Rule, restored
@@ -81,21 +81,30 @@ def export(
     }
     for folder, name, tensor in _spare(origin, weights):
         weights[folder][name] = tensor
+    write_folder(
+        out,
+        weights,
+        files=config_files(origin, np.dtype(params["llm/embedding"].dtype)),
+        shard_bytes=shard_bytes,
+        progress=progress,
+    )
+
+
+def config_files(origin: Origin, dtype: np.dtype) -> dict[str, Content]:
+    """All files of a folder but its weights.
+
+    Args:
+        origin: what it is like.
+        dtype: of its LLM's weights.
+    """
     own = () if origin.created else ("preprocessor_config.json", "processor_config.json")
     places = {name: origin.home / name for name in (*TOKENIZER_FILES, *own)}
     files = {name: path for name, path in places.items() if path.is_file()}
-    dtype = np.dtype(params["llm/embedding"].dtype)
     texts: dict[str, Mapping[str, Any]] = {"config.json": with_dtype(origin.config, dtype)}
     for part, tower in {**origin.towers, **origin.held}.items():
         for file, value in tower.items():
             texts[f"{FOLDERS[part.split('.')[-1]]}/{file}"] = value
-    write_folder(
-        out,
-        weights,
-        files={**files, **{name: to_bytes(value) for name, value in texts.items()}},
-        shard_bytes=shard_bytes,
-        progress=progress,
-    )
+    return {**files, **{name: to_bytes(value) for name, value in texts.items()}}
 
 
 FOLDERS = {"encoder": "vision_tower", "aux": "vision_tower_aux"}
@@ -113,15 +122,15 @@ def _places(origin: Origin, params: Params) -> dict[str, tuple[Rule, Prefixes, s
     out = {}
     for part, config in origin.components.items():
         names = {path: name for name in params for p, path in [part_of(name)] if p == part}
-        table, folder = find(config, part), _folder(origin, part)
+        table, folder = find(config, part), folder_of(part, origin.towers)
         for path, rule in table.match({path: params[n].shape for path, n in names.items()}).items():
             out[names[path]] = (rule, origin.prefixes[part], folder)
     return out
 
 
-def _folder(origin: Origin, part: str) -> str:
-    """The sub-folder that a component's tensors are written to."""
-    return FOLDERS[part.split(".")[-1]] if part in origin.towers else ""
+def folder_of(part: str, towers: Container[str]) -> str:
+    """The sub-folder that a component's tensors are written to; `towers` have one of their own."""
+    return FOLDERS[part.split(".")[-1]] if part in towers else ""
 
 
 def _spare(
@@ -130,9 +139,12 @@ def _spare(
     """Sub-folder, name and values of each tensor that the model lacks, as its file has it."""
     files: dict[Path, Mapping[str, LazyTensor]] = {}
     for part, places in origin.spare.items():
-        folder = _folder(origin, part)
+        folder = folder_of(part, origin.towers)
         for name, path in places.items():
             if name in weights[folder]:  # one that some models have, and this one has
+                continue
+            if not isinstance(path, Path):
+                yield folder, name, path
                 continue
             if path not in files:
                 files[path] = read_file(path) if path.is_file() else {}

@@ -44,18 +44,28 @@ def fuse(
     were: for NaN, infinities and SHA-256.
 
     Args:
-        members: name -> folder, in the order in which their visual tokens will be read.
+        members: name -> folder, in the order in which their visual tokens will be read; plain LLMs
+            among them add to the merged LLM alone.
         out: folder to make.
         base: folder of the LLM that all members were fine-tuned from; members that are adapters or
             projectors are completed from the LLM that they name, or else from this one.
         method: a key of `vfjax.merge.METHODS`.
         params: the method's parameters, such as {"weights": (0.5, 0.5)}; each may vary over the
             layers, see `vfjax.merge.from_config`. Weights are 1 / members each by default.
+            For a text expert, a plain LLM of the base among the members, weights that vary over the
+            layers leave perception to the first ones: {"weights": ((1, 1, 0.4), (0, 0, 0.6))} has
+            its weight at 0 in the first half and lets it grow to 0.6 at the last layer.
         rules: (regex, changes of method or params) for the tensors whose names the regex is found
             in, such as ("embed_tokens|lm_head", {"take": "base"}); see `vfjax.merge.from_config`.
         recipe: a mergekit YAML file, in place of members, base, method, params and rules.
-        export: "model" writes merged LLM and branches; "llm" a plain Hugging Face causal LM.
-        template: prompt template; the first member's by default.
+        export: "model" writes merged LLM and branches; "llm" a plain Hugging Face causal LM;
+            "whole", of members of one architecture, a model of that architecture in the first
+            one's layout, with towers and connectors merged, too. Its processor, chat template and
+            generation_config.json are the first member's. `rules` see tensors there as the files
+            call them, see `converters.whole`: ("vision_tower", {"take": "a"}),
+            ("visual[.]merger", {"params": {"weights": (0.7, 0.3)}}). `base` is of that architecture
+            then; beside plain LLMs one multimodal LLM keeps tower and connector as they are.
+        template: prompt template; by default that of the first member that sees.
         dtype: of the merged LLM; by default that of the base's tensors, without a base of the first
             member's; a recipe's as mergekit has it.
         positions: of the branches' tokens, "running" or "parallel", see `vfjax.model.ModelConfig`.

@@ -7,13 +7,19 @@ import logging
 import math
 import warnings
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 from converters.adapters import named_base
-from converters.branches import Tensors, branch_name, branch_tensors, own_embeddings
+from converters.branches import (
+    Tensors,
+    branch_tensors,
+    first_seeing,
+    joined,
+    own_embeddings,
+)
 from converters.export import to_bytes
 from converters.files.checksums import audit, mapped, stat, unread
 from converters.files.writer import Content, plan_shards, stage_of, write_folder
@@ -22,7 +28,7 @@ from converters.folder import assigned, open_source, settled
 from converters.formats.visionfuse import arranged, fused_config
 from converters.mergekit import Yaml, read_yaml
 from converters.model_card import CARD, PLOT, by_layer, card, plot
-from converters.plan import llm_config, merge_llms
+from converters.plan import Part, layers_of, llm_config, merge_parts
 from converters.request import Request, check_request
 from converters.source import LAYOUTS, Source
 from converters.tokenizer_union import made_tokenizer
@@ -35,6 +41,7 @@ from converters.vocabulary import (
     said,
     tokenizer_files,
 )
+from converters.whole import Whole, by_folder, check_llm_alone, merge_whole, with_tensors
 from vfjax import InputError, __version__
 from vfjax.merge import (
     METHODS,
@@ -140,12 +147,22 @@ class Fusion:
         others = self.yaml.tokenizers if self.yaml else {}
         self.made = made_tokenizer(self.recipe, others, opened, llms)
         rowed = llms if union else one_vocabulary(llms, request.vocab, self.base)
-        self.merged = merge_llms(self.recipe, request, opened, rowed, self.made)
-        result = _describe(opened, list(request.members), self.out, request.template)
-        llm = llm_config(result.llm, self.merged, self.recipe, opened)
-        result = dataclasses.replace(result, llm=llm)
-        self.result = arranged(result, request.positions, request.mask)
         self.vocabulary: list[str] = []
+        self.whole: Whole | None = None
+        if request.export == "whole":
+            parts = {label: {**part, "llm": dict(rowed[label])} for label, part in parts.items()}
+            self.whole = merge_whole(self.recipe, request, opened, parts, self.made)
+            self.merged = {k: x for found in self.whole.merged.values() for k, x in found.items()}
+            result = dataclasses.replace(opened[self.whole.like], llm=self.whole.llm)
+        else:
+            check_llm_alone(self.recipe)
+            part = Part(self.recipe, rowed, layers_of(opened))
+            (self.merged,) = merge_parts(self.recipe, request, [part], self.made)
+            result = joined(opened, list(request.members), self.out, request.template)
+            llm = llm_config(result.llm, self.merged, self.recipe, opened)
+            result = dataclasses.replace(result, llm=llm)
+            result = arranged(result, request.positions, request.mask)
+        self.result = result
         if self.made is None:
             self._keep_tokenizer(known, rows)
         else:
@@ -158,6 +175,8 @@ class Fusion:
             self.vocabulary = known.changes(next(iter(opened)), rows, total, words)
         self.result = dataclasses.replace(self.result, tokenizer=self.owner.tokenizer)
         self.weights: Tensors = dict(self.merged)
+        if self.whole is not None:
+            self.result = self.whole.source(self.owner, request, self.recipe)
         if request.export == "model":
             for name in request.members:
                 self.weights |= branch_tensors(name, opened[name], parts[name])
@@ -168,6 +187,9 @@ class Fusion:
 
     def _read(self, label: str, parts: Mapping[str, Tensors]) -> Mapping[str, Tensors]:
         """The components that go into the output: without branches, the LLM alone."""
+        if self.request.export == "whole":
+            spare = self.opened[label].spare
+            return {**parts, **{f"spare {part}": dict(x) for part, x in spare.items()}}
         whole = self.request.export == "model" and label in self.request.members
         return parts if whole else {"llm": parts["llm"]}
 
@@ -184,13 +206,14 @@ class Fusion:
         files: dict[str, Content] = {
             "config.json": to_bytes(config),
             **self._prompt_files(),
+            **(self.whole.files(self.result, self.recipe) if self.whole else {}),
             CARD: lambda: self._card(digests),
         }
         if self._counted() and request.account and find_spec("matplotlib"):
             files[PLOT] = lambda: plot(self._rows, self._tuned)
         write_folder(
             self.out,
-            {"": self.weights},
+            by_folder(self.weights),
             files=files,
             shard_bytes=request.shard_bytes,
             progress=progress,
@@ -223,12 +246,15 @@ class Fusion:
         label = known.owner(order, rows, total)
         self.owner = self.opened[order[0] if label is None else label]
         self.vocabulary = known.changes(label, rows, total)
-        if self.request.export == "model" and not self.request.template and self.result.branches:
-            known.check_template(next(iter(self.request.members)), label, self.result.template)
+        if self.request.export != "llm" and not self.request.template and self.result.branches:
+            prompted = first_seeing(self.opened, self.request.members)
+            known.check_template(prompted, label, self.result.template)
 
     def _say(self) -> None:
         for line in self.vocabulary:
             LOG.warning("vocabulary: %s", line)
+        for line in self.whole.kept if self.whole else ():
+            LOG.warning("%s", line)
 
     def _check_weights(self) -> None:
         if self.request.family and self.request.recipe is None:
@@ -241,11 +267,15 @@ class Fusion:
                     for label, llm in self.llms.items()
                 }
             )
+            for sources in self.whole.beside() if self.whole else ():
+                check_weights({said(label): tensors for label, tensors in sources.items()})
 
     def source(self) -> Source:
         """The folder that is not written, opened."""
         self._say()
         self._check_weights()
+        if self.whole is not None:
+            return with_tensors(self.result, by_folder(self.weights))
         config = fused_config(self.result, self._record({}))
         layout = next(x for x in LAYOUTS if x.name == "visionfuse")
         source = layout.open(self.owner.home, config, Towers({}, "auto"))
@@ -265,7 +295,7 @@ class Fusion:
 
     def describe(self) -> dict[str, Any]:
         """See `converters.dry_run`."""
-        shards = plan_shards({"": self.weights}, self.request.shard_bytes)
+        shards = plan_shards(by_folder(self.weights), self.request.shard_bytes)
         methods = [x.method for x in self.merged.values()]
         return {
             "files": {shard.path: shard.size for shard in shards},
@@ -321,8 +351,9 @@ class Fusion:
 
     @functools.cached_property
     def _rows(self) -> dict[str, Account]:
+        modules = self.whole.modules() if self.whole else {}
         found = ((name, self.merged[name].account()) for name in self._counted())
-        return by_layer((name, one) for name, one in found if one is not None)
+        return by_layer((modules.get(n, ""), n, one) for n, one in found if one is not None)
 
     def _card(self, digests: Mapping[str, str]) -> bytes:
         self._check_unchanged()
@@ -353,6 +384,8 @@ class Fusion:
             }
         if self.vocabulary:
             record["vocabulary"] = self.vocabulary
+        if self.whole is not None and self.whole.kept:
+            record["kept"] = self.whole.kept
         return record | {"seed": request.seed, "vfjax": __version__}
 
     def _tokenizers(self) -> list[str]:
@@ -361,39 +394,9 @@ class Fusion:
         But if a member's added tokens are kept, its own; if a recipe makes one, that.
         """
         order = list(self.opened)
-        if self.request.export == "model":
+        if self.request.export != "llm":
             order = [*self.request.members, *order]
+        if self.whole is not None:
+            order = [self.whole.like, *order]
         named = self.request.vocab
         return [named, *order] if named in self.opened and named != BASE else order
-
-
-def _describe(
-    opened: Mapping[str, Source], members: Sequence[str], out: Path, template: str | None
-) -> Source:
-    """The fused folder's normal form: all members' branches, the first opened model's LLM."""
-    reference = next(iter(opened.values()))
-    branches = tuple(
-        dataclasses.replace(branch, name=branch_name(name, opened[name], branch.name))
-        for name in members
-        for branch in opened[name].branches
-    )
-    llm = {**reference.llm, "architectures": [reference.table("llm").architecture]}
-    first = opened[members[0]]
-    template = template or first.template
-    if template == CHAT_TEMPLATE and not first.chat_template:
-        raise InputError(
-            "template",
-            found=f"{CHAT_TEMPLATE!r}, and no chat template in {first.path}",
-            expected="a first member that has one, or the name of a template",
-            fix="name another",
-        )
-    return Source(
-        out,
-        "visionfuse",
-        {},
-        llm,
-        branches,
-        template,
-        chat_template=first.chat_template,
-        image_token=first.image_token,
-    )

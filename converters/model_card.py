@@ -2,27 +2,26 @@
 
 import io
 import json
-import re
 from collections.abc import Iterable, Mapping, Sequence
 from importlib.util import find_spec
 from typing import Any
 
 from vfjax.merge import Account
+from vfjax.merge.recipe import LAYER
 
 CARD, PLOT = "MERGE.md", "merge.png"
-LAYER = re.compile(r"layers\.(\d+)\.")
 
 
-def by_layer(accounts: Iterable[tuple[str, Account]]) -> dict[str, Account]:
+def by_layer(accounts: Iterable[tuple[str, str, Account]]) -> dict[str, Account]:
     """Adds up the accounts of a layer's tensors; tensors outside the layers keep their names.
 
     Args:
-        accounts: (tensor name, account).
+        accounts: (what the module is called, "" for the LLM; tensor name; account).
     """
     out: dict[str, Account] = {}
-    for name, one in accounts:
-        found = LAYER.search(name)
-        key = f"layer {found[1]}" if found else name.removesuffix(".weight")
+    for module, name, one in accounts:
+        found = LAYER.fullmatch(name)
+        key = f"{module} layer {found[2]}".strip() if found else name.removesuffix(".weight")
         out[key] = out[key] + one if key in out else one
     return out
 

@@ -28,7 +28,8 @@ class Origin:
         prefixes: component -> see `Source.prefixes`.
         towers: component that has a folder of its own -> JSON files there.
         held: component that the checkpoint holds, and whose configs it lacks -> those.
-        spare: component -> name of a tensor that its model may lack -> the file that has it.
+        spare: component -> name of a tensor that its model may lack -> the file that has it, or,
+            of one that is in no file, the tensor.
         created: see `Source.created`.
     """
 
@@ -38,17 +39,22 @@ class Origin:
     prefixes: Mapping[str, Prefixes]
     towers: Mapping[str, Mapping[str, Mapping[str, Any]]]
     held: Mapping[str, Mapping[str, Mapping[str, Any]]]
-    spare: Mapping[str, Mapping[str, Path]]
+    spare: Mapping[str, Mapping[str, Path | LazyTensor]]
     created: bool
 
 
 def remember(model: Model, source: Source) -> None:
-    """Keeps what `origin_of` gives; tensors are not kept."""
+    """Keeps what `origin_of` gives; tensors in files are not kept."""
+    ORIGINS[model] = from_source(source)
+
+
+def from_source(source: Source) -> Origin:
+    """What of an opened folder is needed to write another like it."""
     towers, held = (
         {p: _sorted(t.json or tower_files(t.config, t.preprocessor)) for p, t in found.items()}
         for found in (source.towers, source.held)
     )
-    ORIGINS[model] = Origin(
+    return Origin(
         home=source.home,
         config=_sorted(source.config),
         components=source.components,
@@ -56,7 +62,7 @@ def remember(model: Model, source: Source) -> None:
         towers=towers,
         held=held,
         spare={
-            part: {name: _file(tensor) for name, tensor in tensors.items()}
+            part: {name: _place(tensor) for name, tensor in tensors.items()}
             for part, tensors in source.spare.items()
         },
         created=source.created,
@@ -84,9 +90,8 @@ def origin_of(model: Model) -> Origin:
     return ORIGINS[model]
 
 
-def _file(tensor: LazyTensor) -> Path:
-    """Of a tensor; under an adapter the base's: its update of what nothing reads is 0."""
-    if isinstance(tensor, Updated):
-        return _file(tensor.base)
-    assert hasattr(tensor, "path"), "spare tensors are as they are in files"
-    return tensor.path
+def _place(tensor: LazyTensor) -> Path | LazyTensor:
+    """A tensor's file; under an adapter the base's: its update of what nothing reads is 0."""
+    while isinstance(tensor, Updated):
+        tensor = tensor.base
+    return getattr(tensor, "path", tensor)

@@ -22,6 +22,10 @@ ROUTERS = ("merged", "member")
 """Whose embeddings of the prompt a connector reads."""
 
 
+EXPORTS = ("model", "whole", "llm")
+"""What may be made of the members, see `converters.fuse`."""
+
+
 @dataclasses.dataclass(frozen=True)
 class Request:
     """What to fuse, and how; see the arguments of `converters.fuse`."""
@@ -100,12 +104,21 @@ def check_request(request: Request) -> None:
             "YAML merges one model with its base",
         )
     rules = [
-        one_of("export", request.export, ("model", "llm")),
+        one_of("export", request.export, EXPORTS),
         one_of("router", request.router, ROUTERS),
     ]
     if request.vocab is not None:
         rules.append(one_of("vocab", request.vocab, (BASE, *members)))
     check(rules, fix="choose one")
+    if request.export == "whole":
+        for key, default in (("positions", "running"), ("mask", "causal"), ("router", "merged")):
+            if (given := getattr(request, key)) != default:
+                raise InputError(
+                    key,
+                    found=f"{given!r} of a model that is merged whole",
+                    expected=repr(default),
+                    fix="leave it out",
+                )
     check_arrangement(request.positions, request.mask)
     if request.recipe is not None and (request.params or request.rules or request.base):
         raise InputError(

@@ -24,7 +24,9 @@ def get_config() -> ConfigDict:
             "vocab": config_dict.placeholder(str),  # members' added tokens: "base" or whose to keep
             "family": True,  # refuse weights that are no fine-tune of the base
             "seed": 0,  # of dare and della
-            "export": "model",  # or "llm": a plain Hugging Face causal LM
+            # "llm": a plain Hugging Face causal LM; "whole": members of one architecture, towers
+            # and connectors merged, too, in their own layout.
+            "export": "model",
             "template": config_dict.placeholder(str),  # default: the first member's
             "positions": "running",  # or "parallel": each branch where the picture stands
             "mask": "causal",  # or "block": a branch's tokens don't see another's

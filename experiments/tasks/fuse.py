@@ -78,9 +78,8 @@ def show(out: Path, found: dict[str, Any]) -> None:
     for name, count in found["files"].items():
         print(f"{out / name}: {count / 1e9:.3f} GB")
     methods = ", ".join(f"{count} by {name}" for name, count in found["methods"].items())
-    print(
-        f"{counted(found['tensors'], 'tensor')}, {found['parameters']:,} parameters; LLM: {methods}"
-    )
+    count = counted(found["tensors"], "tensor")
+    print(f"{count}, {found['parameters']:,} parameters; merged: {methods}")
     for line in found["vocabulary"]:
         print(f"vocabulary: {line}")
     print(f"reads {found['read'] / 1e9:.3f} GB, writes {size / 1e9:.3f} GB; nothing written yet")

@@ -10,7 +10,7 @@ the layers at 0) or a list of {filter, value}, the first filter found in the ten
 
 import dataclasses
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from typing import Any
 
 from vfjax.errors import counted
@@ -18,7 +18,8 @@ from vfjax.merge import parse
 from vfjax.merge.methods.registry import METHODS, Each, Weights, find
 
 CONFIG_KEYS = ("method", "base", "members", "params", "rules")
-LAYER = re.compile(r"((?:.*?\.)?layers\.)(\d+)(\..+)")
+LAYER = re.compile(r"((?:.*?[./])?(?:layers?|blocks|stages)\.)(\d+)(\..+)")
+"""Name of a layer's tensor: what is before its number, the number, what is behind."""
 
 Settings = Mapping[str, parse.Setting]
 Chain = tuple[Settings, ...]
@@ -136,6 +137,14 @@ class Recipe:
                 that differ in number; a tensor that one source has and another lacks; a parameter
                 that is missing or ill-typed, or a number of members that the method does not take.
         """
+        plans = self.plan_module(names, layers, module)
+        self.check_rules(plans)
+        return plans
+
+    def plan_module(
+        self, names: Mapping[str, Sequence[str]], layers: Mapping[str, int], module: str
+    ) -> dict[str, TensorPlan]:
+        """`plan` of one module of several, whose rules may be for the tensors of another."""
         slices = self._slices(module)
         models = {source.model for piece in slices for source in piece.sources}
         tensors = {m: _by_layer(m, names[m], layers[m]) for m in self.models if m in models}
@@ -152,11 +161,34 @@ class Recipe:
                     found = {model: held.get((before, after)) for model, held in here.items()}
                     plans[name] = self._tensor(name, piece, found, t)
             first += count
+        return {name: plans[name] for name in sorted(plans, key=_natural)}
+
+    def check_rules(self, names: Collection[str]) -> None:
+        """Raises InputError for a rule that fits none of these names."""
         for pattern, _ in self.rules:
-            if not any(map(pattern.search, plans)):
+            if not any(map(pattern.search, names)):
                 expected = "a part of some tensor's name, as 'embed_tokens' or 'layers.0.mlp'"
                 parse.fail("rules", repr(pattern.pattern), expected, "correct the pattern")
-        return {name: plans[name] for name in sorted(plans, key=_natural)}
+
+    def rule(self, name: str) -> str | Formula | None:
+        """What the first rule that fits a tensor says: whose it takes, or how it is merged."""
+        return next((action for pattern, action in self.rules if pattern.search(name)), None)
+
+    @property
+    def reads_base(self) -> bool:
+        """Some tensor may be merged by a method that reads the base."""
+        pieces = [piece for slices in self.modules.values() for piece in slices]
+        found = [piece.formula for piece in pieces] + [action for _, action in self.rules]
+        return any(METHODS[x.method].base != "unread" for x in found if isinstance(x, Formula))
+
+    def without_base(self) -> "Recipe":
+        """The recipe for tensors that the base lacks; see `reads_base`."""
+        modules = {
+            key: tuple(dataclasses.replace(piece, base=None) for piece in pieces)
+            for key, pieces in self.modules.items()
+        }
+        models = tuple(model for model in self.models if model != self.base)
+        return dataclasses.replace(self, models=models, modules=modules, base=None)
 
     @property
     def is_sliced(self) -> bool:
@@ -204,13 +236,10 @@ class Recipe:
                 parse.fail(model, f"no tensor for {name!r}", f"one, as in {has}", fix)
             return model, tensor
 
-        formula = piece.formula
-        for pattern, action in self.rules:
-            if pattern.search(name):
-                if isinstance(action, str):
-                    return TensorPlan("passthrough", None, (at(action),), {})
-                formula = action
-                break
+        action = self.rule(name)
+        if isinstance(action, str):
+            return TensorPlan("passthrough", None, (at(action),), {})
+        formula = action or piece.formula
         members = tuple(at(source.model) for source in piece.members)
         base = None
         if METHODS[formula.method].base != "unread":

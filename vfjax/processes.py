@@ -50,7 +50,13 @@ HEARD = 1.5
 _rounds = Counter[str]()
 
 
-def initialize(seconds: int, **options: Any) -> None:
+def initialize(
+    seconds: int,
+    *,
+    num_processes: int | None = None,
+    process_id: int | None = None,
+    heartbeat_timeout_seconds: int = 100,
+) -> None:
     """`jax.distributed.initialize`, which ends all processes if some do not come in `seconds`.
 
     JAX alone has all wait for 300 s, then end without saying for whom. Its service, in process 0,
@@ -58,7 +64,9 @@ def initialize(seconds: int, **options: Any) -> None:
 
     Args:
         seconds: for the last process to come after the first.
-        options: other arguments of `jax.distributed.initialize`.
+        num_processes: of the run; None: as the cluster says.
+        process_id: of this one, from 0; None: as the cluster says.
+        heartbeat_timeout_seconds: after which a process that is not heard of is taken for dead.
 
     Raises:
         ValueError: as `jax.distributed.initialize`. A process that waits in vain is aborted.
@@ -68,7 +76,12 @@ def initialize(seconds: int, **options: Any) -> None:
     )
     more = seconds + 2  # so that a client hears from the service before it gives up
     with mock.patch.object(_jax, "get_distributed_runtime_service", service):
-        jax.distributed.initialize(initialization_timeout=more, **options)
+        jax.distributed.initialize(
+            num_processes=num_processes,
+            process_id=process_id,
+            initialization_timeout=more,
+            heartbeat_timeout_seconds=heartbeat_timeout_seconds,
+        )
 
 
 def together(what: str) -> AbstractContextManager[Facts]:
@@ -130,8 +143,8 @@ def agreeing(
             if folder is not None:
                 facts |= _seen(key, members[0], folder)
             _set(own, facts)
-            verdict = _get(f"{key}/verdict", patience=patience)
-            verdict = _silent(members[0], patience) if verdict is None else verdict
+            told = _get(f"{key}/verdict", patience=patience)
+            verdict = told if isinstance(told, dict) else _silent(members[0], patience)
     except BaseException as error:
         ended = isinstance(error, KeyboardInterrupt)
         said = "interrupted" if ended else type(error).__name__
@@ -146,7 +159,7 @@ def _compare(key: str, members: Sequence[int], first: Facts, patience: float) ->
     """What is wrong, as arguments of InputError; empty if nothing is."""
     for index in members[1:]:
         other = _get(f"{key}/{index}", patience=patience)
-        if other is None:
+        if not isinstance(other, dict):
             return _silent(index, patience)
         if "failed" in other:
             return dict(other["failed"])
@@ -220,7 +233,7 @@ def _seen(key: str, first: int, folder: Path) -> Facts:
     return {}
 
 
-def _client() -> Any:
+def _client() -> _jax.DistributedRuntimeClient:
     return distributed.global_state.client
 
 
@@ -228,7 +241,7 @@ def _set(key: str, value: object) -> None:
     _client().key_value_set(key, json.dumps(value), allow_overwrite=True)
 
 
-def _get(*keys: str, patience: float = PATIENCE) -> Any:
+def _get(*keys: str, patience: float = PATIENCE) -> Facts | str | None:
     """The value that another process sets under one of the keys; None if it does not."""
     end = time.monotonic() + patience
     while time.monotonic() < end:

@@ -10,6 +10,7 @@ from typing import Any
 
 from vfjax.merge import parse
 from vfjax.merge.methods.registry import METHODS
+from vfjax.merge.parse import Value
 from vfjax.merge.recipe import Chain, Formula, Recipe, Settings, Slice, Source
 
 FAMILY = {"scale": 1.0, "density": 1.0, "normalize": False}
@@ -71,7 +72,7 @@ KEYS = frozenset(
 others are refused as misspelt."""
 READ = {("multislerp", "eps")}
 """Methods' parameters that mergekit reads and we don't have."""
-RESCALE = {True: "norm", False: "none"}
+RESCALE: dict[Value, Value] = {True: "norm", False: "none"}
 """mergekit's `rescale: true` restores the delta's L1 norm."""
 SAME_ALONE = ("slerp", "nuslerp", "multislerp", "karcher", "arcee_fusion")
 """Methods that return a lone tensor as it is."""
@@ -180,7 +181,9 @@ class _Reader:
             pieces.append(_slice(at, self.method, start, sources, (own, *chain)))
         return tuple(pieces)
 
-    def sources(self, where: str, given: Any, keys: Sequence[str]) -> list[tuple[Source, Settings]]:
+    def sources(
+        self, where: str, given: object, keys: Sequence[str]
+    ) -> list[tuple[Source, Settings]]:
         """Models, or layers of models, each with its own parameters."""
         sources = []
         for i, source in enumerate(parse.items(where, given)):
@@ -198,7 +201,7 @@ class _Reader:
             sources.append((Source(model, *span), own))
         return sources
 
-    def settings(self, where: str, given: Any, one_member: bool = False) -> Settings:
+    def settings(self, where: str, given: object, one_member: bool = False) -> Settings:
         """A `parameters` mapping by our names, its values as our methods want them."""
         renamed = _yaml_names(self.method)
         known = {renamed.get(ours, ours): ours for ours in METHODS[self.method].params}
@@ -212,7 +215,7 @@ class _Reader:
                 self.unread.append(f"{where}.{key}")  # mergekit looks for it outside the models
                 continue
 
-            def convert(x: Any, ours: str = known[key], kind: Any = kind) -> Any:
+            def convert(x: Value, ours: str = known[key], kind: object = kind) -> Value:
                 if ours == "rescale":
                     return RESCALE.get(x, x)
                 if kind is bool:
@@ -260,7 +263,7 @@ def _dtype(config: Mapping[str, Any], key: str) -> str | None:
     return found and found.removeprefix("torch.")
 
 
-def _number(x: Any) -> Any:
+def _number(x: Value) -> Value:
     """YAML 1.1 reads 1e-5 as a string; what is no number is left for `find` to refuse."""
     try:
         return float(x) if isinstance(x, str) else x

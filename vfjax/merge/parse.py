@@ -7,7 +7,9 @@ from typing import Any, NoReturn
 from vfjax.errors import InputError, cut
 from vfjax.merge.methods.registry import METHODS, Each, Weights
 
-Setting = tuple[tuple[str, tuple[Any, ...]], ...]
+Value = int | float | str
+"""A number, a switch or a string."""
+Setting = tuple[tuple[str, tuple[Value, ...]], ...]
 """A parameter as written: (filter, values over the layers) cases; a scalar is a list of one."""
 
 
@@ -15,7 +17,7 @@ MOST = 1e300
 """Numbers are smaller, so that they fit a float."""
 
 
-def kind(where: str, key: str, method: str, known: Mapping[str, str]) -> Any:
+def kind(where: str, key: str, method: str, known: Mapping[str, str]) -> object:
     """The annotation of a parameter by the name that `known` maps to ours."""
     if key not in known:
         wanted = ", ".join(known) or "none"
@@ -23,17 +25,19 @@ def kind(where: str, key: str, method: str, known: Mapping[str, str]) -> Any:
     return METHODS[method].params[known[key]].annotation
 
 
-def is_members(method: str, kind: Any) -> bool:
+def is_members(method: str, kind: object) -> bool:
     """A parameter that each member may have its own of; passthrough has but one member."""
     return kind in (Weights, Each) or method == "passthrough"
 
 
-def setting(where: str, given: Any, convert: Callable[[Any], Any] = lambda x: x) -> Setting:
+def setting(where: str, given: object, convert: Callable[[Value], Value] = lambda x: x) -> Setting:
     """A parameter as written, each of its values converted."""
-    filtered = isinstance(given, list | tuple) and any(isinstance(case, Mapping) for case in given)
+    written: Sequence[object] = [{"value": given}]
+    if isinstance(given, list | tuple) and any(isinstance(case, Mapping) for case in given):
+        written = given
     cases = []
-    for case in given if filtered else [{"value": given}]:
-        keys(where, case, ("filter", "value"))
+    for each in written:
+        case = keys(where, each, ("filter", "value"))
         value = case.get("value")
         values = tuple(value) if isinstance(value, list | tuple) else (value,)
         if not values or not all(isinstance(x, int | float | str) for x in values):
@@ -49,7 +53,7 @@ def setting(where: str, given: Any, convert: Callable[[Any], Any] = lambda x: x)
     return tuple(cases)
 
 
-def method(name: Any, where: str) -> str:
+def method(name: object, where: str) -> str:
     """The name of a method."""
     if not isinstance(name, str) or name not in METHODS:
         fail(where, repr(name), ", ".join(METHODS), "choose one of these")
@@ -74,14 +78,14 @@ def keys(where: str, given: object, known: Sequence[str]) -> Mapping[str, Any]:
     return given
 
 
-def mapping(where: str, given: Any) -> Mapping[str, Any]:
+def mapping(where: str, given: object) -> Mapping[str, Any]:
     """The mapping, empty for None."""
     if not isinstance(given, Mapping | None):
         fail(where, repr(given), "a mapping", "correct it")
     return given or {}
 
 
-def items(where: str, given: Any) -> list[Any]:
+def items(where: str, given: object) -> list[Any]:
     """The elements of a list."""
     if not isinstance(given, list | tuple) or not given:
         fail(where, repr(given), "a list of one or more", "correct it")

@@ -273,7 +273,7 @@ def _params(
     return params
 
 
-def _look_up(key: str, chain: Chain, name: str, t: float) -> Any:
+def _look_up(key: str, chain: Chain, name: str, t: float) -> parse.Value | None:
     for settings in chain:
         for part, values in settings.get(key, ()):
             if part in name:
@@ -281,14 +281,15 @@ def _look_up(key: str, chain: Chain, name: str, t: float) -> Any:
     return None
 
 
-def _at(values: Sequence[Any], t: float) -> Any:
+def _at(values: Sequence[parse.Value], t: float) -> parse.Value:
     """The value at t in [0, 1]: linear between numbers, the one before t otherwise."""
     place = t * (len(values) - 1)
     low = int(place)
-    if low == place or any(isinstance(x, bool | str) for x in values):
+    numbers = [x for x in values if not isinstance(x, bool | str)]
+    if low == place or len(numbers) < len(values):
         return values[low]
     part = place - low
-    return (1 - part) * values[low] + part * values[low + 1]
+    return (1 - part) * numbers[low] + part * numbers[low + 1]
 
 
 def _by_layer(model: str, names: Iterable[str], count: int) -> Tensors:
@@ -341,7 +342,7 @@ def _natural(name: str) -> list[str | int]:
     return [int(x) if x.isdigit() else x for x in re.split(r"(\d+)", name)]
 
 
-def from_config(config: Any) -> Recipe:
+def from_config(config: object) -> Recipe:
     """The recipe of our own form, all whole models.
 
     Keys: `method`; `members`, a list of labels; `base`, a label or None; `params`, by the names in
@@ -362,7 +363,7 @@ def from_config(config: Any) -> Recipe:
         InputError: unknown key, method, label or parameter; value of the wrong type; a bad regex.
     """
     given = config.to_dict() if hasattr(config, "to_dict") else config
-    parse.keys("recipe", given, CONFIG_KEYS)
+    given = parse.keys("recipe", given, CONFIG_KEYS)
     method, base = parse.method(given.get("method"), "method"), parse.text(given, "base")
     members = parse.items("members", given.get("members"))
     if wrong := [label for label in members if not isinstance(label, str)]:
@@ -386,9 +387,9 @@ def from_config(config: Any) -> Recipe:
 
 
 def _action(
-    where: str, given: Any, method: str, outer: Levels, labels: Sequence[str], count: int
+    where: str, given: object, method: str, outer: Levels, labels: Sequence[str], count: int
 ) -> str | Formula:
-    parse.keys(where, given, ("method", "params", "take"))
+    given = parse.keys(where, given, ("method", "params", "take"))
     if "take" not in given:
         method = parse.method(given.get("method", method), f"{where}.method")
         own = _levels(f"{where}.params", given.get("params"), method, count)
@@ -400,7 +401,7 @@ def _action(
     return str(given["take"])
 
 
-def _levels(where: str, given: Any, method: str, count: int) -> Levels:
+def _levels(where: str, given: object, method: str, count: int) -> Levels:
     shared: dict[str, parse.Setting] = {}
     own: list[dict[str, parse.Setting]] = [{} for _ in range(count)]
     for key, value in parse.mapping(where, given).items():

@@ -3,14 +3,13 @@
 import dataclasses
 import functools
 from collections.abc import Mapping, Sequence
-from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
 from vfjax.merge.methods.registry import Array, Flags, Method
-from vfjax.merge.methods.requests import Block, Largest, Sorted, Sum
+from vfjax.merge.methods.requests import Answer, Block, Largest, Request, Sorted, Sum
 
 LANES = 1024
 """Partial sums of a block: element i goes to lane i mod 1024, in order."""
@@ -22,12 +21,16 @@ STATIC = ("method", "flags", "has_base", "dtype", "width", "is_vector")
 def block_kernel(
     sources: Sequence[Array],
     values: Mapping[str, Array],
-    answers: Sequence[Any],
+    answers: Sequence[Answer],
     start: Array,
-    words: Any,
+    words: jax.Array | None,
     *,
+    method: Method,
+    flags: Flags,
+    has_base: bool,
     dtype: np.dtype,
-    **static: Any,
+    width: int | None,
+    is_vector: bool,
 ) -> jax.Array:
     """A block of the result, in its dtype, or what the block adds to the next answer.
 
@@ -37,15 +40,26 @@ def block_kernel(
         answers: to its first requests.
         start: flat index in the tensor of the block's first element.
         words: random, of `draw`; None for methods that draw none.
+        method: see `advance`.
+        flags: see there.
+        has_base: see there.
         dtype: of the result.
-        **static: see `advance`.
+        width: see `advance`.
+        is_vector: see there.
     """
-    result = advance(sources, values, answers, start, words, **static)
-    return (
-        result.astype(dtype)
-        if isinstance(result, jax.Array)
-        else partial_answer(result, static["width"])
+    result = advance(
+        sources,
+        values,
+        answers,
+        start,
+        words,
+        method=method,
+        flags=flags,
+        has_base=has_base,
+        width=width,
+        is_vector=is_vector,
     )
+    return result.astype(dtype) if isinstance(result, jax.Array) else partial_answer(result, width)
 
 
 @functools.partial(jax.jit, static_argnames=STATIC)
@@ -93,16 +107,16 @@ def draw(start: jax.Array, keys: jax.Array, size: int) -> jax.Array:
 def advance(
     sources: Sequence[Array],
     values: Mapping[str, Array],
-    answers: Sequence[Any],
-    start: Any,
-    words: Any,
+    answers: Sequence[Answer],
+    start: Array | int,
+    words: jax.Array | None,
     *,
     method: Method,
     flags: Flags,
     has_base: bool,
     width: int | None,
     is_vector: bool,
-) -> Any:
+) -> Request | jax.Array:
     """Runs a formula up to the request that follows `answers`, or to its end.
 
     Args:
@@ -136,7 +150,7 @@ def advance(
     return request
 
 
-def bare(request: Any) -> Any:
+def bare(request: Request | jax.Array) -> Request | None:
     """A request without its arrays, of which as many Nones are left; None for a result."""
     if isinstance(request, Sum):
         return dataclasses.replace(request, terms=(None,) * len(request.terms))
@@ -151,7 +165,7 @@ def lanes(terms: jax.Array) -> jax.Array:
     return terms.reshape(len(terms), -1, LANES).sum(1)
 
 
-def partial_answer(request: Any, width: int | None) -> jax.Array:
+def partial_answer(request: Request, width: int | None) -> jax.Array:
     """What a block adds to the answer to a request, to be computed under jit.
 
     Returns:
@@ -159,8 +173,8 @@ def partial_answer(request: Any, width: int | None) -> jax.Array:
         float32[len(values), size].
     """
     if isinstance(request, Sum):
-        terms = jnp.stack([term.reshape(-1) for term in request.terms])
+        terms = jnp.stack([term.reshape(-1) for term in request.terms if term is not None])
         if request.columns:
             return terms.reshape(len(terms), -1, width).sum(1)
         return lanes(terms)
-    return jnp.stack([x.reshape(-1) for x in request.values]).astype(jnp.float32)
+    return jnp.stack([x.reshape(-1) for x in request.values if x is not None]).astype(jnp.float32)

@@ -9,7 +9,7 @@ import operator
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from types import EllipsisType
-from typing import Any, NoReturn
+from typing import NoReturn
 
 import jax.numpy as jnp
 import numpy as np
@@ -21,7 +21,7 @@ from vfjax.merge.engine.account import Account, account
 from vfjax.merge.engine.operation import Operation
 from vfjax.merge.engine.reductions import RankGroup
 from vfjax.merge.methods.registry import Params
-from vfjax.merge.methods.requests import SORTED
+from vfjax.merge.methods.requests import SORTED, Answer, Request
 from vfjax.merge.tensors import (
     LazyTensor,
     blocks,
@@ -36,7 +36,7 @@ _SMALLEST = 1 << 12
 
 Labelled = tuple[str, LazyTensor]
 """A tensor with the name that errors give its source."""
-Find = Callable[["Computed", Any, list[Any]], Any]
+Find = Callable[["Computed", Request, list[Answer]], Answer]
 
 
 class Merged(abc.ABC):
@@ -104,7 +104,7 @@ class Computed(Merged):
         super().__init__(name, dtype, sources)
         self.operation, self.method = operation, operation.method.name
         self.has_base = operation.has_base
-        self.known: list[Any] = []
+        self.known: list[Answer] = []
         self._lock = operation.group.lock if operation.is_joint else threading.RLock()
         self._accounts: dict[int, Account] = {}
 
@@ -124,7 +124,7 @@ class Computed(Merged):
             result[part.start - start : part.stop - start] = self._finished(part, answers)
         return result
 
-    def _finished(self, rows: slice | EllipsisType, answers: Sequence[Any]) -> np.ndarray:
+    def _finished(self, rows: slice | EllipsisType, answers: Sequence[Answer]) -> np.ndarray:
         arrays, count = self._read(rows), self.row_count(rows)
         result = self._run(arrays, rows, answers)[:count]
         if has_nonfinite(result):
@@ -172,7 +172,7 @@ class Computed(Merged):
             return self.size
         return (rows.stop - rows.start) * math.prod(self.shape[1:])
 
-    def answers(self, count: int | None = None, find: Find = reductions.answer) -> list[Any]:
+    def answers(self, count: int | None = None, find: Find = reductions.answer) -> list[Answer]:
         """Answers to the first `count` requests of the method, to all by default; found once.
 
         Args:
@@ -189,7 +189,7 @@ class Computed(Merged):
                 self.known.append(find(self, request, list(self.known)))
             return self.known[:count]
 
-    def evaluate(self, rows: slice | EllipsisType, answers: Sequence[Any]) -> np.ndarray:
+    def evaluate(self, rows: slice | EllipsisType, answers: Sequence[Answer]) -> np.ndarray:
         """The formula on some rows, up to the request after `answers` or to its end.
 
         Returns:
@@ -202,10 +202,10 @@ class Computed(Merged):
         return [padded(np.asarray(tensor[rows]), size) for _, tensor in self.sources]
 
     def _run(
-        self, arrays: Sequence[np.ndarray], rows: slice | EllipsisType, answers: Sequence[Any]
+        self, arrays: Sequence[np.ndarray], rows: slice | EllipsisType, answers: Sequence[Answer]
     ) -> np.ndarray:
         start = _first(rows) * math.prod(self.shape[1:])
-        known: list[Any] = []
+        known: list[Answer] = []
         for each in answers:
             if each is SORTED:
                 values = self.operation.run(arrays, known, start, self)

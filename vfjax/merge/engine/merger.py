@@ -10,14 +10,18 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
+from numpy.typing import DTypeLike
 
 from vfjax.errors import InputError
 from vfjax.merge.compatibility import check_shape, check_tensors
 from vfjax.merge.engine.merged import Computed, Labelled, Merged, Unmerged
 from vfjax.merge.engine.operation import Operation
 from vfjax.merge.engine.reductions import RankGroup
-from vfjax.merge.methods.registry import METHODS, Numbers, find
+from vfjax.merge.methods.registry import METHODS, Flags, Numbers, find
 from vfjax.merge.tensors import EXPONENTS, LazyTensor, Tensors
+
+Kind = tuple[str, Flags, int, bool]
+"""A method, its switches, its number of members, and whether it reads a base."""
 
 
 def merge(
@@ -26,7 +30,7 @@ def merge(
     method: str,
     params: Mapping[str, Any],
     *,
-    dtype: Any = None,
+    dtype: DTypeLike | None = None,
     seed: int = 0,
 ) -> dict[str, LazyTensor]:
     """Merges named tensors by a method of `METHODS`.
@@ -88,12 +92,12 @@ class Merger:
         InputError: a dtype that cannot be merged.
     """
 
-    def __init__(self, dtype: Any = None, seed: int = 0, accounts: bool = False):
+    def __init__(self, dtype: DTypeLike | None = None, seed: int = 0, accounts: bool = False):
         self.accounts = accounts
         self.dtype = None if dtype is None else _checked("dtype", dtype)
         self.seed = seed
-        self._operations: dict[Any, Operation] = {}
-        self._groups: dict[Any, tuple[dict[str, bytes], RankGroup]] = {}
+        self._operations: dict[tuple[object, ...], Operation] = {}
+        self._groups: dict[Kind, tuple[dict[str, bytes], RankGroup]] = {}
 
     def add(
         self,
@@ -102,7 +106,7 @@ class Merger:
         params: Mapping[str, Any],
         members: Sequence[Labelled],
         base: Labelled | None = None,
-        dtype: Any = None,
+        dtype: DTypeLike | None = None,
     ) -> Merged:
         """One more tensor.
 
@@ -135,11 +139,11 @@ class Merger:
             return Unmerged(name, like.dtype, everything)
         for label, tensor in everything:
             _checked(f"{label}: {name}", tensor.dtype)
-        key = (method, flags, len(members), *((k, v.tobytes()) for k, v in values.items()))
         has_base = base is not None and found.base != "unread"
-        key += (has_base,)
+        kind = (method, flags, len(members), has_base)
+        key = (*kind, *((k, v.tobytes()) for k, v in values.items()))
         if key not in self._operations:
-            group = self._group(name, (method, flags, len(members), has_base), values)
+            group = self._group(name, kind, values)
             self._operations[key] = Operation(
                 found, values, flags, self.seed, has_base, self.accounts and has_base, group
             )
@@ -150,7 +154,7 @@ class Merger:
         operation.group.tensors.append(tensor)
         return tensor
 
-    def _group(self, name: str, method: Any, values: Numbers) -> RankGroup:
+    def _group(self, name: str, method: Kind, values: Numbers) -> RankGroup:
         """What is ranked as one: an operation's tensors, or all but for their weights and scale."""
         if ("trim", "model") not in method[1]:
             return RankGroup()
@@ -172,7 +176,7 @@ def _is_exact(dtype: np.dtype) -> bool:
     return dtype.kind in "iub"
 
 
-def _checked(where: str, dtype: Any) -> np.dtype:
+def _checked(where: str, dtype: DTypeLike) -> np.dtype:
     try:
         known = np.dtype(dtype) in EXPONENTS
     except TypeError:  # no numpy dtype at all

@@ -7,19 +7,21 @@ to the same bits as in `reductions`: sums by the lanes of each block, the rest e
 
 import functools
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, cast
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from numpy.typing import DTypeLike
 
 from vfjax.merge.engine.kernels import block_kernel, draw, whole_kernel
 from vfjax.merge.engine.merged import Computed, Unmerged
 from vfjax.merge.engine.merger import merge
 from vfjax.merge.engine.reductions import ALL, Blockwise, order_answer, solve_sum
-from vfjax.merge.methods.requests import SORTED, Largest, Sorted, Sum
+from vfjax.merge.methods.registry import Array
+from vfjax.merge.methods.requests import SORTED, Answer, Request, Sorted, Sum
 from vfjax.merge.tensors import block_rows
 
 Arrays = Mapping[str, jax.Array]
@@ -32,7 +34,7 @@ def merge_arrays(
     params: Mapping[str, Any],
     mesh: Mesh,
     *,
-    dtype: Any = None,
+    dtype: DTypeLike | None = None,
     seed: int = 0,
 ) -> dict[str, jax.Array]:
     """Merges arrays that lie on a mesh; what `merge` gives, bit for bit on the same platform.
@@ -118,17 +120,16 @@ class _Sharded:
         """Number of blocks."""
         return max(1, math.ceil(self._rows / self.height))
 
-    def answers(self, count: int | None = None) -> list[Any]:
+    def answers(self, count: int | None = None) -> list[Answer]:
         """As `Computed.answers`."""
         return self.tensor.answers(count, self._answer)
 
-    def _answer(self, tensor: Computed, request: Any, earlier: list[Any]) -> Any:
+    def _answer(self, tensor: Computed, request: Request, earlier: list[Answer]) -> Answer:
         if isinstance(request, Sorted):
             return SORTED
         if isinstance(request, Sum):
             parts = jax.device_put(self.evaluate(earlier), self.everywhere)
             return solve_sum(request, list(np.asarray(parts)[: self.count]), tensor)
-        assert isinstance(request, Largest)
         return order_answer(tensor, request, earlier, self._cuts)
 
     def _cuts(
@@ -173,7 +174,7 @@ class _Sharded:
     def _padded_count(self) -> int:
         return -(-self.count // self.mesh.size) * self.mesh.size
 
-    def evaluate(self, answers: Sequence[Any]) -> jax.Array:
+    def evaluate(self, answers: Sequence[Answer]) -> jax.Array:
         """As `Computed.evaluate`, for all blocks: [blocks, ...], with padding."""
         tensor, operation = self.tensor, self.tensor.operation
         block = self.height * (tensor.size // max(1, self._rows))
@@ -195,7 +196,7 @@ class _Sharded:
         self.tensor.blame(counts)
 
 
-def _bisect(bits: int, like: np.ndarray, keep: Any) -> np.ndarray:
+def _bisect(bits: int, like: np.ndarray, keep: Callable[[np.ndarray], np.ndarray]) -> np.ndarray:
     """The largest uint32 for which `keep` holds, bit by bit; 0 if it holds for none."""
     found = np.zeros(like.shape, np.uint32)
     for bit in reversed(range(bits)):
@@ -207,8 +208,8 @@ def _bisect(bits: int, like: np.ndarray, keep: Any) -> np.ndarray:
 @functools.partial(jax.jit, static_argnames=("is_sorted", "blocked", "width", "over", "static"))
 def _evaluate(
     sources: Sequence[jax.Array],
-    values: Mapping[str, Any],
-    answers: Sequence[Any],
+    values: Mapping[str, Array],
+    answers: Sequence[Answer],
     starts: jax.Array,
     keys: jax.Array,
     *,
@@ -225,11 +226,16 @@ def _evaluate(
         x = jnp.pad(x, ((0, count * height - rows), (0, 0))).reshape(count, -1)
         return jnp.pad(x, ((0, 0), (0, size - x.shape[1])))
 
-    def one(block: tuple[list[jax.Array], jax.Array], values: Any, answers: Any, keys: Any) -> Any:
+    def one(
+        block: tuple[list[jax.Array], jax.Array],
+        values: Mapping[str, Array],
+        answers: Sequence[Answer],
+        keys: jax.Array,
+    ) -> jax.Array:
         arrays, start = block
         size = arrays[0].size
         words = draw(start, keys, size) if dict(static)["method"].random else None
-        known: list[Any] = []
+        known: list[Answer] = []
         rest = iter(answers)
         for needs_sort in is_sorted:
             if needs_sort:
@@ -239,8 +245,14 @@ def _evaluate(
                 known.append(next(rest))
         return block_kernel(arrays, values, known, start, words, **dict(static))
 
-    def local(arrays: Any, starts: Any, *others: Any) -> Any:
-        return jax.lax.map(lambda block: one(block, *others), (arrays, starts))
+    def local(
+        arrays: list[jax.Array],
+        starts: jax.Array,
+        values: Mapping[str, Array],
+        answers: Sequence[Answer],
+        keys: jax.Array,
+    ) -> jax.Array:
+        return jax.lax.map(lambda block: one(block, values, answers, keys), (arrays, starts))
 
     cuts = [jax.lax.with_sharding_constraint(cut(x), over) for x in sources]
     none = PartitionSpec()

@@ -14,7 +14,7 @@ import numpy as np
 from vfjax.merge.engine import kernels
 from vfjax.merge.engine.reductions import Blockwise, RankGroup
 from vfjax.merge.methods.registry import Array, Flags, Method, Numbers, Params
-from vfjax.merge.methods.requests import SORTED
+from vfjax.merge.methods.requests import SORTED, Answer, Request
 
 
 @dataclasses.dataclass(eq=False)
@@ -44,12 +44,12 @@ class Operation:
         self.params: Params = {**self.values, **dict(self.flags)}
         self.lock = threading.RLock()
         self._recent: OrderedDict[str, np.ndarray] = OrderedDict()
-        self._requests: dict[Any, Any] = {}
+        self._requests: dict[tuple[object, ...], Request | None] = {}
         cpu = jax.local_devices(backend="cpu")[0]
         self._values = jax.device_put(self.values, cpu)
 
     def run(
-        self, arrays: Sequence[np.ndarray], answers: Sequence[Any], start: int, tensor: Blockwise
+        self, arrays: Sequence[np.ndarray], answers: Sequence[Answer], start: int, tensor: Blockwise
     ) -> np.ndarray:
         """The formula on a block of a tensor that starts at a flat index, or on all of it."""
         if self.method.whole:
@@ -86,7 +86,7 @@ class Operation:
         digests = [hashlib.sha256(word).digest() for word in words]
         return np.stack([np.frombuffer(digest[:8], np.uint32) for digest in digests])
 
-    def request(self, tensor: Blockwise, answers: Sequence[Any]) -> Any:
+    def request(self, tensor: Blockwise, answers: Sequence[Answer]) -> Request | None:
         """What the method asks for after `answers`, None at its end; nothing is computed.
 
         Its arrays are left out, as they depend on the block. What is left depends on the step and
@@ -100,10 +100,12 @@ class Operation:
                 self._requests[key] = self._trace(tensor, answers, static)
             return self._requests[key]
 
-    def _trace(self, tensor: Blockwise, answers: Sequence[Any], static: Mapping[str, Any]) -> Any:
-        found: list[Any] = []
+    def _trace(
+        self, tensor: Blockwise, answers: Sequence[Answer], static: Mapping[str, Any]
+    ) -> Request | None:
+        found: list[Request | jax.Array] = []
 
-        def look(arrays: Sequence[Array], known: Sequence[Any]) -> int:
+        def look(arrays: Sequence[Array], known: Sequence[Answer]) -> int:
             words = jnp.zeros((len(arrays), size), jnp.uint32)
             found.append(kernels.advance(arrays, self.values, known, 0, words, **static))
             return 0

@@ -14,12 +14,12 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import cache
 from types import EllipsisType
-from typing import Any, Protocol, TypeVar
+from typing import Protocol, TypeVar
 
 import numpy as np
 
 from vfjax.merge.methods.registry import Params
-from vfjax.merge.methods.requests import SORTED, Largest, Sorted, Sum
+from vfjax.merge.methods.requests import SORTED, Answer, Largest, Request, Sorted, Sum
 from vfjax.merge.tensors import LazyTensor
 
 ALL = np.uint32(0xFFFFFFFF)
@@ -93,10 +93,10 @@ class Blockwise(Protocol):
     def row_count(self, rows: Rows) -> int:
         """Elements in some rows."""
 
-    def answers(self, count: int | None = None) -> list[Any]:
+    def answers(self, count: int | None = None) -> list[Answer]:
         """Answers to the first `count` requests of its method."""
 
-    def evaluate(self, rows: Rows, answers: Sequence[Any]) -> np.ndarray:
+    def evaluate(self, rows: Rows, answers: Sequence[Answer]) -> np.ndarray:
         """What the request after `answers` reduces on some rows, or their result; padded."""
 
 
@@ -116,25 +116,26 @@ class RankGroup:
 
     def __init__(self) -> None:
         self.tensors: list[Blockwise] = []
-        self.answers: dict[int, Any] = {}
+        self.answers: dict[int, dict[int, tuple[np.ndarray, np.ndarray]]] = {}
         self.lock = threading.RLock()
 
 
-def answer(tensor: Blockwise, request: Any, earlier: Sequence[Any]) -> Any:
+def answer(tensor: Blockwise, request: Request, earlier: Sequence[Answer]) -> Answer:
     """The answer to a request of a tensor's method, given those before it."""
     if isinstance(request, Sorted):
         return SORTED
     if isinstance(request, Sum):
         parts = _map(lambda rows: tensor.evaluate(rows, earlier), tensor.blocks())
         return solve_sum(request, list(parts), tensor)
-    assert isinstance(request, Largest)
     return order_answer(tensor, request, earlier, cuts)
 
 
 Cuts = Callable[[Sequence[Blockwise], int, np.ndarray], list[tuple[np.ndarray, np.ndarray]]]
 
 
-def order_answer(tensor: Blockwise, request: Largest, earlier: Sequence[Any], find: Cuts) -> Any:
+def order_answer(
+    tensor: Blockwise, request: Largest, earlier: Sequence[Answer], find: Cuts
+) -> tuple[np.ndarray, np.ndarray]:
     """The answer to `Largest`, of the tensor or of all of its group, by a function as `cuts`."""
     step, params = len(earlier), tensor.params
     if not request.model:
@@ -147,7 +148,7 @@ def order_answer(tensor: Blockwise, request: Largest, earlier: Sequence[Any], fi
     return known[step][id(tensor)]
 
 
-def solve_sum(request: Sum, parts: Sequence[np.ndarray], tensor: Blockwise) -> Any:
+def solve_sum(request: Sum, parts: Sequence[np.ndarray], tensor: Blockwise) -> Answer:
     """The answer to `Sum` from what the blocks add to it, in order."""
     lanes = np.sum(np.stack(parts).astype(np.float64), axis=0)
     with np.errstate(

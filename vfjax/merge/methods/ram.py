@@ -84,7 +84,7 @@ def _bregman(u: jax.Array) -> jax.Array:
     return jnp.where(jnp.abs(u) < 0.25, series, (1 + u) * jnp.log1p(u) - u)
 
 
-def _active(deltas: list[jax.Array], epsilon: Any) -> tuple[list[jax.Array], Any]:
+def _active(deltas: list[jax.Array], epsilon: float) -> tuple[list[jax.Array], Any]:
     """Where each delta is more than epsilon, and of how many members that is so."""
     active = [~(jnp.abs(d) <= epsilon) for d in deltas]
     return active, sum(a.astype(jnp.float32) for a in active)

@@ -75,7 +75,8 @@ class Method:
         """It gives the tensor of this name the mean delta."""
         return any(part in tensor for part in self.averages)
 
-    def __call__(self, base: Array | None, members: Sequence[Array], **params: Any) -> Any:
+    # Any: an array, or of a multi-pass method a generator, as `multipass` says.
+    def __call__(self, base: Array | None, members: Sequence[Array], **params: object) -> Any:
         """The formula; the base is dropped if it reads none."""
         if self.base == "unread":
             return self.fn(members, **params)
@@ -205,11 +206,15 @@ def _wants(param: inspect.Parameter, count: int) -> str:
     return "True or False" if param.annotation is bool else "a finite number"
 
 
-def _typed(where: str, param: inspect.Parameter, value: Any, count: int) -> Any:
+def _typed(
+    where: str, param: inspect.Parameter, value: object, count: int
+) -> np.ndarray | bool | str:
     """The value as its parameter's type, or InputError."""
     kind, choices = param.annotation, _choices(param)
-    is_list = isinstance(value, Sequence | np.ndarray) and not isinstance(value, str)
-    items = list(value) if is_list else [value]
+    items: list[object] = [value]
+    is_list = False
+    if isinstance(value, Sequence | np.ndarray) and not isinstance(value, str):
+        items, is_list = list(value), True
     if choices or kind is bool:
         good = value in choices if choices else isinstance(value, bool)
         result: Any = value
@@ -222,7 +227,8 @@ def _typed(where: str, param: inspect.Parameter, value: Any, count: int) -> Any:
     return result if choices or kind is bool else np.asarray(result, np.float32)
 
 
-def _finite(x: Any) -> bool:
+def _finite(x: object) -> bool:
     """A number, finite in float32 too."""
-    number = isinstance(x, numbers.Real) and type(x) is not bool
-    return number and abs(float(x)) <= float(np.finfo(np.float32).max)
+    if isinstance(x, bool) or not isinstance(x, numbers.Real):
+        return False
+    return abs(float(x)) <= float(np.finfo(np.float32).max)

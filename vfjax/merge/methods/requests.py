@@ -17,8 +17,7 @@ import numpy as np
 from vfjax.merge.methods.registry import Array, Params
 
 Answers = tuple[Any, ...]
-Steps = Generator[Any, Any, Any]
-"""A formula that asks: a generator of requests that returns the result."""
+"""To a formula's own requests, each of which it knows the kind of."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -33,7 +32,7 @@ class Block:
     """
 
     start: jax.Array
-    words: Any
+    words: jax.Array | None
     size: int
     is_vector: bool = False
 
@@ -44,6 +43,7 @@ class Block:
 
     def noise(self, member: int) -> jax.Array:
         """uint32[size], uniform in 0..65535; two members share a word, of which each has a half."""
+        assert self.words is not None
         word = self.words[member // 2]
         return word >> 16 if member % 2 else word & 0xFFFF
 
@@ -59,8 +59,8 @@ class Sum:
         columns: sums of each column instead, [len(terms), width], for methods with `rows`.
     """
 
-    terms: Sequence[Any]
-    solve: Callable[[np.ndarray, Params, int], Any]
+    terms: Sequence[jax.Array | None]
+    solve: Callable[[np.ndarray, Params, int], np.ndarray | np.generic]
     columns: bool = False
 
 
@@ -79,7 +79,7 @@ class Largest:
     before which equal values lie above it. Read it by `above`.
     """
 
-    values: Sequence[Any]
+    values: Sequence[jax.Array | None]
     ranks: Callable[[Params, int, Answers], np.ndarray]
     model: bool = False
 
@@ -92,14 +92,24 @@ class Sorted:
         values: m arrays, float32 [rows, width], at least 0.
     """
 
-    values: Any
+    values: Sequence[jax.Array | None]
 
+
+Request = Sum | Largest | Sorted
+"""Without arrays, as the host has them, each is None."""
+
+Answer = Array | np.generic | tuple[Array, Array] | Sorted
+"""`Sum`'s, `Largest`'s, and on the host `SORTED`."""
+
+Steps = Generator[Request, Any, Any]
+"""A formula that asks: a generator of requests that returns the result. What it is sent depends on
+the request before, which no type can say."""
 
 SORTED = Sorted(())
 """Stands for the answer to `Sorted`, which is found anew for each block."""
 
 
-def above(values: Array, index: Array, cut: tuple[Array, Array]) -> Any:
+def above(values: jax.Array, index: jax.Array, cut: tuple[Array, Array]) -> jax.Array:
     """Which elements lie above a cut of `Largest`: of equal ones, those that come first.
 
     Args:

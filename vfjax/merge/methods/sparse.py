@@ -163,14 +163,14 @@ def _check_epsilon(params: Params) -> None:
             )
 
 
-def add(kept: list[jax.Array], weights: Any, *, normalize: bool = False) -> jax.Array:
+def add(kept: list[jax.Array], weights: jax.Array, *, normalize: bool = False) -> jax.Array:
     """The deltas are summed by their weights."""
     total = weighted_sum(kept, weights)
     return total / divisor(sum(weights[1:], weights[0])) if normalize else total
 
 
 def elect(
-    kept: list[jax.Array], weights: Any, *, normalize: bool = False, vote: Vote = "weighted"
+    kept: list[jax.Array], weights: jax.Array, *, normalize: bool = False, vote: Vote = "weighted"
 ) -> jax.Array:
     """Members elect each position's sign, that of the sum of their votes, plus if it is 0.
 
@@ -217,7 +217,7 @@ def combine(
         scale: float = 1.0,
         rescale: Rescale = sparsifier.rescale,
         block: Block,
-        **params: Any,
+        **params: object,
     ) -> Steps:
         def given(own: Mapping[str, inspect.Parameter]) -> dict[str, Any]:
             return {key: params.get(key, parameter.default) for key, parameter in own.items()}

@@ -5,7 +5,6 @@ second pass sums. The products of a row or of a column are in float32.
 """
 
 from collections.abc import Callable, Sequence
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -22,7 +21,10 @@ def _origin(base: Array | None, members: Sequence[Array]) -> tuple[jax.Array | f
 
 
 def _gram(
-    arrays: Sequence[Array], solve: Callable[[np.ndarray, Params], np.ndarray], **options: Any
+    arrays: Sequence[jax.Array],
+    solve: Callable[[np.ndarray, Params], np.ndarray],
+    *,
+    columns: bool = False,
 ) -> Sum:
     """Asks for weights that `solve` finds from the inner products, float64[..., K, K]."""
     count = len(arrays)
@@ -34,7 +36,7 @@ def _gram(
         return solve(gram, params).astype(np.float32)
 
     products = [arrays[i] * arrays[j] for i in range(count) for j in range(i, count)]
-    return Sum(products, solve_sums, **options)
+    return Sum(products, solve_sums, columns)
 
 
 @register(takes=(2, 2))

@@ -96,7 +96,7 @@ def create(
             facts |= fingerprint(source) | {"seed": seed, "init": init, "dtype": str(dtype)}
     (branch,) = model_config(source).branches
     for part, taps in branch.architecture.connector.taps.items():
-        resolve_taps(taps, getattr(branch.architecture, part).layers)
+        resolve_taps(taps, branch.architecture.encoders[part].layers)
     stored = next(iter(source.parts["llm"].values())).dtype
     part = f"branches.{branch.name}.connector"
     stored = stored if stored in FLOATS else FLOATS[-1]

@@ -19,7 +19,7 @@ from converters.load import TOKENIZER_FILES, Params, flatten, part_of
 from converters.origin import Origin, origin_of
 from converters.params.table import Rule, restored
 from converters.registry import find
-from converters.towers import Prefixes
+from converters.towers import Prefixes, slot_of
 from vfjax import InputError, Model
 from vfjax.merge import LazyTensor
 
@@ -103,12 +103,8 @@ def config_files(origin: Origin, dtype: np.dtype) -> dict[str, Content]:
     texts: dict[str, Mapping[str, Any]] = {"config.json": with_dtype(origin.config, dtype)}
     for part, tower in {**origin.towers, **origin.held}.items():
         for file, value in tower.items():
-            texts[f"{FOLDERS[part.split('.')[-1]]}/{file}"] = value
+            texts[f"{slot_of(part.split('.')[-1])}/{file}"] = value
     return {**files, **{name: to_bytes(value) for name, value in texts.items()}}
-
-
-FOLDERS = {"encoder": "vision_tower", "aux": "vision_tower_aux"}
-"""Sub-folders of towers that have a folder of their own."""
 
 
 def to_bytes(value: Mapping[str, Any]) -> bytes:
@@ -130,7 +126,7 @@ def _places(origin: Origin, params: Params) -> dict[str, tuple[Rule, Prefixes, s
 
 def folder_of(part: str, towers: Container[str]) -> str:
     """The sub-folder that a component's tensors are written to; `towers` have one of their own."""
-    return FOLDERS[part.split(".")[-1]] if part in towers else ""
+    return slot_of(part.split(".")[-1]) if part in towers else ""
 
 
 def _spare(

@@ -1,7 +1,6 @@
 """Opening a checkpoint folder: its layout's normal form, with all its tensors in their places."""
 
 import dataclasses
-import re
 from collections.abc import Container, Iterable, Mapping, Sequence
 from pathlib import Path
 
@@ -163,9 +162,8 @@ def _held(source: Source, places: Sequence[Place], tower_source: str) -> Source:
     for part, tower in source.towers.items():
         if _reads_own(part, tower, there, source.tuned, tower_source):
             held[part] = _as_held(source, part, towers.pop(part), places)
-            _, name, kind = part.split(".")
-            if kind == "encoder":
-                branches[name] = dataclasses.replace(branches[name], encoder=held[part].config)
+            branch, name = source.encoders[part]
+            branches[branch.name] = branches[branch.name].with_encoder(name, held[part].config)
         elif not tower.tensors:
             raise InputError(
                 f"{source.path}: {part}",
@@ -181,14 +179,16 @@ def _as_held(source: Source, part: str, tower: Tower, places: Iterable[Place]) -
 
     Dense Connector's code drops SigLIP's last layer before it saves (siglip_encoder.py).
     """
-    names = (name for own, name in places if own == part)
-    count = len({m[1] for name in names if (m := re.match(r"encoder\.layers\.(\d+)\.", name))})
-    connector = source.components[part.rpartition(".")[0] + ".connector"]
-    taps = [tap for group in connector["groups"] for tap in group]
-    layers = source.config_of(part).layers
-    if part.endswith(".encoder") and 0 <= min(taps) <= max(taps) <= count < layers:
-        return dataclasses.replace(tower, config={**tower.config, "num_hidden_layers": count})
-    return tower
+    table = source.table(part)
+    count = table.layers(name for own, name in places if own == part)
+    if not table.depth or count >= source.config_of(part).layers:
+        return tower
+    branch, name = source.encoders[part]
+    where = branch.part("connector")
+    connector = source.table(where).read(Values(branch.connector, f"{source.path}: {where}"))
+    if not 0 <= min(connector.taps[name]) <= max(connector.taps[name]) <= count:
+        return tower
+    return dataclasses.replace(tower, config={**tower.config, table.depth: count})
 
 
 def _reads_own(

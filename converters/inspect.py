@@ -68,14 +68,18 @@ def inspect(
         lines.append(f"visual tokens: {config.positions} positions, {config.mask} mask")
     for branch, parts in zip(config.branches, source.branches, strict=True):
         seen = branch.architecture
-        part = f"branches.{branch.name}.encoder"
-        where = source.towers[part].path if part in source.towers else "this folder"
+        encoders = [
+            f"{parts.encoders[name]['model_type']}, {_size(encoder)}, "
+            f"taps {list(seen.connector.taps[name])}"
+            for name, encoder in seen.encoders.items()
+        ]
+        own = [source.towers.get(parts.part(name)) for name in seen.encoders]
+        folders = dict.fromkeys(str(tower.path) if tower else "this folder" for tower in own)
         lines.append(
-            f"branch {branch.name}: {parts.encoder['model_type']}, {_size(seen.encoder)}, "
-            f"taps {list(seen.connector.taps['encoder'])}, "
+            f"branch {branch.name}: {' and '.join(encoders)}, "
             f"{seen.images.size} px {seen.images.aspect}, "
             f"{parts.connector['mm_projector_type']}, "
-            f"up to {counted(branch.tokens, 'token')} a picture; tower from {where}"
+            f"up to {counted(branch.tokens, 'token')} a picture; tower from {' and '.join(folders)}"
         )
     for part, rules in check(source, params).items():
         tensors = source.parts[part]

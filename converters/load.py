@@ -230,9 +230,9 @@ def model_config(source: Source) -> ModelConfig:
     """
     branches = tuple(_branch_config(source, branch) for branch in source.branches)
     llm = source.config_of("llm")
-    for part, tensors in source.parts.items():
-        if not part.endswith(".connector"):
-            check_depth(source.config_of(part), tensors, f"{source.path}: {part}")
+    for part in ("llm", *source.encoders):
+        if part in source.parts:
+            check_depth(source.config_of(part), source.parts[part], f"{source.path}: {part}")
     for branch in branches:
         _check_width(source, branch, llm)
     return ModelConfig(branches, llm, source.positions, source.mask)
@@ -259,12 +259,12 @@ def _branch_config(source: Source, branch: Branch) -> BranchConfig:
             expected=f"{encoder.image_size}, as the encoder was built for",
             fix="use the preprocessor_config.json of the encoder's repository",
         )
-    aux = None
-    if branch.aux is not None:
-        size = {"input_size": images.size} if "preprocessor_aux" in branch.connector else {}
-        aux = source.config_of(f"{part}.aux", **size)
+    others = {}
+    for name in branch.others:
+        size = {"input_size": images.size} if f"preprocessor_{name}" in branch.connector else {}
+        others[name] = source.config_of(branch.part(name), **size)
     table = source.table(f"{part}.connector")
-    fed = {**branch.connector, "aux": aux}
+    fed = {**branch.connector, **others}
     made = table.architecture_of(fed, f"{where}.connector", images, encoder)
     _check_channels(source, part, made)
     return BranchConfig(branch.name, made, scaled=branch.code == "authors")
@@ -272,10 +272,9 @@ def _branch_config(source: Source, branch: Branch) -> BranchConfig:
 
 def _check_channels(source: Source, part: str, made: Architecture) -> None:
     """Raises InputError if a connector reads layers or channels that an encoder doesn't have."""
-    connector, encoders = made.connector, {"encoder": made.encoder}
-    encoders |= {} if made.aux is None else {"aux": made.aux}
+    connector = made.connector
     for name, (states, channels) in connector.channels.items():
-        encoder, where = encoders[name], f"{part}.{name}"
+        encoder, where = made.encoders[name], f"{part}.{name}"
         resolve_taps(connector.taps[name], encoder.layers, f"{source.path}: {where}: taps")
         if states * encoder.width != channels:
             tower = source.towers.get(where)
@@ -359,8 +358,8 @@ def _key(name: str) -> str | int:
 
 def part_of(name: str) -> tuple[str, str]:
     """A model parameter's component and its path in there."""
-    depth = 1 if name.startswith("llm/") else 3
     words = name.split("/")
+    depth = 1 if words[0] == "llm" else 3
     return ".".join(words[:depth]), "/".join(words[depth:])
 
 

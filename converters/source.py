@@ -24,9 +24,6 @@ PAIR = ("vocab.json", "merges.txt")
 TEMPLATE = "mm_prompt_template"
 """Key of config.json, ours: prompt template of a model that was not trained with its layout's."""
 
-KINDS = ("encoder", "aux", "connector")
-"""Components of a branch."""
-
 Config = Mapping[str, Any]
 """A component's config, as JSON has it; `model_type` names a table."""
 
@@ -49,11 +46,11 @@ class Branch:
 
     Attributes:
         name: unique in the model.
-        encoder: config of its encoder.
+        encoder: config of its first encoder.
         preprocessor: preprocessor_config.json; empty where there is none.
         aspect: "pad" or "crop".
-        connector: config of what makes visual tokens of the encoder's hidden states.
-        aux: config of a second encoder, None without one.
+        connector: config of what makes visual tokens of the encoders' hidden states.
+        others: name -> config of each other encoder, see `Architecture.encoders`.
         code: whose code reads it: "transformers" or "authors".
     """
 
@@ -62,21 +59,34 @@ class Branch:
     preprocessor: Config
     aspect: Literal["pad", "crop"]
     connector: Config
-    aux: Config | None = None
+    others: Mapping[str, Config] = dataclasses.field(default_factory=dict)
     code: Literal["authors", "transformers"] = "authors"
+
+    @property
+    def encoders(self) -> dict[str, Config]:
+        """Name -> config of each encoder."""
+        return {"encoder": self.encoder, **self.others}
+
+    def part(self, kind: str) -> str:
+        """The name in the model of a component: "connector", or an encoder's name."""
+        return f"branches.{self.name}.{kind}"
 
     @property
     def parts(self) -> dict[str, Config]:
         """Component, by its name in the model -> its config."""
-        found = {kind: getattr(self, kind) for kind in KINDS}
-        return {f"branches.{self.name}.{kind}": x for kind, x in found.items() if x is not None}
+        found = {**self.encoders, "connector": self.connector}
+        return {self.part(kind): config for kind, config in found.items()}
+
+    def with_encoder(self, kind: str, config: Config) -> "Branch":
+        """The branch with another config of an encoder."""
+        encoder, *others = (self.encoders | {kind: config}).items()
+        return dataclasses.replace(self, encoder=encoder[1], others=dict(others))
 
     def to_json(self) -> dict[str, Any]:
         """As a fused folder's config.json has it."""
-        keys = ("name", "encoder", "preprocessor", "aspect", "code", "connector", "aux")
-        found = {key: getattr(self, key) for key in keys}
-        default = {"code": "authors", "aux": None}
-        return {key: x for key, x in found.items() if key not in default or x != default[key]}
+        keys = ("name", "encoder", "preprocessor", "aspect", "code", "connector")
+        found = {key: getattr(self, key) for key in keys if key != "code" or self.code != "authors"}
+        return {**found, **self.others}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -151,6 +161,11 @@ class Source:
         """Component -> its config, the LLM's first."""
         parts = [item for branch in self.branches for item in branch.parts.items()]
         return {"llm": self.llm, **dict(parts)}
+
+    @property
+    def encoders(self) -> dict[str, tuple[Branch, str]]:
+        """Component -> its branch and its name there, of all encoders."""
+        return {b.part(kind): (b, kind) for b in self.branches for kind in b.encoders}
 
     def table(self, part: str) -> Table[Any]:
         """The table of a component."""

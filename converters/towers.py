@@ -27,6 +27,11 @@ KINDS = {
 PREPROCESSOR = "preprocessor_config.json"
 
 
+def slot_of(encoder: str) -> str:
+    """Name of an encoder's folder inside a checkpoint, and stem of its files there."""
+    return "vision_tower" if encoder == "encoder" else f"vision_tower_{encoder}"
+
+
 @dataclasses.dataclass(frozen=True)
 class Tower:
     """A vision tower.

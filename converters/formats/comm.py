@@ -91,6 +91,7 @@ TABLE = Table(
     read=read,
     unused=dict.fromkeys(("act", "blocks", "mm_projector_type", "ratio"), ANY),
     path=path,
+    others=("aux",),
     recorded=mlp.recorded,
     limits={"aux_features": 1e-4},
     rules=(
@@ -132,7 +133,7 @@ def describe(path: Path, config: Values, towers: Towers) -> Source:
         "ratio": options.whole("ratio", 4),
         "join": options.text("join", "channels"),
     }
-    second = None
+    others = {}
     if name := config.text("mm_vision_tower_aux", None):
         second = towers.find(path, name, "vision_tower_aux")
         aux = registry.find(second.config, str(path)).config(second.config)
@@ -144,8 +145,9 @@ def describe(path: Path, config: Values, towers: Towers) -> Source:
             "drop_aux": aux.prefix,
             "preprocessor_aux": second.preprocessor,
         }
-        branch["aux"] = second.config
-    return upstream_source(path, "comm", config, branch, tower, aux=second)
+        branch["others"] = {"aux": second.config}
+        others["aux"] = second
+    return upstream_source(path, "comm", config, branch, tower, others=others)
 
 
 LAYOUTS = (

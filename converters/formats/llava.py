@@ -142,7 +142,7 @@ def upstream_source(
     branch: dict[str, Any],
     tower: Tower,
     *,
-    aux: Tower | None = None,
+    others: Mapping[str, Tower] | None = None,
     llm: str = "",
     template: str = "",
     own: Iterable[str] = (),
@@ -156,7 +156,7 @@ def upstream_source(
         config: its config.json.
         branch: its only one.
         tower: the branch's.
-        aux: its second one.
+        others: those of its other encoders, by their names.
         llm: `model_type` of the LLM, by default upstream's.
         template: name of the prompt template, by default upstream's, see `prompt_template`.
         own: more keys that are not the LLM's.
@@ -168,7 +168,7 @@ def upstream_source(
     _check_class(config, table.architecture, known)
     table.config(kept, config.where)  # by its keys in this file
     start = f"branches.{branch['name']}"
-    towers = {f"{start}.encoder": tower} | ({f"{start}.aux": aux} if aux else {})
+    towers = {f"{start}.{name}": x for name, x in {"encoder": tower, **(others or {})}.items()}
     tuned = config.flag("unfreeze_mm_vision_tower", False, null=True)
     return Source(
         path,
@@ -447,9 +447,10 @@ LAYOUTS = (
 )
 
 
-def own_prefixes(names: Names) -> Prefixes:
+def own_prefixes(source: Source, names: Names) -> Prefixes:
     """Of a layout's names those of a connector whose table has prefixes of its own."""
-    return tuple((old, new) for old, part, new in names if new and part.endswith(".connector"))
+    connector = source.branches[0].part("connector")
+    return tuple((old, new) for old, part, new in names if new and part == connector)
 
 
 def new_prefixes(source: Source) -> Prefixes:

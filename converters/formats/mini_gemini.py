@@ -16,7 +16,7 @@ from converters.formats.llava import (
     upstream_source,
     upstream_tower,
 )
-from converters.params import llama, mlp
+from converters.params import llama
 from converters.params.mlp import combine, projector, projector_rules
 from converters.params.table import Arrays, Names, Rule, Table, Vision, dense, norm
 from converters.source import Layout, Made, New, Source
@@ -78,7 +78,7 @@ def recorded(config: MiningConfig, inputs: Inputs, stages: Arrays) -> Arrays:
     out: dict[str, np.ndarray] = {
         **stages,
         "pixel_values": np.moveaxis(np.asarray(inputs.pixels), -1, 1),
-        "pixel_values_aux": np.moveaxis(np.asarray(inputs.pixels_aux), -1, 1),
+        "pixel_values_aux": np.moveaxis(np.asarray(inputs.others["aux"]), -1, 1),
         "aux_features_strided": stages["aux_features"].transpose(0, 3, 1, 2)[:, :, 1::4, 1::4],
     }
     if config.whole:
@@ -95,8 +95,9 @@ def asker(source: str, path: str) -> tuple[Rule, ...]:
 TABLE = Table(
     types=("mining",),
     read=read,
-    unused=mlp.UNUSED,
+    unused={},
     path=path,
+    others=("aux",),
     recorded=recorded,
     limits={"pixel_values": 1e-5},  # resized after their normalisation
     rules=(
@@ -113,7 +114,7 @@ def describe(path: Path, config: Values, towers: Towers) -> Source:
     tower = upstream_tower(path, config, towers)
     aux = towers.find(path, config.text("mm_vision_tower_aux"), "vision_tower_aux")
     branch = upstream_branch(config, tower)
-    branch["aux"] = aux.config
+    branch["others"] = {"aux": aux.config}
     if config.choice("mm_dense_connector_type", dense_connector.KINDS, None):
         branch["connector"] |= dense_connector.groups(config, tower.config)
     branch["connector"] |= {
@@ -131,7 +132,7 @@ def describe(path: Path, config: Values, towers: Towers) -> Source:
         config,
         branch,
         tower,
-        aux=aux,
+        others={"aux": aux},
         llm=llm,
         template=template(llm, config),
         own={*OWN, *UNUSED},
@@ -233,7 +234,7 @@ NEW = (
         ("projector", "select", "image_size_aux", "image_grid", "image_global"),
         describe,
         new_config,
-        lambda source: own_prefixes(names(source)),
+        lambda source: own_prefixes(source, names(source)),
         aux=convnext,
         needs="a ConvNeXt",
     ),

@@ -74,7 +74,7 @@ def path(hf: Values, images: ImageSpec, encoder: Vision, connector: ProjectorCon
 TABLE = Table(
     types=("onevision",),
     read=read,
-    unused=mlp.UNUSED,
+    unused={},
     path=path,
     recorded=mlp.recorded,
     rules=mlp.TABLE.rules,

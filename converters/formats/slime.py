@@ -16,7 +16,7 @@ from converters.formats.llava import (
     upstream_source,
     upstream_tower,
 )
-from converters.params import llama, mlp
+from converters.params import llama
 from converters.params.mlp import combine, projector, projector_rules
 from converters.params.table import TRANSPOSE, Arrays, Names, Rule, Table, Vision, dense, norm
 from converters.source import Layout, Made, New, Source
@@ -119,7 +119,7 @@ def resampler(source: str, path: str) -> tuple[Rule, ...]:
 TABLE = Table(
     types=("slime",),
     read=read,
-    unused=mlp.UNUSED,
+    unused={},
     path=path,
     recorded=recorded,
     rules=(
@@ -209,6 +209,6 @@ NEW = (
         ("select", *OPTIONS),
         describe,
         new_config,
-        lambda source: own_prefixes(names(source)),
+        lambda source: own_prefixes(source, names(source)),
     ),
 )

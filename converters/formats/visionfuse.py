@@ -47,11 +47,13 @@ def _branch(found: Mapping[str, Any], where: str) -> Branch:
         raise branch.error("name", "letters, digits, - and _")
     branch.choice("aspect", ("pad", "crop"))
     branch.choice("code", ("authors", "transformers"), "authors")
-    for key in ("encoder", "connector", "preprocessor"):
-        branch.mapping(key)
-    branch.mapping("aux", {})
+    branch.mapping("encoder")
+    branch.mapping("preprocessor")
+    table = registry.find(branch.mapping("connector"), f"{where}: connector")
+    others = {key: branch.mapping(key) for key in table.others if key in found}
     branch.done({})
-    return Branch(**found)
+    own = {key: value for key, value in found.items() if key not in others}
+    return Branch(**own, others=others)
 
 
 def fused_prefixes(source: Source) -> tuple[tuple[str, str, str], ...]:

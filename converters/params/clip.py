@@ -74,6 +74,7 @@ AROUND: Unused = {
 
 TABLE = Table(
     types=("clip_vision_model", "clip"),
+    depth="num_hidden_layers",
     read=read,
     unused={**TOWER, "projection_dim": ANY},
     around=AROUND,

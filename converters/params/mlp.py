@@ -6,7 +6,7 @@ import re
 import numpy as np
 
 from converters.params.table import Arrays, Rule, Table, Vision, dense
-from converters.values import ANY, DEEPEST, REQUIRED, Unused, Values
+from converters.values import DEEPEST, REQUIRED, Values
 from vfjax import InputError
 from vfjax.architectures import (
     Combine,
@@ -118,13 +118,10 @@ def recorded(config: object, inputs: Inputs, stages: Arrays) -> Arrays:
     return {**stages, "pixel_values": np.moveaxis(np.asarray(inputs.pixels), -1, 1)}
 
 
-UNUSED: Unused = {"aux": ANY}  # the second encoder's config, for what reads it
-"""On connectors."""
-
 TABLE = Table(
     types=("mlp",),
     read=config,
-    unused=UNUSED,
+    unused={},
     path=path,
     recorded=recorded,
     rules=(*projector_rules("", "projector"), Rule("image_newline", "newline", optional=True)),

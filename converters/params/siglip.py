@@ -20,6 +20,7 @@ def read(hf: Values) -> SigLIPConfig:
 
 TABLE = Table(
     types=("siglip_vision_model", "siglip"),
+    depth="num_hidden_layers",
     read=read,
     unused={**TOWER, "vision_use_head": ANY},
     around=AROUND,

@@ -125,6 +125,9 @@ class Table(Generic[Config]):
             first that fits.
         around: such keys beside the `vision_config` of a larger model that a tower is part of.
         architecture: class that a causal LM's config.json names; empty for other components.
+        depth: for encoders that a checkpoint may hold without their last layers: the key that
+            says how many there are; "": all must be there.
+        others: for connectors: names of encoders that they may read beside the first.
         path: for connectors: (their Hugging Face config, preprocessing, encoder's config,
             connector's config) -> the branch's architecture.
         recorded: for connectors: (connector's config, the branch's inputs, its stages) -> the
@@ -144,6 +147,8 @@ class Table(Generic[Config]):
     prefixes: tuple[tuple[str, str], ...] = (("", ""),)
     around: Unused = dataclasses.field(default_factory=dict)
     architecture: str = ""
+    depth: str = ""
+    others: tuple[str, ...] = ()
     path: Callable[[Values, ImageSpec, Vision, Config], Architecture] | None = None
     # Any: a family's own `Inputs`
     recorded: Callable[[Config, Any, Arrays], Arrays] = lambda config, inputs, stages: stages
@@ -174,10 +179,10 @@ class Table(Generic[Config]):
         """The architecture of a branch by its connector's config.
 
         Args:
-            hf: the connector's Hugging Face config; `aux` is the second encoder's config.
+            hf: the connector's Hugging Face config, and those of other encoders by their names.
             where: what to call that in errors.
             images: how pictures are prepared.
-            encoder: config of the encoder.
+            encoder: config of the first encoder.
         """
         assert self.path is not None, f"the table of {where} is of no connector"
         values = Values(hf, where)
@@ -196,6 +201,16 @@ class Table(Generic[Config]):
             for rule in self.rules
         ]
         return {path: _match_one(path, patterns) for path in shapes}
+
+    def layers(self, names: Iterable[str]) -> int:
+        """Of how many layers there are tensors.
+
+        Args:
+            names: of the component's tensors.
+        """
+        sources = (rule.source for rule in self.rules if "{}" in rule.source)
+        patterns = [re.compile(re.escape(x).replace(r"\{\}", r"(\d+)")) for x in sources]
+        return len({m[1] for name in names for p in patterns if (m := p.fullmatch(name))})
 
     def ignores(self, name: str) -> bool:
         """Whether a tensor is known and never read."""

@@ -135,7 +135,7 @@ def random_model(config: ModelConfig, dtype: str) -> Model:
 
 def peers(config: ModelConfig, dtype: torch.dtype) -> tuple[Any, Any]:
     """The vision tower and LLM of transformers in the same shapes, where torch runs best."""
-    tower, llm = config.branches[0].architecture.encoder, config.llm
+    tower, llm = config.branches[0].architecture.encoders["encoder"], config.llm
     assert isinstance(tower, CLIPConfig)
     sizes = transformers.LlamaConfig(
         vocab_size=llm.vocab,
@@ -220,7 +220,7 @@ def least(case: Case, b: int, chip: Chip) -> Least:
     heads = llm.layers * llm.heads * llm.head_dim
     towers = 0.0
     for branch in model.config.branches:
-        tower = branch.architecture.encoder
+        tower = branch.architecture.encoders["encoder"]
         assert isinstance(tower, CLIPConfig)
         n = tower.tokens + tower.prefix
         blocks = jax.tree.leaves(model.branches[branch.name])

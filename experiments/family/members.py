@@ -111,7 +111,7 @@ def align(model: Model, data: Path, recipe: Recipe, *, report: Report = print) -
     digits, colours = (np.array([row[key] for row in labels]) for key in ("digits", "colours"))
     (branch,) = model.branches.values()
     told = language.caption(digits, colours, see=recipe.see)
-    encoder = cast(PatchEncoder, branch.config.encoder)
+    encoder = cast(PatchEncoder, branch.config.encoders["encoder"])
     words = jnp.asarray(spread(told, math.isqrt(encoder.tokens)))
     seen = states(branch, [data / "images" / row["image"] for row in labels])
     parts: Any = nnx.split(branch.connector, nnx.Param, ...)

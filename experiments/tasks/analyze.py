@@ -442,7 +442,7 @@ def probes(config: ConfigDict, workdir: Path, record: dict[str, Any]) -> list[Se
         stats = {"image_mean": images.mean, "image_std": images.std}
         by_tap = [
             encoders.probes(branch.encoder, stats, known, new, tap)
-            for tap in range(branch.config.encoder.layers + 1)
+            for tap in range(branch.config.encoders["encoder"].layers + 1)
         ]
         panels[name] = {key: [found[key] for found in by_tap] for key in by_tap[0]}
     record["probes"] = {"train": len(known), "test": len(new), "accuracy": panels}

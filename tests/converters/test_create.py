@@ -275,7 +275,7 @@ def test_comm_shows_both_encoders_the_same_pixels(folders: Path):
     (branch,) = model.config.branches
     batch = processor(images=[PICTURE], prompts=[processor.chat("?")])
     given, path = batch.images["clip"].given, branch.architecture
-    one, two = (np.asarray(x)[0] for x in (given.pixels, given.pixels_aux))
+    one, two = (np.asarray(x)[0] for x in (given.pixels, given.others["aux"]))
     own = path.images, path.images_aux
     assert own[0].mean != own[1].mean and own[1].mean == (0.485, 0.456, 0.406)
     shown = [

@@ -210,7 +210,11 @@ def test_every_key_has_a_fate(kind: str, tmp_path: Path, capsys: pytest.CaptureF
             assert same([ours(folder)], [expected], WIDEST), f"{name}: {value!r}"
         else:
             (branch,) = config.branches
-            part = branch.architecture.encoder if section == "vision_config" else config.llm
+            part = (
+                branch.architecture.encoders["encoder"]
+                if section == "vision_config"
+                else config.llm
+            )
             alone = TABLES[mutated[section]["model_type"]].config(mutated[section])
             assert part == alone, name
         fates[name] = "used"

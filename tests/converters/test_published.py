@@ -172,9 +172,8 @@ def shapes(source: Source) -> Params:
     config = model_config(source)
     parts = {"llm": config.llm}
     for branch in config.branches:
-        for kind in ("encoder", "aux", "connector"):
-            if (own := getattr(branch.architecture, kind)) is not None:
-                parts[f"branches/{branch.name}/{kind}"] = own
+        own = {**branch.architecture.encoders, "connector": branch.architecture.connector}
+        parts |= {f"branches/{branch.name}/{kind}": part for kind, part in own.items()}
     return {f"{part}/{n}": p for part, own in parts.items() for n, p in component(own).items()}
 
 
@@ -203,8 +202,7 @@ def row(name: str, source: Source) -> str:
     total = sum(params.values())
     llm = sum(n for path, n in params.items() if path.startswith("llm/"))
     kinds = " + ".join(
-        " and ".join(plain(part) for part in (b.encoder, b.aux) if part is not None)
-        for b in source.branches
+        " and ".join(plain(part) for part in b.encoders.values()) for b in source.branches
     )
     tokens = " + ".join(str(b.tokens) for b in branches)
     if len(branches) > 1:

@@ -44,11 +44,11 @@ class Inputs:
 
     Attributes:
         pixels: float32[n, h, w, 3] of the first encoder.
-        pixels_aux: float32[n', h', w', 3] of the second one; None without.
+        others: of each other one, by its name, float32[n', h', w', 3].
     """
 
     pixels: AnyArray
-    pixels_aux: AnyArray | None = None
+    others: Mapping[str, AnyArray] = dataclasses.field(default_factory=dict)
 
 
 @jax.tree_util.register_dataclass
@@ -57,7 +57,7 @@ class Encoded:
     """Hidden states, and of the inputs what the connector still needs.
 
     Attributes:
-        states: encoder ("encoder", "aux") -> hidden states at the taps, each [n, s, d].
+        states: encoder, by its name -> hidden states at the taps, each [n, s, d].
     """
 
     states: dict[str, list[Array]]
@@ -268,8 +268,8 @@ class Connector(Protocol):
     """Config of a connector, which makes visual tokens of hidden states.
 
     Attributes:
-        taps: encoder -> hidden states that are read.
-        channels: encoder -> how many of them are joined on channels, channels of all of them.
+        taps: encoder, by its name -> hidden states that are read.
+        channels: likewise -> how many of them are joined on channels, channels of all of them.
         dout: the LLM's width.
     """
 
@@ -294,16 +294,15 @@ class Architecture(Protocol):
     axes: ClassVar[int]
 
     @property
-    def encoder(self) -> Encoder:
-        """Config of the encoder."""
+    def encoders(self) -> Mapping[str, Encoder]:
+        """Name -> config of each encoder; the first one's name is "encoder".
+
+        A module of the branch has that name, and so have its parameters and a folder's tensors.
+        """
 
     @property
     def connector(self) -> Connector:
         """Config of the connector."""
-
-    @property
-    def aux(self) -> Encoder | None:
-        """Config of a second encoder; None without."""
 
     @property
     def images(self) -> ImageSpec:
@@ -338,17 +337,17 @@ class Architecture(Protocol):
 
 
 class Branch(nnx.Module):
-    """Pictures -> visual tokens: one encoder or two, tapped, and a connector.
+    """Pictures -> visual tokens: encoders, tapped, and a connector.
 
     A family whose encoders are called in another way has a class of its own with these methods.
     """
 
+    encoder: Any  # whoever looks inside (analysis, training) knows the families' own parts
+
     def __init__(self, config: Architecture, *, rngs: nnx.Rngs):
         self.config = config
-        # Whoever looks inside (analysis, training) knows the families' own parts.
-        self.encoder: Any = config.encoder.build(rngs=rngs)
-        if config.aux is not None:
-            self.aux: Any = config.aux.build(rngs=rngs)
+        for name, encoder in config.encoders.items():
+            setattr(self, name, encoder.build(rngs=rngs))
         self.connector: Any = config.connector.build(rngs=rngs)
 
     def encode(self, inputs: Inputs) -> Encoded:
@@ -357,11 +356,12 @@ class Branch(nnx.Module):
 
     def states(self, inputs: Inputs) -> dict[str, list[Array]]:
         """Encoder -> the hidden states that the connector taps."""
-        taps = self.config.connector.taps
-        states = {"encoder": self.encoder(jnp.asarray(inputs.pixels), taps["encoder"])}
-        if self.config.aux is not None:
-            states["aux"] = self.aux(jnp.asarray(inputs.pixels_aux), taps["aux"])
-        return {name: list(each) for name, each in states.items()}
+        first, *_ = self.config.encoders
+        shown, taps = {first: inputs.pixels, **inputs.others}, self.config.connector.taps
+        return {
+            name: list(getattr(self, name)(jnp.asarray(shown[name]), taps[name]))
+            for name in self.config.encoders
+        }
 
     def visual_tokens(
         self,
@@ -412,16 +412,19 @@ class Tapped(abc.ABC):
         encoder: config of the encoder.
         connector: config of the connector.
         images: of each view.
-        aux: config of a second encoder; None without.
     """
 
     encoder: Any
     connector: Any
     images: ImageSpec
-    aux: Any = None
 
     reads_text: ClassVar[bool] = False
     axes: ClassVar[int] = 1
+
+    @property
+    def encoders(self) -> Mapping[str, Encoder]:
+        """See `Architecture.encoders`: the one, to which a family may add."""
+        return {"encoder": self.encoder}
 
     @property
     def patches(self) -> int:

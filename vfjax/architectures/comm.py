@@ -14,7 +14,17 @@ from flax import nnx
 from jax.typing import DTypeLike
 from PIL import Image
 
-from vfjax.architectures.base import Inputs, Shown, Size, Tapped, VisualTokens, all_of, bucket
+from vfjax.architectures.base import (
+    Encoder,
+    Inputs,
+    PatchEncoder,
+    Shown,
+    Size,
+    Tapped,
+    VisualTokens,
+    all_of,
+    bucket,
+)
 from vfjax.architectures.combine import mean
 from vfjax.architectures.llava import whole, whole_regions
 from vfjax.architectures.mini_gemini import Asker
@@ -221,10 +231,17 @@ class Comm(Tapped):
 
     Attributes:
         images: for the first encoder.
+        aux: config of a second encoder; None without.
         images_aux: for the second.
     """
 
+    aux: PatchEncoder | None = None
     images_aux: ImageSpec | None = None
+
+    @property
+    def encoders(self) -> Mapping[str, Encoder]:
+        """See `Architecture.encoders`."""
+        return {**super().encoders, **({"aux": self.aux} if self.aux else {})}
 
     @property
     def tokens(self) -> int:
@@ -234,16 +251,12 @@ class Comm(Tapped):
     def show(
         self, pictures: Sequence[Image.Image], frames: Container[int] = (), slots: int | None = None
     ) -> Shown:
-        """Inputs: pixels and, with a second encoder, pixels_aux, both float32[n, s, s, 3]."""
+        """Inputs: of "encoder" and, with a second one, of "aux", both float32[n, s, s, 3]."""
         del frames  # all are whole
         n, tokens = bucket(len(pictures)) if slots is None else slots, self.tokens
-        one, two = (
-            whole(pictures, images, n) if images is not None else None
-            for images in (self.images, self.images_aux)
-        )
-        assert one is not None
+        two = {} if self.images_aux is None else {"aux": whole(pictures, self.images_aux, n)}
         indices = [i * tokens + np.arange(tokens) for i in range(len(pictures))]
-        return Shown(Inputs(one, two), indices, n * tokens)
+        return Shown(Inputs(whole(pictures, self.images, n), two), indices, n * tokens)
 
     def regions(self, size: Size) -> np.ndarray:
         """See `Architecture.regions`."""

@@ -17,6 +17,7 @@ from flax import nnx
 from PIL import Image
 
 from vfjax.architectures.base import (
+    Encoder,
     Inputs,
     Shown,
     Size,
@@ -170,10 +171,17 @@ class MiniGemini(Tapped):
 
     Attributes:
         images: of the high-resolution picture, which the second encoder is shown.
+        aux: config of the second encoder.
         size: side of a low-resolution view.
     """
 
+    aux: Encoder
     size: int = 336
+
+    @property
+    def encoders(self) -> Mapping[str, Encoder]:
+        """See `Architecture.encoders`."""
+        return {**super().encoders, "aux": self.aux}
 
     @property
     def views(self) -> int:
@@ -188,12 +196,14 @@ class MiniGemini(Tapped):
     def show(
         self, pictures: Sequence[Image.Image], frames: Container[int] = (), slots: int | None = None
     ) -> Shown:
-        """Inputs: pixels float32[n * views, s, s, 3], pixels_aux float32[n, S, S, 3]."""
+        """Inputs: of "encoder" float32[n * views, s, s, 3], of "aux" float32[n, S, S, 3]."""
         del frames  # all are whole
         n, each = bucket(len(pictures)) if slots is None else slots, self.tokens
         high = [preprocess(p, self.images) for p in pictures]
         low = [view for picture in high for view in self._low(picture)]
-        inputs = Inputs(stacked(low, n * self.views, self.size), stacked(high, n, self.images.size))
+        inputs = Inputs(
+            stacked(low, n * self.views, self.size), {"aux": stacked(high, n, self.images.size)}
+        )
         return Shown(inputs, [i * each + np.arange(each) for i in range(len(high))], n * each)
 
     def _low(self, picture: np.ndarray) -> list[np.ndarray]:

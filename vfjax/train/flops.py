@@ -54,7 +54,12 @@ def step_flops(graph: nnx.GraphDef, params: nnx.State, frozen: nnx.State, batche
     eyes = _forward(Model.memories, model, batch.images) if batch.images else 0.0
     whole = _forward(Model.__call__, model, batch)
     trained, total = _matrices(params, "llm/"), _matrices(shapes, "llm/")
-    tuned = any("/encoder/" in name or "/aux/" in name for name in named(params))
+    towers = {
+        ("branches", branch.name, encoder)
+        for branch in model.config.branches
+        for encoder in branch.architecture.encoders
+    }
+    tuned = any(tuple(name.split("/")[:3]) in towers for name in named(params))
     return parts * (eyes * (3 if tuned else 1) + (whole - eyes) * (2 + trained / total))
 
 

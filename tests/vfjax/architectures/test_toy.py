@@ -3,10 +3,15 @@
 The toy sees a picture as 2 x 2 mean colours and a video's frame as one. In the text a picture is
 `<img>`, its tokens, `</img>`; an LLM with M-RoPE reads them at their time, row and column; and the
 colours are added once more behind its first layer, as DeepStack does.
+
+Another has three encoders, each shown the picture by a mean of its own; folders hold it, too.
 """
 
 import dataclasses
-from typing import ClassVar
+import shutil
+from collections.abc import Container, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any, ClassVar
 
 import jax
 import jax.numpy as jnp
@@ -15,9 +20,15 @@ import pytest
 import transformers
 from flax import nnx
 from PIL import Image
+from safetensors.numpy import load_file, save_file
 
 import converters
-from tests.checkpoints import llama_folder, make_llama
+from converters import registry
+from converters.folder import open_source
+from converters.inspect import inspect
+from converters.load import abstract, part_of
+from converters.params.table import Table, dense
+from tests.checkpoints import llama_folder, make_llama, write_json
 from vfjax import InputError, Model, Processor, Video
 from vfjax.architectures import (
     Architecture,
@@ -31,9 +42,10 @@ from vfjax.architectures import (
     Run,
     VisualTokens,
 )
-from vfjax.architectures.base import bucket, frames_of, stacked
+from vfjax.architectures.base import Encoder, Shown, Tapped, all_of, bucket, frames_of, stacked
 from vfjax.architectures.boxes import WHOLE, cut
 from vfjax.architectures.combine import Combine
+from vfjax.atomic import read_json
 from vfjax.fusion.segments import parallel, running
 from vfjax.llm import LlamaConfig
 from vfjax.model import BranchConfig, ModelConfig, forward
@@ -58,9 +70,8 @@ class Toy:
 
     reads_text: ClassVar[bool] = False
     axes: ClassVar[int] = 3
-    encoder: ClassVar[None] = None
+    encoders: ClassVar[Mapping[str, Encoder]] = {}
     connector: ClassVar[None] = None
-    aux: ClassVar[None] = None
 
     @property
     def tokens(self) -> int:
@@ -268,3 +279,187 @@ def test_m_rope_is_transformers(tmp_path):
     model.llm.config = dataclasses.replace(model.llm.config, rope_axes=(0, 1, 2, 2))
     found, _ = model.llm(jnp.asarray(x), jnp.ones((2, 9), bool), None, jnp.asarray(positions))
     np.testing.assert_allclose(found, expected, atol=2e-5 * np.abs(expected).max())
+
+
+# A family with three encoders: its config, its connector, and what folders hold of it.
+
+MEANS = {"encoder": 0.5, "second": 0.25, "third": 0.75}
+
+
+@dataclasses.dataclass(frozen=True)
+class Joined:
+    """A dense layer on all encoders' last states, joined on channels."""
+
+    dout: int
+    widths: tuple[int, ...] = (8, 12, 16)
+
+    @property
+    def taps(self) -> dict[str, tuple[int, ...]]:
+        return dict.fromkeys(MEANS, (-1,))
+
+    @property
+    def channels(self) -> dict[str, tuple[int, int]]:
+        return {name: (1, width) for name, width in zip(MEANS, self.widths, strict=True)}
+
+    def build(self, *, rngs: nnx.Rngs) -> "Joining":
+        return Joining(self, rngs=rngs)
+
+
+class Joining(nnx.Module):
+    def __init__(self, config: Joined, *, rngs: nnx.Rngs):
+        self.dense = nnx.Linear(sum(config.widths), config.dout, rngs=rngs)
+
+    def __call__(self, states: Mapping[str, Sequence[jax.Array]]) -> VisualTokens:
+        x = jnp.concatenate([states[name][0][:, 1:] for name in MEANS], axis=-1)
+        return all_of(self.dense(x), {})
+
+
+@dataclasses.dataclass(frozen=True)
+class Three(Tapped):
+    """Three encoders."""
+
+    second: Encoder
+    third: Encoder
+
+    @property
+    def encoders(self) -> Mapping[str, Encoder]:
+        return {**super().encoders, "second": self.second, "third": self.third}
+
+    @property
+    def tokens(self) -> int:
+        return 4
+
+    def show(
+        self, pictures: Sequence[Image.Image], frames: Container[int] = (), slots: int | None = None
+    ) -> Shown:
+        n = bucket(len(pictures)) if slots is None else slots
+        first, *others = (
+            stacked(
+                [
+                    preprocess(p, dataclasses.replace(self.images, mean=(mean,) * 3))
+                    for p in pictures
+                ],
+                n,
+                4,
+            )
+            for mean in MEANS.values()
+        )
+        inputs = Inputs(first, dict(zip(("second", "third"), others, strict=True)))
+        return Shown(inputs, [i * 4 + np.arange(4) for i in range(len(pictures))], n * 4)
+
+    def regions(self, size: tuple[int, int]) -> np.ndarray:
+        return cut(WHOLE, (2, 2))
+
+
+JOINED = Table(
+    types=("joined",),
+    read=lambda hf: Joined(hf.whole("dout")),
+    unused={"mm_projector_type": ("joined",)},
+    path=lambda hf, images, encoder, connector: Three(
+        encoder, connector, images, hf.any("second"), hf.any("third")
+    ),
+    others=("second", "third"),
+    rules=dense("dense", "dense"),
+)
+
+
+def clip_of(width: int) -> dict[str, Any]:
+    sizes = {"hidden_size": width, "intermediate_size": 8, "num_hidden_layers": 1}
+    return {
+        "model_type": "clip_vision_model",
+        **sizes,
+        "num_attention_heads": 1,
+        "patch_size": 2,
+        "image_size": 4,
+    }
+
+
+@pytest.fixture(scope="module")
+def three(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    """A folder of it: an LLM's, and all else drawn and written by the tables."""
+    tmp_path = tmp_path_factory.mktemp("three")
+    llama_folder(tmp_path / "llm", llm=make_llama(0))
+    llm = open_source(tmp_path / "llm").config_of("llm")
+    first, second, third = (CLIPConfig(w, 1, 1, 8, patch=2, image_size=4) for w in (8, 12, 16))
+    seen = Three(first, Joined(32), IMAGES, second, third)
+    _, params = abstract(ModelConfig((BranchConfig("toy", seen),), llm).build)
+    rng = np.random.default_rng(0)
+    tensors = load_file(tmp_path / "llm" / "model.safetensors")
+    tables = {"connector": JOINED} | dict.fromkeys(MEANS, registry.TABLES["clip_vision_model"])
+    for name, param in params.items():
+        part, path = part_of(name)
+        if part != "llm":
+            (rule,) = tables[part.split(".")[-1]].match({path: param.shape}).values()
+            array = rule.to_source(rng.normal(0, 0.3, param.shape).astype(np.float32))
+            tensors[f"{part}.{rule.source}"] = np.ascontiguousarray(array)
+    folder = tmp_path / "three"
+    folder.mkdir()
+    save_file(tensors, folder / "model.safetensors")
+    config, *others = (clip_of(width) for width in (8, 12, 16))
+    branch = {
+        "name": "toy",
+        "encoder": config,
+        "preprocessor": {
+            "image_processor_type": "CLIPImageProcessor",
+            "size": 4,
+            "crop_size": 4,
+            "image_mean": HALF,
+            "image_std": HALF,
+        },
+        "aspect": "crop",
+        "connector": {"model_type": "joined", "mm_projector_type": "joined", "dout": 32},
+        **dict(zip(("second", "third"), others, strict=True)),
+    }
+    text = read_json(tmp_path / "llm" / "config.json")
+    write_json(
+        folder / "config.json",
+        {
+            "model_type": "visionfuse",
+            "text_config": text,
+            "branches": [branch],
+            "template": "plain",
+        },
+    )
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(registry.TABLES, "joined", JOINED)
+        yield folder
+
+
+def test_three_encoders_are_read_from_a_folder(three: Path):
+    """Each sees the picture as it was trained; the connector reads them in their order."""
+    model, processor = converters.load(three)
+    batch = processor([PICTURE], input_ids=[[1, -200, 7]])
+    (branch,), (seen,) = model.branches.values(), batch.images.values()
+    pixels = np.asarray(PICTURE, np.float32)[None] / 255
+    features = [
+        getattr(branch, name)(jnp.asarray((pixels - mean) / 0.5), (-1,))[0][:, 1:]
+        for name, mean in MEANS.items()
+    ]
+    kernel, bias = (np.asarray(x[...]) for x in _params(branch.connector.dense))
+    expected = np.concatenate(features, axis=-1)[0] @ kernel + bias
+    found = model.visual_tokens(batch.images).values[:4]
+    np.testing.assert_allclose(found, expected, atol=1e-5)
+    assert list(branch.encode(seen.given).states) == list(MEANS)
+    assert np.isfinite(np.asarray(forward(model, batch))[batch.mask]).all()
+    said = inspect(three)
+    assert "clip_vision_model, 1 layer x 8, taps [-1] and clip_vision_model, 1 layer x 12" in said
+
+
+def test_three_encoders_are_written_back(three: Path, tmp_path: Path):
+    model, _ = converters.load(three)
+    converters.export(model, tmp_path / "out")
+    one, two = (load_file(folder / "model.safetensors") for folder in (three, tmp_path / "out"))
+    assert {name.split(".")[2] for name in one if "branches" in name} == {*MEANS, "connector"}
+    assert one.keys() == two.keys()
+    assert all(np.array_equal(one[name], two[name]) for name in one)
+    written = read_json(tmp_path / "out" / "config.json")["branches"]
+    assert written == read_json(three / "config.json")["branches"]
+
+
+def test_an_encoder_that_a_connector_does_not_read_is_refused(three: Path, tmp_path: Path):
+    config = read_json(three / "config.json")
+    config["branches"][0]["fourth"] = clip_of(8)
+    shutil.copytree(three, tmp_path / "four")
+    write_json(tmp_path / "four" / "config.json", config)
+    with pytest.raises(InputError, match="fourth: found"):
+        converters.load(tmp_path / "four")

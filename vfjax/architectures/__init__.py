@@ -16,7 +16,6 @@ from vfjax.architectures.base import (
     Prompt,
     Rows,
     Run,
-    Tapped,
     VisualTokens,
 )
 from vfjax.architectures.combine import Combine
@@ -28,6 +27,7 @@ from vfjax.architectures.mini_gemini import MiniGemini, MiningConfig
 from vfjax.architectures.mlp import MLPConfig
 from vfjax.architectures.onevision import OneVision
 from vfjax.architectures.slime import Slime, SliMEConfig
+from vfjax.architectures.tapped import Tapped
 
 __all__ = [
     "Architecture",

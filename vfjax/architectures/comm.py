@@ -18,9 +18,7 @@ from vfjax.architectures.base import (
     Encoder,
     Inputs,
     PatchEncoder,
-    Shown,
     Size,
-    Tapped,
     VisualTokens,
     all_of,
     bucket,
@@ -28,6 +26,7 @@ from vfjax.architectures.base import (
 from vfjax.architectures.combine import mean
 from vfjax.architectures.llava import whole, whole_regions
 from vfjax.architectures.mini_gemini import Asker
+from vfjax.architectures.tapped import Shown, Tapped
 from vfjax.errors import InputError, counted
 from vfjax.nn.layers import MLP, linear
 from vfjax.vision.images import ImageSpec

@@ -16,9 +16,7 @@ from PIL import Image
 from vfjax.architectures.base import (
     Inputs,
     PatchEncoder,
-    Shown,
     Size,
-    Tapped,
     VisualTokens,
     all_of,
     bucket,
@@ -27,6 +25,7 @@ from vfjax.architectures.base import (
 from vfjax.architectures.boxes import cells, frame
 from vfjax.architectures.combine import Combine
 from vfjax.architectures.mlp import MLPConfig, Projecting
+from vfjax.architectures.tapped import Shown, Tapped
 from vfjax.nn.layers import param
 from vfjax.vision.images import ImageSpec, preprocess
 

@@ -10,8 +10,9 @@ from collections.abc import Container, Sequence
 import numpy as np
 from PIL import Image
 
-from vfjax.architectures.base import Inputs, Shown, Size, Tapped, bucket, stacked
+from vfjax.architectures.base import Inputs, Size, bucket, stacked
 from vfjax.architectures.boxes import NOWHERE, WHOLE, canvas, cells, cut, frame, within
+from vfjax.architectures.tapped import Shown, Tapped
 from vfjax.vision import tiling
 from vfjax.vision.images import preprocess
 

@@ -16,20 +16,11 @@ import numpy as np
 from flax import nnx
 from PIL import Image
 
-from vfjax.architectures.base import (
-    Encoder,
-    Inputs,
-    Shown,
-    Size,
-    Tapped,
-    VisualTokens,
-    all_of,
-    bucket,
-    stacked,
-)
+from vfjax.architectures.base import Encoder, Inputs, Size, VisualTokens, all_of, bucket, stacked
 from vfjax.architectures.boxes import cells, cut, frame
 from vfjax.architectures.combine import Combine
 from vfjax.architectures.mlp import MLPConfig, Projecting
+from vfjax.architectures.tapped import Shown, Tapped
 from vfjax.nn.layers import layer_norm, linear
 from vfjax.vision.images import preprocess
 from vfjax.vision.resize import bilinear, resized

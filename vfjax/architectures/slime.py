@@ -22,15 +22,14 @@ from vfjax.architectures.base import (
     Encoded,
     Inputs,
     Prompt,
-    Shown,
     Size,
-    Tapped,
     VisualTokens,
     bucket,
 )
 from vfjax.architectures.boxes import NOWHERE, WHOLE, canvas, cells, cut, frame, within
 from vfjax.architectures.combine import Combine
 from vfjax.architectures.mlp import MLPConfig, Projecting
+from vfjax.architectures.tapped import Shown, Tapped
 from vfjax.nn.layers import attention, layer_norm, linear, param
 from vfjax.vision import tiling
 from vfjax.vision.images import preprocess

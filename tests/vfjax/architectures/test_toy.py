@@ -42,9 +42,10 @@ from vfjax.architectures import (
     Run,
     VisualTokens,
 )
-from vfjax.architectures.base import Encoder, Shown, Tapped, all_of, bucket, frames_of, stacked
+from vfjax.architectures.base import Encoder, all_of, bucket, stacked
 from vfjax.architectures.boxes import WHOLE, cut
 from vfjax.architectures.combine import Combine
+from vfjax.architectures.tapped import Shown, Tapped, frames_of
 from vfjax.atomic import read_json
 from vfjax.fusion.segments import parallel, running
 from vfjax.llm import LlamaConfig

@@ -8,7 +8,6 @@ DINOv2: local crops, Sinkhorn's centring, KoLeo.
 
 import functools
 from collections.abc import Callable
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -24,6 +23,9 @@ Report = Callable[[str], object]
 PROTOTYPES = 128
 STUDENT, TEACHER = 0.1, 0.05  # temperatures
 HIDDEN = 0.3  # share of patches that the student doesn't see
+
+Carry = tuple[nnx.State, nnx.State, optax.OptState, Array]
+"""Student, teacher, the optimiser's state, what the teacher's scores are centred at."""
 
 
 def train_distilled(
@@ -55,16 +57,16 @@ def train_distilled(
     tx = optax.chain(optax.clip_by_global_norm(1.0), optax.adamw(schedule, weight_decay=0.04))
     places = encoders.GRID**2 + 1
 
-    def assign(params: Any, pictures: Array) -> Array:
+    def assign(params: nnx.State, pictures: Array) -> Array:
         """Scores float32[n, places, prototypes] of the class token and the patches."""
         tower, head = nnx.merge(graph, params)
         state = tower(encoders.pixels(pictures, encoders.DINO_IMAGES), [-1], norm=True)[0]
         return head(state / jnp.linalg.norm(state, axis=-1, keepdims=True) * state.shape[-1] ** 0.5)
 
-    def loss(student: Any, targets: Array, pictures: Array) -> Array:
+    def loss(student: nnx.State, targets: Array, pictures: Array) -> Array:
         return optax.softmax_cross_entropy(assign(student, pictures) / STUDENT, targets).mean()
 
-    def step(carry: Any, data: tuple[Array, ...]) -> tuple[Any, Array]:
+    def step(carry: Carry, data: tuple[Array, ...]) -> tuple[Carry, Array]:
         student, teacher, state, centre = carry
         pictures, mix, seen = data
         one, other = (jnp.einsum("nyxc,ncd->nyxd", pictures.astype(jnp.float32), m) for m in mix)
@@ -79,7 +81,7 @@ def train_distilled(
         return (student, teacher, state, centre), value
 
     run = jax.jit(functools.partial(jax.lax.scan, step))
-    carry: Any = (student, student, tx.init(student), jnp.zeros((places, PROTOTYPES)))
+    carry: Carry = (student, student, tx.init(student), jnp.zeros((places, PROTOTYPES)))
     for first in range(0, steps, every):
         carry, losses = run(carry, _batches(scenes, batch, seed, first, every))
         report(f"distilled: step {first + every}, loss {losses.mean():.3f}")

@@ -10,7 +10,7 @@ supervised, each patch predicts the digit of its cell, with colours scrambled.
 import functools
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -25,9 +25,10 @@ from converters.registry import find
 from converters.towers import tower_files
 from experiments.family.optim import fit
 from experiments.family.scenes import COLOURS, SIZE, Scenes
-from vfjax.vision.encoders.convnext import ConvNeXt
+from vfjax.vision.encoders import ConvNeXt, ViT
 
 Array = jax.Array
+Cells = TypeVar("Cells", Array, np.ndarray)
 Report = Callable[[str], object]
 PATCH, GRID = 8, 6
 WIDTH = 96
@@ -126,7 +127,7 @@ def pixels(pictures: Array | np.ndarray, images: dict[str, Any], side: int = SIZ
     return (x - mean) / std
 
 
-def cells(values: Any) -> Any:
+def cells(values: Cells) -> Cells:
     """[n, 9] of cells -> [n, 36] of patches, of NumPy or JAX."""
     grid = values.reshape(-1, 3, 3)
     return grid.repeat(2, axis=1).repeat(2, axis=2).reshape(len(values), -1)
@@ -245,10 +246,10 @@ def mixes(count: int, rng: np.random.Generator) -> np.ndarray:
     return np.where(rng.random((count, 1, 1)) < 0.5, grey, mix).astype(np.float32)
 
 
-def _batches(scenes: Scenes, batch: int, seed: int) -> Callable[[int, int], tuple[Any, ...]]:
+def _batches(scenes: Scenes, batch: int, seed: int) -> Callable[[int, int], tuple[np.ndarray, ...]]:
     """Random batches of scenes: (first step, count) -> pictures, digits, colours, stacked."""
 
-    def draw(first: int, count: int) -> tuple[Any, ...]:
+    def draw(first: int, count: int) -> tuple[np.ndarray, ...]:
         rng = np.random.default_rng([seed, first])
         rows = rng.integers(len(scenes), size=(count, batch))
         return scenes.pictures[rows], scenes.digits[rows], scenes.colours[rows]
@@ -268,7 +269,7 @@ def features(
 
 
 @functools.partial(jax.jit, static_argnames="tap")
-def _patches(tower: Any, shown: Array, tap: int) -> Array:
+def _patches(tower: ViT, shown: Array, tap: int) -> Array:
     return tower(shown, [tap])[0][:, -GRID * GRID :]
 
 

@@ -29,6 +29,7 @@ from experiments.family.optim import fit
 from experiments.family.scenes import COLOURS, KINDS, NUMBERS, PLACES, ask, layouts
 from vfjax import Model
 from vfjax.atomic import temporary
+from vfjax.llm import Llama
 
 SPECIAL = ("<unk>", "<s>", "</s>")
 EMPTY, HIDDEN = ",", "?"
@@ -329,8 +330,8 @@ def score(model: Model, *, count: int = 200, seed: int = 1) -> dict[str, dict[st
     """Share of right answers (greedy first word), by form of the captions and kind of question."""
 
     @nnx.jit
-    def answer(llm: Any, ids: jax.Array | np.ndarray) -> jax.Array:
-        mask = ids >= 0
+    def answer(llm: Llama, ids: jax.Array | np.ndarray) -> jax.Array:
+        mask = jnp.asarray(ids) >= 0
         hidden, _ = llm(llm.embed(jnp.maximum(ids, 0)), mask)
         last = jnp.take_along_axis(hidden, mask.sum(axis=1)[:, None, None] - 1, axis=1)
         return llm.logits(last[:, 0]).argmax(axis=-1)

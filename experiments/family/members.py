@@ -17,15 +17,34 @@ from PIL import Image
 import converters
 from experiments.configs.train import CONNECTOR, LLM
 from experiments.family import encoders, language, scenes
-from vfjax import CacheFusion, LogitsFusion, Model, Processor, Prune, encode
+from vfjax import (
+    Batch,
+    CacheFusion,
+    LogitsFusion,
+    MemberProcessors,
+    Model,
+    Processor,
+    Prune,
+    encode,
+)
 from vfjax.architectures import Prompt
-from vfjax.architectures.base import PatchEncoder
+from vfjax.architectures.base import Branch, Encoded, PatchEncoder
 from vfjax.data import Batches, Conversations
 from vfjax.eval.data import read_lines
+from vfjax.generate import Generator
 from vfjax.train import Group, Optim, Options, fit
 
 Array = jax.Array
 Report = Callable[[str], object]
+
+Given = Batch | tuple[Batch, ...]
+"""What is asked: one batch, or one a member."""
+
+Shown = tuple[dict[str, list[Array]], Encoded, Prompt | None]
+"""See `states`."""
+
+Carry = tuple[nnx.State, optax.OptState]
+"""Parameters, the optimiser's state."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -120,14 +139,14 @@ def align(model: Model, data: Path, recipe: Recipe, *, report: Report = print) -
     scale = 1 / table.var()
     tx = optax.adam(optax.cosine_decay_schedule(3e-3, recipe.align))
 
-    def loss(params: Any, seen: Any, words: Array) -> Array:
+    def loss(params: nnx.State, seen: tuple[Encoded, Prompt | None], words: Array) -> Array:
         whole = jax.tree.map(lambda x: x, branch)  # another branch of the same arrays
         whole.connector = nnx.merge(graph, params, rest)
         tokens = whole.visual_tokens(seen[0], model.llm.lookup, prompt=seen[1]).values
         tokens = tokens.reshape(len(words), -1, table.shape[1])[:, : words.shape[1]]
         return scale * ((tokens - table[words]) ** 2).mean()
 
-    def step(seen: Any, words: Array, carry: Any, picks: Array) -> tuple[Any, Array]:
+    def step(seen: Shown, words: Array, carry: Carry, picks: Array) -> tuple[Carry, Array]:
         params, state = carry
         shown, encoded, prompt = jax.tree.map(lambda x: x[picks], seen)
         flat = jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:]), shown)
@@ -139,7 +158,7 @@ def align(model: Model, data: Path, recipe: Recipe, *, report: Report = print) -
     picks = np.random.default_rng(recipe.seed).integers(0, len(words), (recipe.align, 64))
 
     @jax.jit
-    def run(carry: Any, picks: np.ndarray, seen: Any, words: Array) -> tuple[Any, Array]:
+    def run(carry: Carry, picks: np.ndarray, seen: Shown, words: Array) -> tuple[Carry, Array]:
         return jax.lax.scan(functools.partial(step, seen, words), carry, picks)
 
     (params, _), losses = run((params, tx.init(params)), picks, seen, words)
@@ -154,7 +173,7 @@ def spread(words: np.ndarray, side: int) -> np.ndarray:
     return grid[:, near][:, :, near].reshape(len(words), -1)
 
 
-def states(branch: Any, files: Sequence[Path]) -> tuple[Any, Any, Any]:
+def states(branch: Branch, files: Sequence[Path]) -> Shown:
     """What the connector reads of pictures, and is given besides; a row of each a picture.
 
     Returns:
@@ -199,13 +218,15 @@ def load(folder: Path, prune: Prune | None = None) -> tuple[Model, Processor]:
 
 
 @jax.jit
-def next_logits(model: Any, batch: Any) -> Array:
+def next_logits(model: Generator, batch: Given) -> Array:
     """float32[b, vocab] after each row's last token."""
     size = max(each.read for each in (batch if isinstance(batch, tuple) else (batch,)))
     return model.prefill(batch, size)[0]
 
 
-def score(model: Any, processor: Any, test: Quiz, *, rows: int = 250) -> dict[str, np.ndarray]:
+def score(
+    model: Generator, processor: Processor | MemberProcessors, test: Quiz, *, rows: int = 250
+) -> dict[str, np.ndarray]:
     """Right or wrong, bool[n], by kind of question: the likeliest next word is the answer.
 
     Args:
@@ -217,25 +238,29 @@ def score(model: Any, processor: Any, test: Quiz, *, rows: int = 250) -> dict[st
     out: dict[str, list[np.ndarray]] = {kind: [] for kind in test.questions}
     for i in range(0, len(test.pictures), rows):
         pictures: list[Any] = list(test.pictures[i : i + rows])
-        seen: Any = None
+        seen: Given | None = None
         for kind, asked in test.questions.items():
             part = asked[i : i + rows]
-            batch = processor(pictures, [processor.chat(question) for question, _ in part])
-            batch, seen = once(model, batch, seen)
+            asking: list[Any] = [processor.chat(question) for question, _ in part]
+            batch, seen = once(model, processor(pictures, asking), seen)
             found = np.asarray(next_logits(model, batch)).argmax(axis=-1)
             right = np.array([language.IDS[answer] for _, answer in part])
             out[kind].append(found == right)
     return {kind: np.concatenate(parts) for kind, parts in out.items()}
 
 
-def once(model: Any, batch: Any, seen: Any) -> tuple[Any, Any]:
+def once(model: Generator, batch: Given, seen: Given | None) -> tuple[Given, Given]:
     """A batch with its pictures encoded, or with those `seen` of an earlier one; and these."""
     if isinstance(model, LogitsFusion):
-        parts = zip(model.members, batch, seen or [None] * len(batch), strict=True)
-        batches, images = zip(*(once(*part) for part in parts), strict=True)
-        return batches, images
-    model = model.merged if isinstance(model, CacheFusion) else model
-    seen = encode(model, batch) if seen is None else seen
+        assert isinstance(batch, tuple), "a batch a member"
+        if seen is None:
+            seen = tuple(map(encode, model.members, batch))
+        assert isinstance(seen, tuple)
+        return tuple(map(Batch.with_pictures, batch, seen)), seen
+    whole = model.merged if isinstance(model, CacheFusion) else model
+    assert isinstance(whole, Model) and isinstance(batch, Batch)
+    seen = encode(whole, batch) if seen is None else seen
+    assert isinstance(seen, Batch)
     return batch.with_pictures(seen), seen
 
 

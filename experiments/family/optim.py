@@ -2,24 +2,28 @@
 
 import time
 from collections.abc import Callable
-from typing import Any
+from typing import TypeVar
 
 import jax
 import jax.numpy as jnp
 import optax
 import optax.contrib
 
+Params = TypeVar("Params")
+Data = TypeVar("Data")
+Carry = tuple[Params, optax.OptState]
+
 
 def fit(
-    params: Any,
+    params: Params,
     loss: Callable[..., jax.Array],
-    batches: Callable[[int, int], Any],
+    batches: Callable[[int, int], Data],
     *,
     steps: int,
     rate: float,
     every: int,
     report: Callable[[str], object],
-) -> Any:
+) -> Params:
     """Trains with Muon (block kernels) and AdamW at half its rate (all else).
 
     The rate rises over 30 steps, holds, and falls linearly over the last 60 %. `every` steps are
@@ -51,10 +55,10 @@ def fit(
     )
 
     @jax.jit
-    def run(carry: Any, data: Any) -> tuple[Any, jax.Array]:
+    def run(carry: Carry[Params], data: Data) -> tuple[Carry[Params], jax.Array]:
         return jax.lax.scan(step, carry, data)
 
-    def step(carry: Any, batch: Any) -> tuple[Any, jax.Array]:
+    def step(carry: Carry[Params], batch: Data) -> tuple[Carry[Params], jax.Array]:
         params, state = carry
         value, grads = jax.value_and_grad(loss)(params, batch)
         updates, state = tx.update(grads, state, params)
@@ -69,11 +73,13 @@ def fit(
     return carry[0]
 
 
-def _matrices(params: Any) -> Any:
+def _matrices(params: optax.Params) -> optax.Params:
     """Which parameters Muon trains: the kernels of blocks' dense layers."""
     dims = optax.contrib.MuonDimensionNumbers(0, 1)
 
-    def pick(path: Any, x: jax.Array) -> Any:
+    def pick(
+        path: jax.tree_util.KeyPath, x: jax.Array
+    ) -> optax.contrib.MuonDimensionNumbers | None:
         name = jax.tree_util.keystr(path)
         return dims if "blocks" in name and "kernel" in name else None
 

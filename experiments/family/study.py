@@ -1,9 +1,9 @@
 """The controlled experiment: a fusion beside its members and what else could explain its gain."""
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypedDict, Unpack
 
 import jax
 import numpy as np
@@ -13,9 +13,22 @@ from experiments.family.members import Quiz, load, score
 from vfjax import CacheFusion, LogitsFusion, MemberProcessors, Model, Processor, Prune
 from vfjax.eval import stats
 from vfjax.eval.stats import ratio
+from vfjax.llm import Llama
 
 Scores = dict[str, dict[str, np.ndarray]]
 """Who answers -> kind of question -> bool[n], right or wrong."""
+
+
+class How(TypedDict, total=False):
+    """What of `converters.fuse` may be asked for."""
+
+    method: str
+    params: Mapping[str, Any]
+    rules: Sequence[tuple[str, Mapping[str, Any]]]
+    positions: str
+    mask: str
+    family: bool
+
 
 FUSED = "fused: tokens"
 WAYS = {
@@ -34,7 +47,7 @@ def fuse(
     folder: Path,
     *,
     prune: Prune | None = None,
-    **recipe: Any,
+    **recipe: Unpack[How],
 ) -> tuple[Model, Processor, dict[str, np.ndarray]]:
     """A fusion, written and read again, and its scores.
 
@@ -46,8 +59,9 @@ def fuse(
         prune: of its visual tokens.
         recipe: of `converters.fuse`; by default task arithmetic with equal weights.
     """
-    params = {"weights": (1 / len(members),) * len(members)}
-    converters.fuse(members, folder, base=base, **({"params": params} | recipe))
+    params: dict[str, Any] = {"weights": (1 / len(members),) * len(members)}
+    how: How = {"params": params, **recipe}
+    converters.fuse(members, folder, base=base, **how)
     model, processor = load(folder, prune)
     return model, processor, score(model, processor, test)
 
@@ -98,7 +112,7 @@ def arranged(model: Model, positions: str, mask: str) -> Model:
     return other
 
 
-def with_llm(model: Model, llm: Any) -> Model:
+def with_llm(model: Model, llm: Llama) -> Model:
     """The same branches before another LLM."""
     other = copied(model)
     other.llm = llm

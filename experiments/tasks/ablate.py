@@ -14,7 +14,7 @@ import converters
 from converters.export import to_bytes
 from experiments.family import scenes
 from experiments.family.members import Quiz, load, means, score
-from experiments.family.study import WAYS, fuse
+from experiments.family.study import WAYS, How, fuse
 from experiments.tasks.common import FAMILY, named
 from vfjax.atomic import claim, read_json, replacing
 from vfjax.fusion.prune import RULES, Prune
@@ -39,7 +39,7 @@ SCOPES = {"all": (), "blocks alone": (("embed_tokens|lm_head|model.norm", {"take
 
 OTHER = "other-origin"
 
-Variant = tuple[str, str, tuple[str, ...], dict[str, Any], Prune | None]
+Variant = tuple[str, str, tuple[str, ...], How, Prune | None]
 """Panel, label, members in order, recipe of `converters.fuse`, pruning."""
 
 
@@ -142,7 +142,7 @@ def turned_over(member: Path, out: Path, seed: int) -> None:
     converters.export(model, out)
 
 
-def _weights(weight: float, names: tuple[str, ...]) -> dict[str, Any]:
+def _weights(weight: float, names: tuple[str, ...]) -> How:
     return {"params": {"weights": (weight,) * len(names)}}
 
 

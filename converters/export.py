@@ -21,6 +21,7 @@ from converters.params.table import Rule, restored
 from converters.registry import find
 from converters.towers import Prefixes, slot_of
 from vfjax import InputError, Model
+from vfjax.atomic import JSON
 from vfjax.merge import LazyTensor
 
 
@@ -107,7 +108,7 @@ def config_files(origin: Origin, dtype: np.dtype) -> dict[str, Content]:
     return {**files, **{name: to_bytes(value) for name, value in texts.items()}}
 
 
-def to_bytes(value: Mapping[str, Any]) -> bytes:
+def to_bytes(value: JSON) -> bytes:
     """A JSON file's content."""
     text = json.dumps(value, indent=2, ensure_ascii=False) + "\n"
     return text.encode(errors="backslashreplace")  # which writes half a character as JSON does

@@ -25,7 +25,7 @@ CARDS = ("clip", "dino")
 Record = Mapping[str, Any]
 
 
-def read(file: Path) -> Any:
+def read(file: Path) -> Any:  # JSON in which each measurement has keys of its own
     return json.loads(file.read_text())
 
 

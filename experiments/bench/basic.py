@@ -336,7 +336,9 @@ def bench_fused(pair: Pair, notes: Notes) -> list[Row]:
     )
 
 
-def peer_generate(model: Any, inputs: dict[str, torch.Tensor], n: int) -> None:
+def peer_generate(
+    model: transformers.PreTrainedModel, inputs: dict[str, torch.Tensor], n: int
+) -> None:
     """Transformers' greedy generation of exactly n tokens."""
     model.generate(**inputs, max_new_tokens=n, min_new_tokens=n, do_sample=False, pad_token_id=0)
 

@@ -16,17 +16,18 @@ import functools
 import os
 import sys
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import jax
 import numpy as np
+from jax.sharding import Mesh
 from matplotlib.figure import Figure
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
-from experiments.bench.basic import FULL, QUICK, copies, load_ours, write_folder
+from experiments.bench.basic import FULL, QUICK, Sizes, copies, load_ours, write_folder
 from experiments.bench.common import arguments, cores, interleaved, save
 from experiments.configs.plan import get_config
 from experiments.tasks import plan
@@ -94,7 +95,9 @@ def main(args: argparse.Namespace) -> None:
     draw(args.out.with_suffix(".png"), found)
 
 
-def each(points: dict[str, dict[int, Point]], cost: Any) -> dict[str, dict[int, dict[str, float]]]:
+def each(
+    points: dict[str, dict[int, Point]], cost: Callable[[Point], dict[str, float]]
+) -> dict[str, dict[int, dict[str, float]]]:
     """Curve -> where -> its figures, printed as they come; equal points are taken once."""
     known: dict[Point, dict[str, float]] = {}
     for name, curve in points.items():
@@ -105,7 +108,7 @@ def each(points: dict[str, dict[int, Point]], cost: Any) -> dict[str, dict[int, 
     return {name: {at: known[p] for at, p in curve.items()} for name, curve in points.items()}
 
 
-def measured(one: Model, processor: Processor, sizes: Any, point: Point) -> dict[str, float]:
+def measured(one: Model, processor: Processor, sizes: Sizes, point: Point) -> dict[str, float]:
     """Seconds and bytes on this machine, of a model whose members have the same weights."""
     model = copies(one, point.members)
     its = dataclasses.replace(processor, config=model.config, lengths=tuple(range(64, 8192, 64)))
@@ -133,7 +136,7 @@ def held(model: Model, batch: Batch) -> int:
 
 
 def planned(
-    mesh: Any, chip: plan.Chip, towers: dict[tuple[int, int], plan.Programs], point: Point
+    mesh: Mesh, chip: plan.Chip, towers: dict[tuple[int, int], plan.Programs], point: Point
 ) -> dict[str, float]:
     """The least seconds by the data sheet, and bytes of a chip by its compiler.
 

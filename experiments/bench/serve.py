@@ -22,7 +22,6 @@ import tempfile
 import time
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 from PIL import Image
@@ -31,6 +30,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 from experiments.bench.common import report, row
 from vfjax import InputError
+from vfjax.atomic import JSON
 
 ROOT = Path(__file__).resolve().parents[2]
 MODEL = ROOT / "experiments" / "family" / "models" / "clip"
@@ -107,17 +107,18 @@ def write(folder: Path) -> dict[str, Path]:
     """Bodies of requests, by kind."""
     rng = np.random.default_rng(0)
 
-    def picture(width: int, height: int, kind: str) -> dict[str, Any]:
+    def picture(width: int, height: int, kind: str) -> JSON:
         small = rng.integers(0, 256, (height // 8, width // 8, 3), dtype=np.uint8)
         out = io.BytesIO()
         Image.fromarray(small).resize((width, height)).save(out, kind)
         url = f"data:image/{kind.lower()};base64,{base64.b64encode(out.getvalue()).decode()}"
         return {"type": "image_url", "image_url": {"url": url}}
 
-    def body(text: str, *pictures: dict[str, Any], **how: Any) -> dict[str, Any]:
-        content = [*pictures, {"type": "text", "text": text}]
+    def body(text: str, *pictures: JSON, **how: JSON) -> dict[str, JSON]:
+        content: JSON = [*pictures, {"type": "text", "text": text}]
         greedy = {"temperature": 0, "max_tokens": 16}
-        return {"model": "clip", "messages": [{"role": "user", "content": content}]} | greedy | how
+        said: JSON = [{"role": "user", "content": content}]
+        return {"model": "clip", "messages": said, **greedy, **how}
 
     question = "how many digits ?"
     bodies = {

@@ -14,6 +14,7 @@ import os
 import sys
 import tempfile
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, cast
 
@@ -148,7 +149,7 @@ def bench_loop(folder: Path, notes: dict[str, Any]) -> list[Row]:
 
     times: list[float] = []
 
-    def data(start: int) -> Any:
+    def data(start: int) -> Iterator[Batch]:
         for _ in itertools.count(start):
             times.append(time.perf_counter())
             yield batch
@@ -197,7 +198,7 @@ class Words:
 
     bos_token_id = 1
 
-    def __call__(self, text: str) -> Any:
+    def __call__(self, text: str) -> argparse.Namespace:
         return argparse.Namespace(input_ids=[1, *(3 + ord(c) % 200 for c in text)])
 
 

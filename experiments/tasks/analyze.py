@@ -19,7 +19,7 @@ from vfjax import analysis as look
 from vfjax.analysis import draw
 from vfjax.analysis.regions import Box
 from vfjax.analysis.report import Section, write
-from vfjax.atomic import replacing
+from vfjax.atomic import JSON, replacing
 from vfjax.eval.data import read_lines
 from vfjax.vision.images import open_image
 
@@ -180,7 +180,9 @@ def watch(config: ConfigDict, folder: Path, asked: Sequence[Asked]) -> Seen:
 
 
 @jax.jit
-def see(model: Model, batch: Batch, readers: Any) -> tuple[Any, Any, Any]:
+def see(
+    model: Model, batch: Batch, readers: dict[str, np.ndarray]
+) -> tuple[dict[str, jax.Array], jax.Array, jax.Array]:
     """Attention, segments and features by one program."""
     return *look.attention(model, batch, readers), look.pooled(model, batch)
 
@@ -455,7 +457,7 @@ def probes(config: ConfigDict, workdir: Path, record: dict[str, Any]) -> list[Se
     return [Section("What each layer knows", text, workdir / "probes.png")]
 
 
-def _finite(value: Any) -> Any:
+def _finite(value: JSON) -> JSON:
     """NaN as None, which JSON has."""
     if isinstance(value, dict):
         return {key: _finite(x) for key, x in value.items()}

@@ -4,12 +4,14 @@ import dataclasses
 import importlib
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from types import ModuleType
+from typing import Protocol
 
 import jax
 import numpy as np
 from ml_collections import ConfigDict
 from PIL import Image
+from starlette.types import ASGIApp
 
 from experiments.serve.pictures import read_picture
 from experiments.tasks.common import FAMILY, load, named, positive
@@ -42,6 +44,12 @@ class Seen:
 
     picture: Image.Image | None
     share: float
+
+
+class Upload(Protocol):
+    """gradio's FileData."""
+
+    path: str
 
 
 @dataclasses.dataclass(frozen=True)
@@ -129,7 +137,7 @@ def run(config: ConfigDict, workdir: Path) -> None:
         serve(app, listener, timeout=1, log_level="critical")
 
 
-def _gradio() -> Any:
+def _gradio() -> ModuleType:
     """The module; no extra can name it, as it asks for an older Pillow than vfjax, in vain."""
     try:
         return importlib.import_module("gradio")
@@ -174,7 +182,12 @@ def scenes(workdir: Path, count: int = 4) -> list[list[str]]:
 # The page
 
 
-def page(gradio: Any, config: ConfigDict, speakers: Sequence[Speaker], examples: Any) -> Any:
+def page(
+    gradio: ModuleType,
+    config: ConfigDict,
+    speakers: Sequence[Speaker],
+    examples: Sequence[Sequence[str]],
+) -> ASGIApp:
     """The page as an ASGI application; nothing in it comes from elsewhere, or tells anybody.
 
     Args:
@@ -213,7 +226,7 @@ def page(gradio: Any, config: ConfigDict, speakers: Sequence[Speaker], examples:
         gradio.Markdown(ABOUT)
         shown = [part for column in columns for part in column]
 
-        def answer(path: str | None, text: str | None) -> Iterator[dict[Any, Any]]:
+        def answer(path: str | None, text: str | None) -> Iterator[dict[object, object]]:
             yield {note: gradio.update(visible=False), **_cleared(gradio, speakers, columns)}
             try:
                 for i, said, seen in ask(config, speakers, path, text):
@@ -245,12 +258,12 @@ def page(gradio: Any, config: ConfigDict, speakers: Sequence[Speaker], examples:
     )
 
 
-def _path(payload: Any) -> str | None:
+def _path(payload: Upload | None) -> str | None:
     """Of an uploaded file; gradio has checked that it is one."""
-    return payload and payload.path
+    return None if payload is None else payload.path
 
 
-def _column(gradio: Any, speaker: Speaker) -> list[Any]:
+def _column(gradio: ModuleType, speaker: Speaker) -> list[object]:
     """A model's answer and its branches' maps."""
     with gradio.Column(min_width=200):
         said = gradio.Textbox(label=speaker.name, lines=2, interactive=False, elem_classes="answer")
@@ -262,8 +275,8 @@ def _column(gradio: Any, speaker: Speaker) -> list[Any]:
 
 
 def _cleared(
-    gradio: Any, speakers: Sequence[Speaker], columns: Sequence[Sequence[Any]]
-) -> dict[Any, Any]:
+    gradio: ModuleType, speakers: Sequence[Speaker], columns: Sequence[Sequence[object]]
+) -> dict[object, object]:
     """All columns as they were at first."""
     return {
         part: gradio.update(value=None, label=label)
@@ -273,10 +286,10 @@ def _cleared(
 
 
 def _shown(
-    gradio: Any, speaker: Speaker, column: Sequence[Any], said: str, seen: Sequence[Seen]
-) -> dict[Any, Any]:
+    gradio: ModuleType, speaker: Speaker, column: Sequence[object], said: str, seen: Sequence[Seen]
+) -> dict[object, object]:
     """What changes in a model's column."""
-    out = {column[0]: said}
+    out: dict[object, object] = {column[0]: said}
     for part, name, one in zip(column[1:], speaker.branches, seen, strict=False):
         label = f"{name}: {one.share:.0%} of attention"
         out[part] = gradio.update(value=one.picture, label=label)

@@ -17,7 +17,7 @@ from experiments.family.members import Quiz, means
 from experiments.family.study import FUSED, WAYS, paired, study, table
 from experiments.tasks.common import FAMILY
 from vfjax import InputError
-from vfjax.atomic import empty, replacing
+from vfjax.atomic import JSON, empty, replacing
 
 
 def run(config: ConfigDict, workdir: Path) -> None:
@@ -45,7 +45,7 @@ def run(config: ConfigDict, workdir: Path) -> None:
     )
     draw(workdir / "results.png", {who: rows[who] for who in (*members, FUSED)})
     answers = ask(members, workdir, test)
-    record = {
+    record: JSON = {
         "members": {name: rows[name]["mean"] for name in members},
         "controls": {w: r["mean"] for w, r in rows.items() if w not in members and w != FUSED},
         "fused": rows[FUSED]["mean"],

@@ -19,7 +19,7 @@ from experiments.family.members import Quiz, Recipe, load, make, means, score
 from experiments.family.study import Scores, fuse, paired, study, table, with_llm
 from experiments.tasks.common import FAMILY
 from vfjax import InputError
-from vfjax.atomic import empty, replacing
+from vfjax.atomic import JSON, empty, replacing
 from vfjax.train import Stopped
 
 MEMBERS: dict[str, dict[str, Any]] = {
@@ -152,7 +152,7 @@ def probe_encoders(config: ConfigDict, workdir: Path) -> dict[str, dict[str, flo
 
 
 def make_member(
-    config: ConfigDict, workdir: Path, name: str, seed: int, test: Quiz, **other: Any
+    config: ConfigDict, workdir: Path, name: str, seed: int, test: Quiz, **other: float
 ) -> dict[str, np.ndarray]:
     """A member as a folder, and its scores alone, after it was written and read again.
 
@@ -187,7 +187,7 @@ def save(file: Path, arrays: Mapping[str, np.ndarray]) -> None:
         np.savez(out, **dict(arrays))  # type: ignore[arg-type]
 
 
-def member_folder(workdir: Path, name: str, seed: int, **other: Any) -> Path:
+def member_folder(workdir: Path, name: str, seed: int, **other: float) -> Path:
     """Where a member is; arguments as of `make_member`."""
     changed = "".join(f"-{key}{value:g}" for key, value in other.items())
     return workdir / "members" / f"{name}{changed}-{seed}"
@@ -230,8 +230,8 @@ def fuse_members(
             out / "tuned",
             params={"weights": (chosen[1],) * len(members)},
         )
-        record = {"+".join(o): weights for o, weights in best.items()}
-        choice = {"tried": record, "order": order, "chosen": chosen}
+        record = {"+".join(o): {f"{w}": x for w, x in each.items()} for o, each in best.items()}
+        choice: JSON = {"tried": record, "order": order, "chosen": chosen}
         (out / "choice.json").write_bytes(to_bytes(choice))
         flat: dict[str, Any] = {
             f"{who}|{kind}": x for who, each in scores.items() for kind, x in each.items()

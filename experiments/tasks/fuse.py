@@ -63,7 +63,7 @@ def fuse(config: ConfigDict, workdir: Path) -> None:
     print(f"{out / 'MERGE.md'} says what was merged; python -m converters inspect {out}")
 
 
-def _term(weight: Any, member: str) -> str:
+def _term(weight: object, member: str) -> str:
     return f"{weight:g} x {member}" if isinstance(weight, int | float) else f"{weight} x {member}"
 
 

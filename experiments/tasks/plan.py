@@ -13,8 +13,10 @@ from typing import Any, Self
 import jax
 import jax.numpy as jnp
 import numpy as np
+from flax import nnx
 from jax.experimental import mesh_utils, topologies
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+from jax.stages import Wrapped
 from matplotlib.figure import Figure
 from ml_collections import ConfigDict
 
@@ -68,6 +70,9 @@ GPUS = ("a100", "h100", "h200")
 GIB = 2**30
 Shape = jax.ShapeDtypeStruct
 
+Needs = dict[int, dict[str, dict[str, float]]]
+"""Depth of the LLM -> name of a program -> what it needs."""
+
 
 def run(config: ConfigDict, workdir: Path) -> None:
     if config.job not in JOBS:
@@ -114,12 +119,12 @@ def compiled(
     batch: int,
     depths: Sequence[int],
     known: "Programs | None" = None,
-) -> dict[int, dict[str, dict[str, float]]]:
-    """Depth of the LLM -> name of a program -> what it needs.
+) -> Needs:
+    """What a program needs, by the LLM's depth and its name.
 
     `known` has, or gets, the program of the pictures, which branches and batch alone tell apart.
     """
-    out: dict[int, Any] = {}
+    out: Needs = {}
     known = {} if known is None else known
     inputs = batch_of(config, whole, mesh, batch)
     for depth in depths:
@@ -134,14 +139,16 @@ def compiled(
     return out
 
 
-def resident(tree: Any) -> int:
+def resident(tree: object) -> int:
     """Bytes of a tree on a device."""
     return sum(
         math.prod(x.sharding.shard_shape(x.shape)) * x.dtype.itemsize for x in jax.tree.leaves(tree)
     )
 
 
-def largest(batch: int, found: Any, twice: Any, whole: ModelConfig, chip: Chip, mesh: Mesh) -> int:
+def largest(
+    batch: int, found: Needs, twice: Needs, whole: ModelConfig, chip: Chip, mesh: Mesh
+) -> int:
     """Rows that fit, on the line through two batches, a multiple of those that share them."""
     fit = []
     for name in next(iter(found.values())):
@@ -229,7 +236,7 @@ def make_mesh(topology: str, model: int, fsdp: int) -> tuple[Mesh, Chip]:
 def model_of(config: ConfigDict, made: ModelConfig, mesh: Mesh, *, lora: bool = False) -> Model:
     """The model as shapes that lie on the mesh."""
 
-    def build(*, rngs: Any) -> Model:
+    def build(*, rngs: nnx.Rngs) -> Model:
         model = made.build(rngs=rngs)
         return add_lora(model, LoRAConfig(rank=config.rank)) if lora else model
 
@@ -276,13 +283,13 @@ class Program:
         narrow: bytes of the program that is meant, for each of the compiled one.
     """
 
-    compiled: Any
-    given: Any
+    compiled: Any  # jax.stages.Compiled: what it tells of itself depends on the platform
+    given: object
     kernels: float
     narrow: float = 1.0
 
     @classmethod
-    def of(cls, function: Any, given: Any, mesh: Mesh, *args: Any) -> Self:
+    def of(cls, function: Wrapped, given: object, mesh: Mesh, *args: object) -> Self:
         """A jitted function, for arguments of these shapes on a mesh.
 
         For GPUs it is compiled in float32, and its bytes are halved: XLA's CPU compiler would keep
@@ -346,7 +353,7 @@ def plan_train(config: ConfigDict, model: Model, mesh: Mesh, batch: Batch) -> Pr
     at = {name: x.sharding for name, x in named(params).items()}
     everywhere = NamedSharding(mesh, PartitionSpec())
 
-    def laid(path: Any, x: Shape) -> Shape:
+    def laid(path: jax.tree_util.KeyPath, x: Shape) -> Shape:
         found = [sharding for name, sharding in at.items() if name_of(path).endswith(name)]
         return Shape(x.shape, x.dtype, sharding=found[0] if found else everywhere)
 

@@ -18,13 +18,14 @@ from converters.formats.llava import (
 )
 from converters.params import mlp
 from converters.params.mlp import groups
-from converters.params.table import Rule, Table, Vision, dense, norm
+from converters.params.table import Rule, Table, dense, norm
 from converters.preprocessor import from_preprocessor
 from converters.source import Layout, New, Source
 from converters.towers import Towers, transformer_tower
 from converters.values import ANY, DEEPEST, Values
 from vfjax import InputError
 from vfjax.architectures import Comm, COMMConfig, MergeConfig
+from vfjax.architectures.base import PatchEncoder
 from vfjax.architectures.comm import MERGES
 from vfjax.vision.images import ImageSpec
 
@@ -47,7 +48,7 @@ def read(hf: Values) -> COMMConfig:
     return COMMConfig(encoder, hf.whole("dout"), aux, hf.choice("join", ("channels", "tokens")))
 
 
-def path(hf: Values, images: ImageSpec, encoder: Vision, connector: COMMConfig) -> Comm:
+def path(hf: Values, images: ImageSpec, encoder: PatchEncoder, connector: COMMConfig) -> Comm:
     """The same pixels for both encoders, each with the mean and deviation it was trained on.
 
     Raises:

@@ -18,12 +18,13 @@ from converters.formats.llava import (
 )
 from converters.params import llama
 from converters.params.mlp import combine, projector, projector_rules
-from converters.params.table import Arrays, Names, Rule, Table, Vision, dense, norm
+from converters.params.table import Arrays, Names, Rule, Table, dense, norm
 from converters.source import Layout, Made, New, Source
 from converters.towers import Tower, Towers, own_tower
 from converters.values import ANY, Unused, Values
 from vfjax import InputError
 from vfjax.architectures import Inputs, MiniGemini, MiningConfig
+from vfjax.architectures.base import PatchEncoder
 from vfjax.vision.encoders import ConvNeXtConfig
 from vfjax.vision.images import ImageSpec
 
@@ -65,7 +66,9 @@ GRID = 16
 """Most views a side."""
 
 
-def path(hf: Values, images: ImageSpec, encoder: Vision, connector: MiningConfig) -> MiniGemini:
+def path(
+    hf: Values, images: ImageSpec, encoder: PatchEncoder, connector: MiningConfig
+) -> MiniGemini:
     """The high-resolution picture, and views of it for the encoder."""
     side = hf.whole("image_size_aux")
     high = dataclasses.replace(images, size=side, edge=side)

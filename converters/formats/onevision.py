@@ -25,13 +25,14 @@ from converters.formats.llava import (
     upstream_tower,
 )
 from converters.params import mlp
-from converters.params.table import Table, Vision
+from converters.params.table import Table
 from converters.preprocessor import read_preprocessor
 from converters.source import Layout, Source
 from converters.towers import Towers
 from converters.values import ANY, REQUIRED, Unused, Values
 from vfjax import InputError
 from vfjax.architectures import ProjectorConfig
+from vfjax.architectures.base import PatchEncoder
 from vfjax.architectures.onevision import OneVision
 from vfjax.atomic import read_json
 from vfjax.errors import cut
@@ -46,7 +47,9 @@ def read(hf: Values) -> ProjectorConfig:
     return ProjectorConfig(mlp.projector(hf), mlp.combine(hf), newline=True)
 
 
-def path(hf: Values, images: ImageSpec, encoder: Vision, connector: ProjectorConfig) -> OneVision:
+def path(
+    hf: Values, images: ImageSpec, encoder: PatchEncoder, connector: ProjectorConfig
+) -> OneVision:
     """Tiles on `pinpoints`, of `most` views' tokens at most.
 
     Raises:

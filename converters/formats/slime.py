@@ -18,12 +18,13 @@ from converters.formats.llava import (
 )
 from converters.params import llama
 from converters.params.mlp import combine, projector, projector_rules
-from converters.params.table import TRANSPOSE, Arrays, Names, Rule, Table, Vision, dense, norm
+from converters.params.table import TRANSPOSE, Arrays, Names, Rule, Table, dense, norm
 from converters.source import Layout, Made, New, Source
 from converters.towers import Towers
 from converters.values import Values
 from vfjax import InputError
 from vfjax.architectures import Slime, SliMEConfig
+from vfjax.architectures.base import PatchEncoder
 from vfjax.architectures.slime import Slices
 from vfjax.vision.images import ImageSpec
 
@@ -72,7 +73,7 @@ def shown(hf: Values) -> Literal["all", "global", "local"]:
     return "global" if whole else "local" if tiles else "all"
 
 
-def path(hf: Values, images: ImageSpec, encoder: Vision, connector: SliMEConfig) -> Slime:
+def path(hf: Values, images: ImageSpec, encoder: PatchEncoder, connector: SliMEConfig) -> Slime:
     """The whole picture and tiles."""
     del hf
     return Slime(encoder, connector, images)

@@ -5,7 +5,7 @@ import re
 
 import numpy as np
 
-from converters.params.table import Arrays, Rule, Table, Vision, dense
+from converters.params.table import Arrays, Rule, Table, dense
 from converters.values import DEEPEST, REQUIRED, Values
 from vfjax import InputError
 from vfjax.architectures import (
@@ -16,6 +16,7 @@ from vfjax.architectures import (
     MLPConfig,
     ProjectorConfig,
 )
+from vfjax.architectures.base import PatchEncoder
 from vfjax.errors import cut
 from vfjax.vision.images import ImageSpec
 
@@ -86,7 +87,7 @@ MERGES = ("flat", "spatial", "spatial_unpad")
 
 
 def path(
-    hf: Values, images: ImageSpec, encoder: Vision, connector: ProjectorConfig
+    hf: Values, images: ImageSpec, encoder: PatchEncoder, connector: ProjectorConfig
 ) -> Llava | LlavaNext:
     """Tiles if the connector has `pinpoints`, the whole picture otherwise."""
     tokens = connector.combine.tokens(encoder.prefix + encoder.tokens - connector.combine.drop)

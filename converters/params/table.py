@@ -13,6 +13,7 @@ from flax import nnx
 from converters.values import Unused, Values
 from vfjax import InputError
 from vfjax.architectures import Architecture
+from vfjax.architectures.base import PatchEncoder
 from vfjax.errors import counted
 from vfjax.merge import LazyTensor
 from vfjax.vision.images import ImageSpec
@@ -97,17 +98,6 @@ class Layered(Protocol):
     def build(self, *, rngs: nnx.Rngs) -> nnx.Module: ...
 
 
-class Vision(Layered, Protocol):
-    """Config of an encoder whose tokens stand for patches, see `vfjax.vision.encoders`."""
-
-    @property
-    def image_size(self) -> int: ...
-    @property
-    def prefix(self) -> int: ...
-    @property
-    def tokens(self) -> int: ...
-
-
 @dataclasses.dataclass(frozen=True)
 class Table(Generic[Config]):
     """One component: a vision encoder, a connector or an LLM.
@@ -149,7 +139,7 @@ class Table(Generic[Config]):
     architecture: str = ""
     depth: str = ""
     others: tuple[str, ...] = ()
-    path: Callable[[Values, ImageSpec, Vision, Config], Architecture] | None = None
+    path: Callable[[Values, ImageSpec, PatchEncoder, Config], Architecture] | None = None
     # Any: a family's own `Inputs`
     recorded: Callable[[Config, Any, Arrays], Arrays] = lambda config, inputs, stages: stages
     limits: Mapping[str, float] = dataclasses.field(default_factory=dict)
@@ -174,7 +164,7 @@ class Table(Generic[Config]):
         return made
 
     def architecture_of(
-        self, hf: Mapping[str, Any], where: str, images: ImageSpec, encoder: Vision
+        self, hf: Mapping[str, Any], where: str, images: ImageSpec, encoder: PatchEncoder
     ) -> Architecture:
         """The architecture of a branch by its connector's config.
 

@@ -3,7 +3,6 @@
 import dataclasses
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 from jax.sharding import Mesh
@@ -15,6 +14,7 @@ from converters.load import float_dtype, read_llm, read_model
 from converters.request import Request, by_name, check_request
 from converters.vocabulary import BASE
 from vfjax import CacheFusion, LogitsFusion, MemberProcessors, Model, Processor
+from vfjax.atomic import JSON
 from vfjax.errors import check, one_of
 from vfjax.processes import agreeing, owners
 
@@ -43,8 +43,8 @@ def load_fused(  # noqa: D417  (`fuse` has the others)
     mode: str = "tokens",
     base: str | Path | None = None,
     method: str = "task_arithmetic",
-    params: Mapping[str, Any] | None = None,
-    rules: Sequence[tuple[str, Mapping[str, Any]]] = (),
+    params: Mapping[str, JSON] | None = None,
+    rules: Sequence[tuple[str, Mapping[str, JSON]]] = (),
     recipe: str | Path | None = None,
     template: str | None = None,
     dtype: DTypeLike | None = None,

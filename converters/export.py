@@ -155,7 +155,7 @@ def _spare(
             yield folder, name, files[path][name]
 
 
-def with_dtype(config: Mapping[str, Any], dtype: np.dtype) -> dict[str, Any]:
+def with_dtype(config: Mapping[str, JSON], dtype: np.dtype) -> dict[str, Any]:
     """A config.json that names this dtype, under the keys of its transformers version."""
     keys = [key for key in ("dtype", "torch_dtype") if key in config] or ["torch_dtype"]
     return {**config, **dict.fromkeys(keys, dtype.name)}

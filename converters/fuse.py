@@ -10,6 +10,7 @@ from converters.folder import open_source
 from converters.fusion import Fusion
 from converters.request import Request, by_name
 from converters.source import Source
+from vfjax.atomic import JSON
 
 
 @by_name
@@ -19,8 +20,8 @@ def fuse(
     *,
     base: str | Path | None = None,
     method: str = "task_arithmetic",
-    params: Mapping[str, Any] | None = None,
-    rules: Sequence[tuple[str, Mapping[str, Any]]] = (),
+    params: Mapping[str, JSON] | None = None,
+    rules: Sequence[tuple[str, Mapping[str, JSON]]] = (),
     recipe: str | Path | None = None,
     export: str = "model",
     template: str | None = None,
@@ -127,8 +128,8 @@ def dry_run(
     *,
     base: str | Path | None = None,
     method: str = "task_arithmetic",
-    params: Mapping[str, Any] | None = None,
-    rules: Sequence[tuple[str, Mapping[str, Any]]] = (),
+    params: Mapping[str, JSON] | None = None,
+    rules: Sequence[tuple[str, Mapping[str, JSON]]] = (),
     recipe: str | Path | None = None,
     export: str = "model",
     template: str | None = None,

@@ -27,7 +27,7 @@ from converters.fingerprint import fingerprint, sampled
 from converters.folder import assigned, open_source, settled
 from converters.formats.visionfuse import arranged, fused_config
 from converters.mergekit import Yaml, read_yaml
-from converters.model_card import CARD, PLOT, by_layer, card, plot
+from converters.model_card import CARD, PLOT, Listed, by_layer, card, plot
 from converters.plan import Part, layers_of, llm_config, merge_parts
 from converters.request import Request, check_request
 from converters.source import LAYOUTS, Source
@@ -358,10 +358,10 @@ class Fusion:
     def _card(self, digests: Mapping[str, str]) -> bytes:
         self._check_unchanged()
         sources = {
-            label: {
-                "path": source.path.name,
-                "files": {n: digests.get(f"{label}/{n}") for n in self._weight_files(label)},
-            }
+            label: Listed(
+                source.path.name,
+                {n: digests.get(f"{label}/{n}") for n in self._weight_files(label)},
+            )
             for label, source in self.opened.items()
         }
         rows = self._rows if self.request.account else {}

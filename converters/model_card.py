@@ -1,5 +1,6 @@
 """MERGE.md: what was merged, how, from which files, and what the members had done to the base."""
 
+import dataclasses
 import io
 import json
 from collections.abc import Iterable, Mapping, Sequence
@@ -26,9 +27,17 @@ def by_layer(accounts: Iterable[tuple[str, str, Account]]) -> dict[str, Account]
     return out
 
 
+@dataclasses.dataclass(frozen=True)
+class Listed:
+    """A folder that was merged: its name, and each weights file's SHA-256, None if not taken."""
+
+    path: str
+    files: Mapping[str, str | None]
+
+
 def card(
     recipe: Mapping[str, Any],
-    sources: Mapping[str, Mapping[str, Any]],
+    sources: Mapping[str, Listed],
     layers: Mapping[str, Account],
     labels: Sequence[str],
 ) -> bytes:
@@ -36,21 +45,21 @@ def card(
 
     Args:
         recipe: what `fuse` was asked for, JSON.
-        sources: label -> {"path", "files": name -> SHA-256 or None}.
+        sources: label -> the folder.
         layers: rows of the table, from `by_layer`; none if the method reads no base.
         labels: the members'.
     """
     head = {"library_name": "vfjax", "tags": ["vfjax", "merge", "visionfuse"]}
     lines = ["---", *(f"{key}: {json.dumps(value)}" for key, value in head.items()), "---", ""]
     lines += ["# Merged model", "", "Made by vfjax from", ""]
-    lines += [f"- `{label}`: `{source['path']}`" for label, source in sources.items()]
+    lines += [f"- `{label}`: `{source.path}`" for label, source in sources.items()]
     shown = {key: value for key, value in recipe.items() if key != "vocabulary"}
     lines += ["", "## Recipe", "", "```json", json.dumps(shown, indent=2), "```", ""]
     if vocabulary := recipe.get("vocabulary"):
         lines += ["## Vocabulary", "", *(f"- {line}" for line in vocabulary), ""]
     lines += ["## Sources", "", "| model | file | SHA-256 |", "| --- | --- | --- |"]
     for label, source in sources.items():
-        lines += [f"| {label} | {n} | {h or 'not taken'} |" for n, h in source["files"].items()]
+        lines += [f"| {label} | {n} | {h or 'not taken'} |" for n, h in source.files.items()]
     lines += ["", "## What the members did to the base", ""]
     if layers:
         lines += _table(layers, labels)

@@ -11,6 +11,7 @@ from converters.lora import Updated
 from converters.source import Source
 from converters.towers import Prefixes, tower_files
 from vfjax import InputError, Model
+from vfjax.atomic import JSON
 from vfjax.merge import LazyTensor
 
 ORIGINS: "weakref.WeakKeyDictionary[Model, Origin]" = weakref.WeakKeyDictionary()
@@ -34,11 +35,11 @@ class Origin:
     """
 
     home: Path
-    config: Mapping[str, Any]
-    components: Mapping[str, Mapping[str, Any]]
+    config: Mapping[str, JSON]
+    components: Mapping[str, Mapping[str, JSON]]
     prefixes: Mapping[str, Prefixes]
-    towers: Mapping[str, Mapping[str, Mapping[str, Any]]]
-    held: Mapping[str, Mapping[str, Mapping[str, Any]]]
+    towers: Mapping[str, Mapping[str, Mapping[str, JSON]]]
+    held: Mapping[str, Mapping[str, Mapping[str, JSON]]]
     spare: Mapping[str, Mapping[str, Path | LazyTensor]]
     created: bool
 
@@ -69,7 +70,7 @@ def from_source(source: Source) -> Origin:
     )
 
 
-def _sorted(files: Mapping[str, Any]) -> dict[str, Any]:
+def _sorted(files: Mapping[str, JSON]) -> dict[str, Any]:
     """A copy of JSON values with sorted keys, as transformers writes them."""
     return json.loads(json.dumps(files, sort_keys=True))
 

@@ -12,6 +12,7 @@ from converters.source import Source
 from converters.tokenizer_union import Vocabulary
 from converters.vocabulary import said
 from vfjax import InputError
+from vfjax.atomic import JSON
 from vfjax.merge import LazyTensor, Merged, Merger, Recipe
 from vfjax.merge.compatibility import VOCABULARY, check_names
 from vfjax.merge.recipe import TensorPlan
@@ -126,7 +127,7 @@ def _merged(
 
 
 def llm_config(
-    config: Mapping[str, Any],
+    config: Mapping[str, JSON],
     merged: Mapping[str, Merged],
     recipe: Recipe,
     sources: Mapping[str, Source],

@@ -7,7 +7,7 @@ from typing import Any, Literal
 
 from converters.values import MOST, Values, is_number
 from vfjax import InputError
-from vfjax.atomic import read_json
+from vfjax.atomic import JSON, read_json
 from vfjax.errors import cut
 from vfjax.vision.images import Convert, ImageSpec
 
@@ -87,7 +87,7 @@ def read_preprocessor(folder: Path) -> dict[str, Any]:
 
 
 def from_preprocessor(
-    config: Mapping[str, Any],
+    config: Mapping[str, JSON],
     *,
     aspect: Literal["pad", "crop"],
     code: Literal["authors", "transformers"] = "authors",
@@ -171,7 +171,7 @@ def _unsupported(name: str, key: str, found: object, expected: str) -> InputErro
     return InputError(f"{name}: {cut(key)}", found=cut(repr(found)), expected=expected, fix=fix)
 
 
-def _kind(config: Mapping[str, Any], name: str) -> str:
+def _kind(config: Mapping[str, JSON], name: str) -> str:
     found = config.get("image_processor_type") or config.get("feature_extractor_type")
     ends = ("ImageProcessor", "ImageProcessorFast", "ImageProcessorPil", "FeatureExtractor")
     for kind in _DEFAULTS:

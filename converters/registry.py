@@ -9,13 +9,14 @@ from typing import Any
 from converters import formats, params
 from converters.params.table import Table
 from vfjax import InputError
+from vfjax.atomic import JSON
 from vfjax.errors import cut
 
 TABLES: dict[str, Table[Any]] = {}
 """`model_type` of a component's config -> its table."""
 
 
-def find(config: Mapping[str, Any], where: str) -> Table[Any]:
+def find(config: Mapping[str, JSON], where: str) -> Table[Any]:
     """The table for a component's config.
 
     Raises:

@@ -6,13 +6,14 @@ import inspect
 import re
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, ParamSpec, TypeVar
+from typing import ParamSpec, TypeVar
 
 from jax.typing import DTypeLike
 
 from converters.files.writer import check_new
 from converters.vocabulary import BASE
 from vfjax import InputError
+from vfjax.atomic import JSON
 from vfjax.errors import check, one_of
 from vfjax.fusion.segments import check_arrangement
 from vfjax.merge import METHODS
@@ -34,8 +35,8 @@ class Request:
     out: str | Path
     base: str | Path | None = None
     method: str = "task_arithmetic"
-    params: Mapping[str, Any] | None = None
-    rules: Sequence[tuple[str, Mapping[str, Any]]] = ()
+    params: Mapping[str, JSON] | None = None
+    rules: Sequence[tuple[str, Mapping[str, JSON]]] = ()
     recipe: str | Path | None = None
     export: str = "model"
     template: str | None = None

@@ -13,6 +13,7 @@ from converters import registry
 from converters.params.table import Names, Table
 from converters.towers import Prefixes, Tensors, Tower, Towers
 from converters.values import Unused, Values
+from vfjax.atomic import JSON
 
 TOKENIZERS = ("tokenizer.json", "tokenizer.model")
 """Files that hold a vocabulary."""
@@ -25,13 +26,14 @@ TEMPLATE = "mm_prompt_template"
 """Key of config.json, ours: prompt template of a model that was not trained with its layout's."""
 
 Config = Mapping[str, Any]
-"""A component's config, as JSON has it; `model_type` names a table."""
+"""A component's config, as JSON has it; `model_type` names a table, which has checked the rest."""
 
 
-def tokenizer_class(config: Mapping[str, Any]) -> dict[str, str]:
+def tokenizer_class(config: Mapping[str, JSON]) -> dict[str, str]:
     """What transformers' AutoTokenizer reads of a config.json of its own."""
     keys = ("model_type", "tokenizer_class")
-    return {key: config[key] for key in keys if isinstance(config.get(key), str)}
+    found = {key: config.get(key) for key in keys}
+    return {key: value for key, value in found.items() if isinstance(value, str)}
 
 
 def has_tokenizer(folder: Path) -> bool:
@@ -206,13 +208,13 @@ class Layout:
     """
 
     name: str
-    matches: Callable[[Mapping[str, Any]], bool]
+    matches: Callable[[Mapping[str, JSON]], bool]
     describe: Callable[[Path, Values, Towers], Source]
     prefixes: Callable[[Source], Names]
     unused: Unused
     general: bool = False
 
-    def open(self, path: Path, config: Mapping[str, Any], towers: Towers) -> Source:
+    def open(self, path: Path, config: Mapping[str, JSON], towers: Towers) -> Source:
         """The normal form of a folder, without tensors.
 
         Args:

@@ -21,7 +21,7 @@ import numpy as np
 
 from converters.source import Source, tokenizer_class
 from converters.tokenizer import load_tokenizer, tokenizer_of
-from vfjax.atomic import UNFINISHED, read_json
+from vfjax.atomic import JSON, UNFINISHED, read_json
 from vfjax.errors import counted
 from vfjax.merge import LazyTensor, Recipe, blocks
 from vfjax.merge.parse import fail, keys, mapping
@@ -42,7 +42,7 @@ LLAMA3 = (
 TEMPLATES = {"chatml": CHATML, "llama3": LLAMA3}
 """Chat templates by mergekit's names; alpaca, exaone and mistral are not here."""
 
-Stand = str | Mapping[str, Any] | None
+Stand = str | Mapping[str, JSON] | None
 """What stands for a token that a model lacks: "zero", a model's label, or a mapping with both."""
 
 GAP = 256

@@ -11,7 +11,7 @@ from converters.params.table import rename
 from converters.preprocessor import read_preprocessor
 from converters.values import ANY, Values
 from vfjax import InputError
-from vfjax.atomic import findable, read_json
+from vfjax.atomic import JSON, findable, read_json
 from vfjax.errors import check, one_of
 from vfjax.merge import LazyTensor
 
@@ -193,7 +193,7 @@ def read_tower(path: Path, file: str, slot: str = "", *, weights: bool = True) -
 
 
 def tower_files(
-    config: Mapping[str, Any], preprocessor: Mapping[str, Any]
+    config: Mapping[str, JSON], preprocessor: Mapping[str, JSON]
 ) -> dict[str, dict[str, Any]]:
     """The JSON files of a folder for a tower of these."""
     if config["model_type"] == "open_clip_convnext":
@@ -202,7 +202,7 @@ def tower_files(
     return {"config.json": dict(config), PREPROCESSOR: dict(preprocessor)}
 
 
-def vision_config(config: Mapping[str, Any], where: str) -> dict[str, Any]:
+def vision_config(config: Mapping[str, JSON], where: str) -> dict[str, Any]:
     """The vision half of a CLIP-like config, or of an OpenCLIP one, with a `model_type`.
 
     Raises:
@@ -226,7 +226,7 @@ def vision_config(config: Mapping[str, Any], where: str) -> dict[str, Any]:
     return found
 
 
-def _differ(one: Mapping[str, Any], other: Mapping[str, Any], where: str) -> bool:
+def _differ(one: Mapping[str, JSON], other: Mapping[str, JSON], where: str) -> bool:
     """Whether two configs are of different towers."""
     made = [registry.find(config, where).config(config, where) for config in (one, other)]
     return made[0] != made[1]

@@ -11,6 +11,7 @@ from collections.abc import Callable, Container, Mapping
 from typing import Any, TypeVar
 
 from vfjax import InputError
+from vfjax.atomic import JSON
 from vfjax.errors import cut
 from vfjax.nn.layers import ACTIVATIONS
 
@@ -60,20 +61,20 @@ class Values:
         parts: sections that were.
     """
 
-    data: Mapping[str, Any]
+    data: Mapping[str, JSON]
     where: str
-    defaults: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    defaults: Mapping[str, JSON] = dataclasses.field(default_factory=dict)
     taken: set[str] = dataclasses.field(default_factory=set)
     parts: dict[str, "Values"] = dataclasses.field(default_factory=dict)
 
     def __contains__(self, key: str) -> bool:
         return key in self.data
 
-    def over(self, defaults: Mapping[str, Any]) -> "Values":
+    def over(self, defaults: Mapping[str, JSON]) -> "Values":
         """The same with other defaults; what is taken of it is taken of this one."""
         return dataclasses.replace(self, defaults={**self.defaults, **defaults})
 
-    def put(self, values: Mapping[str, Any]) -> "Values":
+    def put(self, values: Mapping[str, JSON]) -> "Values":
         """The same with other values in place of its own, or beside them."""
         return dataclasses.replace(self, data={**self.data, **values})
 
@@ -233,7 +234,7 @@ class Values:
         """A mapping, for another reader to take apart."""
         return self._take(key, default, lambda x: isinstance(x, Mapping), "a mapping")
 
-    def section(self, key: str, default: Mapping[str, Any] | None = REQUIRED) -> "Values":
+    def section(self, key: str, default: Mapping[str, JSON] | None = REQUIRED) -> "Values":
         """A section; null counts as an empty one where the default is None."""
         if key not in self.parts:
             self.parts[key] = Values(self.mapping(key, default) or {}, f"{self.where}: {key}")

@@ -3,7 +3,7 @@
 import dataclasses
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import jax
 import numpy as np
@@ -14,6 +14,8 @@ from converters.load import load
 from converters.source import Source
 from vfjax import Batch, InputError, Model, Processor, generate_ids
 from vfjax.atomic import read_json
+
+Stage = TypeVar("Stage")
 
 BRANCH: Mapping[str, float] = {
     "pixel_values": 2e-6,
@@ -137,7 +139,7 @@ def _limits(source: Source) -> dict[str, float]:
     return {**out, **LLM}
 
 
-def _named(source: Source, branch: str, stages: Mapping[str, Any]) -> dict[str, Any]:
+def _named(source: Source, branch: str, stages: Mapping[str, Stage]) -> dict[str, Stage]:
     """A branch's stages under the names that a recording has for them."""
     start = f"{branch}." if len(source.branches) > 1 else ""
     return {f"{start}{stage}": value for stage, value in stages.items()}

@@ -23,7 +23,7 @@ from converters.params.table import restored
 from converters.source import Source
 from converters.towers import Tensors
 from vfjax import InputError
-from vfjax.atomic import contents
+from vfjax.atomic import JSON, contents
 from vfjax.merge.tensors import (
     EXPONENTS,
     blocks,
@@ -65,7 +65,7 @@ def mapped(source: Source, export: str = "model") -> dict[str, Tensors]:
     }
 
 
-def unread(source: Source, read: Mapping[str, Mapping[str, Any]]) -> set[str]:
+def unread(source: Source, read: Mapping[str, Tensors]) -> set[str]:
     """Names, in a source's files, of tensors that are not among those that are read.
 
     Args:
@@ -171,7 +171,7 @@ def _load() -> dict[str, Any]:
         return {}
 
 
-def _save(known: Mapping[str, Any]) -> None:
+def _save(known: Mapping[str, JSON]) -> None:
     """Best effort: without a cache, files are read again."""
     part = _cache().with_name(f".sources-{os.getpid()}.tmp")
     try:

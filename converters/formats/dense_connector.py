@@ -17,11 +17,12 @@ from converters.source import Layout, Made, New, Source
 from converters.towers import Towers
 from converters.values import ANY, DEEPEST, Unused, Values
 from vfjax.architectures import dense
+from vfjax.atomic import JSON
 
 KINDS = ("sti", "sci", "dci")
 
 
-def groups(config: Values, encoder: Mapping[str, Any]) -> dict[str, Any]:
+def groups(config: Values, encoder: Mapping[str, JSON]) -> dict[str, Any]:
     """What the connector reads, by the kind and the tower; see `vfjax.architectures.dense`.
 
     The published code has fixed layers, those of CLIP-L and SigLIP-so400m (DenseConnector
@@ -52,7 +53,7 @@ PUBLISHED = {False: 24, True: 26}
 """Whether it is SigLIP -> hidden states that the published code shares out."""
 
 
-def is_siglip(encoder: Mapping[str, Any]) -> bool:
+def is_siglip(encoder: Mapping[str, JSON]) -> bool:
     """Whether a tower is a SigLIP, whose last layer Dense Connector leaves out."""
     return str(encoder["model_type"]).startswith("siglip")
 

@@ -34,7 +34,7 @@ from vfjax import InputError
 from vfjax.architectures import ProjectorConfig
 from vfjax.architectures.base import PatchEncoder
 from vfjax.architectures.onevision import OneVision
-from vfjax.atomic import read_json
+from vfjax.atomic import JSON, read_json
 from vfjax.errors import cut
 from vfjax.vision.images import ImageSpec
 
@@ -230,7 +230,10 @@ def describe_hf(folder: Path, config: Values, towers: Towers) -> Source:
             expected=f"{cut(repr(pinpoints))} as in config.json",
             fix="correct one of the files",
         )
-    defaults = {"vision_feature_layer": -1, "vision_feature_select_strategy": "full"}
+    defaults: dict[str, JSON] = {
+        "vision_feature_layer": -1,
+        "vision_feature_select_strategy": "full",
+    }
     branch, llm = port_parts(config.over(defaults), vision="siglip_vision_model", text="qwen2")
     branch["preprocessor"] = settings(found, f"{folder}: image processor") if found else {}
     branch["connector"] |= {

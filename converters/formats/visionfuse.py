@@ -11,6 +11,7 @@ from converters.chat import read_chat_template
 from converters.source import TEMPLATE, Branch, Layout, Source, tokenizer_class
 from converters.towers import Towers
 from converters.values import ANY, REQUIRED, Values
+from vfjax.atomic import JSON
 from vfjax.fusion.segments import MASKS, POSITIONS
 from vfjax.text.chat import CHAT_TEMPLATE
 
@@ -39,21 +40,24 @@ def describe_fused(path: Path, config: Values, towers: Towers) -> Source:
     )
 
 
-def _branch(found: Mapping[str, Any], where: str) -> Branch:
+def _branch(found: Mapping[str, JSON], where: str) -> Branch:
     """A branch, its keys checked."""
     branch = Values(found, where)
     name = branch.text("name")
     if not re.fullmatch(r"[\w-]+", name):
         raise branch.error("name", "letters, digits, - and _")
-    branch.choice("aspect", ("pad", "crop"))
-    branch.choice("code", ("authors", "transformers"), "authors")
-    branch.mapping("encoder")
-    branch.mapping("preprocessor")
     table = registry.find(branch.mapping("connector"), f"{where}: connector")
-    others = {key: branch.mapping(key) for key in table.others if key in found}
+    made = Branch(
+        name=name,
+        aspect=branch.choice("aspect", ("pad", "crop")),
+        code=branch.choice("code", ("authors", "transformers"), "authors"),
+        encoder=branch.mapping("encoder"),
+        preprocessor=branch.mapping("preprocessor"),
+        connector=branch.mapping("connector"),
+        others={key: branch.mapping(key) for key in table.others if key in branch},
+    )
     branch.done({})
-    own = {key: value for key, value in found.items() if key not in others}
-    return Branch(**own, others=others)
+    return made
 
 
 def fused_prefixes(source: Source) -> tuple[tuple[str, str, str], ...]:
@@ -74,7 +78,7 @@ def arranged(source: Source, positions: str | None, mask: str | None) -> Source:
     )
 
 
-def fused_config(source: Source, recipe: Mapping[str, Any]) -> dict[str, Any]:
+def fused_config(source: Source, recipe: Mapping[str, JSON]) -> dict[str, Any]:
     """config.json of a fused folder."""
     return {
         "architectures": ["VisionFuse"],
@@ -112,7 +116,7 @@ BARE = tuple(
 """Names of a model that was saved without its head (LlamaModel, PhiModel)."""
 
 
-def _is_llm(config: Mapping[str, Any]) -> bool:
+def _is_llm(config: Mapping[str, JSON]) -> bool:
     table = registry.TABLES.get(str(config.get("model_type")))
     return table is not None and bool(table.architecture)
 

@@ -4,9 +4,10 @@ import dataclasses
 
 from converters.params import llama
 from converters.values import Values
+from vfjax.atomic import JSON
 from vfjax.llm import LlamaConfig
 
-DEFAULTS = {
+DEFAULTS: dict[str, JSON] = {
     "vocab_size": 256000,
     "hidden_size": 3072,
     "intermediate_size": 24576,

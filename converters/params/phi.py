@@ -3,9 +3,10 @@
 from converters.params import llama
 from converters.params.table import Rule, Table, dense, norm
 from converters.values import ANY, Values
+from vfjax.atomic import JSON
 from vfjax.llm import PhiConfig
 
-DEFAULTS = {
+DEFAULTS: dict[str, JSON] = {
     "vocab_size": 51200,
     "hidden_size": 2048,
     "intermediate_size": 8192,

@@ -14,6 +14,7 @@ from converters.values import Unused, Values
 from vfjax import InputError
 from vfjax.architectures import Architecture
 from vfjax.architectures.base import PatchEncoder
+from vfjax.atomic import JSON
 from vfjax.errors import counted
 from vfjax.merge import LazyTensor
 from vfjax.vision.images import ImageSpec
@@ -83,8 +84,8 @@ class Rule:
 class Published:
     """The two JSON files of a published tower."""
 
-    config: Mapping[str, Any]
-    preprocessor: Mapping[str, Any]
+    config: Mapping[str, JSON]
+    preprocessor: Mapping[str, JSON]
 
 
 class Layered(Protocol):
@@ -145,7 +146,7 @@ class Table(Generic[Config]):
     limits: Mapping[str, float] = dataclasses.field(default_factory=dict)
     published: Mapping[str, "Published"] = dataclasses.field(default_factory=dict)
 
-    def config(self, hf: Mapping[str, Any], where: str = "config.json") -> Config:
+    def config(self, hf: Mapping[str, JSON], where: str = "config.json") -> Config:
         """The component's config; missing keys have the defaults of its transformers class.
 
         Args:
@@ -164,7 +165,7 @@ class Table(Generic[Config]):
         return made
 
     def architecture_of(
-        self, hf: Mapping[str, Any], where: str, images: ImageSpec, encoder: PatchEncoder
+        self, hf: Mapping[str, JSON], where: str, images: ImageSpec, encoder: PatchEncoder
     ) -> Architecture:
         """The architecture of a branch by its connector's config.
 

@@ -31,6 +31,8 @@ from experiments.bench.basic import FULL, QUICK, Sizes, copies, load_ours, write
 from experiments.bench.common import arguments, cores, interleaved, save
 from experiments.configs.plan import get_config
 from experiments.tasks import plan
+from experiments.tasks.chips import Chip, make_mesh
+from experiments.tasks.programs import Programs
 from experiments.tasks.shapes import model_config
 from vfjax import Batch, InputError, Model, Processor, generate_ids
 
@@ -86,8 +88,8 @@ def main(args: argparse.Namespace) -> None:
     save(found, notes, PACKAGES, args.out)  # the plan takes as long again
     there = curves((2,), 576) if args.quick else curves((2, 4, 8, 16, 32, 64), 5760)
     try:
-        mesh, chip = plan.make_mesh(TOPOLOGY, 8, 1)
-        towers: dict[tuple[int, int], plan.Programs] = collections.defaultdict(dict)
+        mesh, chip = make_mesh(TOPOLOGY, 8, 1)
+        towers: dict[tuple[int, int], Programs] = collections.defaultdict(dict)
         found["planned"] = each(there, functools.partial(planned, mesh, chip, towers))
         save(found, notes, PACKAGES, args.out)
     except InputError as error:
@@ -136,7 +138,7 @@ def held(model: Model, batch: Batch) -> int:
 
 
 def planned(
-    mesh: Mesh, chip: plan.Chip, towers: dict[tuple[int, int], plan.Programs], point: Point
+    mesh: Mesh, chip: Chip, towers: dict[tuple[int, int], Programs], point: Point
 ) -> dict[str, float]:
     """The least seconds by the data sheet, and bytes of a chip by its compiler.
 

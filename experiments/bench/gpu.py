@@ -28,7 +28,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 from converters.load import abstract, join
 from experiments.bench.common import Row, arguments, interleaved, report, row
-from experiments.tasks.plan import CHIPS, Chip
+from experiments.tasks.chips import CHIPS, Chip
 from experiments.tasks.shapes import llava, model_config
 from vfjax import Batch, Model, Processor, encode, generate_ids
 from vfjax.architectures import MLPConfig
@@ -86,7 +86,7 @@ def main(args: argparse.Namespace) -> None:
     chip = next((c for name, c in CHIPS.items() if name in device.device_kind.lower()), None)
     if chip is None:
         chip = CHIPS["h100"]
-        print(f"{device.device_kind} is not in plan.CHIPS: shares are of an H100")
+        print(f"{device.device_kind} is not in CHIPS: shares are of an H100")
     rows: list[Row] = []
     found: dict[tuple[str, int], tuple[dict[str, list[float]], Least]] = {}
     names, batches = (FULL[:1], (1,)) if args.quick else (FULL, BATCHES)

@@ -9,7 +9,7 @@ import pytest
 from jax.sharding import NamedSharding, PartitionSpec
 
 from experiments.configs.plan import get_config
-from experiments.tasks import plan
+from experiments.tasks import chips, plan, programs
 from experiments.tasks.common import FAMILY
 from experiments.tasks.shapes import model_config
 from vfjax import InputError
@@ -48,12 +48,12 @@ def test_generation(tmp_path, capsys, job):
 def test_bytes_are_those_of_the_model():
     """Half of each divided parameter, all of the others; depth by the line through two."""
     config = small("generate", depths=())
-    mesh, _ = plan.make_mesh(config.topology, 1, 1)
+    mesh, _ = chips.make_mesh(config.topology, 1, 1)
     whole = model_config(config.model)
-    model = plan.model_of(config, whole, mesh)
-    assert plan.resident(model) == nbytes(model)
-    mesh, _ = plan.make_mesh(config.topology, 2, 1)
-    shared = plan.resident(plan.model_of(config, whole, mesh))
+    model = programs.model_of(config, whole, mesh)
+    assert programs.resident(model) == nbytes(model)
+    mesh, _ = chips.make_mesh(config.topology, 2, 1)
+    shared = programs.resident(programs.model_of(config, whole, mesh))
     assert nbytes(model) / 2 <= shared < 0.6 * nbytes(model)
 
 
@@ -68,11 +68,11 @@ def test_the_line_through_two_depths_is_the_whole(tmp_path):
 
 def test_bfloat16_on_gpus_keeps_no_float32_copies():
     """The result and one product between, at two bytes a number, and nothing of the weights."""
-    mesh, _ = plan.make_mesh(small("generate").topology, 1, 1)
+    mesh, _ = chips.make_mesh(small("generate").topology, 1, 1)
     at = NamedSharding(mesh, PartitionSpec())
     args = [jax.ShapeDtypeStruct((256, 256), "bfloat16", sharding=at)] * 2
-    program = plan.Program.of(jax.jit(lambda x, w: jnp.tanh(x @ w) @ w), args, mesh, *args)
-    found, one = plan.measured(program, 0), 2 * 256 * 256
+    program = programs.Program.of(jax.jit(lambda x, w: jnp.tanh(x @ w) @ w), args, mesh, *args)
+    found, one = programs.measured(program, 0), 2 * 256 * 256
     assert found["arguments"] == 2 * one
     assert one <= found["bytes"] - found["arguments"] < 2.2 * one
     assert found["flops"] == pytest.approx(2 * 2 * 256**3, rel=0.02)
@@ -81,14 +81,14 @@ def test_bfloat16_on_gpus_keeps_no_float32_copies():
 def test_training(tmp_path):
     record = planned(tmp_path, small("train", trains="full", fsdp=2))
     step = record["programs"]["step"]
-    mesh, _ = plan.make_mesh("h100:8", 2, 2)
-    model = plan.model_of(small("train"), model_config(str(FAMILY / "clip")), mesh)
-    assert step["arguments"] > 2 * plan.resident(model)  # Adam's two moments of what is trained
+    mesh, _ = chips.make_mesh("h100:8", 2, 2)
+    model = programs.model_of(small("train"), model_config(str(FAMILY / "clip")), mesh)
+    assert step["arguments"] > 2 * programs.resident(model)  # Adam's two moments of what is trained
     assert step["all-gather"] >= 1
 
 
 def test_what_does_not_fit(tmp_path, capsys, monkeypatch):
-    monkeypatch.setitem(plan.CHIPS, "h100", plan.Chip(0.0001, 1e12, 1e12, 1e12))
+    monkeypatch.setitem(chips.CHIPS, "h100", chips.Chip(0.0001, 1e12, 1e12, 1e12))
     record = planned(tmp_path, small("generate", largest=True))
     assert not record["fits"]
     assert record["largest batch"] == 0

@@ -237,7 +237,7 @@ def _config(
     if "vision_tower_aux" in towers:
         config["mm_vision_tower_aux"] = "vision_tower_aux"
     aux = towers.get("vision_tower_aux")
-    made = Made(name, llm.vocab, tower, encoder, aux, select, options)
+    made = Made(text.llm["model_type"], llm.vocab, tower, encoder, aux, select, options)
     return config | new.config(made)
 
 

@@ -72,7 +72,7 @@ def export(
     if jax.process_index():
         return
     parts: dict[str, dict[str, list[tuple[nnx.Variable, Rule]]]] = {"": {}}
-    for name, (rule, prefixes, folder) in _places(origin, params).items():
+    for name, (rule, prefixes, folder) in targets(origin, params).items():
         target = parts.setdefault(folder, {})
         for one in rule.each(params[name].shape):
             target.setdefault(restored(one.source, prefixes), []).append((params[name], one))
@@ -114,7 +114,7 @@ def to_bytes(value: JSON) -> bytes:
     return text.encode(errors="backslashreplace")  # which writes half a character as JSON does
 
 
-def _places(origin: Origin, params: Params) -> dict[str, tuple[Rule, Prefixes, str]]:
+def targets(origin: Origin, params: Params) -> dict[str, tuple[Rule, Prefixes, str]]:
     """Parameter name -> its rule, its component's prefixes, the sub-folder it is written to."""
     out = {}
     for part, config in origin.components.items():

@@ -110,7 +110,7 @@ class Simple(lmms):
         return [out[i] for i in range(len(requests))]
 
     def _generate(self, requests: Sequence[Instance]) -> list[GenerationResult]:
-        rows = [self._row(request) for request in requests]
+        rows = [self.row(request) for request in requests]
         settings = [_settings(self._given(request)) for request in requests]
         batch = self.processor(
             [pictures for _, pictures in rows], input_ids=[ids for ids, _ in rows]
@@ -139,7 +139,7 @@ class Simple(lmms):
         """The generation_kwargs."""
         return request.args[1]
 
-    def _row(self, request: Instance) -> Row:
+    def row(self, request: Instance) -> Row:
         """As upstream LLaVA's plug-in: `<image>` in the text says where the pictures stand."""
         text, _, doc_to_visual, doc_id, task, split = request.args
         visuals = [
@@ -176,7 +176,7 @@ class Chat(Simple):
     def _given(self, request: Instance) -> Mapping[str, Any]:
         return request.args[2]
 
-    def _row(self, request: Instance) -> Row:
+    def row(self, request: Instance) -> Row:
         _, doc_to_messages, _, doc_id, task, split = request.args
         said = ChatMessages(messages=doc_to_messages(self.task_dict[task][split][doc_id]))
         messages = [

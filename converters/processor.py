@@ -24,7 +24,8 @@ def processor(source: Source, config: ModelConfig) -> Processor:
     """
     tokenizer, file = tokenizer_of(source), source.home / "generation_config.json"
     # Authors' code hands embeddings to transformers, which then knows no words of the prompt.
-    by_ids = not source.branches or source.layout == "visionfuse" or source.layout.endswith("-hf")
+    ported = all(branch.code == "transformers" for branch in source.branches)
+    by_ids = ported or source.layout == "visionfuse"
     if tokenizer is not None:
         _check_tokens(source, tokenizer, config.llm.vocab)
     return Processor(

@@ -242,7 +242,7 @@ class Made:
     """What a new model is made of, for the config of its connector.
 
     Attributes:
-        name: `model_type` of LLaVA's code around the LLM.
+        llm: `model_type` of the LLM.
         vocab: tokens of the LLM.
         tower: of the first encoder.
         encoder: its config.
@@ -251,7 +251,7 @@ class Made:
         options: of the connector.
     """
 
-    name: str
+    llm: str
     vocab: int
     tower: Tower
     encoder: Any

@@ -34,13 +34,17 @@ from vfjax.merge.recipe import LAYER
 from vfjax.text.chat import CHAT_TEMPLATE
 
 LLM = "text_decoder"
-MODULES = {"encoder": "vision_tower", "aux": "vision_tower", "connector": "multi_modal_projector"}
-"""Kind of component -> what mergekit calls such a module; the LLM is `LLM`."""
+TOWER = "vision_tower"
+
+PROJECTOR = "multi_modal_projector"
+"""What mergekit calls the modules of such models: the LLM, encoders, connectors."""
 
 
 def module(part: str) -> str:
     """What mergekit calls the module that a component is."""
-    return LLM if part == "llm" else MODULES[part.split(".")[-1]]
+    if part == "llm":
+        return LLM
+    return PROJECTOR if part.split(".")[-1] == "connector" else TOWER
 
 
 Parts = Mapping[str, Mapping[str, LazyTensor]]
@@ -107,7 +111,7 @@ def _differences(
 
 def check_llm_alone(recipe: Recipe) -> None:
     """Raises InputError if a recipe says how other parts than the LLM are merged."""
-    if others := sorted(set(recipe.modules) & set(MODULES.values())):
+    if others := sorted(set(recipe.modules) & {TOWER, PROJECTOR}):
         raise InputError(
             "modules",
             found=", ".join(recipe.modules),

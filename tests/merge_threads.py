@@ -52,7 +52,7 @@ def make_family(root: Path) -> None:
 
 def use(threads: int) -> None:
     """So many threads read ahead of the writing, and so many answer for tensors' blocks."""
-    writer._THREADS = threads
+    writer.THREADS = threads
     reductions.pool.cache_clear()
     reductions.pool = functools.cache(lambda: ThreadPoolExecutor(threads, "vfjax-merge"))
 

@@ -108,6 +108,101 @@ def test_names_are_not_glued_with_a_zero_byte() -> None:
     assert [str(p) for p in sources if "\\0" in p.read_text() or "\\x00" in p.read_text()] == []
 
 
+FOREIGN = {
+    "_cache_size",  # JAX's count of a function's programs
+    "_current_frames",
+    "_exit",
+    "_get_logits_processor",  # transformers'
+    "_get_number_of_features",
+    "_get_unpadded_features",
+    "_src",
+}
+"""Private names of other libraries that tests read, as nothing public says the same."""
+
+
+def private(name: object) -> bool:
+    return isinstance(name, str) and name[:1] == "_" and name[:2] != "__" and name not in FOREIGN
+
+
+def private_names(tree: ast.AST) -> list[str]:
+    """Private names that a module imports or reads of others, code in its texts included."""
+    found: list[str] = []
+    for node in ast.walk(tree):
+        if isinstance(node, ast.ImportFrom):
+            found += [x.name for x in node.names if private(x.name)]
+        elif isinstance(node, ast.Attribute):
+            own = isinstance(node.value, ast.Name) and node.value.id in ("self", "cls")
+            found += [] if own or not private(node.attr) else [node.attr]
+        elif isinstance(node, ast.Call) and len(node.args) > 1:  # setattr, monkeypatch.setattr
+            function, name = node.func, getattr(node.args[1], "value", None)
+            called = getattr(function, "attr", getattr(function, "id", ""))
+            found += [name] if called in ("setattr", "getattr") and private(name) else []
+        elif isinstance(node, ast.Constant) and isinstance(node.value, str):
+            found += re.findall(
+                rf"^from (?:{'|'.join(PACKAGES)})\S* import (_\w+)", node.value, re.M
+            )
+    return found
+
+
+def test_tests_read_no_private_name() -> None:
+    """What deserves a test is public."""
+    tests = [p for p in files() if p.suffix == ".py" and p.is_relative_to(ROOT / "tests")]
+    assert len(tests) > 100
+    found = {str(p.relative_to(ROOT)): private_names(ast.parse(p.read_text())) for p in tests}
+    assert {name: names for name, names in found.items() if names} == {}
+
+
+@pytest.mark.parametrize(
+    "code",
+    [
+        "from vfjax.generate import (_decode)",
+        "generate._decode(1)",
+        "monkeypatch.setattr(generate, '_decode', None)",
+        "run('from vfjax.generate import _decode')",
+    ],
+)
+def test_private_names_are_seen(code: str) -> None:
+    assert private_names(ast.parse(code)) == ["_decode"]
+
+
+SHARED = {"__init__", "base", "boxes", "combine", "mlp"}
+"""Modules of `vfjax.architectures` that are no family's."""
+
+
+def classes_asked(tree: ast.AST) -> set[str]:
+    """Names of classes that a module tells apart, by isinstance, issubclass or match."""
+    found: set[str] = set()
+    for node in ast.walk(tree):
+        asked: ast.AST | None = node.cls if isinstance(node, ast.MatchClass) else None
+        asks = isinstance(node, ast.Call) and getattr(node.func, "id", "")
+        if isinstance(node, ast.Call) and asks in ("isinstance", "issubclass"):
+            asked = node.args[1]
+        for part in ast.walk(asked) if asked is not None else ():
+            found.add(getattr(part, "attr", getattr(part, "id", "")))
+    return found
+
+
+def test_no_family_is_told_apart_outside_its_files() -> None:
+    """What depends on a family, its architecture answers."""
+    homes = {
+        node.name: path.stem
+        for path in (ROOT / "vfjax" / "architectures").glob("*.py")
+        if path.stem not in SHARED
+        for node in ast.parse(path.read_text()).body
+        if isinstance(node, ast.ClassDef)
+    }
+    assert {"Llava", "Mining", "SliMEConfig"} <= homes.keys()
+    wrong = {}
+    for path in (p for p in files() if p.suffix == ".py"):
+        package, *_ = where = path.relative_to(ROOT).parts
+        own = path.parent.name in ("architectures", "formats")
+        asked = classes_asked(ast.parse(path.read_text())) if package in PACKAGES else set()
+        if found := [x for x in asked if x in homes and not (own and homes[x] == path.stem)]:
+            wrong["/".join(where)] = found
+    assert wrong == {}
+    assert classes_asked(ast.parse("isinstance(x, a.Llava | Mining)")) >= {"Llava", "Mining"}
+
+
 PUBLIC = {package: importlib.import_module(package) for package in ("vfjax", "converters")}
 """What users import."""
 

@@ -94,7 +94,7 @@ def generate_ids(
 
     `stop`: ids that end a row; `settings`: of the model's folder.
     """
-    rows = _rows(model, batch, max_new_tokens, stop, sampling, settings)
+    rows = rows_of(model, batch, max_new_tokens, stop, sampling, settings)
     (state,) = _pieces(model, batch, rows, None, None)
     return [row[:n].tolist() for row, n in zip(_fetch(state.out), _fetch(state.count), strict=True)]
 
@@ -172,7 +172,7 @@ def stream_ids(
         InputError: what `generate_ids` raises, at the call; or `every` or `room` is too small.
     """
     require(every >= 1, "every", every, "at least 1")
-    asked = _rows(model, batch, max_new_tokens, stop, sampling, settings, logprobs)
+    asked = rows_of(model, batch, max_new_tokens, stop, sampling, settings, logprobs)
     limit = np.asarray(asked.limit)
     require(room is None or room >= limit.max(), "room", room, f"at least {limit.max()}")
     require(
@@ -198,7 +198,7 @@ def stream_ids(
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
-class _State:
+class State:
     """What is written so far, beside the cache.
 
     Attributes:
@@ -233,7 +233,7 @@ def _agree(model: Generator, batch: Batches, same: dict[str, object]) -> None:
         facts |= {key: str(value) for key, value in same.items()}
 
 
-def _rows(
+def rows_of(
     model: Generator,
     batch: Batches,
     max_new_tokens: int | Sequence[int],
@@ -269,7 +269,7 @@ def _pieces(
     every: int | None,
     room: int | None,
     guides: Sequence[Guide | None] = (),
-) -> Iterator[_State]:
+) -> Iterator[State]:
     """The state after each `every` tokens, until every row has ended; None: at the end alone."""
     guided = any(guide is not None for guide in guides)
     every = 1 if guided else every
@@ -278,17 +278,17 @@ def _pieces(
     steps = _round_up(most, 64) if room is None else room
     slots = max(each.read for each in batches)
     leaves, tree = jax.tree.flatten(model)  # once: some 20 microseconds an array
-    logits, cache = _prefill(leaves, tree, place(batch, mesh_of(leaves)), size=slots + steps)
+    logits, cache = prefill(leaves, tree, place(batch, mesh_of(leaves)), size=slots + steps)
     vocab = logits.shape[-1]
     if guided:
         rows = dataclasses.replace(
             rows, allowed=_allowed(guides, np.zeros(len(logits), bool), vocab)
         )
-    state = _first(logits, rows, _seen(batches, rows, logits.shape[-1]), steps=steps)
+    state = first_tokens(logits, rows, _seen(batches, rows, logits.shape[-1]), steps=steps)
     until = 0
     while True:
         start, until = until, most if every is None else min(until + every, most)
-        state, cache = _decode(leaves, tree, cache, state, rows, jnp.int32(until))
+        state, cache = decode(leaves, tree, cache, state, rows, jnp.int32(until))
         if start == 0 and (broken := np.flatnonzero(_fetch(state.out)[:, 0] == NOTHING)).size:
             raise InputError(
                 f"row {broken[0]}",
@@ -315,9 +315,10 @@ def _allowed(guides: Sequence[Guide | None], done: np.ndarray, vocab: int) -> np
 
 
 @functools.partial(jax.jit, static_argnames=("tree", "size"))
-def _prefill(
+def prefill(
     leaves: list[Array], tree: PyTreeDef, batch: Batches, *, size: int
 ) -> tuple[Array, object]:
+    """`Generator.prefill`, compiled, of a model's leaves and structure; see `Model.prefill`."""
     return jax.tree.unflatten(tree, leaves).prefill(batch, size)
 
 
@@ -338,7 +339,7 @@ def _seen(batches: tuple[Batch, ...], rows: Rows, vocab: int) -> np.ndarray | No
 
 
 @functools.partial(jax.jit, static_argnames="steps")
-def _first(logits: Array, rows: Rows, seen: AnyArray | None = None, *, steps: int) -> _State:
+def first_tokens(logits: Array, rows: Rows, seen: AnyArray | None = None, *, steps: int) -> State:
     """The state with each row's first token, or `NOTHING`."""
     seen = jnp.zeros((len(logits), 0), bool) if seen is None else jnp.asarray(seen)
     picked = pick(jnp.int32(0), logits, rows, seen)
@@ -351,13 +352,13 @@ def _first(logits: Array, rows: Rows, seen: AnyArray | None = None, *, steps: in
         logs = jax.tree.map(
             lambda x: jnp.zeros((len(x), steps, *x.shape[1:]), x.dtype).at[:, 0].set(x), new
         )
-    return _State(jnp.int32(1), token, done, (~done).astype(jnp.int32), out, seen, logs)
+    return State(jnp.int32(1), token, done, (~done).astype(jnp.int32), out, seen, logs)
 
 
 @functools.partial(jax.jit, static_argnames="tree", donate_argnames="cache")
-def _decode(
-    leaves: list[Array], tree: PyTreeDef, cache: C, state: _State, rows: Rows, until: Array
-) -> tuple[_State, C]:
+def decode(
+    leaves: list[Array], tree: PyTreeDef, cache: C, state: State, rows: Rows, until: Array
+) -> tuple[State, C]:
     """Decodes until every row has ended or `until` tokens are written.
 
     Returns:
@@ -365,11 +366,11 @@ def _decode(
     """
     model = jax.tree.unflatten(tree, leaves)
 
-    def running(carry: tuple[_State, C]) -> Array:
+    def running(carry: tuple[State, C]) -> Array:
         state, _ = carry
         return (state.i < until) & _active(state.done, state.i, rows.limit).any()
 
-    def step(carry: tuple[_State, C]) -> tuple[_State, C]:
+    def step(carry: tuple[State, C]) -> tuple[State, C]:
         state, cache = carry
         logits, cache = model.next(state.token, cache)
         seen = state.seen
@@ -382,7 +383,7 @@ def _decode(
         if rows.likeliest is not None:
             new = log_probabilities(logits, token, rows.likeliest)
             logs = jax.tree.map(lambda old, x: old.at[:, state.i].set(x), logs, new)
-        return _State(state.i + 1, token, done, count, out, seen, logs), cache
+        return State(state.i + 1, token, done, count, out, seen, logs), cache
 
     return jax.lax.while_loop(running, step, (state, cache))
 

@@ -179,7 +179,7 @@ def pick(i: Array, logits: Array, rows: Rows, seen: Array) -> Array:
     if rows.allowed is not None:
         logits = jnp.where(rows.allowed, logits, -jnp.inf)
     if rows.penalised:
-        logits = _penalise(logits, seen, rows.penalty)
+        logits = penalise(logits, seen, rows.penalty)
     likeliest = logits.argmax(axis=-1).astype(jnp.int32)
     if rows.greedy:
         return likeliest
@@ -191,7 +191,7 @@ def pick(i: Array, logits: Array, rows: Rows, seen: Array) -> Array:
     return jnp.where(samples[:, 0], drawn, likeliest)
 
 
-def _penalise(logits: Array, seen: AnyArray, penalty: AnyArray) -> Array:
+def penalise(logits: Array, seen: AnyArray, penalty: AnyArray) -> Array:
     """As transformers' RepetitionPenaltyLogitsProcessor (arXiv 1909.05858)."""
     lower = jnp.where(logits > 0, logits / penalty, logits * penalty)
     return jnp.where(seen, lower, logits)
@@ -224,12 +224,12 @@ def _draw(
     min_p: AnyArray | float,
 ) -> Array:
     """`sample` with key[b]; the others scalars or [b, 1]."""
-    order, ranked = _filter(logits, temperature, top_k, top_p, min_p)
+    order, ranked = filtered(logits, temperature, top_k, top_p, min_p)
     drawn = jax.vmap(jax.random.categorical)(keys, ranked)
     return jnp.take_along_axis(order, drawn[:, None], axis=-1)[:, 0].astype(jnp.int32)
 
 
-def _filter(
+def filtered(
     logits: Array,
     temperature: AnyArray | float,
     top_k: AnyArray | int,

@@ -38,7 +38,7 @@ ORDER += ["I32", "U32", "F32", "F64", "I64", "U64"]
 Content = bytes | Path | Callable[[], bytes]
 """Of a file: the bytes, a file to copy, or what returns the bytes."""
 
-_THREADS = min(8, os.cpu_count() or 1)
+THREADS = min(8, os.cpu_count() or 1)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -117,7 +117,7 @@ def write_folder(
         todo = [shard for shard in shards if shard.path not in done]
         _check_room(out, sum(shard.size for shard in todo) + sizes)
         _keep_freed_memory()
-        pool = ThreadPoolExecutor(_THREADS)
+        pool = ThreadPoolExecutor(THREADS)
         try:
             for shard in shards:
                 if shard.path not in done:
@@ -130,9 +130,9 @@ def write_folder(
             _write_file(root / path, out / path, source() if callable(source) else source)
         with _writing(out):
             for made in [*root.rglob("*"), root]:
-                _sync(made)
+                sync(made)
             root.rename(out)
-            _sync(out.parent)
+            sync(out.parent)
 
 
 class Ended(KeyboardInterrupt):
@@ -389,16 +389,16 @@ def _write_shard(
         path.parent.mkdir(parents=True, exist_ok=True)
         part = path.with_name(path.name + ".part")
         with part.open("wb", buffering=0) as file:
-            _write(file, memoryview(shard.header))
+            write_all(file, memoryview(shard.header))
             for data in _read_ahead(pool, shard.tensors):
-                _write(file, data)
+                write_all(file, data)
                 if progress:
                     progress(data.nbytes)
-        _sync(part)
+        sync(part)
         part.rename(path)  # which says that it is whole
 
 
-def _write(file: io.RawIOBase, data: memoryview) -> None:
+def write_all(file: io.RawIOBase, data: memoryview) -> None:
     """Unbuffered, so that a refused write is not tried again when the file is closed."""
     while data:
         data = data[file.write(data) :]
@@ -415,7 +415,7 @@ def _write_file(path: Path, where: Path, source: bytes | Path) -> None:
         part.rename(path)
 
 
-def _sync(path: Path) -> None:
+def sync(path: Path) -> None:
     """Waits until a file or folder is on the disk."""
     handle = os.open(path, os.O_RDONLY)
     try:
@@ -430,7 +430,7 @@ def _read_ahead(pool: Executor, tensors: Mapping[str, LazyTensor]) -> Iterator[m
     for name, tensor in tensors.items():
         for rows in blocks(tensor.shape):
             pending.append(pool.submit(_read, name, tensor, rows))
-            if len(pending) > _THREADS:
+            if len(pending) > THREADS:
                 yield pending.popleft().result()
     while pending:
         yield pending.popleft().result()

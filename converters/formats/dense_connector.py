@@ -13,6 +13,7 @@ from converters.formats.llava import (
     upstream_source,
     upstream_tower,
 )
+from converters.params import siglip
 from converters.source import Layout, Made, New, Source
 from converters.towers import Towers
 from converters.values import ANY, DEEPEST, Unused, Values
@@ -30,12 +31,12 @@ def groups(config: Values, encoder: Mapping[str, JSON]) -> dict[str, Any]:
     not. SigLIP has no class token. `mm_dense_connector_layers` is ours, for towers of other depths.
     """
     kind = config.choice("mm_dense_connector_type", KINDS)
-    siglip = is_siglip(encoder)
-    layers = config.whole(LAYERS, PUBLISHED[siglip], most=DEEPEST)
+    fixed = is_siglip(encoder)
+    layers = config.whole(LAYERS, PUBLISHED[fixed], most=DEEPEST)
     plain = llava.select_layer(config)
-    if siglip and LAYERS not in config:
-        plain = layers  # fixed there
-    combine = dense(kind, layers, plain, drop=0 if siglip else 1)
+    if fixed and LAYERS not in config:
+        plain = layers
+    combine = dense(kind, layers, plain, drop=0 if fixed else 1)
     return {
         "groups": [list(group) for group in combine.groups],
         "axis": combine.axis,
@@ -55,14 +56,14 @@ PUBLISHED = {False: 24, True: 26}
 
 def is_siglip(encoder: Mapping[str, JSON]) -> bool:
     """Whether a tower is a SigLIP, whose last layer Dense Connector leaves out."""
-    return str(encoder["model_type"]).startswith("siglip")
+    return encoder["model_type"] in siglip.TABLE.types
 
 
 def new_config(kind: str, made: Made) -> dict[str, Any]:
     """Keys of config.json from which `groups` reads a kind over a new model's tower."""
-    siglip = is_siglip(made.tower.config)
-    shared = made.encoder.layers - siglip
-    fixed = shared == PUBLISHED[siglip] and (not siglip or made.select == -2)
+    cut = is_siglip(made.tower.config)
+    shared = made.encoder.layers - cut
+    fixed = shared == PUBLISHED[cut] and (not cut or made.select == -2)
     out = {"mm_dense_connector_type": kind} | ({} if fixed else {LAYERS: shared})
     if kind != "sti":
         out["mm_hidden_size"] = 3 * made.encoder.width

@@ -176,6 +176,13 @@ def convnext(path: str | Path) -> Tower:
     return tower
 
 
+MADE = {
+    "llama": ("mgm", "MGMLlamaForCausalLM"),
+    "mistral": ("mgm_mistral", "MGMMistralForCausalLM"),
+}
+"""LLM -> `model_type` and class of Mini-Gemini's code around it."""
+
+
 def new_config(made: Made) -> dict[str, Any]:
     """The keys of config.json around a new connector.
 
@@ -194,10 +201,10 @@ def new_config(made: Made) -> dict[str, Any]:
             expected=f"a multiple of 32 whose quarter is one of {cells}, the tokens a side",
             fix="choose another size",
         )
-    family = made.name.removeprefix("llava_")
+    name, architecture = MADE.get(made.llm, MADE["llama"])
     return {
-        "model_type": "mgm" if family == "llama" else f"mgm_{family}",
-        "architectures": [f"MGM{family.capitalize()}ForCausalLM"],
+        "model_type": name,
+        "architectures": [architecture],
         "mm_hidden_size_aux": sum(
             registry.find(aux.config, str(aux.path)).config(aux.config).widths
         ),

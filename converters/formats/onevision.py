@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from converters import registry
-from converters.formats import llava
+from converters.formats import dense_connector, llava
 from converters.formats.llava import (
     hf_names,
     port_parts,
@@ -118,7 +118,7 @@ def describe(folder: Path, config: Values, towers: Towers) -> Source:
         "pinpoints": _pinpoints(config, branch),
         "most": most,
     }
-    if tower.config["model_type"].startswith("siglip"):  # siglip_encoder.py: fixed there
+    if dense_connector.is_siglip(tower.config):  # siglip_encoder.py: fixed there
         layers = registry.find(tower.config, str(folder)).config(tower.config).layers
         branch["connector"] |= {"groups": [[layers - 1]], "drop": 0}
     source = upstream_source(

@@ -156,7 +156,7 @@ def _drawings(split: str) -> tuple[np.ndarray, list[np.ndarray]]:
 
 def backgrounds(count: int, split: str, rng: np.random.Generator) -> np.ndarray:
     """Darkened crops float32[count, 48, 48, 3] of the photographs' regions that are a split's."""
-    regions = _photographs(split)
+    regions = photographs(split)
     out = np.empty((count, SIZE, SIZE, 3), np.float32)
     for i in range(count):
         photo = regions[rng.integers(len(regions))]
@@ -167,7 +167,7 @@ def backgrounds(count: int, split: str, rng: np.random.Generator) -> np.ndarray:
 
 
 @functools.cache
-def _photographs(split: str) -> list[np.ndarray]:
+def photographs(split: str) -> list[np.ndarray]:
     """A split's region of each photograph: the left 70 %, the upper right, the lower right."""
     names = ("astronaut", "coffee", "chelsea", "rocket", "grass", "brick", "gravel")
     photos = [np.asarray(getattr(skimage.data, name)()) for name in names]

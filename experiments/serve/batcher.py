@@ -129,7 +129,7 @@ class Batcher:
                 jobs = [Job(ids, list(pictures), id, sampling=sampling) for _ in range(rows)]
                 for job in jobs:
                     job.ended = True  # after its first piece
-                self._run(jobs)
+                self.answer(jobs)
             if rows >= self.batch:
                 return
             rows = min(_bucket(rows + 1, 1), self.batch)
@@ -163,7 +163,7 @@ class Batcher:
     def _try(self, jobs: list[Job]) -> None:
         """One batch; an error of ours is its own jobs' alone."""
         try:
-            self._run(jobs)
+            self.answer(jobs)
         except Exception as error:
             LOG.exception("a batch of %d failed", len(jobs))
             for job in jobs:
@@ -199,7 +199,7 @@ class Batcher:
             until = until or time.monotonic() + self.window
         return jobs, True
 
-    def _run(self, jobs: list[Job]) -> None:
+    def answer(self, jobs: list[Job]) -> None:
         """One batch; where the pictures or prompts of one are at fault, it is halved."""
         spare = min(_bucket(len(jobs), 1), self.batch) - len(jobs)  # rows that fill the shape up
         try:

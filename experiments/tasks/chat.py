@@ -113,7 +113,7 @@ class Speaker:
         for k, branch in enumerate(self.model.config.branches):
             shown = picture.rgb(branch.architecture.images.convert)
             boxes = look.regions(branch, shown)
-            out.append(Seen(_overlay(shown, mean[segment == k + 1], boxes), shares[k + 1]))
+            out.append(Seen(overlay(shown, mean[segment == k + 1], boxes), shares[k + 1]))
         return out
 
 
@@ -350,7 +350,7 @@ def _picture(path: str | None, pixels: int) -> File:
     return read_picture(Path(path), "picture", pixels)
 
 
-def _overlay(picture: Image.Image, weights: np.ndarray, boxes: np.ndarray) -> Image.Image | None:
+def overlay(picture: Image.Image, weights: np.ndarray, boxes: np.ndarray) -> Image.Image | None:
     """The picture under a map of the weights; None where no token has a place in it."""
     import matplotlib
 

@@ -91,7 +91,7 @@ def test_a_placeholder_in_the_text_is_a_pictures_place():
     args = ("red <image> blue", GREEDY, visual, 0, "t", "test")
     metadata = {"task": "t", "doc_id": 0, "repeats": 1}
     one = Instance(request_type="generate_until", arguments=args, idx=0, metadata=metadata)
-    ids, pictures = made._row(one)
+    ids, pictures = made.row(one)
     assert ids.count(-200) == len(pictures) == 1
     assert ids.index(-200) > 2
 

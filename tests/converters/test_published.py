@@ -11,8 +11,8 @@ from typing import Any
 import pytest
 
 from converters import open_source
-from converters.export import _places
-from converters.fusion import _describe
+from converters.branches import joined
+from converters.export import targets
 from converters.load import Params, abstract, check, model_config
 from converters.params.table import restored
 from converters.registry import find
@@ -235,7 +235,7 @@ def test_model(specs: Mapping[str, Any], tmp_path: Path, name: str):
         trunk = {n: s for n, s in expected["vision_tower_aux"].items() if "trunk" in n}
         expected["vision_tower_aux"] = trunk
     written: dict[str, dict[str, list[int]]] = {folder: {} for folder in expected}
-    for path, (rule, prefixes, folder) in _places(source, params).items():
+    for path, (rule, prefixes, folder) in targets(source, params).items():
         for one in rule.each(params[path].shape):
             name_there = restored(one.source, prefixes)
             written[folder][name_there] = list(one.source_shape(params[path].shape))
@@ -270,7 +270,7 @@ def test_fusion(specs: Mapping[str, Any], tmp_path: Path, name: str):
     opened = {member.replace(".", "_"): open_source(tmp_path / member) for member in members}
     base = open_source(tmp_path / FUSIONS[name])
     check_family({"base": base.llm, **{member: s.llm for member, s in opened.items()}})
-    result = _describe({"base": base, **opened}, list(opened), tmp_path / "fused", None)
+    result = joined({"base": base, **opened}, list(opened), tmp_path / "fused", None)
     assert row(name, result) in MODELS.read_text().splitlines()
     own = [sum(math.prod(p.shape) for p in shapes(s).values()) for s in opened.values()]
     llm = sum(math.prod(p.shape) for p in shapes(base).values())

@@ -50,11 +50,11 @@ def test_every_model_answers_as_generate_does(config, speakers, scene) -> None:
 def test_maps_lie_where_the_attention_is(scene) -> None:
     picture = Image.open(scene).convert("RGB").resize((60, 30))
     boxes = np.array([[0, 0, 0.5, 1], [0.5, 0, 1, 1], [np.nan] * 4])
-    shown = chat._overlay(picture, np.array([0.1, 0.6, 0.3]), boxes)
+    shown = chat.overlay(picture, np.array([0.1, 0.6, 0.3]), boxes)
     assert shown.size == (chat.SIDE, chat.SIDE // 2)
     left, right = np.split(np.asarray(shown, int), 2, axis=1)
     assert (right[..., 0] - left[..., 0]).mean() > 50  # red is much
-    assert chat._overlay(picture, np.ones(1), boxes[2:]) is None
+    assert chat.overlay(picture, np.ones(1), boxes[2:]) is None
 
 
 SMALL = black_png(40)

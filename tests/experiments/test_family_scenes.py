@@ -45,7 +45,7 @@ def test_same_seed_same_scenes_and_other_seed_others() -> None:
 def test_splits_share_no_drawing_and_no_background() -> None:
     ranges = sorted(scenes.SPLITS.values())
     assert [first for first, _ in ranges[1:]] == [last for _, last in ranges[:-1]]
-    regions = [scenes._photographs(split) for split in scenes.SPLITS]
+    regions = [scenes.photographs(split) for split in scenes.SPLITS]
     for left, upper, lower in zip(*regions, strict=True):
         whole = np.concatenate([left, np.concatenate([upper, lower])], axis=1)
         assert min(*upper.shape[:2], *lower.shape[:2]) >= 2 * scenes.SIZE

@@ -38,11 +38,11 @@ from experiments.serve.request import read
 from tests import checkpoints
 from tests.experiments.pictures import black_png
 from tests.experiments.serving import MODEL, QUESTIONS, ROOT, URL, ask, data, direct, part, picture
-from vfjax.generate import _decode, _first, _prefill
+from vfjax.generate import decode, first_tokens, prefill
 
 
 def programs() -> tuple[int, ...]:
-    return tuple(each._cache_size() for each in (_prefill, _first, _decode))
+    return tuple(each._cache_size() for each in (prefill, first_tokens, decode))
 
 
 def test_a_warm_batcher_compiles_no_more(loaded):
@@ -619,7 +619,7 @@ def test_many_pixels_in_the_house_are_refused(service, client, monkeypatch):
 
 def test_an_answer_that_takes_too_long(service, client, monkeypatch):
     monkeypatch.setattr(service, "timeout", 0.5)
-    monkeypatch.setattr(service.batcher, "_run", lambda jobs: time.sleep(1.5))
+    monkeypatch.setattr(service.batcher, "answer", lambda jobs: time.sleep(1.5))
     found = client.post(URL, json=ask(QUESTIONS[0]))
     assert found.status_code == 504
     assert found.json()["error"]["type"] == "server_error"
@@ -630,7 +630,7 @@ def test_a_fault_of_ours_leaves_the_others_alone(service, client, monkeypatch):
         raise MemoryError
 
     with monkeypatch.context() as patch:
-        patch.setattr(service.batcher, "_run", fail)
+        patch.setattr(service.batcher, "answer", fail)
         assert client.post(URL, json=ask(QUESTIONS[0])).status_code == 500
     assert client.post(URL, json=ask(QUESTIONS[0])).status_code == 200
     assert service.batcher.pending == 0

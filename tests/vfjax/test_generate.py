@@ -20,8 +20,8 @@ import converters
 from tests import checkpoints
 from tests.checkpoints import IMAGE_TOKEN
 from vfjax import Batch, InputError, Settings, generate, generate_ids, stream, stream_ids
-from vfjax.generate import _decode, _prefill
-from vfjax.sampling import GREEDY, Sampling, _filter, _penalise, sample
+from vfjax.generate import decode, prefill
+from vfjax.sampling import GREEDY, Sampling, filtered, penalise, sample
 
 PICTURE = -200
 NEW = 32
@@ -292,8 +292,8 @@ def test_filters_equal_transformers(llm):
     ]
     column = {key: np.array([[each[key]] for each in hows], np.float32) for key in hows[0]}
     ks = np.where(column["top_k"] == 0, v, column["top_k"]).astype(np.int32)
-    order, ranked = _filter(
-        _penalise(jnp.asarray(logits), seen, column["repetition_penalty"]),
+    order, ranked = filtered(
+        penalise(jnp.asarray(logits), seen, column["repetition_penalty"]),
         column["temperature"], ks, column["top_p"], column["min_p"],
     )  # fmt: skip
     found = np.full_like(logits, -np.inf)
@@ -339,7 +339,7 @@ def test_seeds_and_filters_reach_the_loop(llm, greedy):
         return generate_ids(model, batch, max_new_tokens=NEW, sampling=Sampling(**options))
 
     one = run(temperature=1.0, seed=1)
-    compiled = _decode._cache_size()
+    compiled = decode._cache_size()
     assert run(temperature=1.0, seed=1) == one
     assert run(temperature=1.0, seed=2) != one
     assert one != greedy
@@ -347,7 +347,7 @@ def test_seeds_and_filters_reach_the_loop(llm, greedy):
     assert run(temperature=1.0, min_p=1.0, seed=1) == greedy
     assert run(temperature=1.0, top_k=1, seed=1) == greedy
     assert run(temperature=1e-4, seed=1) == greedy
-    assert _decode._cache_size() == compiled  # they are no constants
+    assert decode._cache_size() == compiled  # they are no constants
     assert run(temperature=0.0, top_k=None, top_p=0.5, seed=1) == greedy
 
 
@@ -365,7 +365,7 @@ def test_compilations_are_as_few_as_buckets(tmp_path):
     model, processor = converters.load(tmp_path)
     processor = dataclasses.replace(processor, lengths=(32, 48, 80))
     rng = np.random.default_rng(1)
-    before = _prefill._cache_size(), _decode._cache_size()
+    before = prefill._cache_size(), decode._cache_size()
     used = set()
     for i in range(50):
         h, w = rng.integers(10, 120, 2)
@@ -375,8 +375,8 @@ def test_compilations_are_as_few_as_buckets(tmp_path):
         used.add(batch.tokens.shape)
         generate_ids(model, batch, max_new_tokens=1 + i % 5)
     assert used == {(1, 32), (1, 48), (1, 80)}
-    assert _prefill._cache_size() - before[0] == 3
-    assert _decode._cache_size() - before[1] == 3
+    assert prefill._cache_size() - before[0] == 3
+    assert decode._cache_size() - before[1] == 3
 
 
 def join(pieces) -> tuple[list[list[int]], int]:
@@ -396,12 +396,12 @@ def test_streamed_ids_are_the_generated(llm, greedy, every: int, how: Sampling):
     batch = processor(input_ids=TEXTS)
     stop = (greedy[0][3], greedy[1][9])
     expected = generate_ids(model, batch, max_new_tokens=NEW, stop=stop, sampling=how)
-    compiled = _prefill._cache_size(), _decode._cache_size()
+    compiled = prefill._cache_size(), decode._cache_size()
     pieces = stream_ids(model, batch, every=every, max_new_tokens=NEW, stop=stop, sampling=how)
     rows, count = join(pieces)
     assert rows == expected
     assert count == -(-NEW // every)
-    assert (_prefill._cache_size(), _decode._cache_size()) == compiled
+    assert (prefill._cache_size(), decode._cache_size()) == compiled
 
 
 def test_a_stream_ends_with_its_last_row(llm, greedy):

@@ -32,7 +32,7 @@ from vfjax import (
     forward,
     generate_ids,
 )
-from vfjax.generate import _decode, _first, _prefill, _rows
+from vfjax.generate import decode, first_tokens, prefill, rows_of
 from vfjax.nn.layers import linear
 from vfjax.sharding import make_mesh, mesh_of, param_sharding, place
 
@@ -132,10 +132,16 @@ def test_decoding_gathers_no_parameter_and_copies_no_cache(folders, single, devi
     mesh = make_mesh(1, 8) if devices == 8 else None
     model, _ = converters.load(folders["fused"], mesh=mesh)
     batch = place(make_batch(single["fused"][1], 4), mesh)
-    logits, cache = _prefill(*jax.tree.flatten(model), batch, size=batch.tokens.shape[1] + 64)
-    rows = _rows(model, batch, 8, (), Sampling(), Settings())
-    args = (*jax.tree.flatten(model), cache, _first(logits, rows, steps=64), rows, jnp.int32(8))
-    text = _decode.lower(*args).compile().as_text()
+    logits, cache = prefill(*jax.tree.flatten(model), batch, size=batch.tokens.shape[1] + 64)
+    rows = rows_of(model, batch, 8, (), Sampling(), Settings())
+    args = (
+        *jax.tree.flatten(model),
+        cache,
+        first_tokens(logits, rows, steps=64),
+        rows,
+        jnp.int32(8),
+    )
+    text = decode.lower(*args).compile().as_text()
     assert "dynamic-update-slice" in text  # the cache is written, and the shapes below are its own
     if mesh is None:
         assert not {cache.k[0].shape, cache.v[0].shape} & shapes("copy", text)
@@ -184,7 +190,7 @@ def test_the_cache_is_divided_over_rows_and_key_heads(single, sharded, mesh) -> 
     model = sharded["fused"]
     batch = place(make_batch(single["fused"][1], 4), mesh)
     size = batch.tokens.shape[1] + 64
-    logits, cache = _prefill(*jax.tree.flatten(model), batch, size=size)
+    logits, cache = prefill(*jax.tree.flatten(model), batch, size=size)
 
     def shapes(cache: object) -> list[set[tuple[int, ...]]]:
         return [
@@ -193,11 +199,17 @@ def test_the_cache_is_divided_over_rows_and_key_heads(single, sharded, mesh) -> 
 
     divided = [{(2, 1, 8, size)}, {(2, 1, size, 8)}]
     assert shapes(cache) == divided
-    rows = _rows(model, batch, 8, (), Sampling(), Settings())
-    args = (*jax.tree.flatten(model), cache, _first(logits, rows, steps=64), rows, jnp.int32(8))
-    program = _decode.lower(*args).compile()
+    rows = rows_of(model, batch, 8, (), Sampling(), Settings())
+    args = (
+        *jax.tree.flatten(model),
+        cache,
+        first_tokens(logits, rows, steps=64),
+        rows,
+        jnp.int32(8),
+    )
+    program = decode.lower(*args).compile()
     assert f"[2,4,{size},8]" not in program.as_text()  # no device ever holds all heads
-    _, cache = _decode(*args)
+    _, cache = decode(*args)
     assert shapes(cache) == divided
 
 

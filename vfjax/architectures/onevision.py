@@ -110,14 +110,14 @@ class OneVision(LlavaNext):
         """A frame's tokens, half as many a side, rounded up."""
         half = math.ceil(self.side / 2)
         tokens = number * self.side**2 + np.arange(self.side**2)
-        return _resized(tokens.reshape(self.side, self.side), (half, half))
+        return resized(tokens.reshape(self.side, self.side), (half, half))
 
     def _raster(self, size: Size, grid: Size) -> Run:
         """The tiles' tokens without padding, perhaps fewer, a newline behind each row."""
         raster = self.side**2 + tiling.raster_indices(grid, self.side)
         raster = raster[tiling.unpad(size, (raster.shape[1], raster.shape[0]), self.decimals)]
         rows, cols = self.shrunk((raster.shape[0], raster.shape[1]))
-        made = _resized(raster, (rows, cols))
+        made = resized(raster, (rows, cols))
         lines = np.arange(rows * cols).reshape(rows, cols)
         parts = [part for line in lines for part in (made[line], NEWLINE)]
         return Run.join([Run.of(np.zeros(0, np.int64)), *parts])  # a thin picture may have no row
@@ -132,7 +132,7 @@ def _moved(run: Run, start: int, newline: int) -> Run:
     return dataclasses.replace(run, indices=np.where(run.indices < 0, newline, start + run.indices))
 
 
-def _resized(raster: np.ndarray, size: Size) -> Run:
+def resized(raster: np.ndarray, size: Size) -> Run:
     """A raster of tokens in other rows and columns; torch's bilinear, without antialiasing.
 
     Args:

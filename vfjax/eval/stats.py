@@ -42,7 +42,7 @@ def ratio(
     """
     top = np.asarray(numerators, np.float64)
     bottom = np.ones_like(top) if denominators is None else np.asarray(denominators, np.float64)
-    whole = scale * _divided(top.sum(), bottom.sum()) if value is None else value
+    whole = scale * divided(top.sum(), bottom.sum()) if value is None else value
     return Metric(float(whole), ((scale, top, bottom),))
 
 
@@ -54,7 +54,8 @@ def total(metrics: Sequence[Metric], *, mean: bool = False, value: float | None 
     return Metric(float(whole), terms)  # type: ignore[arg-type]
 
 
-def _divided(top: ArrayLike, bottom: ArrayLike) -> np.ndarray:
+def divided(top: ArrayLike, bottom: ArrayLike) -> np.ndarray:
+    """Their quotient, float64, 0 where the divisor is."""
     top, bottom = np.asarray(top), np.asarray(bottom)
     return np.divide(top, bottom, out=np.zeros_like(top, dtype=np.float64), where=bottom != 0)
 
@@ -136,7 +137,7 @@ def _drawn(
     for name, metric in metrics.items():
         values = np.zeros(draws)
         for scale, *_ in metric.terms:
-            values += scale * _divided(sums[:, at], sums[:, at + 1])
+            values += scale * divided(sums[:, at], sums[:, at + 1])
             at += 2
         if metric.terms:
             out[name] = values

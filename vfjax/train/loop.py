@@ -123,7 +123,7 @@ def fit(
     del params  # the state has its arrays
     step = make_step(graph, tx, state, dtype=options.dtype, mesh=mesh, seed=options.seed)
     states = Checkpoints(folder / "states", config or {}, keep=options.keep)
-    with states, _stop_requested() as stop_requested, contextlib.ExitStack() as stack:
+    with states, stop_signals() as stop_requested, contextlib.ExitStack() as stack:
         done = states.step or 0
         if done:
             state = states.restore(state)
@@ -305,7 +305,7 @@ def _check(step: int, row: Mapping[str, float]) -> None:
 
 
 @contextlib.contextmanager
-def _stop_requested() -> Iterator[Callable[[int], bool]]:
+def stop_signals() -> Iterator[Callable[[int], bool]]:
     """Yields step -> whether SIGTERM, SIGHUP or Ctrl-C came; on several processes, at a step that
     all agree on, SIGTERM alone.
 

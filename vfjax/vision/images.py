@@ -23,7 +23,7 @@ from vfjax.errors import InputError
 
 MAX_SIDE = 20_000  # a picture with this side or a longer one is refused
 MAX_PIXELS = 178_956_970  # as Pillow's guard against decompression bombs
-_BAND = 512  # rows padded at a time
+BAND = 512  # rows padded at a time
 # What Pillow's decoders are seen to raise on damaged bytes.
 _DECODER_ERRORS = (
     OSError,
@@ -342,8 +342,8 @@ def _pad_and_resize(image: Image.Image, spec: ImageSpec) -> Image.Image:
     side = max(width, height)
     left, top = (side - width) // 2, (side - height) // 2
     rows = Image.new("RGB", (spec.edge, side), colour)
-    for y in range(0, height, _BAND):
-        band = Image.new("RGB", (side, min(_BAND, height - y)), colour)
+    for y in range(0, height, BAND):
+        band = Image.new("RGB", (side, min(BAND, height - y)), colour)
         band.paste(image.crop((0, y, width, y + band.height)), (left, 0))
         rows.paste(band.resize((spec.edge, band.height), spec.resample), (0, top + y))
     return rows.resize((spec.edge, spec.edge), spec.resample)

@@ -87,7 +87,7 @@ def test_any_tensors_give_the_bytes_of_the_library(tmp_path_factory, layout):
     }
     out = tmp_path_factory.mktemp("any") / "out"
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(writer, "_sync", lambda path: None)  # slow, and not what is tested
+        patch.setattr(writer, "sync", lambda path: None)  # slow, and not what is tested
         write_folder(out, {"": {name: Lazy(array) for name, array in tensors.items()}})
     expected = safetensors.numpy.save(tensors, {"format": "pt"})
     assert (out / "model.safetensors").read_bytes() == expected
@@ -201,7 +201,7 @@ def test_same_inputs_same_bytes_and_memory_of_a_few_blocks(tmp_path, monkeypatch
 
 def test_reading_ahead_is_bounded(tmp_path, monkeypatch):
     monkeypatch.setattr(lazy, "BLOCK", 100)
-    monkeypatch.setattr(writer, "_THREADS", 3)
+    monkeypatch.setattr(writer, "THREADS", 3)
     read = written = most = 0
 
     class Ahead(Lazy):
@@ -228,7 +228,7 @@ def test_sha256(tmp_path):
 def test_all_is_on_the_disk_before_the_rename(tmp_path, monkeypatch):
     out = tmp_path / "out"
     synced = []
-    monkeypatch.setattr(writer, "_sync", lambda path: synced.append((path.name, out.exists())))
+    monkeypatch.setattr(writer, "sync", lambda path: synced.append((path.name, out.exists())))
     write_folder(out, {"": some(), "tower": some()}, files={"config.json": b"{}"})
     shards = ["model.safetensors", "model.safetensors"]
     files = ["config.json", *shards, "out", "tower", *(f"{shard}.part" for shard in shards)]
@@ -277,7 +277,7 @@ def test_too_little_room_is_said_before_any_work(tmp_path):
 @pytest.mark.parametrize("nth", [1, 2, 4])
 def test_a_full_disk_leaves_nothing(tmp_path, monkeypatch, code, nth):
     calls = 0
-    write = writer._write
+    write = writer.write_all
 
     def failing(file, data):
         nonlocal calls
@@ -286,7 +286,7 @@ def test_a_full_disk_leaves_nothing(tmp_path, monkeypatch, code, nth):
             raise OSError(code, os.strerror(code))
         write(file, data)
 
-    monkeypatch.setattr(writer, "_write", failing)
+    monkeypatch.setattr(writer, "write_all", failing)
     monkeypatch.setattr(lazy, "BLOCK", 10)
     message = f"out/model.safetensors: found {os.strerror(code)} while writing, expected .* bytes"
     with pytest.raises(InputError, match=message):

@@ -11,7 +11,7 @@ from PIL import Image
 
 from vfjax.architectures import MLPConfig, OneVision, ProjectorConfig, Run
 from vfjax.architectures.combine import Combine
-from vfjax.architectures.onevision import _resized
+from vfjax.architectures.onevision import resized
 from vfjax.vision.encoders import SigLIPConfig
 from vfjax.vision.images import ImageSpec
 from vfjax.vision.video import Video
@@ -62,7 +62,7 @@ def test_a_raster_is_resized_as_torch_does():
     torch = pytest.importorskip("torch")
     rng = np.random.default_rng(0)
     values = rng.normal(size=(7, 10)).astype(np.float32)
-    run: Run = _resized(np.arange(70).reshape(7, 10), (4, 6))
+    run: Run = resized(np.arange(70).reshape(7, 10), (4, 6))
     assert run.weights is not None
     found = (values.reshape(-1)[run.indices] * run.weights).sum(axis=1)
     theirs = torch.nn.functional.interpolate(

@@ -8,12 +8,12 @@ import pytest
 
 from vfjax import InputError
 from vfjax.eval import Data, Metric, Question, get_benchmark, read
-from vfjax.eval.stats import _divided
+from vfjax.eval.stats import divided
 from vfjax.eval.yesno import read_pope, says_no, score_mme, score_pope
 
 
 def from_terms(metric: Metric) -> float:
-    return sum(s * float(_divided(np.sum(top), np.sum(low))) for s, top, low in metric.terms)
+    return sum(s * float(divided(np.sum(top), np.sum(low))) for s, top, low in metric.terms)
 
 
 @pytest.mark.parametrize(

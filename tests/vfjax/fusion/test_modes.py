@@ -33,7 +33,7 @@ from vfjax import (
     generate_ids,
 )
 from vfjax.fusion import segments as places
-from vfjax.generate import _prefill
+from vfjax.generate import prefill
 from vfjax.nn.flash import splash
 from vfjax.sharding import make_mesh
 
@@ -276,7 +276,7 @@ def test_order_of_members_does_not_matter_when_parallel_and_blind(family, tokens
 
 def last(model, batch) -> np.ndarray:
     """Logits of each row's next token."""
-    return np.asarray(_prefill(*jax.tree.flatten(model), batch, size=LENGTH + 64)[0])
+    return np.asarray(prefill(*jax.tree.flatten(model), batch, size=LENGTH + 64)[0])
 
 
 def same_llms(model: Model) -> CacheFusion:

@@ -114,8 +114,8 @@ def test_a_signal_that_does_not_wait(number, moment) -> None:
     code = f"""
 import os, signal, threading, time
 import jax
-from vfjax.train.loop import _stop_requested
-with _stop_requested() as stop:
+from vfjax.train.loop import stop_signals
+with stop_signals() as stop:
     if {moment == "twice"}:
         assert not stop(1)
         threading.Timer(1, os.kill, (os.getpid(), {int(number)})).start()

@@ -33,7 +33,7 @@ def encode(image: Image.Image, kind: str, **options) -> bytes:
 
 @pytest.mark.parametrize("resize", ["shortest", "squash"])
 def test_padding_in_bands_equals_padding_the_square(monkeypatch, resize):
-    monkeypatch.setattr(images, "_BAND", 7)
+    monkeypatch.setattr(images, "BAND", 7)
     spec = ImageSpec(
         size=28,
         edge=32,

@@ -137,10 +137,11 @@ def depthwise(x: Array, kernel: Array) -> Array:
     Returns:
         [n, h, w, d] in x's dtype.
     """
-    return jax.lax.platform_dependent(x, kernel, cpu=_shifted, default=_convolved)
+    return jax.lax.platform_dependent(x, kernel, cpu=_shifted, default=convolved)
 
 
-def _convolved(x: Array, kernel: Array) -> Array:
+def convolved(x: Array, kernel: Array) -> Array:
+    """What `depthwise` computes, by XLA's grouped convolution."""
     return jax.lax.conv_general_dilated(
         x,
         kernel,

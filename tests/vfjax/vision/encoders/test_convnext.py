@@ -201,7 +201,7 @@ def test_depthwise_is_the_convolution_of_xla(shape: tuple[int, ...], side: int):
         for i, size in enumerate([shape, (side, side, 1, shape[-1]), shape])
     )
     found, expected = (
-        jax.vjp(jax.jit(f), x, kernel) for f in (convnext.depthwise, convnext._convolved)
+        jax.vjp(jax.jit(f), x, kernel) for f in (convnext.depthwise, convnext.convolved)
     )
     for a, b in zip((found[0], *found[1](seen)), (expected[0], *expected[1](seen)), strict=True):
         np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-4)

@@ -9,7 +9,7 @@ import numpy as np
 
 from vfjax.architectures.base import Pictures, bucket
 from vfjax.errors import InputError
-from vfjax.fusion.prune import Groups, group
+from vfjax.fusion.prune import group
 from vfjax.fusion.shard import Shard, agree, no_room
 from vfjax.fusion.splice import Slots, expand, layout, pad
 from vfjax.model import Batch, ModelConfig
@@ -26,6 +26,7 @@ from vfjax.rows import (
 )
 from vfjax.settings import Settings
 from vfjax.text import chat as own
+from vfjax.text import labels as training
 from vfjax.text import prompts as text
 from vfjax.text.tokenizer import Tokenizer
 from vfjax.vision.images import Convert, File, open_file
@@ -114,11 +115,11 @@ class Processor:
         return text.encoded(self.require_tokenizer(), prompt, self.image_token)
 
     def labels(self, turns: Sequence[text.Turn]) -> tuple[list[int], list[int]]:
-        """Training ids and labels of a conversation; see `prompts.labels`, `chat.labels`."""
+        """Training ids and labels of a conversation; see `vfjax.text.labels`, `chat.labels`."""
         if self.template == own.CHAT_TEMPLATE:
             return own.labels(self, turns)
         template = text.get_template(self.template)
-        return text.labels(self.require_tokenizer(), template, turns, self.image_token)
+        return training.labels(self.require_tokenizer(), template, turns, self.image_token)
 
     @property
     def stop_texts(self) -> tuple[str, ...]:
@@ -223,6 +224,10 @@ class Processor:
             learn = np.full(mask.shape, text.IGNORE, np.int32)
             learn[mask] = np.concatenate(wanted)
             learn[slots.segments > 0] = text.IGNORE
+        groups, prune = None, self.config.prune
+        if images_in and prune is not None:
+            shares = prune.shares(len(self.config.branches))
+            groups = group(shares, owned, slots.visual, mask, self._length)
         placed = any(branch.architecture.axes > 1 for branch in self.config.branches)
         return Batch(
             tokens=slots.ids,
@@ -231,21 +236,11 @@ class Processor:
             segments=slots.segments,
             images=images_in,
             labels=learn,
-            groups=self._groups(owned, slots.visual, mask) if images_in else None,
+            groups=groups,
             sizes=sizes,
             place=slots.place if placed else None,
             steps=slots.steps if placed else None,
         )
-
-    def _groups(
-        self, parts: Sequence[Sequence[Sequence[Slots]]], visual: np.ndarray, mask: np.ndarray
-    ) -> Groups | None:
-        """What pruning needs to know; `parts` are each row's pictures' tokens by branch."""
-        if self.config.prune is None:
-            return None
-        shares = self.config.prune.shares(len(self.config.branches))
-        numbers = [[[s.visual[s.visual >= 0] for s in p] for p in row] for row in parts]
-        return group(shares, numbers, visual, mask, self._length)
 
     def shard(
         self,

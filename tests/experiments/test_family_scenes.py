@@ -13,7 +13,8 @@ from PIL import Image
 
 from experiments.family import language, scenes
 from vfjax.data import Conversations
-from vfjax.text.prompts import get_template, labels
+from vfjax.text.labels import labels
+from vfjax.text.prompts import get_template
 
 COUNT = 40
 

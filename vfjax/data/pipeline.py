@@ -400,7 +400,7 @@ def _pair(k: int, i: int) -> Row:
 def _widened(
     ids: list[int], labels: list[int], counts: Sequence[int]
 ) -> tuple[list[int], list[int]]:
-    """One placeholder a picture: `text.labels` leaves one for all pictures of a question."""
+    """One placeholder a picture: `vfjax.text.labels` leaves one for all pictures of a question."""
     repeats = np.ones(len(ids), np.int64)
     repeats[[i for i, token in enumerate(ids) if token == text.IMAGE_ID]] = counts
     return np.repeat(ids, repeats).tolist(), np.repeat(labels, repeats).tolist()

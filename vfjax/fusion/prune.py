@@ -16,6 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from vfjax.errors import InputError, check, counted, one_of
+from vfjax.fusion.splice import Slots
 from vfjax.llm.llama import Attention, Llama, Step
 from vfjax.llm.watch import watched, weights
 
@@ -230,7 +231,7 @@ def marks(parts: Sequence[Sequence[AnyArray]], shares: Sequence[float]) -> np.nd
 
 def group(
     shares: Sequence[float],
-    parts: Sequence[Sequence[Sequence[np.ndarray]]],
+    parts: Sequence[Sequence[Sequence[Slots]]],
     visual: np.ndarray,
     mask: np.ndarray,
     bucket_of: Callable[[int], int],
@@ -239,7 +240,7 @@ def group(
 
     Args:
         shares: of each branch that stay.
-        parts: of each row's pictures by branch the numbers of their visual tokens in the batch.
+        parts: of each row each picture's tokens by branch.
         visual: int32[b, t] of the batch.
         mask: bool[b, t].
         bucket_of: the length that a row of so many tokens is filled up to.
@@ -250,7 +251,8 @@ def group(
     stay = (mask & (visual < 0)).sum(axis=1)
     for i, pictures in enumerate(parts):
         places = np.flatnonzero(visual[i] >= 0)
-        marked = marks(pictures, shares)[:, : len(places)]
+        numbers = [[s.visual[s.visual >= 0] for s in branches] for branches in pictures]
+        marked = marks(numbers, shares)[:, : len(places)]
         of[i, places], most[i, places] = marked
         sizes = np.bincount(marked[0])
         stay[i] += sum(min(k, sizes[g]) for g, k in dict(marked.T.tolist()).items())

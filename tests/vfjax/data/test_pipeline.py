@@ -35,6 +35,7 @@ from vfjax.data import Batches, Conversations
 from vfjax.errors import InputError
 from vfjax.llm import LlamaConfig
 from vfjax.model import BranchConfig, ModelConfig
+from vfjax.text import labels as training
 from vfjax.text import prompts
 from vfjax.vision.encoders import CLIPConfig, ConvNeXtConfig
 from vfjax.vision.images import ImageSpec
@@ -575,7 +576,7 @@ def test_videos_are_read_as_frames(tmp_path: Path, processor):
     assert len(batches.broken) == 1 and "1.mp4" in batches.broken[0]
     assert batches.broken[0].startswith(f"{data.path} row 1 (id 1): found video ")
     video = open_video(tmp_path / "images/0.mp4", frames=4)
-    ids, labels = prompts.labels(
+    ids, labels = training.labels(
         processor.tokenizer, prompts.get_template(processor.template), data[0].turns
     )
     assert_equal(batch, processor([video] * 2, input_ids=[ids] * 2, labels=[labels] * 2))

@@ -1,37 +1,23 @@
-"""Prompts, token ids and loss masks against recordings of the four upstream code bases."""
+"""Prompts and token ids against recordings of the four upstream code bases."""
 
 import json
-import shutil
-import warnings
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
-from transformers import LlamaTokenizer, PreTrainedTokenizerFast
+from transformers import LlamaTokenizer
 
-from converters.tokenizer import load_tokenizer
+from tests.vfjax.text.common import BASES, VARIANTS, Letters, llama, template_of
 from vfjax.errors import InputError
 from vfjax.text.prompts import (
-    IGNORE,
     IMAGE_ID,
     TEMPLATES,
-    Template,
     get_template,
-    labels,
     render,
     tokenize,
     tokenize_whole,
 )
 
-BASES = ("LLaVA", "MGM", "SliME", "DenseConnector")
-# Names that mean something else in this code base than elsewhere.
-VARIANTS = {("MGM", "mistral_instruct"): "mistral_instruct_mgm"}
-VARIANTS |= {("DenseConnector", "llama_3"): "llama_3_dc"}
 FORMS = ("first_question", "second_question", "complete")
-
-
-def template_of(base: str, name: str) -> Template:
-    return TEMPLATES[VARIANTS.get((base, name), name)]
 
 
 def turns_of(talk: list[list[str]], form: str) -> list[tuple[str, str | None]]:
@@ -45,33 +31,6 @@ def turns_of(talk: list[list[str]], form: str) -> list[tuple[str, str | None]]:
 @pytest.fixture(scope="module")
 def prompts(shared: Path) -> dict:
     return json.loads((shared / "golden" / "prompts.json").read_text())
-
-
-@pytest.fixture(scope="module")
-def rows(shared: Path) -> dict:
-    return json.loads((shared / "golden" / "labels.json").read_text())["rows"]
-
-
-def llama(model: Path, folder: Path, **options) -> LlamaTokenizer:
-    """A SentencePiece file as people have it: a folder with tokenizer.model."""
-    folder.mkdir()
-    shutil.copy(model, folder / "tokenizer.model")
-    (folder / "tokenizer_config.json").write_text(json.dumps(options))
-    return load_tokenizer(folder)
-
-
-@pytest.fixture(scope="module")
-def tokenizers(shared: Path, tmp_path_factory: pytest.TempPathFactory) -> dict:
-    folder, tmp = shared / "golden" / "tokenizers", tmp_path_factory.mktemp("tokenizers")
-    found = {
-        name: PreTrainedTokenizerFast(
-            tokenizer_file=str(folder / f"{name}_tokenizer.json"), bos_token="<|begin_of_text|>"
-        )
-        for name in ("bpe", "bpe_no_bos")
-    }
-    for name, legacy in (("spm_legacy", True), ("spm_not_legacy", False)):
-        found[name] = llama(folder / "spm_tiny.model", tmp / name, legacy=legacy)
-    return found
 
 
 @pytest.fixture(scope="module")
@@ -164,18 +123,6 @@ def test_bad_turns(turns, message):
         render(TEMPLATES["v1"], turns)
 
 
-class Letters:
-    """One id a letter (its code point); puts `bos` first if asked."""
-
-    bos_token_id = 1
-
-    def __init__(self, bos: bool):
-        self.bos = bos
-
-    def __call__(self, text: str) -> SimpleNamespace:
-        return SimpleNamespace(input_ids=[1] * self.bos + [ord(c) for c in text])
-
-
 def test_tokenize_keeps_one_bos():
     a, b = ord("a"), ord("b")
     assert tokenize(Letters(True), "a<image>b<image>") == [1, a, IMAGE_ID, b, IMAGE_ID]
@@ -208,57 +155,6 @@ def test_text_after_the_picture_starts_a_sentencepiece_word(llama2):
     assert ids[0] == llama2.bos_token_id
     assert ids[place + 1 : place + 3] == [29871, 13]
     assert llama2.bos_token_id not in ids[1:]
-
-
-@pytest.mark.parametrize("base", BASES)
-def test_labels_equal_upstream(rows, tokenizers, base):
-    for row in rows[base]:
-        talk = [text for _, text in row["messages"]]
-        turns = list(zip(talk[::2], talk[1::2], strict=True))
-        template = template_of(base, row["template"])
-        with warnings.catch_warnings(record=True) as caught:
-            warnings.simplefilter("always")
-            ids, targets = labels(tokenizers[row["tokenizer"]], template, turns)
-        where = (row["template"], row["tokenizer"], row["conversation"])
-        assert ids == row["input_ids"], where
-        assert targets == row["labels"], where
-        warned = any("tokenization mismatch" in str(w.message) for w in caught)
-        assert warned == ("upstream_warning" in row), where
-
-
-@pytest.mark.parametrize("name", sorted({t.name for t in TEMPLATES.values() if t.trained_tail}))
-def test_exactly_the_answers_are_trained(name):
-    template = TEMPLATES[name]
-    turns = [("<image>\nWhy?", "It rains.")]
-    if template.tail is not None:
-        turns.append(("And ASSISTANT: now?", "<|eot_id|> Still."))
-    ids, targets = labels(Letters(template.auto_bos), template, turns)
-    kept = "".join(chr(t) for t in targets if t != IGNORE)
-    assert kept == "".join(f"{template.space}{a}{template.trained_tail}" for _, a in turns)
-    assert all(t in (i, IGNORE) for i, t in zip(ids, targets, strict=True))
-
-
-def test_tagged_pictures_in_training():
-    ids, _ = labels(Letters(True), TEMPLATES["v1_mmtag"], [("Why?\n<image>", "So.")])
-    text = "".join("@" if i == IMAGE_ID else chr(i) for i in ids)
-    assert "USER: <Image>@</Image>\nWhy? ASSISTANT: So.</s>" in text
-
-
-@pytest.mark.parametrize(
-    ("name", "turns", "message"),
-    [
-        ("llava_v0", [("q", "a")], "training form"),
-        ("v1", [("q", None)], "open turn"),
-        ("v1", [("", "a")], "empty question"),
-        ("v1", [("q", "")], "empty answer"),
-        ("v1", [("q", "<image>")], "<image> in the answer"),
-        ("plain", [("q", "a")], "one turn with <image>"),
-        ("plain", [("<image>", "a"), ("q", "a")], "2 turns"),
-    ],
-)
-def test_untrainable(name, turns, message):
-    with pytest.raises(InputError, match=message):
-        labels(Letters(True), TEMPLATES[name], turns)
 
 
 def test_llama_3_answers_as_the_system():

@@ -22,7 +22,8 @@ from converters.branches import (
 )
 from converters.export import to_bytes
 from converters.files.checksums import audit, mapped, stat, unread
-from converters.files.writer import Content, plan_shards, stage_of, write_folder
+from converters.files.shards import plan_shards
+from converters.files.writer import Content, stage_of, write_folder
 from converters.fingerprint import fingerprint, sampled
 from converters.folder import assigned, open_source, settled
 from converters.formats.visionfuse import arranged, fused_config

@@ -1,20 +1,11 @@
-"""Streaming, atomic writer of model folders: safetensors under Hugging Face's file names.
-
-The safetensors library serialises whole dictionaries: all tensors of a file must be in memory. Here
-the header is computed from shapes and dtypes and the data follows block by block, so the format
-(https://github.com/huggingface/safetensors#format) is spelled out by hand. The bytes are the same.
-"""
+"""Streaming, atomic writer of model folders: safetensors under Hugging Face's file names."""
 
 import contextlib
-import dataclasses
 import hashlib
 import io
-import json
-import math
 import os
 import shutil
 import signal
-import struct
 import threading
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -25,42 +16,15 @@ from types import EllipsisType
 import jax
 import numpy as np
 
-from converters.files.reader import DTYPES
+from converters.files.shards import Shard, index, join, plan_shards
 from vfjax import InputError
 from vfjax.atomic import UNFINISHED, claim, empty, lock
 from vfjax.merge import LazyTensor, blocks
-
-NAMES = {dtype: name for name, dtype in DTYPES.items()}
-ORDER = ["BOOL", "U8", "I8", "F8_E5M2", "F8_E4M3", "I16", "U16", "F16", "BF16"]
-ORDER += ["I32", "U32", "F32", "F64", "I64", "U64"]
-"""The library sorts tensors by dtype, the last of these first, then by name."""
 
 Content = bytes | Path | Callable[[], bytes]
 """Of a file: the bytes, a file to copy, or what returns the bytes."""
 
 THREADS = min(8, os.cpu_count() or 1)
-
-
-@dataclasses.dataclass(frozen=True)
-class Shard:
-    """A safetensors file to be.
-
-    Attributes:
-        folder: sub-folder that it is in.
-        path: in the whole folder.
-        header: its first bytes.
-        tensors: in file order.
-    """
-
-    folder: str
-    path: str
-    header: bytes
-    tensors: Mapping[str, LazyTensor]
-
-    @property
-    def size(self) -> int:
-        """Bytes."""
-        return len(self.header) + sum(map(_nbytes, self.tensors.values()))
 
 
 def write_folder(
@@ -108,7 +72,7 @@ def write_folder(
     for folder in weights:
         group = [shard for shard in shards if shard.folder == folder]
         if len(group) > 1:
-            others.append((_join(folder, "model.safetensors.index.json"), _index(group)))
+            others.append((join(folder, "model.safetensors.index.json"), index(group)))
     _check_paths(out, [*(shard.path for shard in shards), *(path for path, _ in others)])
     sizes = sum(_size(source) for _, source in others)
     with _ending(), _stage(out, shards, key, resume) as stage:
@@ -247,78 +211,6 @@ def sha256(path: str | os.PathLike[str]) -> str:
     """Hex SHA-256 of a file."""
     with open(path, "rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-def _nbytes(tensor: LazyTensor) -> int:
-    return math.prod(tensor.shape) * tensor.dtype.itemsize
-
-
-def _join(folder: str, name: str) -> str:
-    return f"{folder}/{name}" if folder else name
-
-
-def plan_shards(
-    weights: Mapping[str, Mapping[str, LazyTensor]],
-    shard_bytes: float = 5e9,
-    metadata: Mapping[str, str] | None = None,
-) -> list[Shard]:
-    """The weights files that `write_folder` makes of these arguments; nothing is read.
-
-    Raises:
-        InputError: a dtype has no safetensors name.
-    """
-    keep = metadata or {"format": "pt"}
-    groups = (_shards(folder, tensors, shard_bytes, keep) for folder, tensors in weights.items())
-    return [shard for group in groups for shard in group]
-
-
-def _shards(
-    folder: str, tensors: Mapping[str, LazyTensor], limit: float, metadata: Mapping[str, str]
-) -> list[Shard]:
-    """Splits tensors, in their order, over files of at most `limit` bytes."""
-    parts: list[dict[str, LazyTensor]] = [{}]
-    total = 0
-    for name, tensor in tensors.items():
-        if tensor.dtype not in NAMES:
-            raise InputError(
-                name, found=f"dtype {tensor.dtype}", expected=", ".join(DTYPES), fix="convert it"
-            )
-        if parts[-1] and total + _nbytes(tensor) > limit:
-            parts.append({})
-            total = 0
-        parts[-1][name] = tensor
-        total += _nbytes(tensor)
-    shards = []
-    for i, part in enumerate(parts, 1):
-        file = f"model-{i:05}-of-{len(parts):05}" if len(parts) > 1 else "model"
-        ordered = dict(sorted(part.items(), key=lambda x: (-ORDER.index(NAMES[x[1].dtype]), x[0])))
-        path = _join(folder, f"{file}.safetensors")
-        shards.append(Shard(folder, path, _header(ordered, metadata), ordered))
-    return shards
-
-
-def _header(tensors: Mapping[str, LazyTensor], metadata: Mapping[str, str]) -> bytes:
-    """Its length as 8 bytes, little-endian, then JSON padded with spaces to a multiple of 8."""
-    header: dict[str, object] = {"__metadata__": dict(metadata)}
-    end = 0
-    for name, tensor in tensors.items():
-        start, end = end, end + _nbytes(tensor)
-        header[name] = {
-            "dtype": NAMES[tensor.dtype],
-            "shape": list(tensor.shape),
-            "data_offsets": [start, end],
-        }
-    text = json.dumps(header, ensure_ascii=False, separators=(",", ":")).encode()
-    text += b" " * (-len(text) % 8)
-    return struct.pack("<Q", len(text)) + text
-
-
-def _index(shards: Iterable[Shard]) -> bytes:
-    """The JSON that tells transformers which tensor is in which file."""
-    places = {name: PurePosixPath(shard.path).name for shard in shards for name in shard.tensors}
-    total = sum(_nbytes(tensor) for shard in shards for tensor in shard.tensors.values())
-    index = {"metadata": {"total_size": total}, "weight_map": places}
-    return (json.dumps(index, indent=2, sort_keys=True) + "\n").encode()
 
 
 def _check_paths(out: Path, paths: list[str]) -> None:

@@ -10,6 +10,7 @@ from vfjax.vision.encoders.convnext import ConvNeXt, ConvNeXtConfig
 from vfjax.vision.encoders.dino import DINOConfig
 from vfjax.vision.encoders.dinov2 import DINOv2Config
 from vfjax.vision.encoders.dinov3 import DINOv3, DINOv3Config
+from vfjax.vision.encoders.idefics import IdeficsConfig
 from vfjax.vision.encoders.siglip import SigLIPConfig
 from vfjax.vision.encoders.vit import ViT
 
@@ -21,6 +22,7 @@ __all__ = [
     "DINOv2Config",
     "DINOv3",
     "DINOv3Config",
+    "IdeficsConfig",
     "SigLIPConfig",
     "ViT",
 ]

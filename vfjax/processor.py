@@ -204,7 +204,10 @@ class Processor:
         pictures = read_pictures(images, rows, len(self.config.branches))
         counts = [placeholders(row) for row in rows]
         words = [ids[:truncate] for ids in texts(rows)]
-        images_in, parts, sizes = self._prepare(pictures, counts, words, shard)
+        alone = prompts is not None and len(self.config.branches) == 1
+        images_in, parts, sizes, around = self._prepare(pictures, counts, words, shard, alone)
+        if prompts is not None and any(first or last for first, last in around):
+            rows = self._ids(self._written(prompts, around), None)
         rest = iter(parts)
         owned = [list(itertools.islice(rest, count)) for count in counts]
         expanded = [
@@ -301,8 +304,12 @@ class Processor:
         counts: Sequence[int],
         words: Sequence[np.ndarray],
         shard: Shard | None,
-    ) -> tuple[dict[str, Pictures], list[list[Slots]], tuple[int, ...]]:
+        alone: bool,
+    ) -> tuple[dict[str, Pictures], list[list[Slots]], tuple[int, ...], list[tuple[str, str]]]:
         """Each branch's inputs; each picture's tokens by branch; and visual tokens of the branches.
+
+        Last, of each picture the words that it begins and ends with, and that are left out, if it
+        is `alone` between a prompt's words: its tokenizer may join them.
 
         Args:
             pictures: of all rows.
@@ -312,18 +319,25 @@ class Processor:
         """
         slots = shard.pictures if shard else None
         if not (pictures or slots):
-            return {}, [], ()
+            return {}, [], (), []
         owner = [i for i, p in enumerate(pictures) for _ in range(frames(p))]
         videos = any(isinstance(p, Video) for p in pictures)
         if slots is not None and (videos or len(owner) > slots):
             raise no_room("pictures", len(owner), slots)
         shown = {convert: open_media(pictures, counts, convert) for convert in self.converts}
         parts: list[list[Slots]] = [[] for _ in pictures]
+        around = [("", "")] * len(pictures)
         inputs: dict[str, Pictures] = {}
         sizes: list[int] = []
         for number, branch in enumerate(self.config.branches):
             path = branch.architecture
             ready = path.prepare(shown[path.images.convert], slots)
+            if any(run.words for run in ready.runs):
+                runs = ready.runs
+                if alone:
+                    runs, around = map(list, zip(*(run.opened() for run in runs), strict=True))
+                spoken = [run.tokenized(self._say) for run in runs]
+                ready = dataclasses.replace(ready, runs=spoken)
             tokens, gather, size = layout(ready, sum(sizes), number, shard)
             prompt = None
             if path.reads_text:
@@ -334,7 +348,29 @@ class Processor:
             for mine, more in zip(parts, tokens, strict=True):
                 mine.append(more)
             sizes.append(size)
-        return inputs, parts, tuple(sizes)
+        return inputs, parts, tuple(sizes), around
+
+    def _say(self, words: str) -> list[int]:
+        """Ids of words that stand between a picture's tokens."""
+        ids = list(self.require_tokenizer()(words, add_special_tokens=False).input_ids)
+        if ids and max(ids) >= self.config.llm.vocab:
+            raise InputError(
+                "tokenizer",
+                found=f"id {max(ids)} in {words!r}",
+                expected=f"ids below {self.config.llm.vocab}, the rows of the embedding",
+                fix="use the checkpoint's own tokenizer",
+            )
+        return ids
+
+    def _written(self, prompts: Sequence[str], around: Sequence[tuple[str, str]]) -> list[str]:
+        """Prompts with words written before and behind each picture."""
+        token, rest = self.image_token or text.IMAGE_TOKEN, iter(around)
+        out = []
+        for prompt in prompts:
+            first, *pieces = prompt.replace(text.IMAGE_TOKEN, token).split(token)
+            words = zip(itertools.islice(rest, len(pieces)), pieces, strict=True)
+            out.append(first + "".join(f"{a}{token}{b}{piece}" for (a, b), piece in words))
+        return out
 
     def require_tokenizer(self) -> Tokenizer:
         """The tokenizer; raises InputError if there is none."""

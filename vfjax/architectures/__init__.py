@@ -21,6 +21,7 @@ from vfjax.architectures.base import (
 from vfjax.architectures.combine import Combine
 from vfjax.architectures.comm import Comm, COMMConfig, MergeConfig
 from vfjax.architectures.dense_connector import dense
+from vfjax.architectures.idefics import Film, Idefics, Marks, ShuffleConfig
 from vfjax.architectures.llava import Llava, ProjectorConfig
 from vfjax.architectures.llava_next import LlavaNext
 from vfjax.architectures.mini_gemini import MiniGemini, MiningConfig
@@ -36,11 +37,14 @@ __all__ = [
     "Combine",
     "Comm",
     "Encoded",
+    "Film",
     "Gather",
+    "Idefics",
     "Inputs",
     "Llava",
     "LlavaNext",
     "MLPConfig",
+    "Marks",
     "Media",
     "MergeConfig",
     "MiniGemini",
@@ -52,6 +56,7 @@ __all__ = [
     "Prompt",
     "Rows",
     "Run",
+    "ShuffleConfig",
     "SliMEConfig",
     "Slime",
     "Tapped",

@@ -161,10 +161,12 @@ class Run:
         weights: float32[k, p] of their sum; None: they have the same, or, where p > 1, the largest
             of the values.
         marks: int64[k], ids of tokens that are text (as `<img>`, or ends of rows); -1 at visual
-            ones. None: all are visual. `indices` is not read at marks.
+            ones; -2 - i where the tokens of `words[i]` are to stand. None: all are visual.
+            `indices` is not read at marks.
         place: int64[k, 3], where each stands from the picture's start: time, row, column, as LLMs
             with M-RoPE count. None: one after another.
         span: positions that the picture takes, if they have places.
+        words: texts that are tokenised with the batch, as times of frames; of runs without places.
     """
 
     indices: np.ndarray
@@ -172,6 +174,7 @@ class Run:
     marks: np.ndarray | None = None
     place: np.ndarray | None = None
     span: int = 0
+    words: tuple[str, ...] = ()
 
     def __len__(self) -> int:
         return len(self.indices)
@@ -185,6 +188,28 @@ class Run:
         """Some of the tokens, of a run without places."""
         weights = None if self.weights is None else self.weights[where]
         return Run(self.indices[where], weights)
+
+    def tokenized(self, tokenize: Callable[[str], Sequence[int]]) -> "Run":
+        """The same with the ids of its words, which `tokenize` gives, among the marks."""
+        marks, counts = self.text, np.ones(len(self), np.int64)
+        ids = [np.asarray(tokenize(text), np.int64) for text in self.words]
+        places = np.flatnonzero(marks <= -2)
+        said = [ids[-2 - mark] for mark in marks[places]]
+        counts[places] = [len(each) for each in said]
+        at = np.repeat(np.arange(len(self)), counts)
+        new = marks[at]
+        new[new <= -2] = np.concatenate([np.zeros(0, np.int64), *said])
+        weights = None if self.weights is None else self.weights[at]
+        return Run(self.indices[at], weights, new)
+
+    def opened(self) -> tuple["Run", tuple[str, str]]:
+        """The run without the words that it begins and ends with, and these."""
+        first, last = ("" if k > -2 else self.words[-2 - k] for k in self.text[[0, -1]])
+        kept = slice(1 if first else 0, len(self) - 1 if last else len(self))
+        fields = (self.indices, self.weights, self.marks)
+        indices, weights, marks = (None if x is None else x[kept] for x in fields)
+        assert indices is not None
+        return Run(indices, weights, marks, words=self.words), (first, last)
 
     @classmethod
     def join(cls, runs: Sequence["Run"]) -> "Run":

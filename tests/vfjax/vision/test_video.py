@@ -50,6 +50,19 @@ def test_frames_of_pictures():
     assert found == [18, 56, 93, 131, 168, 205, 243, 280]
 
 
+def test_times_of_frames(clip: Path):
+    """By the file's rate or one that is given; of pictures without, none."""
+    video = open_video(clip, choose=lambda total, rate: [0, int(rate) + 1, total - 1])
+    assert video.times == (0.0, 1.1, 1.9) and video.duration == 2.0
+    pictures = [np.full((8, 8, 3), k, np.uint8) for k in range(6)]
+    assert open_video(pictures, frames=2).times is None
+    assert open_video(pictures, frames=2, rate=2).times == (1.0, 2.0)
+    with pytest.raises(InputError, match="found frames without their rate"):
+        open_video(pictures, choose=lambda total, rate: [0])
+    with pytest.raises(InputError, match="found 1 time of 2 frames"):
+        Video((Image.new("RGB", (4, 4)),) * 2, times=(0.0,))
+
+
 @pytest.mark.parametrize("frames", [8, 32])
 def test_a_real_clip_through_dense_connector(shared: Path, frames: int):
     """The LLM reads, of each frame, torch's MaxPool1d over its projected tokens."""

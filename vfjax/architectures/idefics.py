@@ -1,0 +1,376 @@
+"""Idefics3 (arXiv 2408.12637) and SmolVLM (arXiv 2504.05299): a picture in tiles and whole.
+
+A picture is enlarged to a longest edge, stretched to whole tiles and cut; the whole stands last. In
+the text each tile has marks before it, its row and column, and rows end in newlines. Tokens of
+r x r patches are joined on channels. Of a video each frame is one view, with its time before it.
+transformers' Idefics3 and SmolVLM: models, image and video processors, processors.
+"""
+
+import dataclasses
+import datetime
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any, ClassVar
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+from PIL import Image
+
+from vfjax.architectures.base import (
+    Branch,
+    Inputs,
+    Prepared,
+    Rows,
+    Run,
+    Size,
+    VisualTokens,
+    all_of,
+    bucket,
+    stacked,
+)
+from vfjax.architectures.boxes import NOWHERE, WHOLE, cells, cut
+from vfjax.architectures.mlp import MLPConfig
+from vfjax.errors import InputError
+from vfjax.vision.images import ImageSpec, preprocess
+from vfjax.vision.video import Video
+
+Array = jax.Array
+Ids = tuple[int, ...]
+
+LARGEST = 4096
+"""The longest edge that a picture is enlarged to."""
+
+
+@dataclasses.dataclass(frozen=True)
+class ShuffleConfig:
+    """Pixel shuffle and one dense layer.
+
+    Attributes:
+        projector: of one layer, `scale` squared times the encoder's channels in.
+        scale: patches a side that become one token.
+    """
+
+    projector: MLPConfig
+    scale: int
+
+    @property
+    def act(self) -> str:
+        """Activation of the projector."""
+        return self.projector.act
+
+    @property
+    def taps(self) -> dict[str, tuple[int, ...]]:
+        """The last hidden state."""
+        return {"encoder": (-1,)}
+
+    @property
+    def channels(self) -> dict[str, tuple[int, int]]:
+        """See `vfjax.architectures.base.Connector`."""
+        return {"encoder": (self.scale**2, self.projector.din)}
+
+    @property
+    def dout(self) -> int:
+        """The LLM's width."""
+        return self.projector.dout
+
+    def build(self, *, rngs: nnx.Rngs) -> "Shuffle":
+        return Shuffle(self, rngs=rngs)
+
+
+class Shuffle(nnx.Module):
+    """The last hidden state -> visual tokens."""
+
+    def __init__(self, config: ShuffleConfig, *, rngs: nnx.Rngs):
+        self.config = config
+        self.projector = config.projector.build(rngs=rngs)
+
+    def __call__(self, states: Mapping[str, Sequence[Array]]) -> VisualTokens:
+        """A memory of all views' tokens.
+
+        Args:
+            states: "encoder": one hidden state [n, s * s, d].
+
+        Returns:
+            Tokens [n * (s / r)^2, D]; stages vision_features [n, s * s, d], connector_features
+            [n, (s / r)^2, d * r * r], image_features [n, (s / r)^2, D].
+        """
+        (plain,) = states["encoder"]
+        joined = joined_patches(plain, self.config.scale)
+        stages = {"vision_features": plain, "connector_features": joined}
+        return all_of(self.projector(joined), stages)
+
+
+def joined_patches(x: Array, scale: int) -> Array:
+    """[n, s * s, d] -> [n, (s / r)^2, r * r * d]: each r x r patches, row by row, on channels."""
+    n, tokens, d = x.shape
+    side = math.isqrt(tokens) // scale
+    y = x.reshape(n, side, scale, side, scale, d).swapaxes(2, 3)
+    return y.reshape(n, side * side, scale * scale * d)
+
+
+@dataclasses.dataclass(frozen=True)
+class Marks:
+    """Token ids of what stands around a picture's tiles.
+
+    Attributes:
+        edge: before every tile's mark, and behind the whole.
+        tiles: mark of each tile, by rows of the largest grid, which is a square.
+        line: behind a row of tiles.
+        last: behind the last one.
+        whole: mark of the whole picture.
+    """
+
+    edge: Ids
+    tiles: tuple[Ids, ...]
+    line: Ids
+    last: Ids
+    whole: Ids
+
+
+@dataclasses.dataclass(frozen=True)
+class Film:
+    """How videos are read.
+
+    Attributes:
+        edge: longest edge that a frame is resized to before it is stretched to a tile.
+        frames: that a video has at most.
+        rate: frames of a second that are read.
+    """
+
+    edge: int
+    frames: int
+    rate: float
+
+    def choose(self, total: int, rate: float) -> np.ndarray:
+        """Which of `total` frames are read, of which `rate` are shown a second.
+
+        SmolVLMVideoProcessor's `sample_frames`: of a long video a second at each end is left out.
+        """
+        duration = total / rate
+        count = max(min(round(self.rate * duration), self.frames), 1)
+        first, last = 0, total - 1
+        if duration - 2 > self.frames * self.rate:
+            first, last = int(rate), min(int(total - rate), last)
+            if first >= last:
+                first, last = 0, total - 1
+        return np.unique(np.linspace(first, last, count, dtype=int))
+
+
+@dataclasses.dataclass(frozen=True)
+class Idefics:
+    """Tiles of a picture, and the whole.
+
+    Attributes:
+        encoder: config of the encoder.
+        connector: a `ShuffleConfig`.
+        images: of a tile.
+        longest: edge that a picture is enlarged or shrunk to.
+        split: whether a picture is tiled; otherwise it is one view, stretched to a tile.
+        marks: in the text.
+        film: how videos are read; None: the model's own code reads none, frames are shown as
+            pictures without tiles.
+    """
+
+    encoder: Any
+    connector: ShuffleConfig
+    images: ImageSpec
+    longest: int
+    split: bool
+    marks: Marks
+    film: Film | None = None
+
+    reads_text: ClassVar[bool] = False
+    axes: ClassVar[int] = 1
+    aux: ClassVar[None] = None
+
+    @property
+    def side(self) -> int:
+        """Tokens a side of a view."""
+        return math.isqrt(self.encoder.tokens) // self.connector.scale
+
+    @property
+    def most(self) -> int:
+        """Tiles a side of a picture, at most."""
+        return largest_grid(self.longest, self.images.size) if self.split else 0
+
+    @property
+    def tokens(self) -> int:
+        """Tokens of a picture, at most, marks included."""
+        return len(self.run((self.most, self.most)))
+
+    def prepare(self, rows: Rows, slots: int | None = None) -> Prepared:
+        """Inputs: pixels float32[t, s, s, 3], all views of all pictures; see `Architecture`."""
+        views: list[np.ndarray] = []
+        runs: list[Run] = []
+        for each in (media for row in rows for media in row):
+            first = len(views)
+            if isinstance(each, Video):
+                views += [self._frame(image) for image in each.frames]
+                run = self.shown(each)
+            else:
+                grid = self.grid(each.size)
+                views += [preprocess(view, self.images) for view in self._views(each, grid)]
+                run = self.run(grid)
+            runs.append(dataclasses.replace(run, indices=run.indices + first * self.side**2))
+        count = bucket(len(views)) if slots is None else slots * (self.most**2 + 1)
+        inputs = Inputs(stacked(views, count, self.images.size))
+        return Prepared(inputs, runs, count * self.side**2)
+
+    def regions(self, size: Size) -> np.ndarray:
+        """See `Architecture.regions`; marks have no place."""
+        grid = self.grid(size)
+        whole = cells(WHOLE, self.side**2)
+        tiles = [cells(box, self.side**2) for box in cut(WHOLE, grid)] if grid[0] else []
+        run = self.run(grid)
+        seen = np.concatenate([*tiles, whole])[run.indices[:, 0]]
+        return np.where(run.text[:, None] < 0, seen, NOWHERE)
+
+    def grid(self, size: Size) -> Size:
+        """Columns and rows of a picture's tiles; (0, 0): the whole alone."""
+        if not self.split:
+            return 0, 0
+        tile = self.images.size
+        width, height = canvas(resized(size, self.longest), tile)
+        return (0, 0) if width == height == tile else (width // tile, height // tile)
+
+    def run(self, grid: Size) -> Run:
+        """A picture's tokens and marks, indices from its first view."""
+        (cols, rows), marks = grid, self.marks
+        parts: list[Ids | int] = []
+        for row in range(rows):
+            for col in range(cols):
+                parts += [marks.edge, marks.tiles[row * self.most + col], row * cols + col]
+            parts.append(marks.last if row + 1 == rows else marks.line)
+        return self._read([*parts, marks.edge, marks.whole, rows * cols, marks.edge])
+
+    def shown(self, video: Video) -> Run:
+        """A video's tokens and marks, indices from its first frame; texts are words of the run."""
+        marks, count = self.marks, len(video.frames)
+        frames = [(marks.edge, marks.whole, k, marks.edge) for k in range(count)]
+        if self.film is None:
+            return self._read([part for frame in frames for part in frame])
+        intro, *times, end = sayings(video)
+        parts: list[Ids | int] = []
+        for k, frame in enumerate(frames):
+            parts += [(-2 - k,), *frame]
+        run = self._read([*parts, (-2 - count,)])
+        return dataclasses.replace(run, words=(intro + times[0], *times[1:], end))
+
+    def choose(self, total: int, rate: float) -> np.ndarray:
+        """Frames of a video that are read, for `vfjax.open_video`; see `Film.choose`.
+
+        Raises:
+            InputError: the model's own code reads no videos.
+        """
+        if self.film is None:
+            raise InputError(
+                "video",
+                found="a model whose code reads none",
+                expected="one that says which frames are read",
+                fix="pass frames= in place of choose=",
+            )
+        return self.film.choose(total, rate)
+
+    def _read(self, parts: Sequence[Ids | int]) -> Run:
+        """Marks and numbers of views, one after another."""
+        marks, indices = [], []
+        for part in parts:
+            view = isinstance(part, int)
+            n = self.side**2 if view else len(part)
+            marks.append(np.full(n, -1) if view else np.array(part, np.int64))
+            indices.append(part * n + np.arange(n) if view else np.zeros(n, np.int64))
+        return Run(np.concatenate(indices)[:, None], marks=np.concatenate(marks))
+
+    def _views(self, image: Image.Image, grid: Size) -> Iterator[Image.Image]:
+        """Tiles, row by row, and the whole."""
+        tile, resample = self.images.size, self.images.resample
+        image = image.resize(resized(image.size, self.longest), resample)
+        if self.split:
+            image = image.resize(canvas(image.size, tile), resample)
+        cols, rows = grid
+        for row in range(rows):
+            for col in range(cols):
+                left, top = col * tile, row * tile
+                yield image.crop((left, top, left + tile, top + tile))
+        yield image.resize((tile, tile), resample)
+
+    def _frame(self, image: Image.Image) -> np.ndarray:
+        size = resized(image.size, min(self.film.edge if self.film else self.longest, LARGEST))
+        return preprocess(image.resize(size, self.images.resample), self.images)
+
+    def build(self, *, rngs: nnx.Rngs) -> "IdeficsBranch":
+        return IdeficsBranch(self, rngs=rngs)
+
+
+def resized(size: Size, longest: int) -> Size:
+    """Width and height with the longer side `longest`, `LARGEST` at most, the other one even."""
+    width, height = size
+    aspect = width / height
+    if width >= height:
+        width, height = longest, int(longest / aspect)
+        height += height % 2
+    else:
+        width, height = int(longest * aspect), longest
+        width += width % 2
+    width, height = max(width, 1), max(height, 1)
+    aspect = width / height
+    if width >= height and width > LARGEST:
+        return LARGEST, max(int(LARGEST / aspect), 1)
+    if height > LARGEST:
+        return max(int(LARGEST * aspect), 1), LARGEST
+    return width, height
+
+
+def canvas(size: Size, tile: int) -> Size:
+    """Width and height of whole tiles that a picture is stretched to."""
+    width, height = size
+    aspect = width / height
+    if width >= height:
+        width = math.ceil(width / tile) * tile
+        return width, math.ceil(int(width / aspect) / tile) * tile
+    height = math.ceil(height / tile) * tile
+    return math.ceil(int(height * aspect) / tile) * tile, height
+
+
+def largest_grid(longest: int, tile: int) -> int:
+    """Tiles a side of the largest picture that is tiled; 0: none is."""
+    edge = min(longest, LARGEST)
+    most = math.ceil((edge + edge % 2) / tile)
+    return most if most > 1 else 0
+
+
+def sayings(video: Video) -> list[str]:
+    """What stands before a video's frames, with each of them, and behind.
+
+    Of frames without times 24 are shown a second.
+
+    Raises:
+        InputError: the package that spells numbers is not installed.
+    """
+    try:
+        from num2words import num2words
+    except ImportError:
+        raise InputError(
+            "video", found="no num2words", expected="it", fix="pip install 'vfjax[video]'"
+        ) from None
+    count = len(video.frames)
+    times = video.times or tuple(k / 24 for k in range(count))
+    seconds = int(times[-1] if video.duration is None else video.duration)
+    length = datetime.timedelta(seconds=seconds)
+    intro = (
+        f"You are provided the following series of {num2words(count)} frames from a {length} "
+        "[H:MM:SS] video.\n"
+    )
+    stamps = [f"\nFrame from {int(t // 60):02d}:{int(t % 60):02d}:" for t in times]
+    return [intro, *stamps, "\n\n"]
+
+
+class IdeficsBranch(Branch):
+    """The connector reads the last hidden state behind the encoder's last norm."""
+
+    def states(self, inputs: Inputs) -> dict[str, list[Array]]:
+        """Encoder -> its normed last hidden state."""
+        taps = self.config.connector.taps["encoder"]
+        return {"encoder": self.encoder(jnp.asarray(inputs.pixels), taps, norm=True)}

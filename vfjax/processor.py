@@ -308,14 +308,16 @@ class Processor:
     ) -> tuple[dict[str, Pictures], list[list[Slots]], tuple[int, ...], list[tuple[str, str]]]:
         """Each branch's inputs; each picture's tokens by branch; and visual tokens of the branches.
 
-        Last, of each picture the words that it begins and ends with, and that are left out, if it
-        is `alone` between a prompt's words: its tokenizer may join them.
+        Last, of each picture the words that it begins and ends with and that are left out, if
+        `alone`.
 
         Args:
             pictures: of all rows.
             counts: of each row's.
             words: for each picture the text ids of its row.
             shard: see `__call__`.
+            alone: pictures stand between a prompt's words, which the tokenizer may join with those
+                that a picture begins and ends with; no other branch's tokens are between.
         """
         slots = shard.pictures if shard else None
         if not (pictures or slots):

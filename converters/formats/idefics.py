@@ -10,18 +10,18 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
 from converters import registry
 from converters.formats.llava import port_source
-from converters.params.table import TRANSPOSE, Arrays, Names, Rule, Table
+from converters.params import mlp
+from converters.params.table import TRANSPOSE, Names, Rule, Table
 from converters.preprocessor import read_preprocessor
 from converters.source import Layout, Source, tokenizer_class
 from converters.tokenizer import load_tokenizer
 from converters.towers import Towers
 from converters.values import ANY, MOST_ID, PRETRAINED, REQUIRED, Unused, Values
 from vfjax import InputError
-from vfjax.architectures import Film, Idefics, Inputs, Marks, MLPConfig, ShuffleConfig
+from vfjax.architectures import Film, Idefics, Marks, MLPConfig, ShuffleConfig
+from vfjax.architectures.base import PatchEncoder
 from vfjax.architectures.idefics import largest_grid
 from vfjax.atomic import read_json
 from vfjax.errors import cut
@@ -37,7 +37,7 @@ def read(hf: Values) -> ShuffleConfig:
     return ShuffleConfig(projector, hf.whole("scale"))
 
 
-def path(hf: Values, images: ImageSpec, encoder: Any, connector: ShuffleConfig) -> Idefics:
+def path(hf: Values, images: ImageSpec, encoder: PatchEncoder, connector: ShuffleConfig) -> Idefics:
     """From `longest`, `split`, `marks` and `film`.
 
     Raises:
@@ -59,7 +59,9 @@ def path(hf: Values, images: ImageSpec, encoder: Any, connector: ShuffleConfig) 
             expected="tokenizer.json",
             fix="copy it from the published repository",
         )
-    ids = {key: marks.wholes(key, least=0, most=MOST_ID) for key in ("edge", "line", "last", "whole")}
+    ids = {
+        key: marks.wholes(key, least=0, most=MOST_ID) for key in ("edge", "line", "last", "whole")
+    }
     return Idefics(
         encoder,
         connector,
@@ -81,18 +83,12 @@ def _lists(hf: Values, key: str) -> tuple[tuple[int, ...], ...]:
     return tuple(each.wholes(i, least=0, most=MOST_ID) for i in each.data)
 
 
-def recorded(config: Any, inputs: Inputs, stages: Arrays) -> Arrays:
-    """Pixels are NCHW there."""
-    del config
-    return {**stages, "pixel_values": np.moveaxis(np.asarray(inputs.pixels), -1, 1)}
-
-
 TABLE = Table(
     types=("idefics3",),
     read=read,
     unused={"aux": ANY},
     path=path,
-    recorded=recorded,
+    recorded=mlp.recorded,
     rules=(Rule("modality_projection.proj.weight", "projector/layers/0/kernel", TRANSPOSE),),
 )
 
@@ -182,7 +178,7 @@ def describe(folder: Path, config: Values, towers: Towers) -> Source:
         "dout": decoder.width,
         "scale": scale,
     }
-    branch = {
+    branch: dict[str, Any] = {
         "name": family,
         "encoder": tower,
         "preprocessor": {},
@@ -203,7 +199,7 @@ def describe(folder: Path, config: Values, towers: Towers) -> Source:
         video = _processor(folder, side**2 // scale**2)
         if family == "smolvlm":
             connector["film"] = _film(folder, branch["preprocessor"], values, video)
-        values.done(SETTINGS | {key: ANY for key in VIDEO})
+        values.done(SETTINGS | dict.fromkeys(VIDEO, ANY))
     source = port_source(folder, "idefics3-hf", config, branch, llm)
     if found:
         _marks(source, connector, branch["preprocessor"]["size"]["height"], decoder.vocab)
@@ -300,7 +296,9 @@ def _film(
         sampling.done({"video_size": ANY})  # which `size` takes the place of
     if video is not None:
         values.done(SETTINGS)
-    return None if frames is None or rate is None else {"edge": size, "frames": frames, "rate": rate}
+    return (
+        None if frames is None or rate is None else {"edge": size, "frames": frames, "rate": rate}
+    )
 
 
 def _marks(source: Source, connector: dict[str, Any], tile: int, rows: int) -> None:

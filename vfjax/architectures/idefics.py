@@ -10,7 +10,7 @@ import dataclasses
 import datetime
 import math
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import jax
 import jax.numpy as jnp
@@ -20,7 +20,9 @@ from PIL import Image
 
 from vfjax.architectures.base import (
     Branch,
+    Encoder,
     Inputs,
+    PatchEncoder,
     Prepared,
     Rows,
     Run,
@@ -173,7 +175,7 @@ class Idefics:
             pictures without tiles.
     """
 
-    encoder: Any
+    encoder: PatchEncoder
     connector: ShuffleConfig
     images: ImageSpec
     longest: int
@@ -183,7 +185,11 @@ class Idefics:
 
     reads_text: ClassVar[bool] = False
     axes: ClassVar[int] = 1
-    aux: ClassVar[None] = None
+
+    @property
+    def encoders(self) -> dict[str, Encoder]:
+        """See `Architecture.encoders`."""
+        return {"encoder": self.encoder}
 
     @property
     def side(self) -> int:
@@ -277,10 +283,12 @@ class Idefics:
         """Marks and numbers of views, one after another."""
         marks, indices = [], []
         for part in parts:
-            view = isinstance(part, int)
-            n = self.side**2 if view else len(part)
-            marks.append(np.full(n, -1) if view else np.array(part, np.int64))
-            indices.append(part * n + np.arange(n) if view else np.zeros(n, np.int64))
+            if isinstance(part, int):
+                marks.append(np.full(self.side**2, -1))
+                indices.append(part * self.side**2 + np.arange(self.side**2))
+            else:
+                marks.append(np.array(part, np.int64))
+                indices.append(np.zeros(len(part), np.int64))
         return Run(np.concatenate(indices)[:, None], marks=np.concatenate(marks))
 
     def _views(self, image: Image.Image, grid: Size) -> Iterator[Image.Image]:

@@ -10,7 +10,6 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import numpy as np
-
 from PIL import Image
 
 from vfjax.errors import InputError, counted

@@ -1,7 +1,6 @@
 """Idefics3's and SmolVLM's folders, as transformers' models and processors compute them."""
 
 import json
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,8 +14,7 @@ from PIL import Image
 
 import converters
 from tests.checkpoints import randomize, text_config, write_json
-from vfjax import InputError, Model, Video
-from vfjax.model import forward
+from vfjax import Model
 
 TILE, LONGEST = 28, 112
 AROUND, PICTURE, WHOLE, END = "<fake_token_around_image>", "<image>", "<global-img>", "<|im_end|>"
@@ -122,7 +120,7 @@ def loaded(request, tmp_path_factory) -> tuple[Path, Any, Model, Any, Any]:
     path = tmp_path_factory.mktemp("idefics") / request.param
     theirs = make_folder(path, request.param, tied=request.param == "smolvlm")
     model, processor = converters.load(path)
-    processor.lengths = (256, 640)  # few compilations
+    processor.lengths = (512,)  # one compilation
     return path, theirs, model, processor, make_processor()
 
 
@@ -131,37 +129,76 @@ def picture(width: int, height: int) -> Image.Image:
     return Image.fromarray(rng.integers(0, 256, (height, width, 3), dtype=np.uint8))
 
 
-def assert_close(found: Any, expected: Any, what: object = "") -> None:
+def assert_close(found: Any, expected: Any, what: object = "", limit: float = 1e-4) -> None:
     found, expected = np.asarray(found), np.asarray(expected)
     assert found.shape == expected.shape, what
     np.testing.assert_allclose(
-        found, expected, rtol=0, atol=1e-4 * np.abs(expected).max(), err_msg=str(what)
+        found, expected, rtol=0, atol=limit * np.abs(expected).max(), err_msg=str(what)
     )
 
 
-SIZES = [(30, 500), (120, 90), (60, 60), (61, 47), (200, 12)]
+def ids_of(batch: Any, row: int, image: int) -> np.ndarray:
+    """A row's ids as transformers has them."""
+    return np.where(batch.visual[row] >= 0, image, batch.tokens[row])[batch.mask[row]]
 
 
-@torch.no_grad()
-def test_pictures(loaded):
-    """Pixels, ids, the tower, the connector and logits, of one row each."""
-    _, theirs, model, processor, maker = loaded
-    for size in SIZES:
-        batch = processor([picture(*size)], ["Look: <image> You?\n"])
-        expected = maker(images=[picture(*size)], text=["Look: <image> You?\n"], return_tensors="pt")
-        ids = np.where(batch.visual[0] >= 0, maker.image_token_id, batch.tokens[0])
-        np.testing.assert_array_equal(ids[batch.mask[0]], expected.input_ids[0], str(size))
+PICTURES = [picture(*size) for size in ((30, 500), (120, 90), (60, 60), (61, 47), (200, 12))]
+ROWS = [
+    *([image] for image in PICTURES),
+    [PICTURES[4], picture(50, 70)],
+    [],
+]
+PROMPTS = [
+    *("Look: <image> You?\n" for _ in PICTURES),
+    "<image>\n\n<image>\nYou",
+    "\n\nWithout You",
+]
+
+
+def test_pixels_and_ids(loaded):
+    *_, processor, maker = loaded
+    for images, prompt in zip(ROWS[:-1], PROMPTS, strict=False):
+        expected = maker(images=[images], text=[prompt], return_tensors="np")
+        batch = processor(images, [prompt])
+        ids = ids_of(batch, 0, maker.image_token_id)
+        np.testing.assert_array_equal(ids, expected.input_ids[0], prompt)
         (seen,) = batch.images.values()
-        (branch,) = model.branches.values()
-        pixels = expected.pixel_values[0].numpy()
+        (pixels,) = expected.pixel_values
         np.testing.assert_allclose(
             np.moveaxis(seen.given.pixels, -1, 1)[: len(pixels)], pixels, atol=1e-6
         )
-        seen = branch.visual_tokens(branch.encode(seen.given), None)
-        out = theirs.model.get_image_features(expected.pixel_values, expected.pixel_attention_mask)
-        assert_close(seen.stages["vision_features"][: len(pixels)], out.last_hidden_state, size)
-        assert_close(
-            seen.stages["image_features"][: len(pixels)].reshape(-1, 32), out.pooler_output[0], size
-        )
-        logits = theirs(**expected).logits[0]
-        assert_close(np.asarray(forward(model, batch))[batch.mask], logits, size)
+        apart = maker.tokenizer(prompt.split(PICTURE), add_special_tokens=False).input_ids
+        row = [i for each in apart for i in (-200, *each)][1:]  # one placeholder a picture
+        again = processor(images, input_ids=[row])
+        np.testing.assert_array_equal(ids_of(again, 0, maker.image_token_id), ids)
+
+
+@jax.jit
+def seen(model: Model, batch: Any) -> Any:
+    """Stages of the branch, and logits."""
+    (branch,), (given,) = model.branches.values(), (x.given for x in batch.images.values())
+    tokens = branch.visual_tokens(branch.encode(given), model.llm.lookup)
+    return tokens.stages, model(batch)
+
+
+@torch.no_grad()
+def test_rows(loaded):
+    """Unequal ones, padded on either side: the tower, the connector and logits."""
+    _, theirs, model, processor, maker = loaded
+    for padding in ("right", "left"):
+        batch = processor(ROWS, PROMPTS, padding=padding)
+        stages, logits = seen(model, batch)
+        first = 0
+        for i, (images, prompt) in enumerate(zip(ROWS, PROMPTS, strict=True)):
+            some = {"images": [images]} if images else {}
+            inputs = maker(**some, text=[prompt], return_tensors="pt")
+            assert_close(logits[i][batch.mask[i]], theirs(**inputs).logits[0], (padding, prompt))
+            if images:
+                out = theirs.model.get_image_features(
+                    inputs.pixel_values, inputs.pixel_attention_mask
+                )
+                count = inputs.pixel_values.shape[1]
+                here = slice(first, first := first + count)
+                assert_close(stages["vision_features"][here], out.last_hidden_state, prompt)
+                tokens = stages["image_features"][here].reshape(-1, 32)
+                assert_close(tokens, out.pooler_output[0], prompt)

@@ -21,6 +21,7 @@ from converters.source import NEW, TEMPLATE, Made, New, Source
 from converters.towers import Tower, Towers, transformer_tower
 from converters.values import Values
 from vfjax import InputError, Model, Processor
+from vfjax.atomic import JSON
 from vfjax.errors import check, one_of
 from vfjax.merge import LazyTensor
 from vfjax.model import BranchConfig
@@ -40,7 +41,7 @@ UPSTREAM = {
 def create(
     llm: str | Path,
     encoder: str | Path,
-    connector: Mapping[str, Any],
+    connector: Mapping[str, JSON],
     *,
     aux: str | Path | None = None,
     template: str | None = None,
@@ -127,7 +128,7 @@ def drawn(
 def describe(
     llm: str | Path,
     encoder: str | Path,
-    connector: Mapping[str, Any],
+    connector: Mapping[str, JSON],
     *,
     aux: str | Path | None = None,
     template: str | None = None,
@@ -177,7 +178,7 @@ class _Given(Towers):
         return self.found[slot]
 
 
-def _kind(connector: Mapping[str, Any], aux: str | Path | None, aspect: str) -> New:
+def _kind(connector: Mapping[str, JSON], aux: str | Path | None, aspect: str) -> New:
     """How the connector is made; its options are checked by name."""
     kind = connector.get("kind")
     if kind not in NEW:

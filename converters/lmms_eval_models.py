@@ -6,6 +6,7 @@
 What requests hold is said in `lmms_eval.api.model` and `lmms_eval.api.task`.
 """
 
+import dataclasses
 from collections.abc import Mapping, Sequence
 from typing import Any, NoReturn, Protocol
 
@@ -120,16 +121,14 @@ class Simple(lmms):
         ids = generate_ids(
             self.model,
             batch,
-            max_new_tokens=[
-                min(s["max_new_tokens"], n) for s, n in zip(settings, room, strict=True)
-            ],
+            max_new_tokens=[min(s.max_new_tokens, n) for s, n in zip(settings, room, strict=True)],
             stop=self.processor.stops,
-            sampling=Sampling.stack([s["sampling"] for s in settings]),
+            sampling=Sampling.stack([s.sampling for s in settings]),
             settings=self.processor.settings,
         )
         out = []
         for new, length, setting in zip(ids, lengths, settings, strict=True):
-            text = Text(self.processor, setting["until"])
+            text = Text(self.processor, setting.until)
             text.add(new, last=True)
             counts = TokenCounts(input_tokens=length, output_tokens=len(new))
             out.append(GenerationResult(text.text, counts))
@@ -197,21 +196,30 @@ class Chat(Simple):
         _refuse("messages", f"a part of type {part.type!r}", "text, image or video")
 
 
-def _settings(given: Mapping[str, Any]) -> dict[str, Any]:
-    """A request's generation_kwargs as arguments of `generate_ids`, and "until"."""
+@dataclasses.dataclass(frozen=True)
+class Settings:
+    """A request's: arguments of `generate_ids`, and texts that end its answer."""
+
+    max_new_tokens: int
+    sampling: Sampling
+    until: list[str]
+
+
+def _settings(given: Mapping[str, Any]) -> Settings:
+    """From its generation_kwargs."""
     if given.get("num_beams", 1) not in (None, 1):
         _refuse("num_beams", given["num_beams"], "1")
     temperature = given.get("temperature") or 0.0
     until = given.get("until") or ()
-    return {
-        "max_new_tokens": given.get("max_new_tokens") or 1024,
-        "sampling": Sampling(
+    return Settings(
+        given.get("max_new_tokens") or 1024,
+        Sampling(
             temperature=temperature if given.get("do_sample", True) else 0.0,
             top_p=given.get("top_p") or 1.0,
             seed=given.get("seed") or 0,
         ),
-        "until": [until] if isinstance(until, str) else [text for text in until if text],
-    }
+        [until] if isinstance(until, str) else [text for text in until if text],
+    )
 
 
 def _refuse(where: str, found: object, expected: str) -> NoReturn:

@@ -15,7 +15,7 @@ import yaml
 from converters.files.reader import first_line
 from converters.vocabulary import BASE
 from vfjax import InputError
-from vfjax.atomic import contents, findable
+from vfjax.atomic import JSON, contents, findable
 from vfjax.merge import METHODS, LazyTensor, Recipe, from_mergekit, parse
 from vfjax.merge.mergekit import TOP_KEYS
 
@@ -90,7 +90,7 @@ def read_yaml(path: str | Path) -> Yaml:
 
 def _result(path: str, found: Sequence[object]) -> Yaml:
     """The document of a file that no other one needs."""
-    documents: dict[str | None, Mapping[str, Any]] = {}
+    documents: dict[str | None, Mapping[str, JSON]] = {}
     for document in found or [None]:
         if not isinstance(document, Mapping):
             kind = "nothing" if document is None else type(document).__name__
@@ -149,7 +149,7 @@ def _check_size(path: Path, found: object) -> None:
 def _read(
     path: str,
     name: str | None,
-    documents: Mapping[str | None, Mapping[str, Any]],
+    documents: Mapping[str | None, Mapping[str, JSON]],
     above: tuple[str | None, ...],
 ) -> Yaml:
     """One document; `above` are those that it is needed for."""
@@ -264,7 +264,9 @@ WORDS = ("union", "base")
 """Sources of tokenizers that are no models."""
 
 
-def _references(where: str, config: Mapping[str, Any] | list[Any]) -> list[tuple[str, Reference]]:
+def _references(
+    where: str, config: Mapping[str, object] | list[object]
+) -> list[tuple[str, Reference]]:
     """("model", "base_model" or "tokenizer", model) in the order in which they occur."""
     found = []
     for key, value in config.items() if isinstance(config, Mapping) else enumerate(config):
@@ -299,7 +301,7 @@ def _label(reference: Reference, taken: set[str]) -> str:
 
 
 def _renamed(
-    where: str, config: Mapping[str, Any], labels: Mapping[Reference, str]
+    where: str, config: Mapping[str, object], labels: Mapping[Reference, str]
 ) -> dict[str, Any]:
     """The configuration with labels in place of references."""
     return {key: _relabelled(where, key, value, labels) for key, value in config.items()}

@@ -80,7 +80,7 @@ def row(
 
 
 def report(
-    rows: Sequence[Row], notes: Mapping[str, Any], packages: Sequence[str], out: Path
+    rows: Sequence[Row], notes: Mapping[str, object], packages: Sequence[str], out: Path
 ) -> None:
     """Prints the table and writes rows, notes, versions and machine to `out`."""
     print(f"{'':<44} {'ours':>8} {'peer':>8} {'':<9}  ratio")
@@ -91,7 +91,7 @@ def report(
 
 
 def save(
-    found: Mapping[str, Any], notes: Mapping[str, Any], packages: Sequence[str], out: Path
+    found: Mapping[str, object], notes: Mapping[str, object], packages: Sequence[str], out: Path
 ) -> None:
     """Writes what was found, notes, versions and machine to `out`."""
     record = {

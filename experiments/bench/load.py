@@ -17,7 +17,6 @@ import sys
 import tempfile
 import time
 from pathlib import Path
-from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
@@ -84,7 +83,7 @@ def room(folder: Path, need: int) -> None:
             )
 
 
-def bench_load(folder: Path, shape: Shape, repeats: int, notes: dict[str, Any]) -> list[Row]:
+def bench_load(folder: Path, shape: Shape, repeats: int, notes: dict[str, object]) -> list[Row]:
     """Files to arrays, on one device and sharded over eight, and the memory that it takes."""
     loads: dict[int, list[dict[str, float]]] = {devices: [] for devices in DEVICES}
     reads: list[float] = []
@@ -114,7 +113,7 @@ def bench_load(folder: Path, shape: Shape, repeats: int, notes: dict[str, Any]) 
     return rows
 
 
-def bench_start(folder: Path, repeats: int, notes: dict[str, Any]) -> list[Row]:
+def bench_start(folder: Path, repeats: int, notes: dict[str, object]) -> list[Row]:
     """A process from its start to the end of an answer, with an empty compilation cache and then
     with what the first left there.
     """

@@ -16,7 +16,7 @@ import tempfile
 import time
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, cast
+from typing import cast
 
 import jax
 import jax.numpy as jnp
@@ -70,7 +70,7 @@ def smaller(sizes: Sizes) -> Sizes:
 
 
 def bench_step(
-    folder: Path, what: str, groups: tuple[Group, ...], sizes: Sizes, notes: dict[str, Any]
+    folder: Path, what: str, groups: tuple[Group, ...], sizes: Sizes, notes: dict[str, object]
 ) -> list[Row]:
     """One step: forward, backward, clipping, AdamW."""
     model, processor = converters.load(folder, dtype="float32")
@@ -127,7 +127,7 @@ def bench_step(
     return [row(f"step, {what}", times["ours"].rest, times["peer"].rest, "torch")]
 
 
-def bench_loop(folder: Path, notes: dict[str, Any]) -> list[Row]:
+def bench_loop(folder: Path, notes: dict[str, object]) -> list[Row]:
     """What `fit` adds to a step: its wall time beside the bare step's, at toy size."""
     write_folder(folder / "toy", QUICK)
     groups, steps = GROUPS["connector"], 300
@@ -165,7 +165,7 @@ def bench_loop(folder: Path, notes: dict[str, Any]) -> list[Row]:
     return [row("step of fit beside the bare step", list(looped), bare[10:], "bare step")]
 
 
-def bench_data(folder: Path, sizes: Sizes, rows: list[Row], notes: dict[str, Any]) -> list[Row]:
+def bench_data(folder: Path, sizes: Sizes, rows: list[Row], notes: dict[str, object]) -> list[Row]:
     """Seconds a picture of the input pipeline, beside what a step takes a picture."""
     rng, count = np.random.default_rng(0), 64
     talks = []

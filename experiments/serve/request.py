@@ -113,7 +113,7 @@ def read(body: bytes, limits: Limits, processor: Processor) -> ChatRequest:
 class _Taken:
     """An object's keys, each asked for once; the rest is unknown."""
 
-    def __init__(self, found: Mapping[str, Any]):
+    def __init__(self, found: Mapping[str, object]):
         self.found, self.rest = found, dict(found)
 
     def get(
@@ -235,7 +235,9 @@ def _sampling(taken: _Taken) -> Sampling:
     )
 
 
-def _others(rest: Mapping[str, Any], only: Mapping[str, Sequence[JSON]], where: str) -> list[str]:
+def _others(
+    rest: Mapping[str, object], only: Mapping[str, Sequence[JSON]], where: str
+) -> list[str]:
     """Refuses what would be asked for in vain; the keys that nothing is known of."""
     unknown = []
     for key, value in rest.items():
@@ -257,7 +259,7 @@ def _no_bias(key: str, value: object) -> bool:
     )
 
 
-def _given(found: Mapping[str, Any]) -> dict[str, Any]:
+def _given(found: Mapping[str, object]) -> dict[str, Any]:
     """Without the keys that are null."""
     return {key: value for key, value in found.items() if value is not None}
 

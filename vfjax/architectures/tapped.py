@@ -14,6 +14,7 @@ from vfjax.architectures.base import (
     Encoder,
     Inputs,
     Media,
+    PatchEncoder,
     Prepared,
     Rows,
     Run,
@@ -54,8 +55,8 @@ class Tapped(abc.ABC):
         images: of each view.
     """
 
-    encoder: Any
-    connector: Any
+    encoder: PatchEncoder
+    connector: Any  # each family reads its own config of one
     images: ImageSpec
 
     reads_text: ClassVar[bool] = False

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from converters.adapters import named_base
+from converters.alike import check_llm_alone
 from converters.branches import (
     Tensors,
     branch_tensors,
@@ -42,7 +43,7 @@ from converters.vocabulary import (
     said,
     tokenizer_files,
 )
-from converters.whole import Whole, by_folder, check_llm_alone, merge_whole, with_tensors
+from converters.whole import Whole, by_folder, merge_whole, with_tensors
 from vfjax import InputError, __version__
 from vfjax.merge import (
     METHODS,

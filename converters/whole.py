@@ -6,17 +6,18 @@ before theirs: `vision_tower/vision_model.encoder.layers.0.mlp.fc1.weight`.
 """
 
 import dataclasses
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Collection, Mapping
 from typing import Any
 
 import numpy as np
 
+from converters.alike import LLM, check_alike, check_modules, module
 from converters.branches import first_seeing
 from converters.chat import read_chat_template
 from converters.export import config_files, folder_of
 from converters.files.writer import Content
 from converters.folder import assigned, settled
-from converters.load import TOKENIZER_FILES, model_config
+from converters.load import TOKENIZER_FILES
 from converters.mergekit import LISTS
 from converters.origin import from_source
 from converters.params.table import placed, rename
@@ -28,111 +29,16 @@ from converters.towers import Tensors, Towers
 from converters.vocabulary import said
 from vfjax import InputError
 from vfjax.atomic import read_json
-from vfjax.errors import cut
 from vfjax.merge import LazyTensor, Merged, Recipe
 from vfjax.merge.recipe import LAYER
 from vfjax.text.chat import CHAT_TEMPLATE
 
-LLM = "text_decoder"
-TOWER = "vision_tower"
-
-PROJECTOR = "multi_modal_projector"
-"""What mergekit calls the modules of such models: the LLM, encoders, connectors."""
-
-
-def module(part: str) -> str:
-    """What mergekit calls the module that a component is."""
-    if part == "llm":
-        return LLM
-    return PROJECTOR if part.split(".")[-1] == "connector" else TOWER
-
+Key = tuple[str, str]
+"""A component, and what mergekit calls the module."""
+TEXT: Key = ("llm", LLM)
 
 Parts = Mapping[str, Mapping[str, LazyTensor]]
 """Component -> name in its table -> tensor."""
-
-
-def check_alike(
-    opened: Mapping[str, Source], members: Collection[str], like: str, template: str | None
-) -> None:
-    """Checks that all models but plain LLMs are of one architecture, and members asked one way.
-
-    Args:
-        opened: label -> folder.
-        members: labels; of another model, the base, pictures and prompts do not count.
-        like: the member that the others are held against.
-        template: the prompt template that was asked for, None for none.
-
-    Raises:
-        InputError: naming the model and the first size, setting or template that differs.
-    """
-    expected = model_config(opened[like])
-    for label, source in opened.items():
-        if label == like or not source.branches:
-            continue
-        found = model_config(source)
-        shown = label in members
-        for key, own, other in _differences(expected.branches, found.branches, "branches", shown):
-            raise InputError(
-                f"{said(label)}: {key}",
-                found=cut(repr(other)),
-                expected=f"{cut(repr(own))}, as in {said(like)}",
-                fix="merge models of one architecture and one preprocessing whole; "
-                "export='model' joins others as branches",
-            )
-        if template is not None or not shown:
-            continue
-        for key in ("template", "chat_template"):
-            own, other = getattr(opened[like], key), getattr(source, key)
-            if own != other:
-                raise InputError(
-                    f"{said(label)}: {key}",
-                    found=cut(repr(other)),
-                    expected=f"{cut(repr(own))}, as in {said(like)}",
-                    fix=f"set template to {opened[like].template!r} to take that of "
-                    f"{said(like)}, or merge members that are prompted alike",
-                )
-
-
-def _differences(
-    one: object, other: object, key: str, shown: bool
-) -> Iterator[tuple[str, object, object]]:
-    """Key and values of each field in which two configs differ; `shown`: how pictures are, too."""
-    if dataclasses.is_dataclass(one) and type(one) is type(other):
-        for field in dataclasses.fields(one):
-            if shown or field.name != "images":
-                values = getattr(one, field.name), getattr(other, field.name)
-                yield from _differences(*values, f"{key}.{field.name}", shown)
-    elif isinstance(one, tuple) and isinstance(other, tuple) and len(one) == len(other):
-        for i, values in enumerate(zip(one, other, strict=True)):
-            yield from _differences(*values, f"{key}[{i}]", shown)
-    elif one != other:
-        yield key, one, other
-
-
-def check_llm_alone(recipe: Recipe) -> None:
-    """Raises InputError if a recipe says how other parts than the LLM are merged."""
-    if others := sorted(set(recipe.modules) & {TOWER, PROJECTOR}):
-        raise InputError(
-            "modules",
-            found=", ".join(recipe.modules),
-            expected=f"none but {LLM!r}, as only LLMs are merged",
-            fix=f"set export to 'whole' to merge {others[0]!r}, too, or remove it",
-        )
-
-
-def check_modules(recipe: Recipe, like: Source) -> None:
-    """Raises InputError if a recipe's modules are not those of the architecture."""
-    needed = {*map(module, like.components)}
-    given = {*recipe.modules}
-    if "" in given or given == needed:
-        return
-    extra = sorted(given - needed)
-    raise InputError(
-        "modules",
-        found=repr(extra[0]) if extra else f"no {min(needed - given)!r}",
-        expected=", ".join(sorted(needed)),
-        fix="rename it" if extra else "list it too: a module that is not listed is not written",
-    )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -213,20 +119,20 @@ def named(names: Names, source: Source, parts: Parts) -> tuple[dict[str, Tensors
 
 def one_part(
     recipe: Recipe,
-    part: str,
+    own: str,
     models: Mapping[str, Tensors],
     like: str,
     loose: Collection[str],
     layers: Mapping[str, int],
 ) -> Part:
-    """A component's tensors for `merge_parts`.
+    """A module's tensors for `merge_parts`.
 
     Tensors that only one multimodal LLM has, as beside text experts, are its own. So are tensors
     that nothing reads and not all models have.
 
     Args:
         recipe: of the merge.
-        part: the component.
+        own: what mergekit calls the module.
         models: label -> what the written folder calls it -> tensor; none of plain LLMs.
         like: the member whose layout is written.
         loose: names of tensors that nothing reads.
@@ -236,30 +142,30 @@ def one_part(
         InputError: a model lacks the component that the recipe merges, or a rule takes a tensor
             from one that lacks it.
     """
+    if not models.get(recipe.base or "", True) and not recipe.reads_base:
+        models = {label: tensors for label, tensors in models.items() if label != recipe.base}
+        recipe = recipe.without_base()
     owners = [label for label, tensors in models.items() if tensors]
     alone: dict[str, str] = {}
     for name in models[like]:
         action = recipe.rule(name)
         if isinstance(action, str):
-            if name not in models[action]:
+            if name not in models.get(action, {}):
                 raise InputError(
                     said(action),
                     found=f"no tensor for {name!r}",
                     expected=f"one, as in {said(like)}",
                     fix="take it from another",
                 )
-            alone[name] = action
+            if len(owners) < len(models):
+                alone[name] = action
         elif owners == [like] or name in loose and any(name not in models[x] for x in owners):
             alone[name] = like
-    kept = {name for name in models[like] if name not in alone}
-    lacking = [label for label in models if kept and label not in owners]
-    if lacking == [recipe.base] and not recipe.reads_base:
-        models = {label: tensors for label, tensors in models.items() if label != recipe.base}
-        recipe = recipe.without_base()
-    elif lacking:
+    lacking = [label for label in models if label not in owners and len(alone) < len(models[like])]
+    if lacking:
         raise InputError(
             said(lacking[0]),
-            found=f"a plain LLM, without {module(part)}",
+            found=f"a plain LLM, without {own}",
             expected=f"the architecture of {said(like)}, as several models have that part",
             fix=f"take it from one by a rule, ('...', {{'take': {like!r}}}), or name a multimodal "
             "LLM",
@@ -269,9 +175,9 @@ def one_part(
         for label, tensors in models.items()
     }
     if not layers:
-        numbers = [int(m[2]) for name in kept if (m := LAYER.fullmatch(name))]
+        numbers = [int(m[2]) for name in models[like] if (m := LAYER.fullmatch(name))]
         layers = dict.fromkeys(models, max(numbers, default=-1) + 1)
-    return Part(recipe, models, layers, module(part), alone)
+    return Part(recipe, models, layers, own, alone)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -282,26 +188,26 @@ class Whole:
         opened: label -> folder.
         members: labels.
         like: the member whose layout, processor and prompts the result has.
-        merged: component -> what the written folder calls it -> tensor.
-        alike: component -> label -> the same of the models that have it.
+        merged: component and module -> what the written folder calls it -> tensor.
+        alike: component and module -> label -> the same of the models that have it.
         llm: the merged LLM's config.
     """
 
     opened: Mapping[str, Source]
     members: tuple[str, ...]
     like: str
-    merged: Mapping[str, Mapping[str, Merged]]
-    alike: Mapping[str, Mapping[str, Tensors]]
+    merged: Mapping[Key, Mapping[str, Merged]]
+    alike: Mapping[Key, Mapping[str, Tensors]]
     llm: Mapping[str, Any]
 
     def beside(self) -> list[Mapping[str, Tensors]]:
         """Label -> tensors, of each component but the LLM that several models have."""
-        return [x for part, x in self.alike.items() if part != "llm" and len(x) > 1]
+        return [x for key, x in self.alike.items() if key != TEXT and len(x) > 1]
 
     def modules(self) -> dict[str, str]:
         """Tensor -> what mergekit calls the module that it is of, but for the LLM's."""
-        rest = {part: each for part, each in self.merged.items() if part != "llm"}
-        return {name: module(part) for part, each in rest.items() for name in each}
+        rest = {key: each for key, each in self.merged.items() if key != TEXT}
+        return {name: own for (_, own), each in rest.items() for name in each}
 
     @property
     def kept(self) -> list[str]:
@@ -403,29 +309,35 @@ def merge_whole(
     for label in opened:
         models[label], more = named(names, opened[label], parts[label])
         loose |= more
+    keys = dict.fromkeys(
+        (p, module(p, name)) for p, found in models[like].items() for name in found
+    )
     alike = {
-        part: {label: found.get(part, {}) for label, found in models.items()}
-        for part in source.components
+        (part, own): {
+            label: {name: x for name, x in found.get(part, {}).items() if module(part, name) == own}
+            for label, found in models.items()
+        }
+        for part, own in keys
     }
     depths = layers_of(opened)
     found = [
-        one_part(recipe, part, each, like, loose, depths if part == "llm" else {})
-        for part, each in alike.items()
+        one_part(recipe, key[1], each, like, loose, depths if key == TEXT else {})
+        for key, each in alike.items()
     ]
     merged = dict(zip(alike, merge_parts(recipe, request, found, made), strict=True))
-    for part, tensors in merged.items():
-        if part != "llm" and (wrong := set(tensors) ^ set(alike[part][like]) - loose):
+    for key, tensors in merged.items():
+        if key != TEXT and (wrong := set(tensors) ^ set(alike[key][like]) - loose):
             raise InputError(
-                f"modules.{module(part)}",
+                f"modules.{key[1]}",
                 found=f"slices that make or leave out {min(wrong)!r}",
                 expected="all layers, each once",
                 fix="name whole models",
             )
     tables = ("model.embed_tokens.weight", "lm_head.weight")
-    heads = {name: x for name in tables if (x := merged["llm"].get(names("llm", name)))}
-    rest = {name: x for name, x in merged["llm"].items() if name not in loose}
+    heads = {name: x for name in tables if (x := merged[TEXT].get(names("llm", name)))}
+    rest = {name: x for name, x in merged[TEXT].items() if name not in loose}
     llm = llm_config(source.llm, {**rest, **heads}, recipe, opened, LLM)
-    owners = {part: {k: x for k, x in each.items() if x} for part, each in alike.items()}
+    owners = {key: {k: x for k, x in each.items() if x} for key, each in alike.items()}
     return Whole(opened, tuple(request.members), like, merged, owners, llm)
 
 

@@ -361,7 +361,10 @@ def test_a_config_that_hides_its_family(family: Path, tmp_path: Path):
         ({"method": "tise"}, "method: found 'tise', expected "),
         ({"params": {"weights": [1.0]}}, "params.weights: found [1.0], expected 2 values"),
         ({"params": {"wieghts": [1.0]}}, "params: found 'wieghts', expected parameters of"),
-        ({"export": "gguf"}, "export: found 'gguf', expected 'model' or 'llm'; choose one"),
+        (
+            {"export": "gguf"},
+            "export: found 'gguf', expected 'model' or 'whole' or 'llm'; choose one",
+        ),
         ({"template": "vicuna"}, "template: found 'vicuna', expected one of "),
         ({"dtype": "int8"}, "dtype: found int8, expected bfloat16, float16, float32; choose one"),
         ({"members": {}}, "members: found none, expected names of letters"),

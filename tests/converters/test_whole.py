@@ -1,6 +1,7 @@
 """Members of one architecture merged whole: every tensor by its formula, the folder as its own."""
 
 import shutil
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,9 @@ from safetensors.numpy import load_file, save_file
 
 import converters
 from converters.files.reader import read_weights
+from tests.checkpoints import hf_llava_folder, llama_folder, upstream_llava_folder, write_json
 from tests.converters.formats.test_onevision import port_folder
+from vfjax import InputError
 from vfjax.atomic import read_json
 
 Arrays = dict[str, np.ndarray]
@@ -104,3 +107,139 @@ def test_in_memory(onevision: dict[str, Path], tmp_path: Path):
     assert all(np.array_equal(one[name], other[name]) for name in one)
     first, second = (read_json(tmp_path / x / "config.json") for x in ("exported", "out"))
     assert first == second
+
+
+def test_the_authors_layout(tmp_path: Path):
+    """The tower of a sub-folder is merged, too, by names behind the sub-folder's."""
+    upstream_llava_folder(tmp_path / "a", weights="safetensors")
+    tune(tmp_path / "a", tmp_path / "b", 1)
+    members = {name: tmp_path / name for name in "ab"}
+    rules = (("vision_tower/.*layers.1", {"take": "b"}),)
+    options: dict[str, Any] = {"method": "linear", "params": {"weights": (0.25, 0.75)}}
+    converters.fuse(members, tmp_path / "out", export="whole", rules=rules, **options)
+    one, two, found = (arrays(tmp_path / name) for name in ("a", "b", "out"))
+    assert sorted(found) == sorted(one)
+    for name, value in found.items():
+        taken = name.startswith("vision_tower/") and "layers.1." in name
+        expected = two[name] if taken else 0.25 * one[name] + 0.75 * two[name]
+        np.testing.assert_allclose(value, expected, rtol=0, atol=1e-6, err_msg=name)
+    assert (tmp_path / "out/vision_tower/preprocessor_config.json").is_file()
+    first, second = (read_json(tmp_path / x / "config.json") for x in ("a", "out"))
+    assert second.pop("dtype", second.pop("torch_dtype", None)) == "float32"
+    assert second == {key: x for key, x in first.items() if key not in ("dtype", "torch_dtype")}
+    assert converters.open_source(tmp_path / "out").branches
+
+
+@pytest.fixture(scope="module")
+def text(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """A LLaVA and a plain LLM, fine-tuned from one LLM."""
+    root = tmp_path_factory.mktemp("text")
+    sizes = {"num_hidden_layers": 3}
+    theirs = hf_llava_folder(root / "eyes", 1, text=sizes)
+    llm = llama_folder(root / "first", 2, **sizes)
+    llm.model.load_state_dict(theirs.model.language_model.state_dict())
+    llm.lm_head.load_state_dict(theirs.lm_head.state_dict())
+    llama_folder(root / "first", llm=llm)
+    return {"eyes": root / "eyes", "text": tune(root / "first", root / "text", 3)}
+
+
+SCHEDULE = ((1, 1, 0.4), (0, 0, 0.6))
+
+
+def test_a_text_expert(text: dict[str, Path], tmp_path: Path):
+    """Without weight it changes nothing; by a schedule each layer has the formula's value."""
+    options: dict[str, Any] = {"method": "linear", "params": {"weights": (1, 0)}}
+    converters.fuse(text, tmp_path / "same", export="whole", **options)
+    eyes, expert = arrays(text["eyes"]), arrays(text["text"])
+    same = arrays(tmp_path / "same")
+    assert sorted(same) == sorted(eyes)
+    assert all(np.array_equal(same[name], eyes[name]) for name in eyes)
+    options["params"] = {"weights": SCHEDULE}
+    converters.fuse(text, tmp_path / "late", export="whole", **options)
+    late = arrays(tmp_path / "late")
+    shares = (0.0, 0.0, 0.6)  # of layers 0, 1, 2 at t = 0, 1/2, 1
+    seen = set()
+    for name, value in late.items():
+        standard = name.replace("model.language_model.", "model.")
+        standard = standard.replace("language_model.model.", "model.")
+        standard = standard.replace("language_model.lm_head", "lm_head")
+        layer = name.partition("layers.")[2].partition(".")[0]
+        share = shares[int(layer)] if standard in expert and layer else 0.0
+        seen.add(share)
+        expected = eyes[name].astype(np.float64)
+        if standard in expert:
+            expected = (1 - share) * expected + share * expert[standard]
+        np.testing.assert_allclose(value, expected, rtol=0, atol=1e-6, err_msg=name)
+    assert seen == {0.0, 0.6}
+
+
+def test_a_text_expert_without_weight_is_the_member(text: dict[str, Path]):
+    """In a fusion of branches, too, whichever stands first; prompts are the member's."""
+    alone, its = converters.load(text["eyes"])
+    members = {name: text[name] for name in ("text", "eyes")}
+    params = {"weights": (0, 1)}
+    model, processor = converters.load_fused(members, method="linear", params=params)
+    assert processor.template == its.template and processor.image_token == its.image_token
+    expected = state(alone)
+    for name, value in state(model).items():
+        other = name.replace("/eyes/", f"/{alone.config.branches[0].name}/")
+        np.testing.assert_array_equal(value, expected[other], err_msg=name)
+
+
+def edited(file: str, change: Mapping[str, Any]) -> Callable[[Path], None]:
+    """What changes keys of a JSON file in a folder."""
+
+    def edit(folder: Path) -> None:
+        write_json(folder / file, read_json(folder / file) | change)
+
+    return edit
+
+
+def vision(**change: Any) -> Callable[[Path], None]:
+    def edit(folder: Path) -> None:
+        config = read_json(folder / "config.json")
+        write_json(
+            folder / "config.json", config | {"vision_config": config["vision_config"] | change}
+        )
+
+    return edit
+
+
+@pytest.mark.parametrize(
+    ("change", "options", "message"),
+    [
+        (
+            edited("config.json", {"vision_feature_layer": -1}),
+            {},
+            "member 'b': branches[0].architecture.",
+        ),
+        (vision(layer_norm_eps=0.1), {}, "eps: found 0.1"),
+        (
+            edited("preprocessor_config.json", {"image_mean": [0.5, 0.5, 0.5]}),
+            {},
+            "images.mean",
+        ),
+        (
+            lambda path: (path / "chat_template.jinja").write_text("{{ 1 }}"),
+            {},
+            "member 'b': template",
+        ),
+        (None, {"positions": "parallel"}, "positions: found 'parallel'"),
+        (None, {"rules": (("visual", {"take": "a"}),)}, "rules: found 'visual'"),
+        (
+            None,
+            {"rules": (("mlp", {"take": "nobody"}),)},
+            "rules[0].take",
+        ),
+    ],
+)
+def test_refused(text: dict[str, Path], tmp_path: Path, change: Any, options: dict, message: str):
+    """What is ill-defined is named in one line."""
+    shutil.copytree(text["eyes"], tmp_path / "b")
+    if change is not None:
+        change(tmp_path / "b")
+    members = {"a": text["eyes"], "b": tmp_path / "b"}
+    given: dict[str, Any] = {"method": "linear", "export": "whole"} | options
+    with pytest.raises(InputError) as error:
+        converters.dry_run(members, tmp_path / "out", **given)
+    assert message in str(error.value) and "\n" not in str(error.value)

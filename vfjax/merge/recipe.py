@@ -18,8 +18,11 @@ from vfjax.merge import parse
 from vfjax.merge.methods.registry import METHODS, Each, Weights, find
 
 CONFIG_KEYS = ("method", "base", "members", "params", "rules")
-LAYER = re.compile(r"((?:.*?[./])?(?:layers?|blocks|stages)\.)(\d+)(\..+)")
+LAYER = re.compile(r"((?:.*?[./])?(?:layers?|blocks|stages|deepstack_merger_list)\.)(\d+)(\..+)")
 """Name of a layer's tensor: what is before its number, the number, what is behind."""
+LAST = re.compile(r"visual\.merger\.mlp\.")
+"""Tensors outside the layers that gradients see at 1: mergekit has them as two layers of one name,
+of which the second is written."""
 
 Settings = Mapping[str, parse.Setting]
 Chain = tuple[Settings, ...]
@@ -219,13 +222,18 @@ class Recipe:
         here = {s.model: tensors[s.model][None] for s in piece.sources}
         names = dict.fromkeys(name for held in here.values() for name, _ in held)
         return {
-            name: self._tensor(name, piece, {m: held.get((name, "")) for m, held in here.items()})
+            name: self._tensor(
+                name,
+                piece,
+                {m: held.get((name, "")) for m, held in here.items()},
+                1.0 if LAST.search(name) else 0.0,
+            )
             for name in names
             if ("embed" in name) == embedding
         }
 
     def _tensor(
-        self, name: str, piece: Slice, found: Mapping[str, str | None], t: float = 0.0
+        self, name: str, piece: Slice, found: Mapping[str, str | None], t: float
     ) -> TensorPlan:
         """One plan; `found` has each source's tensor, None where it lacks it."""
 

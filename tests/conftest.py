@@ -3,20 +3,28 @@ processes of a run; set before jax and torch are imported.
 """
 
 import atexit
+import ctypes
+import gc
 import os
 import shutil
 import signal
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import hypothesis
 import pytest
 
-DEVICES = "--xla_force_host_platform_device_count=8"
+FLAGS = {
+    "--xla_force_host_platform_device_count": 8,
+    "--xla_cpu_use_fusion_emitters": "false",  # they take half the time that compiling takes
+    "--xla_cpu_parallel_codegen_split_count": 1,
+}
 
-if "--xla_force_host_platform_device_count" not in os.environ.get("XLA_FLAGS", ""):
-    os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {DEVICES}".strip()
+for flag, value in FLAGS.items():
+    if flag not in os.environ.get("XLA_FLAGS", ""):
+        os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {flag}={value}".strip()
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 os.environ.setdefault("JAX_DEFAULT_MATMUL_PRECISION", "highest")  # GPU and TPU default to less
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # the reference outputs were recorded on one thread
@@ -33,18 +41,54 @@ os.environ.setdefault(
 )  # LLVM took a third of the suite's time
 
 import jax  # noqa: E402 - reads the environment
+import jax._src.compiler as compiler  # noqa: E402 - options of all programs have no public name
 
 hypothesis.settings.register_profile("vfjax", deadline=None, derandomize=True)
 hypothesis.settings.load_profile("vfjax")
 
 
+def pytest_collection_finish() -> None:
+    """The collector passes over what was imported, which stays anyway."""
+    gc.freeze()
+
+
+MOST = 3 << 29
+"""Bytes of a process above which it lets go of what it compiled."""
+
+
+@pytest.hookimpl(trylast=True)
+def pytest_runtest_logfinish() -> None:
+    """Bounds a process's memory: the programs of the whole suite are 6 GB.
+
+    The C library would keep what is freed.
+    """
+    pages = int(Path("/proc/self/statm").read_text().split()[1])
+    if pages * os.sysconf("SC_PAGE_SIZE") > MOST:
+        jax.clear_caches()
+        gc.collect()
+        ctypes.CDLL(None).malloc_trim(0)
+
+
 @pytest.fixture(scope="module")
 def optimised() -> Iterator[None]:
     """Programs as users run them, where bits are compared, not those that compile fast."""
-    jax.config.update("jax_disable_most_optimizations", False)
-    jax.clear_caches()
-    yield
+    made = compiler.get_compile_options
+
+    def users(*args: Any, **kwargs: Any) -> Any:
+        options = made(*args, **kwargs)
+        options.env_option_overrides = [
+            *options.env_option_overrides,
+            ("xla_cpu_use_fusion_emitters", True),
+        ]
+        return options
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(compiler, "get_compile_options", users)
+        jax.config.update("jax_disable_most_optimizations", False)
+        jax.clear_caches()
+        yield
     jax.config.update("jax_disable_most_optimizations", True)
+    jax.clear_caches()
 
 
 @pytest.fixture(scope="session")

@@ -297,7 +297,8 @@ def attempt(trial: Trial, count: int, root: Path, most: float = MOST) -> tuple[f
                 continue
             own = {"JAX_COORDINATOR_ADDRESS": address, "JAX_NUM_PROCESSES": str(count)}
             own |= {"JAX_PROCESS_ID": str(i), "VFJAX_DISTRIBUTED": "1", "JAX_PLATFORMS": "cpu"}
-            own |= {"XLA_FLAGS": "--xla_force_host_platform_device_count=1"}
+            devices = "--xla_force_host_platform_device_count=1"
+            own |= {"XLA_FLAGS": f"{os.environ.get('XLA_FLAGS', '')} {devices}"}
             own |= {"PYTHONPATH": str(ROOT)}
             flags = [*commands(trial.task, count, root), *(trial.flags if i == odd else ())]
             if trial.what == "working folder":

@@ -62,9 +62,10 @@ def started(
     cwd: Sequence[Path] = (),
 ) -> Iterator[list[subprocess.Popen[str]]]:
     """The processes, which are ended with the block."""
+    devices = f"--xla_force_host_platform_device_count={DEVICES // len(commands)}"
     common = {
         **os.environ,
-        "XLA_FLAGS": f"--xla_force_host_platform_device_count={DEVICES // len(commands)}",
+        "XLA_FLAGS": f"{os.environ['XLA_FLAGS']} {devices}",  # the last of each counts
         "JAX_PLATFORMS": "cpu",
         "PYTHONPATH": str(ROOT),
     }

@@ -73,7 +73,7 @@ def command(project: Path, workdir: Path, *more: str) -> list[str]:
 def environment(tmp_path: Path) -> dict[str, str]:
     return {
         **os.environ,
-        "XLA_FLAGS": "",
+        "XLA_FLAGS": f"{os.environ['XLA_FLAGS']} --xla_force_host_platform_device_count=1",
         "JAX_COMPILATION_CACHE_DIR": str(tmp_path / "cache"),
         "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
     }

@@ -65,20 +65,35 @@ def _image_token(source: Source, tokenizer: "PreTrainedTokenizerBase | None") ->
         return source.image_token
     token = getattr(tokenizer, "image_token", None) or source.image_token
     found = tokenizer.added_tokens_encoder.get(token)
-    expected = source.config.get("image_token_id", source.config.get("image_token_index", 32000))
+    known = source.config
+    said = known.get("image_token_id", known.get("image_token_index", source.image_id))
+    expected = found if said is None else said
     lacks = found is None and token == IMAGE_TOKEN  # pictures can be told from text all the same
-    if source.layout != "visionfuse" and found != expected and not lacks:
+    if source.layout != "visionfuse" and (found is None or found != expected) and not lacks:
         raise InputError(
             f"{source.home}: {token}",
             found="none in the tokenizer" if found is None else f"id {found} in the tokenizer",
-            expected=f"{expected}, as config.json says by image_token_index",
+            expected="it" if said is None else f"{said}, as config.json says by image_token_index",
             fix="take both files from one repository",
         )
     return token
 
 
 def _check_tokens(source: Source, tokenizer: "PreTrainedTokenizerBase", rows: int) -> None:
-    """Raises InputError if a prompt cannot be asked, as its tokens have no rows."""
+    """Whether prompts can be asked.
+
+    Raises:
+        InputError: tokens of a prompt have no rows, or what stands around pictures is no token.
+    """
+    said = [word for branch in source.branches for word in branch.connector.get("words", ())]
+    for word in said:
+        if len(tokenizer(word, add_special_tokens=False).input_ids) != 1:
+            raise InputError(
+                f"{source.home}: tokenizer",
+                found=f"no token {word}",
+                expected="it: a member was trained with it around pictures",
+                fix="use the member's own tokenizer, or a union that has its tokens",
+            )
     known = source.template != CHAT_TEMPLATE
     text = get_template(source.template).text if known else source.chat_template
     ids = tokenizer(text.replace(source.image_token or IMAGE_TOKEN, " ")).input_ids

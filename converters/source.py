@@ -104,6 +104,7 @@ class Source:
         template: name of the prompt template, "chat_template" for the folder's own.
         chat_template: the folder's own, Jinja; "" if its code does not read one.
         image_token: see `vfjax.Processor`.
+        image_id: its id where config.json does not say one; None: the tokenizer's own.
         tokenizer: of a folder of transformers' what its tokenizer's class depends on, see
             `converters.tokenizer.load_tokenizer`.
         parts: component ("llm", "branches.NAME.encoder", ...) -> its tensors under the names of the
@@ -135,6 +136,7 @@ class Source:
     tokenizer: Mapping[str, str] = dataclasses.field(default_factory=dict)
     chat_template: str = ""
     image_token: str = ""
+    image_id: int | None = 32000
     parts: Mapping[str, Tensors] = dataclasses.field(default_factory=dict)
     prefixes: Mapping[str, Prefixes] = dataclasses.field(default_factory=dict)
     towers: Mapping[str, Tower] = dataclasses.field(default_factory=dict)

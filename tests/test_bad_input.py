@@ -147,7 +147,7 @@ CONFIGS = {
     "model_type": ({"model_type": "what"}, ["model_type 'what'", "llava"]),
     "projector": ({"mm_projector_type": "qformer"}, ["mm_projector_type", "'qformer'"]),
     "aspect": ({"image_aspect_ratio": "round"}, ["image_aspect_ratio", "'round'"]),
-    "rope": ({"rope_scaling": {"type": "dynamic", "factor": 2.0}}, ["rope_scaling", "'dynamic'"]),
+    "rope": ({"rope_scaling": {"type": "linear", "factor": 2.0}}, ["rope_scaling", "'linear'"]),
     "activation": ({"hidden_act": "relu7"}, ["relu7"]),
     "tower": ({"mm_vision_tower": "nobody/nothing"}, ["nobody/nothing", "towers="]),
 }

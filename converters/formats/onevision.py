@@ -181,6 +181,7 @@ SETTINGS: Unused = {
     "feature_extractor_type": ANY,
     "fps": ANY,
     "image_processor_type": ANY,
+    "initial_shift": ANY,
     "num_frames": ANY,
     "pad_size": ANY,
     "processor_class": ANY,
@@ -192,16 +193,23 @@ SETTINGS: Unused = {
 """Other settings of both, without effect on a picture's pixels at these values."""
 
 
-def settings(found: Mapping[str, Any], where: str) -> dict[str, Any]:
+def settings(
+    found: Mapping[str, Any], where: str, family: str = "LlavaOnevision"
+) -> dict[str, Any]:
     """An image or video processor's settings, as those of SigLIP's, which resizes as they do.
+
+    Args:
+        found: the settings.
+        where: what to call them in errors.
+        family: whose image processor it is.
 
     Raises:
         InputError: a setting that is not followed.
     """
     values = Values(found, where)
     kind = values.text("image_processor_type", None)
-    if kind and not re.fullmatch("LlavaOnevisionImageProcessor(Fast|Pil)?", kind):
-        raise values.error("image_processor_type", "LlavaOnevisionImageProcessor")
+    if kind and not re.fullmatch(f"{family}ImageProcessor(Fast|Pil)?", kind):
+        raise values.error("image_processor_type", f"{family}ImageProcessor")
     out = {
         key: default if (value := values.any(key)) is None else value
         for key, default in IMAGES.items()
@@ -269,21 +277,34 @@ def _check_processor(folder: Path, branch: Mapping[str, Any]) -> None:
             f"{tokens}, and vision_feature_select_strategy as config.json has it: the tokens of a "
             "view that the model makes",
         )
+    check_video(folder, values, branch["preprocessor"])
+    values.done(dict.fromkeys(PROCESSOR, ANY))
+
+
+def check_video(folder: Path, values: Values, images: Mapping[str, Any]) -> None:
+    """Whether a folder's video processor prepares frames as its image processor does pictures.
+
+    Args:
+        folder: of transformers.
+        values: its processor_config.json.
+        images: `settings` of the image processor.
+
+    Raises:
+        InputError: it does not.
+    """
     video = values.any("video_processor")
     beside = folder / "video_preprocessor_config.json"
-    if not isinstance(video, Mapping) and beside.is_file():
-        video = read_json(beside)
-    if isinstance(video, Mapping):
-        own = settings(video, f"{folder}: video processor")
-        for key, value in own.items():
-            if not _same(value, branch["preprocessor"][key]):
-                raise InputError(
-                    f"{folder}: video processor: {key}",
-                    found=cut(repr(value)),
-                    expected=f"{cut(repr(branch['preprocessor'][key]))}, as the image processor's",
-                    fix="correct one of them",
-                )
-    values.done(dict.fromkeys(PROCESSOR, ANY))
+    if not isinstance(video, Mapping):
+        video = read_json(beside) if beside.is_file() else {}
+    own = settings(video, f"{folder}: video processor") if video else {}
+    for key, value in own.items():
+        if not _same(value, images[key]):
+            raise InputError(
+                f"{folder}: video processor: {key}",
+                found=cut(repr(value)),
+                expected=f"{cut(repr(images[key]))}, as the image processor's",
+                fix="correct one of them",
+            )
 
 
 PROCESSOR = (

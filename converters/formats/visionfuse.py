@@ -8,6 +8,8 @@ from typing import Any
 
 from converters import registry
 from converters.chat import read_chat_template
+from converters.params import internlm2
+from converters.params.table import Names
 from converters.source import TEMPLATE, Branch, Layout, Source, tokenizer_class
 from converters.towers import Towers
 from converters.values import ANY, REQUIRED, Values
@@ -60,7 +62,7 @@ def _branch(found: Mapping[str, JSON], where: str) -> Branch:
     return made
 
 
-def fused_prefixes(source: Source) -> tuple[tuple[str, str, str], ...]:
+def fused_prefixes(source: Source) -> Names:
     """Branches under their names, the LLM under the standard ones."""
     parts = [part for branch in source.branches for part in branch.parts]
     return (*((f"{part}.", part, "") for part in parts), ("", "llm", ""))
@@ -116,6 +118,12 @@ BARE = tuple(
 """Names of a model that was saved without its head (LlamaModel, PhiModel)."""
 
 
+def llm_names(source: Source) -> Names:
+    """Names of a plain causal LM."""
+    own = internlm2.NAMES if source.llm.get("model_type") == "internlm2" else ()
+    return (*((old, "llm", new) for old, new in own), *BARE, ("", "llm", ""))
+
+
 def _is_llm(config: Mapping[str, JSON]) -> bool:
     table = registry.TABLES.get(str(config.get("model_type")))
     return table is not None and bool(table.architecture)
@@ -129,5 +137,5 @@ LAYOUTS = (
         fused_prefixes,
         unused=dict.fromkeys(("architectures", "dtype", "recipe", "torch_dtype"), ANY),
     ),
-    Layout("llm", _is_llm, describe_llm, lambda _: (*BARE, ("", "llm", "")), unused={}),
+    Layout("llm", _is_llm, describe_llm, llm_names, unused={}),
 )

@@ -86,11 +86,11 @@ def rope(hf: Values, context: int) -> tuple[float, RopeScaling | None]:
         context: of the model; a section without its original one means this.
 
     Raises:
-        InputError: a scaling other than Llama-3's.
+        InputError: a scaling other than Llama-3's, or one that counts within the context.
     """
     section, theta = rotary(hf), base(hf)
     kind = section.choice("rope_type", KINDS, section.choice("type", KINDS, "default"))
-    if kind == "default":
+    if kind in ("default", "dynamic"):  # which grows the base beyond the context alone
         section.done(UNSCALED)
         return theta, None
     low = section.number("low_freq_factor", least=1e-9)
@@ -110,7 +110,7 @@ def rope(hf: Values, context: int) -> tuple[float, RopeScaling | None]:
 
 Positions = Callable[[Values, int], tuple[float, RopeScaling | None]]
 
-KINDS = ("default", "llama3")
+KINDS = ("default", "dynamic", "llama3")
 """Rotary scalings."""
 
 ROTARY: Unused = {"partial_rotary_factor": (1.0,)}

@@ -22,6 +22,7 @@ from vfjax.architectures.combine import Combine
 from vfjax.architectures.comm import Comm, COMMConfig, MergeConfig
 from vfjax.architectures.dense_connector import dense
 from vfjax.architectures.idefics import Film, Idefics, Marks, ShuffleConfig
+from vfjax.architectures.internvl import InternVL, NormedShuffleConfig
 from vfjax.architectures.llava import Llava, ProjectorConfig
 from vfjax.architectures.llava_next import LlavaNext
 from vfjax.architectures.mini_gemini import MiniGemini, MiningConfig
@@ -41,6 +42,7 @@ __all__ = [
     "Gather",
     "Idefics",
     "Inputs",
+    "InternVL",
     "Llava",
     "LlavaNext",
     "MLPConfig",
@@ -49,6 +51,7 @@ __all__ = [
     "MergeConfig",
     "MiniGemini",
     "MiningConfig",
+    "NormedShuffleConfig",
     "OneVision",
     "Pictures",
     "Prepared",

@@ -5,6 +5,7 @@ has `embed`, `new_cache`, `__call__(x, mask, cache)` and `logits`.
 """
 
 from vfjax.llm.cache import Cache
+from vfjax.llm.internlm2 import InternLM2Config
 from vfjax.llm.llama import Llama, LlamaConfig, RopeScaling
 from vfjax.llm.mixtral import MixtralConfig
 from vfjax.llm.phi import PhiConfig
@@ -12,6 +13,7 @@ from vfjax.llm.phi3 import Phi3Config
 
 __all__ = [
     "Cache",
+    "InternLM2Config",
     "Llama",
     "LlamaConfig",
     "MixtralConfig",

@@ -1,10 +1,10 @@
 """Conversation templates and chunk-wise tokenisation; `vfjax.text.labels` has training labels.
 
 A fused model speaks the prompt format its members were trained with, so the templates here are
-literal copies of what LLaVA, Mini-Gemini (MGM), SliME and Dense Connector feed their LLMs, odd
-parts included: the Llama-3 templates of MGM and Dense Connector call the assistant `system`, and
-that is what the checkpoints learnt. "Upstream" below means `conversation.py`, `mm_utils.py` and
-`train/train.py` of those repositories.
+literal copies of what LLaVA, Mini-Gemini (MGM), SliME, Dense Connector and InternVL feed their
+LLMs, odd parts included: the Llama-3 templates of MGM and Dense Connector call the assistant
+`system`, and that is what the checkpoints learnt. "Upstream" below means `conversation.py`,
+`mm_utils.py` and `train/train.py` of those repositories.
 """
 
 import re
@@ -187,6 +187,15 @@ def _llama_3(name: str, bos: str = "", answers: str = "system") -> Template:
     )
 
 
+# InternVL internvl_chat/internvl/conversation.py: who the models were told to be.
+_SHUSHENG = (
+    "你是由上海人工智能实验室联合商汤科技开发的书生多模态大模型，英文名叫InternVL, "
+    "是一个有用无害的人工智能助手。"
+)
+_WANXIANG = (
+    "你是书生·万象，英文名是InternVL，是由上海人工智能实验室、清华大学及多家合作单位"
+    "联合开发的多模态大语言模型。"
+)
 _HUMAN, _USER = _CURIOUS.format("human"), _CURIOUS.format("user")
 _SLIME_USER = "<|start_header_id|>user<|end_header_id|>\n\n"
 _DEFAULT = _single("default", _HUMAN, _ENERGY)
@@ -246,6 +255,27 @@ TEMPLATES: Mapping[str, Template] = MappingProxyType(
             again="<start_of_turn>user\n",
             stop=("<end_of_turn>", "<eos>"),
             trained_tail="<end_of_turn>\n<eos>",
+        ),
+        "Hermes-2": _chatml("Hermes-2", _SHUSHENG),
+        "internlm2-chat": _chatml("internlm2-chat", _SHUSHENG),
+        "internvl2_5": _chatml("internvl2_5", _WANXIANG, line="\n"),
+        "internvl_zh": Template(
+            name="internvl_zh",
+            head=" <human>: ",
+            middle=" <bot>:",
+            space=" ",
+            tail="</s>",
+            again="<human>: ",
+            stop=("</s>",),
+        ),
+        "phi3-chat": Template(
+            name="phi3-chat",
+            head=f"<|system|>\n{_SHUSHENG}<|end|><|user|>\n",
+            middle="<|end|><|assistant|>\n",
+            tail="<|end|>",
+            again="<|user|>\n",
+            stop=("<|end|>",),
+            trained_tail="<|end|>",
         ),
         "plain": _PLAIN,
         "v0_plain": _PLAIN,

@@ -1,14 +1,15 @@
 """Pictures cut into tiles, and the order in which the tiles' visual tokens are read; on the host.
 
-Anyres (LLaVA-NeXT, Dense Connector) and SliME's adaptive slicing show the encoder the whole picture
-and, at a higher resolution, a grid of tiles. The grid depends on the picture; merging the tiles'
-tokens is then one gather, by the indices made here. Sizes are (width, height), grids (columns,
-rows). Sources: LLaVA's `llava/mm_utils.py` and `llava/model/llava_arch.py`, and the same files of
-SliME, both with their rounding.
+Anyres (LLaVA-NeXT, Dense Connector), SliME's adaptive slicing and InternVL's tiles show the encoder
+the whole picture and, at a higher resolution, a grid of tiles. The grid depends on the picture;
+merging the tiles' tokens is then one gather, by the indices made here. Sizes are (width, height),
+grids (columns, rows). Sources: LLaVA's `llava/mm_utils.py` and `llava/model/llava_arch.py`, and the
+same files of SliME, both with their rounding.
 """
 
 import math
 from collections.abc import Sequence
+from functools import lru_cache
 
 import numpy as np
 from PIL import Image
@@ -62,6 +63,72 @@ def anyres_grid(size: Size, pinpoints: Sequence[Size], tile: int) -> Size:
         )
     width, height = best_resolution(size, pinpoints)
     return width // tile, height // tile
+
+
+@lru_cache(maxsize=64)
+def tile_grids(least: int, most: int, ordered: bool) -> tuple[Size, ...]:
+    """Grids of `least` to `most` tiles, those of fewer tiles first, for `nearest_grid`.
+
+    Args:
+        least: tiles.
+        most: tiles.
+        ordered: those of as many tiles stand in the order of columns, as in transformers'
+            `get_all_supported_aspect_ratios`; else as Python's set has them, which the authors'
+            `dynamic_preprocess` sorts (InternVL internvl_chat/internvl/train/dataset.py): that of
+            two grids equally near is taken by this order.
+    """
+    sides = range(1, most + 1)
+    found = [(i, j) for i in sides for j in sides if least <= i * j <= most]
+    if not ordered:  # a set's order hangs on the order in which it was filled, by hash alone
+        turns = (n for n in range(least, most + 1))
+        filled = ((i, j) for n in turns for i in range(1, n + 1) for j in range(1, n + 1))
+        found = list({pair for pair in filled if least <= pair[0] * pair[1] <= most})
+    return tuple(sorted(found, key=lambda grid: grid[0] * grid[1]))
+
+
+def nearest_grid(size: Size, grids: Sequence[Size], tile: int) -> Size:
+    """The grid whose aspect is nearest to a picture's; (1, 1) of none.
+
+    Of grids equally near, that of more tiles, unless the picture has less than half their pixels:
+    transformers' `get_optimal_tiled_canvas`, the authors' `find_closest_aspect_ratio`.
+
+    Args:
+        size: the picture's.
+        grids: of `tile_grids`.
+        tile: side of the encoder's input in pixels.
+    """
+    width, height = size
+    best, least = (1, 1), math.inf
+    for cols, rows in grids:
+        off = abs(width / height - cols / rows)
+        near = off == least and width * height > 0.5 * tile * tile * cols * rows
+        if off < least or near:
+            best, least = (cols, rows), off
+    return best
+
+
+def grid_tiles(image: Image.Image, grid: Size, tile: int, *, thumbnail: bool) -> list[Image.Image]:
+    """A picture stretched over a grid and cut into its tiles, row by row; by Pillow's bicubic.
+
+    Transformers' `crop_image_to_patches`, the authors' `dynamic_preprocess`.
+
+    Args:
+        image: RGB.
+        grid: of tiles.
+        tile: side of the encoder's input in pixels.
+        thumbnail: whether the whole picture follows, squashed.
+
+    Returns:
+        Pictures of tile x tile; where there is but one tile, the picture as it is.
+    """
+    cols, rows = grid
+    if cols * rows == 1:
+        return [image]
+    bicubic = Image.Resampling.BICUBIC
+    canvas = image.resize((cols * tile, rows * tile), bicubic)
+    corners = [(x * tile, y * tile) for y in range(rows) for x in range(cols)]
+    views = [canvas.crop((x, y, x + tile, y + tile)) for x, y in corners]
+    return [*views, image.resize((tile, tile), bicubic)] if thumbnail else views
 
 
 def resize_pad(image: Image.Image, canvas: Size) -> Image.Image:

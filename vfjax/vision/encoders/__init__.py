@@ -11,6 +11,7 @@ from vfjax.vision.encoders.dino import DINOConfig
 from vfjax.vision.encoders.dinov2 import DINOv2Config
 from vfjax.vision.encoders.dinov3 import DINOv3, DINOv3Config
 from vfjax.vision.encoders.idefics import IdeficsConfig
+from vfjax.vision.encoders.internvit import InternViT, InternViTConfig
 from vfjax.vision.encoders.siglip import SigLIPConfig
 from vfjax.vision.encoders.vit import ViT
 
@@ -23,6 +24,8 @@ __all__ = [
     "DINOv3",
     "DINOv3Config",
     "IdeficsConfig",
+    "InternViT",
+    "InternViTConfig",
     "SigLIPConfig",
     "ViT",
 ]

@@ -1,4 +1,4 @@
-"""The pre-norm vision transformer that CLIP, SigLIP, DINO and DINOv2 share."""
+"""The pre-norm vision transformer that CLIP, SigLIP, DINO, DINOv2 and InternViT share."""
 
 from collections.abc import Sequence
 from typing import Protocol
@@ -8,7 +8,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from vfjax.errors import InputError
-from vfjax.nn.layers import MLP, attention, layer_norm, linear, param
+from vfjax.nn.layers import MLP, RMSNorm, attention, layer_norm, linear, param
 from vfjax.vision.resize import bicubic
 
 Array = jax.Array
@@ -71,6 +71,9 @@ class ViT(nnx.Module):
         layer_scale: the blocks scale what they add.
         qkv_bias: queries, keys and values have a bias.
         swiglu: the blocks' MLPs are `SwiGLU`.
+        qk_norm: epsilon of the norms of queries and keys, over all heads at once; None: none.
+        rms_norm: the blocks' norms are `RMSNorm`.
+        final_norm: a norm stands behind the blocks.
         rngs: for the weights.
     """
 
@@ -89,6 +92,9 @@ class ViT(nnx.Module):
         layer_scale: bool = False,
         qkv_bias: bool = True,
         swiglu: bool = False,
+        qk_norm: float | None = None,
+        rms_norm: bool = False,
+        final_norm: bool = True,
         rngs: nnx.Rngs,
     ):
         c = self.config = config
@@ -123,11 +129,14 @@ class ViT(nnx.Module):
                 c.eps,
                 layer_scale=layer_scale,
                 qkv_bias=qkv_bias,
+                qk_norm=qk_norm,
+                rms_norm=rms_norm,
                 rngs=rngs,
             )
             for _ in range(c.layers)
         )
-        self.norm = layer_norm(c.width, c.eps, rngs=rngs)
+        if final_norm:
+            self.norm = layer_norm(c.width, c.eps, rngs=rngs)
 
     def __call__(self, pixels: Array, taps: Sequence[int], *, norm: bool = False) -> list[Array]:
         """Hidden states float[n, prefix + patches, width] at the taps.
@@ -137,8 +146,8 @@ class ViT(nnx.Module):
         Args:
             pixels: float[n, h, w, 3], normalised; h and w are cut to multiples of the patch.
             taps: see `run`.
-            norm: apply the final norm: transformers' `last_hidden_state` is tap -1 with it, but for
-                CLIP, where it norms the class token alone.
+            norm: apply the final norm, which there must be: transformers' `last_hidden_state` is
+                tap -1 with it, but for CLIP, where it norms the class token alone.
 
         Raises:
             InputError: a tap outside the hidden states.
@@ -187,16 +196,29 @@ def _expand(token: nnx.Param, n: int) -> Array:
 class Attention(nnx.Module):
     """Multi-head self-attention, [n, s, width] -> [n, s, width]."""
 
-    def __init__(self, width: int, heads: int, *, qkv_bias: bool = True, rngs: nnx.Rngs):
-        self.heads = heads
+    def __init__(
+        self,
+        width: int,
+        heads: int,
+        *,
+        qkv_bias: bool = True,
+        qk_norm: float | None = None,
+        rngs: nnx.Rngs,
+    ):
+        self.heads, self.qk_norm = heads, qk_norm
         self.q, self.k, self.v = (
             linear(width, width, ("embed", "heads"), bias=qkv_bias, rngs=rngs) for _ in range(3)
         )
         self.out = linear(width, width, ("heads", "embed"), rngs=rngs)
+        if qk_norm is not None:
+            self.q_norm, self.k_norm = (RMSNorm(width, qk_norm, rngs=rngs) for _ in range(2))
 
     def __call__(self, x: Array) -> Array:
         split = (*x.shape[:-1], self.heads, -1)
-        q, k, v = (f(x).reshape(split) for f in (self.q, self.k, self.v))
+        q, k, v = self.q(x), self.k(x), self.v(x)
+        if self.qk_norm is not None:
+            q, k = self.q_norm(q), self.k_norm(k)
+        q, k, v = (y.reshape(split) for y in (q, k, v))
         return self.out(attention(q, k, v).reshape(x.shape))
 
 
@@ -224,11 +246,14 @@ class Block(nnx.Module):
         *,
         layer_scale: bool = False,
         qkv_bias: bool = True,
+        qk_norm: float | None = None,
+        rms_norm: bool = False,
         rngs: nnx.Rngs,
     ):
-        self.norm1 = layer_norm(width, eps, rngs=rngs)
-        self.attn = Attention(width, heads, qkv_bias=qkv_bias, rngs=rngs)
-        self.norm2 = layer_norm(width, eps, rngs=rngs)
+        norm = RMSNorm if rms_norm else layer_norm
+        self.norm1 = norm(width, eps, rngs=rngs)
+        self.attn = Attention(width, heads, qkv_bias=qkv_bias, qk_norm=qk_norm, rngs=rngs)
+        self.norm2 = norm(width, eps, rngs=rngs)
         self.mlp = mlp
         self.layer_scale = layer_scale
         if layer_scale:

@@ -1,6 +1,7 @@
 """Pictures and prompts -> a `Batch` of static shape, on the host."""
 
 import dataclasses
+import functools
 import itertools
 import os
 from collections.abc import Mapping, Sequence
@@ -15,6 +16,7 @@ from vfjax.fusion.splice import Slots, expand, layout, pad
 from vfjax.model import Batch, ModelConfig
 from vfjax.rows import (
     Picture,
+    bucket_length,
     check_labels,
     frames,
     open_media,
@@ -98,12 +100,7 @@ class Processor:
         token = self.image_token or text.IMAGE_TOKEN
         tokenizer = self.require_tokenizer()
         return own.render(
-            tokenizer,
-            self.chat_template,
-            messages,
-            token,
-            answer=answer,
-            variables=variables or {},
+            tokenizer, self.chat_template, messages, token, answer=answer, variables=variables or {}
         )
 
     def tokenize(self, prompt: str) -> list[int]:
@@ -129,9 +126,8 @@ class Processor:
     @property
     def converts(self) -> tuple[Convert, ...]:
         """How the branches convert pictures to RGB, each way once."""
-        return tuple(
-            dict.fromkeys(branch.architecture.images.convert for branch in self.config.branches)
-        )
+        ways = (branch.architecture.images.convert for branch in self.config.branches)
+        return tuple(dict.fromkeys(ways))
 
     def open(self, source: str | os.PathLike | bytes, *, name: str | None = None) -> File:
         """A picture of a file or of its bytes, read as all branches read it.
@@ -207,7 +203,8 @@ class Processor:
         alone = prompts is not None and len(self.config.branches) == 1
         images_in, parts, sizes, around = self._prepare(pictures, counts, words, shard, alone)
         if prompts is not None and any(first or last for first, last in around):
-            rows = self._ids(self._written(prompts, around), None)
+            token = self.image_token or text.IMAGE_TOKEN
+            rows = self._ids(text.surround(prompts, around, token), None)
         rest = iter(parts)
         owned = [list(itertools.islice(rest, count)) for count in counts]
         expanded = [
@@ -284,19 +281,10 @@ class Processor:
     def _ids(
         self, prompts: Sequence[str] | None, input_ids: Sequence[Sequence[int]] | None
     ) -> list[np.ndarray]:
-        vocab = self.config.llm.vocab
-        return read_ids(prompts, input_ids, tokenize=self.tokenize, vocab=vocab)
+        return read_ids(prompts, input_ids, tokenize=self.tokenize, vocab=self.config.llm.vocab)
 
     def _length(self, longest: int) -> int:
-        context = self.config.llm.context
-        if longest > context:
-            raise InputError(
-                "prompt",
-                found=f"{longest} tokens, visual ones included",
-                expected=f"at most {context}, the LLM's context",
-                fix="shorten the prompt or pass fewer pictures",
-            )
-        return min(length for length in (*self.lengths, context) if length >= longest)
+        return bucket_length(longest, self.lengths, self.config.llm.context)
 
     def _prepare(
         self,
@@ -338,8 +326,9 @@ class Processor:
                 runs = ready.runs
                 if alone:
                     runs, around = map(list, zip(*(run.opened() for run in runs), strict=True))
-                spoken = [run.tokenized(self._say) for run in runs]
-                ready = dataclasses.replace(ready, runs=spoken)
+                tokenizer, vocab = self.require_tokenizer(), self.config.llm.vocab
+                say = functools.partial(text.tokenize_words, tokenizer, vocab)
+                ready = dataclasses.replace(ready, runs=[run.tokenized(say) for run in runs])
             tokens, gather, size = layout(ready, sum(sizes), number, shard)
             prompt = None
             if path.reads_text:
@@ -351,28 +340,6 @@ class Processor:
                 mine.append(more)
             sizes.append(size)
         return inputs, parts, tuple(sizes), around
-
-    def _say(self, words: str) -> list[int]:
-        """Ids of words that stand between a picture's tokens."""
-        ids = list(self.require_tokenizer()(words, add_special_tokens=False).input_ids)
-        if ids and max(ids) >= self.config.llm.vocab:
-            raise InputError(
-                "tokenizer",
-                found=f"id {max(ids)} in {words!r}",
-                expected=f"ids below {self.config.llm.vocab}, the rows of the embedding",
-                fix="use the checkpoint's own tokenizer",
-            )
-        return ids
-
-    def _written(self, prompts: Sequence[str], around: Sequence[tuple[str, str]]) -> list[str]:
-        """Prompts with words written before and behind each picture."""
-        token, rest = self.image_token or text.IMAGE_TOKEN, iter(around)
-        out = []
-        for prompt in prompts:
-            first, *pieces = prompt.replace(text.IMAGE_TOKEN, token).split(token)
-            words = zip(itertools.islice(rest, len(pieces)), pieces, strict=True)
-            out.append(first + "".join(f"{a}{token}{b}{piece}" for (a, b), piece in words))
-        return out
 
     def require_tokenizer(self) -> Tokenizer:
         """The tokenizer; raises InputError if there is none."""

@@ -73,6 +73,27 @@ def texts(rows: Sequence[np.ndarray]) -> list[np.ndarray]:
     return [row[row != IMAGE_ID] for row in rows for _ in range(placeholders(row))]
 
 
+def bucket_length(longest: int, lengths: Sequence[int], context: int) -> int:
+    """The length that rows are filled up to: the smallest that holds the longest of them.
+
+    Args:
+        longest: tokens of a row, visual ones included.
+        lengths: to choose from, beside the context.
+        context: of the LLM.
+
+    Raises:
+        InputError: it does not fit the context.
+    """
+    if longest > context:
+        raise InputError(
+            "prompt",
+            found=f"{longest} tokens, visual ones included",
+            expected=f"at most {context}, the LLM's context",
+            fix="shorten the prompt or pass fewer pictures",
+        )
+    return min(length for length in (*lengths, context) if length >= longest)
+
+
 def check_labels(labels: Sequence[Sequence[int]], rows: Sequence[np.ndarray]) -> list[np.ndarray]:
     """Labels as int32[r] of each row.
 

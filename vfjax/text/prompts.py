@@ -7,6 +7,7 @@ LLMs, odd parts included: the Llama-3 templates of MGM and Dense Connector call 
 `mm_utils.py` and `train/train.py` of those repositories.
 """
 
+import itertools
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -414,6 +415,41 @@ def encoded(tokenizer: Tokenizer, prompt: str, image_token: str) -> list[int]:
     if image_token:
         return tokenize_whole(tokenizer, prompt, image_token)
     return tokenize(tokenizer, prompt)
+
+
+def tokenize_words(tokenizer: Tokenizer, vocab: int, words: str) -> list[int]:
+    """Ids of words that stand between a picture's tokens.
+
+    Raises:
+        InputError: one has no row in an embedding of `vocab` rows.
+    """
+    ids = list(tokenizer(words, add_special_tokens=False).input_ids)
+    if ids and max(ids) >= vocab:
+        raise InputError(
+            "tokenizer",
+            found=f"id {max(ids)} in {words!r}",
+            expected=f"ids below {vocab}, the rows of the embedding",
+            fix="use the checkpoint's own tokenizer",
+        )
+    return ids
+
+
+def surround(
+    prompts: Sequence[str], words: Sequence[tuple[str, str]], image_token: str
+) -> list[str]:
+    """Prompts with words written before and behind each picture.
+
+    Args:
+        prompts: texts with any number of pictures, as `image_token` or `<image>`.
+        words: of each picture of all prompts, in order, those before and those behind it.
+        image_token: what stands for a picture in the result.
+    """
+    rest, out = iter(words), []
+    for prompt in prompts:
+        first, *pieces = prompt.replace(IMAGE_TOKEN, image_token).split(image_token)
+        around = zip(itertools.islice(rest, len(pieces)), pieces, strict=True)
+        out.append(first + "".join(f"{a}{image_token}{b}{piece}" for (a, b), piece in around))
+    return out
 
 
 def check_turns(turns: Sequence[Turn], *, trained: bool = False) -> None:

@@ -14,7 +14,7 @@ from tests.checkpoints import llama_folder, make_llama, upstream_llava_folder, w
 from vfjax import InputError, encode, forward, generate
 from vfjax.atomic import read_json
 
-PROGRAMS = ("jit(forward)", "jit(_encoded)", "jit(_prefill)", "jit(_first)", "jit(_decode)")
+PROGRAMS = ("jit(forward)", "jit(_encoded)", "jit(prefill)", "jit(first_tokens)", "jit(decode)")
 """What `ask` compiles that depends on the model."""
 
 

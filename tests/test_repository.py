@@ -108,6 +108,74 @@ def test_names_are_not_glued_with_a_zero_byte() -> None:
     assert [str(p) for p in sources if "\\0" in p.read_text() or "\\x00" in p.read_text()] == []
 
 
+ELSEWHERE = {
+    # Names of tensors, and keys of configs: every table and format by one set of tests
+    # (converters/test_every_tensor.py, test_keys*.py, test_published*.py, test_families.py).
+    "converters/params": "clip convnext dino dinov2 dinov3 gemma idefics internlm2 internvit "
+    "llama mistral mixtral mlp phi phi3 qwen siglip",
+    "converters/formats": "comm dense_connector llava llava_next mini_gemini slime visionfuse",
+    # By what opens, adapts, fuses and prints folders: test_load.py, test_adapters*.py,
+    # test_mergekit*.py, test_vocabulary.py, test_files.py, test_fit.py, test_signalled.py.
+    "converters": "__main__ adapted adapter_config alike chat fingerprint folder fusion "
+    "lmms_eval_models lora processor registry tokenizer tokenizer_union towers values",
+    "converters/files": "checksums others shards",
+    # By the contract's test (test_toy.py) and by recordings of the authors' code.
+    "vfjax/architectures": "base boxes combine dense_connector idefics internvl llava llava_next "
+    "mini_gemini mlp slime tapped",
+    "vfjax/vision/encoders": "clip dinov2 idefics internvit siglip",
+    # By what draws with them and reports: experiments/tasks.
+    "vfjax/analysis": "draw report search",
+    "vfjax/eval": "data extras judge predict videoqa",
+    # By the engine's and the methods' tests as a whole, against mergekit and closed forms.
+    "vfjax/merge": "parse tensors",
+    "vfjax/merge/engine": "account kernels operation reductions",
+    "vfjax/merge/methods": "ram requests sphere",
+    # Used throughout.
+    "vfjax": "atomic errors rows",
+    "vfjax/fusion": "segments shard",
+    "vfjax/llm": "cache internlm2 watch",
+    "vfjax/nn": "lora",
+    "vfjax/text": "chat tokenizer",
+    "vfjax/train": "flops",
+    # Glue: by the command line's tests.
+    "experiments": "signals stderr_filter",
+    "experiments/bench": "basic common costs gpu llamas load merge saving train",
+    "experiments/family": "encoders language members optim study",
+    "experiments/serve": "pictures refused request",
+    "experiments/tasks": "chips common demo fuse generate programs seen serve shapes",
+}
+"""Folder -> modules that no test file is named after; it only shrinks."""
+
+
+def test_tests_mirror_modules() -> None:
+    """A module has a test file of its name, or is in `ELSEWHERE`."""
+    lacking: dict[str, set[str]] = {}
+    python = [p.relative_to(ROOT) for p in files() if p.suffix == ".py"]
+    modules = [p for p in python if p.parts[0] in PACKAGES and p.stem != "__init__"]
+    for path in (p for p in modules if "configs" not in p.parts):
+        if not (ROOT / "tests" / path.parent / f"test_{path.name}").is_file():
+            lacking.setdefault(path.parent.as_posix(), set()).add(path.stem)
+    known = {folder: set(names.split()) for folder, names in ELSEWHERE.items()}
+    new = {folder: names - known.get(folder, set()) for folder, names in lacking.items()}
+    assert {folder: names for folder, names in new.items() if names} == {}, "add a test file"
+    done = {folder: names - lacking.get(folder, set()) for folder, names in known.items()}
+    assert {folder: names for folder, names in done.items() if names} == {}, "shorten ELSEWHERE"
+
+
+LONG = {
+    "tests/mutate.py": 641,
+    "tests/vfjax/data/test_pipeline.py": 585,
+}
+"""Files of tests that are longer than MAX_LINES -> by how much, at most; it only shrinks."""
+
+
+def test_test_files_are_short() -> None:
+    tests = [p for p in files() if p.suffix == ".py" and p.is_relative_to(ROOT / "tests")]
+    lines = {p.relative_to(ROOT).as_posix(): len(p.read_text().splitlines()) for p in tests}
+    assert {n: count for n, count in lines.items() if count > LONG.get(n, MAX_LINES)} == {}
+    assert [name for name in LONG if lines.get(name, 0) <= MAX_LINES] == []
+
+
 FOREIGN = {
     "_cache_size",  # JAX's count of a function's programs
     "_current_frames",

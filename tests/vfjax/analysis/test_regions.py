@@ -18,7 +18,7 @@ from vfjax.architectures import (
     SliMEConfig,
 )
 from vfjax.model import BranchConfig
-from vfjax.vision.encoders import CLIPConfig
+from vfjax.vision.encoders import CLIPConfig, ConvNeXtConfig
 from vfjax.vision.images import ImageSpec
 
 STATS = {"mean": (0.0,) * 3, "std": (1.0,) * 3, "resample": 2}
@@ -41,7 +41,9 @@ PATHS = {
     "squash": Llava(CLIP, PLAIN, spec(48, "squash", "crop")),
     "anyres": LlavaNext(CLIP, PLAIN, TILE, pinpoints=PINS, merge="spatial_unpad"),
     "anyres, flat": LlavaNext(CLIP, PLAIN, TILE, pinpoints=PINS, merge="flat"),
-    "mini-gemini": MiniGemini(CLIP, MINING, spec(96, "shortest", "pad"), size=48),
+    "mini-gemini": MiniGemini(
+        CLIP, MINING, spec(96, "shortest", "pad"), ConvNeXtConfig(image_size=96), size=48
+    ),
     "slime": Slime(CLIP, SLIME, TILE),
 }
 SIZES = [(90, 60), (50, 120), (72, 72)]

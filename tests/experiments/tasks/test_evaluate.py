@@ -21,7 +21,7 @@ from vfjax.eval import Data, Question, get_benchmark, log, predict, read
 from vfjax.eval.predict import plan, prompt_ids
 from vfjax.sharding import make_mesh
 
-ROOT = Path(__file__).resolve().parents[2]
+ROOT = Path(__file__).resolve().parents[3]
 HEADER = {"benchmark": "mmvp", "questions": "any", "model": "clip"}
 
 

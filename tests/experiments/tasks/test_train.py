@@ -17,7 +17,7 @@ from PIL import Image
 import converters
 from tests import checkpoints
 
-ROOT = Path(__file__).resolve().parents[2]
+ROOT = Path(__file__).resolve().parents[3]
 KILLS = int(os.environ.get("VFJAX_KILLS", "1"))
 STEPS = 12
 

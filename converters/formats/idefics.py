@@ -151,6 +151,9 @@ def pixels(values: Values) -> dict[str, Any]:
         key: default if (value := values.any(key)) is None else value
         for key, default in IMAGES.items()
     }
+    for key in ("do_resize", "do_rescale", "do_normalize"):
+        if found[key] is not True:
+            raise values.error(key, "true")
     side = edge(values, "max_image_size")
     size = {"height": side, "width": side}
     return {"image_processor_type": "SiglipImageProcessor", **found, "size": size}

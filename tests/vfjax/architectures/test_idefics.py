@@ -1,0 +1,75 @@
+"""Idefics3's tiles: where their tokens stand in a picture, and how patches are joined."""
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from PIL import Image
+
+from vfjax import InputError, Video
+from vfjax.architectures import Film, Idefics, Marks, MLPConfig, ShuffleConfig
+from vfjax.architectures.idefics import joined_patches, largest_grid, resized
+from vfjax.vision.encoders import IdeficsConfig
+from vfjax.vision.images import ImageSpec
+
+HALF = (0.5, 0.5, 0.5)
+MARKS = Marks((1,), tuple((2, k) for k in range(9)), (3,), (4, 4), (5,))
+
+
+def path(split: bool = True, film: Film | None = None) -> Idefics:
+    return Idefics(
+        IdeficsConfig(8, 1, 1, 8, patch=4, image_size=48, input_size=48),
+        ShuffleConfig(MLPConfig(32, 8, 1, bias=False), 2),
+        ImageSpec(48, 48, "squash", "crop", HALF, HALF, resample=1),
+        longest=144,
+        split=split,
+        marks=MARKS,
+        film=film,
+    )
+
+
+@pytest.mark.parametrize("size", [(90, 60), (40, 140), (72, 72)])
+def test_bright_tokens_lie_on_the_bright_spot(size: tuple[int, int]):
+    """Of tiles and of the whole; marks have no place."""
+    pixels = np.zeros((size[1], size[0], 3), np.uint8)
+    x, y = size[0] // 3, size[1] // 2
+    pixels[y - 4 : y + 4, x - 4 : x + 4] = 255
+    ready, boxes = path().prepare([[Image.fromarray(pixels)]]), path().regions(size)
+    (run,) = ready.runs
+    cols, rows = path().grid(size)
+    assert len(run) == len(boxes) == (rows * cols + 1) * 36 + rows * cols * 3 + rows + 1 + 3
+    shown = np.asarray(ready.inputs.pixels).mean(axis=-1)
+    bright = shown.reshape(len(shown), 6, 8, 6, 8).mean(axis=(2, 4)).reshape(-1) + 1
+    assert (np.isnan(boxes).any(axis=1) == (run.text >= 0)).all()
+    seen = run.text < 0
+    number = run.indices[seen, 0]
+    middle = (boxes[seen, :2] + boxes[seen, 2:]) / 2 * size
+    for part in (number < rows * cols * 36, number >= rows * cols * 36):
+        share = bright[number][part] / bright[number][part].sum()
+        spot = (share[:, None] * middle[part]).sum(axis=0)
+        np.testing.assert_allclose(spot, (x, y), atol=max(size) / 9)
+
+
+def test_patches_are_joined_row_by_row():
+    x = jnp.arange(16.0).reshape(1, 16, 1)
+    found = joined_patches(x, 2)[0]
+    assert found.tolist() == [[0, 1, 4, 5], [2, 3, 6, 7], [8, 9, 12, 13], [10, 11, 14, 15]]
+
+
+def test_whole_pictures_and_frames():
+    """Not tiled: one view; a model without videos is shown frames so, too."""
+    image = Image.new("RGB", (90, 60))
+    lone = path(split=False)
+    ready = lone.prepare([[image, Video((image, image))]])
+    assert [len(run) for run in ready.runs] == [39, 78] and ready.size == 4 * 36
+    assert lone.tokens == 39 and len(lone.regions((90, 60))) == 39
+    with pytest.raises(InputError, match="found a model whose code reads none"):
+        lone.choose(30, 1.0)
+    slots = path().prepare([[image]], slots=2)
+    assert len(slots.inputs.pixels) == 2 * 10 and path().tokens == 10 * 36 + 9 * 3 + 3 + 1 + 3
+
+
+def test_edges():
+    assert resized((300, 200), 145) == (145, 96) and resized((100, 101), 101) == (100, 101)
+    assert resized((5000, 1), 364) == (364, 1) and resized((1, 9000), 9000) == (1, 4096)
+    edges = ((364, 364), (365, 365), (1456, 364), (9999, 512))
+    assert [largest_grid(*each) for each in edges] == [0, 2, 4, 8]

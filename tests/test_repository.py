@@ -120,9 +120,9 @@ ELSEWHERE = {
     "lmms_eval_models lora processor registry tokenizer tokenizer_union towers values",
     "converters/files": "checksums others shards",
     # By the contract's test (test_toy.py) and by recordings of the authors' code.
-    "vfjax/architectures": "base boxes combine dense_connector idefics internvl llava llava_next "
+    "vfjax/architectures": "base boxes combine dense_connector internvl llava llava_next "
     "mini_gemini mlp slime tapped",
-    "vfjax/vision/encoders": "clip dinov2 idefics internvit siglip",
+    "vfjax/vision/encoders": "clip dinov2 internvit siglip",
     # By what draws with them and reports: experiments/tasks.
     "vfjax/analysis": "draw report search",
     "vfjax/eval": "data extras judge predict videoqa",

@@ -34,6 +34,7 @@ class Part:
         layers: label -> number of layers.
         module: the recipe's name of this part; "" where there is no other.
         alone: name -> label of the only model that has it, or whose tensor is taken as it is.
+        tables: ends of the names of tensors with one row a token.
     """
 
     recipe: Recipe
@@ -41,6 +42,7 @@ class Part:
     layers: Mapping[str, int]
     module: str = ""
     alone: Mapping[str, str] = dataclasses.field(default_factory=dict)
+    tables: tuple[str, ...] = VOCABULARY
 
 
 def merge_parts(
@@ -114,7 +116,7 @@ def _merged(
     for name, plan in plans.items():
         places = [*plan.members, *([plan.base] if plan.base else [])]
         found = {label: part.tensors[label][tensor] for label, tensor in places}
-        if made is not None and made.size is not None and name.endswith(VOCABULARY):
+        if made is not None and made.size is not None and name.endswith(part.tables):
             base = plan.base[0] if plan.base else part.recipe.base
             found = made.align(name, found, base, float_dtype(part.recipe.dtype))
         members = [(said(label), found[label]) for label, _ in plan.members]

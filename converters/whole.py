@@ -24,6 +24,7 @@ from converters.params.table import placed, rename
 from converters.plan import Part, layers_of, llm_config, merge_parts
 from converters.request import Request
 from converters.source import LAYOUTS, TEMPLATE, Layout, Source
+from converters.tokenizer import tokenizer_of
 from converters.tokenizer_union import Vocabulary
 from converters.towers import Tensors, Towers
 from converters.vocabulary import said
@@ -295,6 +296,8 @@ def merge_whole(
     """
     like = first_seeing(opened, request.members)
     source = opened[like]
+    if made is not None:
+        _check_ids(source, made)
     if not source.branches:
         raise InputError(
             "members",
@@ -324,6 +327,8 @@ def merge_whole(
         one_part(recipe, key[1], each, like, loose, depths if key == TEXT else {})
         for key, each in alike.items()
     ]
+    tables = tuple(names("llm", name) for name in TABLES)
+    found = [dataclasses.replace(each, tables=tables) for each in found]
     merged = dict(zip(alike, merge_parts(recipe, request, found, made), strict=True))
     for key, tensors in merged.items():
         if key != TEXT and (wrong := set(tensors) ^ set(alike[key][like]) - loose):
@@ -333,12 +338,28 @@ def merge_whole(
                 expected="all layers, each once",
                 fix="name whole models",
             )
-    tables = ("model.embed_tokens.weight", "lm_head.weight")
-    heads = {name: x for name in tables if (x := merged[TEXT].get(names("llm", name)))}
+    heads = {name: x for name in TABLES if (x := merged[TEXT].get(names("llm", name)))}
     rest = {name: x for name, x in merged[TEXT].items() if name not in loose}
     llm = llm_config(source.llm, {**rest, **heads}, recipe, opened, LLM)
     owners = {key: {k: x for k, x in each.items() if x} for key, each in alike.items()}
     return Whole(opened, tuple(request.members), like, merged, owners, llm)
+
+
+TABLES = ("model.embed_tokens.weight", "lm_head.weight")
+"""Tensors of an LLM in normal form with one row a token; the second may lack."""
+
+
+def _check_ids(like: Source, made: Vocabulary) -> None:
+    """Raises InputError if a made tokenizer moves a token that config.json may name by its id."""
+    tokenizer = tokenizer_of(like)
+    for token, own in tokenizer.added_tokens_encoder.items() if tokenizer is not None else ():
+        if (found := made.words.get(token)) != own:
+            raise InputError(
+                f"tokenizer: {token}",
+                found="no such token" if found is None else f"id {found}",
+                expected=f"{own}, as in {like.path}, whose config.json is kept",
+                fix="name that model as the tokenizer's source",
+            )
 
 
 def _config(like: Source, llm: Mapping[str, Any], where: str) -> dict[str, Any]:
@@ -349,6 +370,16 @@ def _config(like: Source, llm: Mapping[str, Any], where: str) -> dict[str, Any]:
     Raises:
         InputError: a layout that says them elsewhere.
     """
+    rows = llm["vocab_size"]
+    for key, value in like.config.items():
+        beyond = isinstance(value, int) and rows <= value < like.llm.get("vocab_size", 0)
+        if key.endswith(("_token_id", "_token_index")) and beyond:
+            raise InputError(
+                f"{like.path / 'config.json'}: {key}",
+                found=f"{value}, a row that is dropped",
+                expected=f"an id below {rows}, the rows that are kept",
+                fix="keep that model's rows, by vocab or by its tokenizer",
+            )
     keys = ("vocab_size", "num_hidden_layers", *LISTS)
     changed = {key: llm[key] for key in keys if key in llm and llm[key] != like.llm.get(key)}
     config = dict(like.config)

@@ -186,6 +186,20 @@ def test_a_text_expert_without_weight_is_the_member(text: dict[str, Path]):
         np.testing.assert_array_equal(value, expected[other], err_msg=name)
 
 
+def test_tokens_of_one_alone(text: dict[str, Path], tmp_path: Path):
+    """Rows that the text expert lacks are the member's; those that config.json names stay."""
+    llama_folder(tmp_path / "short", 4, num_hidden_layers=3, vocab_size=300)
+    members = {"short": tmp_path / "short", "eyes": text["eyes"]}
+    options: dict[str, Any] = {"method": "linear", "export": "whole", "family": False}
+    converters.fuse(members, tmp_path / "out", vocab="eyes", **options)
+    short, eyes, out = (arrays(x) for x in (*members.values(), tmp_path / "out"))
+    (name,) = (x for x in eyes if x.endswith("embed_tokens.weight"))
+    own = (short["model.embed_tokens.weight"] + eyes[name][:300]) / 2
+    np.testing.assert_allclose(out[name], np.concatenate([own, eyes[name][300:]]), atol=1e-6)
+    with pytest.raises(InputError, match="image_token_index: found 319, a row that is dropped"):
+        converters.dry_run(members, tmp_path / "less", vocab="short", **options)
+
+
 def edited(file: str, change: Mapping[str, Any]) -> Callable[[Path], None]:
     """What changes keys of a JSON file in a folder."""
 

@@ -22,17 +22,32 @@ Arrays = dict[str, np.ndarray]
 MEMBERS = {"base": 0.0, "a": 0.03, "b": 0.03}
 """Folder -> how far its weights lie from the base's."""
 STORED = (
-    "model.embed_tokens.weight",
-    "model.layers.0.self_attn.q_proj.weight",
+    "model.layers.0.self_attn.q_proj.bias",
     "model.layers.1.mlp.down_proj.weight",
     "model.norm.weight",
-    "visual.patch_embed.proj.weight",
-    "visual.blocks.0.attn.qkv.weight",
+    "visual.blocks.0.attn.proj.weight",
     "visual.blocks.1.mlp.up_proj.bias",
     "visual.blocks.2.mlp.up_proj.bias",
     "visual.merger.ln_q.weight",
     "visual.merger.mlp.2.bias",
 )
+TEXT = {
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "vocab_size": 320,
+}
+VISION = {
+    "hidden_size": 32,
+    "out_hidden_size": 32,
+    "intermediate_size": 40,
+    "depth": 3,
+    "num_heads": 2,
+    "patch_size": 4,
+    "fullatt_block_indexes": [1],
+}
 
 
 def write(root: Path, base: Path, load: Callable, save: Callable) -> None:
@@ -40,7 +55,7 @@ def write(root: Path, base: Path, load: Callable, save: Callable) -> None:
 
     Args:
         root: where.
-        base: a folder of Qwen2.5-VL of two layers and three blocks; its weights do not count.
+        base: a folder of Qwen2.5-VL of the sizes here; its weights do not count.
         load: file -> name -> array.
         save: (name -> float32 array, file) -> written.
     """
@@ -119,11 +134,8 @@ def folder(path: Path) -> None:
     """A folder of transformers' with the sizes that the cases are about."""
     import transformers
 
-    text = {"hidden_size": 8, "intermediate_size": 12, "num_hidden_layers": 2, "vocab_size": 24}
-    text |= {"num_attention_heads": 2, "num_key_value_heads": 1}
-    vision = {"hidden_size": 8, "intermediate_size": 12, "depth": 3, "num_heads": 2}
-    vision |= {"patch_size": 4, "out_hidden_size": 8, "fullatt_block_indexes": [1]}
-    config = transformers.Qwen2_5_VLConfig(text_config=text, vision_config=vision)
+    ids = dict.fromkeys(("bos_token_id", "eos_token_id"))
+    config = transformers.Qwen2_5_VLConfig(text_config={**TEXT, **ids}, vision_config=VISION)
     transformers.Qwen2_5_VLForConditionalGeneration(config).save_pretrained(path)
 
 
@@ -165,8 +177,8 @@ def main(target: Path) -> None:
             (file,) = (root / "out" / case).glob("*.safetensors")
             found = load_file(file)
             fact["names"] = sorted(found)
-            more = ("model.layers.2.mlp.down_proj.weight",) if case == "stacked" else ()
-            arrays |= {f"{case}/{x}": found[x] for x in (*STORED, *more) if x in found}
+            stored = (*STORED, "model.layers.2.self_attn.q_proj.bias")  # where layers are stacked
+            arrays |= {f"{case}/{x}": found[x] for x in stored if x in found}
     arrays["cases"] = np.array(json.dumps(facts))
     np.savez_compressed(target, **arrays)
 

@@ -262,7 +262,7 @@ def test_config_is_read_from_the_folder(grouped):
 
 
 @pytest.fixture(scope="module")
-def wide(tmp_path_factory) -> tuple:
+def wide(room, tmp_path_factory) -> tuple:
     """12 layers, 1024 wide, heads and feed-forward as wide as in published models."""
     folder = tmp_path_factory.mktemp("wide")
     pair = load(

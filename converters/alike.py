@@ -25,7 +25,7 @@ def module(part: str, name: str = "") -> str:
     """What mergekit calls the module that a component's tensor is in."""
     if part == "llm":
         return LLM
-    return PROJECTOR if part.endswith(".connector") or MERGER.search(name) else TOWER
+    return PROJECTOR if part.split(".")[-1] == "connector" or MERGER.search(name) else TOWER
 
 
 def check_alike(

@@ -65,15 +65,16 @@ def _image_token(source: Source, tokenizer: "PreTrainedTokenizerBase | None") ->
         return source.image_token
     token = getattr(tokenizer, "image_token", None) or source.image_token
     found = tokenizer.added_tokens_encoder.get(token)
-    known = source.config
-    said = known.get("image_token_id", known.get("image_token_index", source.image_id))
+    names = [key for key in ("image_token_id", "image_token_index") if key in source.config]
+    key = [*names, "image_token_index"][0]
+    said = source.config.get(key, source.image_id)
     expected = found if said is None else said
     lacks = found is None and token == IMAGE_TOKEN  # pictures can be told from text all the same
     if source.layout != "visionfuse" and (found is None or found != expected) and not lacks:
         raise InputError(
             f"{source.home}: {token}",
             found="none in the tokenizer" if found is None else f"id {found} in the tokenizer",
-            expected="it" if said is None else f"{said}, as config.json says by image_token_index",
+            expected="it" if said is None else f"{said}, as config.json says by {key}",
             fix="take both files from one repository",
         )
     return token

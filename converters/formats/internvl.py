@@ -222,7 +222,7 @@ def describe_hf(folder: Path, config: Values, towers: Towers) -> Source:
     llm["tie_word_embeddings"] = config.flag("tie_word_embeddings")  # the text's own is not read
     factor, old = factor_of(config), parts["connector"]
     found = dict(read_preprocessor(folder))
-    own = {key: found.pop(key, None) for key in TILING}
+    own = {key: value for key in TILING if (value := found.pop(key, None)) is not None}
     images = settings(found, f"{folder}: image processor", "GotOcr2") if found else {}
     tiles = Values(own, f"{folder}: image processor").over(TILING)
     tokenizer = folder / "tokenizer_config.json"
@@ -240,8 +240,8 @@ def describe_hf(folder: Path, config: Values, towers: Towers) -> Source:
             "dout": old["dout"],
             "groups": old["groups"],
             "factor": factor,
-            "least": tiles.whole("min_patches", 1, most=TILES),
-            "most": tiles.whole("max_patches", 12, most=TILES),
+            "least": tiles.whole("min_patches", most=TILES),
+            "most": tiles.whole("max_patches", most=TILES),
             "thumbnail": True,
             "ordered": True,
             "words": [
@@ -290,6 +290,8 @@ def _check_processor(folder: Path, branch: Branch, factor: int) -> None:
     encoder = registry.find(branch.encoder, str(folder)).config(
         {**branch.encoder, "input_size": side}
     )
+    if math.isqrt(encoder.tokens) % factor:
+        return  # no whole blocks, which `path` refuses
     count = encoder.tokens // factor**2
     if values.whole("image_seq_length", 256) != count:
         raise values.error("image_seq_length", f"{count}, the tokens of a tile of {side} pixels")

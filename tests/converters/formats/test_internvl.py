@@ -1,9 +1,8 @@
-"""InternVL's folders: the port of transformers as it computes, the authors', fused ones."""
+"""Transformers' folders of InternVL, as it computes, and their export."""
 
 import copy
 import dataclasses
 import json
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,112 +12,21 @@ import pytest
 import torch
 import transformers
 from hypothesis import strategies as st
-from PIL import Image
 
 import converters
 import vfjax
-from tests.checkpoints import randomize, text_config, tokenizer_files, write_json
-from vfjax import Model, Video
+from tests.checkpoints import write_json
+from tests.internvl import (
+    IMAGE,
+    assert_close,
+    changed,
+    picture,
+    port_folder,
+    reference,
+)
+from vfjax import InputError, Model, Video
 from vfjax.model import forward
 from vfjax.sharding import make_mesh
-
-VISION = {
-    "hidden_size": 24,
-    "intermediate_size": 40,
-    "num_hidden_layers": 3,
-    "num_attention_heads": 4,
-    "image_size": [28, 28],
-    "patch_size": [7, 7],
-    "layer_norm_eps": 1e-3,
-    "attention_bias": True,
-    "use_qk_norm": True,
-}
-IMAGE = 261
-TOKENS = {
-    "start_image_token": "<img>",
-    "end_image_token": "</img>",
-    "context_image_token": "<IMG_CONTEXT>",
-    "video_token": "<video>",
-}
-CHAT = (
-    "{% for m in messages %}<s>{{ m.role }}\n{% if m.content is string %}{{ m.content }}"
-    "{% else %}{% for p in m.content %}{% if p.type == 'image' %}<IMG_CONTEXT>\n"
-    "{% elif p.type == 'video' %}<video>\n{% else %}{{ p.text }}{% endif %}{% endfor %}"
-    "{% endif %}</s>\n{% endfor %}{% if add_generation_prompt %}<s>assistant\n{% endif %}"
-)
-
-
-class Videos:
-    """In place of InternVLVideoProcessor, which needs torchvision: frames are squashed."""
-
-    model_input_names = ("pixel_values_videos",)
-
-    def __init__(self, images: Any):
-        self.images = images
-
-    def __call__(self, videos: Sequence, **_: Any) -> dict[str, Any]:
-        return {
-            "pixel_values_videos": torch.stack(
-                [
-                    self.images(list(v), crop_to_patches=False, return_tensors="pt").pixel_values
-                    for v in videos
-                ]
-            )
-        }
-
-
-def port_tokenizer(path: Path) -> transformers.PreTrainedTokenizerFast:
-    """The tokens around pictures have the ids 259 to 262."""
-    tokenizer_files(path)
-    engine = transformers.AutoTokenizer.from_pretrained(path).backend_tokenizer
-    special = {"unk_token": "<unk>", "bos_token": "<s>", "eos_token": "</s>", "pad_token": "</s>"}
-    tokenizer = transformers.PreTrainedTokenizerFast(
-        tokenizer_object=engine, **special, extra_special_tokens=TOKENS
-    )
-    tokenizer.save_pretrained(path)
-    return tokenizer
-
-
-def port_processor(tokenizer: Any, **images: Any) -> transformers.InternVLProcessor:
-    """Transformers' own, but for the video processor."""
-
-    class Processor(transformers.InternVLProcessor):
-        def check_argument_for_proper_class(self, *_: Any) -> None: ...
-
-    own = transformers.GotOcr2ImageProcessorPil(
-        **{"size": {"height": 28, "width": 28}, "max_patches": 6} | images
-    )
-    return Processor(own, tokenizer, Videos(own), image_seq_length=4, chat_template=CHAT)
-
-
-def port_folder(
-    path: Path, text: str = "qwen2", vision: dict | None = None, **config: Any
-) -> tuple[transformers.InternVLForConditionalGeneration, Any]:
-    """Transformers' as save_pretrained writes it, and its processor."""
-    model = transformers.InternVLForConditionalGeneration(
-        transformers.InternVLConfig(
-            vision_config={**VISION, **(vision or {})},
-            text_config=text_config(model_type=text).to_dict(),
-            **{"image_token_id": IMAGE, "tie_word_embeddings": False} | config,
-        )
-    )
-    randomize(model, 5)
-    with torch.no_grad():
-        for layer in model.model.vision_tower.encoder.layer:
-            layer.lambda_1 += 1
-            layer.lambda_2 += 1
-    model.save_pretrained(path)
-    processor = port_processor(port_tokenizer(path))
-    (path / "chat_template.jinja").write_text(CHAT)
-    write_json(
-        path / "processor_config.json",
-        {
-            "processor_class": "InternVLProcessor",
-            "image_processor": json.loads(processor.image_processor.to_json_string()),
-            "image_seq_length": 4,
-        },
-    )
-    return model, processor
 
 
 @pytest.fixture(scope="module")
@@ -128,23 +36,6 @@ def port(tmp_path_factory) -> tuple[Path, Any, Any, Model, Any]:
     model, processor = converters.load(path)
     processor.lengths = (128,)  # one compilation
     return path, theirs, their_processor, model, processor
-
-
-def picture(width: int, height: int) -> Image.Image:
-    rng = np.random.default_rng((width, height))
-    return Image.fromarray(rng.integers(0, 256, (height, width, 3), dtype=np.uint8))
-
-
-def assert_close(found: np.ndarray, expected: np.ndarray, what: object = "") -> None:
-    assert found.shape == expected.shape, what
-    np.testing.assert_allclose(
-        found, expected, rtol=0, atol=1e-4 * np.abs(expected).max(), err_msg=str(what)
-    )
-
-
-@torch.no_grad()
-def reference(theirs: Any, inputs: dict) -> np.ndarray:
-    return theirs(**inputs).logits[0].float().numpy()
 
 
 SIZES = [(4, 60), (20, 20), (150, 112), (84, 61), (47, 61)]
@@ -313,3 +204,32 @@ def test_template(port):
     whole = maker(images=images, text=expected, add_special_tokens=False)["input_ids"][0]
     batch = processor(images, [expected])
     assert np.where(batch.visual >= 0, IMAGE, batch.tokens)[batch.mask].tolist() == whole
+
+
+@pytest.mark.parametrize(
+    ("file", "changes", "message"),
+    [
+        ("config.json", {"downsample_ratio": 0.3}, "downsample_ratio: found 0.3, expected 1, or"),
+        ("config.json", {"downsample_ratio": 0.125}, "found blocks of 8 patches a side, of 4 of"),
+        ("config.json", {"vision_feature_layer": [-1, -2]}, "found [-1, -2], expected one layer"),
+        ("config.json", {"vision_feature_select_strategy": "full"}, "found 'full', expected"),
+        ("config.json", {"text_config": {"model_type": "qwen3_moe"}}, "model_type 'qwen3_moe'"),
+        ("config.json", {"text_config": {"model_type": "gpt_oss"}}, "model_type 'gpt_oss'"),
+        ("config.json", {"use_registers": 4}, "use_registers: found 4, expected no such key"),
+        ("processor_config.json", {"image_seq_length": 5}, "image_seq_length: found 5, expected 4"),
+        (
+            "processor_config.json",
+            {"video_processor": {"size": {"height": 14, "width": 14}}},
+            "video processor: size: found {'height': 14, 'width': 14}, expected",
+        ),
+        (
+            "tokenizer_config.json",
+            {"context_image_token": "<pic>"},
+            "<pic>: found id 263 in the tok",
+        ),
+    ],
+)
+def test_bad_ports(port, tmp_path: Path, file: str, changes: dict, message: str):
+    with pytest.raises(InputError) as error:
+        converters.load(changed(port[0], tmp_path / "bad", file, changes))
+    assert message in str(error.value) and "\n" not in str(error.value)

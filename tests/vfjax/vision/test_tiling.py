@@ -23,9 +23,11 @@ from vfjax.vision.tiling import (
     anyres_grid,
     best_resolution,
     frame_indices,
+    nearest_grid,
     raster_indices,
     resize_pad,
     spatial_indices,
+    tile_grids,
     tiles,
     unpad,
 )
@@ -374,3 +376,20 @@ def test_bad_pinpoints(pinpoints):
 def test_no_frames(n: int, count: int):
     with pytest.raises(InputError, match=f"video: found {n} frames, {count} wanted"):
         frame_indices(n, count)
+
+
+@pytest.mark.parametrize(
+    ("size", "least", "most", "ordered", "expected"),
+    [
+        ((250, 100), 4, 4, True, (2, 2)),  # transformers' get_optimal_tiled_canvas
+        ((250, 100), 4, 4, False, (4, 1)),  # the authors' find_closest_aspect_ratio
+        ((30, 500), 1, 12, True, (1, 12)),
+        ((1200, 900), 1, 12, True, (4, 3)),
+        ((20, 20), 1, 12, True, (1, 1)),
+        ((448, 448), 1, 12, True, (1, 1)),
+        ((1300, 650), 1, 12, True, (4, 2)),
+        ((600, 300), 1, 12, True, (2, 1)),
+    ],
+)
+def test_nearest_grid(size, least: int, most: int, ordered: bool, expected):
+    assert nearest_grid(size, tile_grids(least, most, ordered), 448) == expected

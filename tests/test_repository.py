@@ -120,7 +120,7 @@ ELSEWHERE = {
     "lmms_eval_models lora processor registry tokenizer tokenizer_union towers values",
     "converters/files": "checksums others shards",
     # By the contract's test (test_toy.py) and by recordings of the authors' code.
-    "vfjax/architectures": "base boxes combine dense_connector internvl llava llava_next "
+    "vfjax/architectures": "base boxes combine dense_connector llava llava_next "
     "mini_gemini mlp slime tapped",
     "vfjax/vision/encoders": "clip dinov2 internvit siglip",
     # By what draws with them and reports: experiments/tasks.
@@ -133,7 +133,7 @@ ELSEWHERE = {
     # Used throughout.
     "vfjax": "atomic errors rows",
     "vfjax/fusion": "segments shard",
-    "vfjax/llm": "cache internlm2 watch",
+    "vfjax/llm": "cache watch",
     "vfjax/nn": "lora",
     "vfjax/text": "chat tokenizer",
     "vfjax/train": "flops",

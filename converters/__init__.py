@@ -13,6 +13,10 @@ Fuse members of one family, into a folder or with nothing written between; first
     converters.fuse(members, "path/to/fused", base="path/to/base-llm", method="ties")
     model, processor = converters.load_fused(members, base="path/to/base-llm")
 
+Merge members of one architecture whole, towers and connectors too, into a folder like theirs:
+
+    converters.fuse(members, "path/to/merged", method="linear", export="whole")
+
 Make a new model, whose connector is yet to be trained:
 
     model, processor = converters.create("path/to/llm", "path/to/clip", {"kind": "mlp"})

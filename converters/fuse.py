@@ -53,20 +53,22 @@ def fuse(
         method: a key of `vfjax.merge.METHODS`.
         params: the method's parameters, such as {"weights": (0.5, 0.5)}; each may vary over the
             layers, see `vfjax.merge.from_config`. Weights are 1 / members each by default.
-            For a text expert, a plain LLM of the base among the members, weights that vary over the
-            layers leave perception to the first ones: {"weights": ((1, 1, 0.4), (0, 0, 0.6))} has
-            its weight at 0 in the first half and lets it grow to 0.6 at the last layer.
+            A text expert, a plain LLM of the base among the members, may come in late, so that the
+            first layers see as they did: {"weights": ((1, 1, 0.4), (0, 0, 0.6))} is, at layer l of
+            L, linear in t = l / (L - 1) between these values at t = 0, 1/2 and 1. Embeddings, final
+            norm and head are at t = 0.
         rules: (regex, changes of method or params) for the tensors whose names the regex is found
             in, such as ("embed_tokens|lm_head", {"take": "base"}); see `vfjax.merge.from_config`.
         recipe: a mergekit YAML file, in place of members, base, method, params and rules.
-        export: "model" writes merged LLM and branches; "llm" a plain Hugging Face causal LM;
-            "whole", of members of one architecture, a model of that architecture in the first
-            one's layout, with towers and connectors merged, too. Its processor, chat template and
-            generation_config.json are the first member's. `rules` see tensors there as the files
-            call them, see `converters.whole`: ("vision_tower", {"take": "a"}),
-            ("visual[.]merger", {"params": {"weights": (0.7, 0.3)}}). `base` is of that architecture
-            then; beside plain LLMs one multimodal LLM keeps tower and connector as they are.
-        template: prompt template; by default that of the first member that sees.
+        export: "model" writes merged LLM and branches, and "llm" a plain Hugging Face causal LM.
+            "whole" writes a model of the members' own architecture, towers and connectors merged,
+            too, with layout, processor, chat template and generation_config.json of the first
+            multimodal one. `base` has that architecture then, and a `recipe` may have mergekit's
+            modules text_decoder, vision_tower and multi_modal_projector. `rules` are about the
+            names in the files, behind "vision_tower/" where a tower has that folder of its own: for
+            example ("visual[.]merger|multi_modal_projector", {"params": {"weights": (0.7, 0.3)}}).
+            One multimodal LLM beside plain ones keeps its tower and connector as they are.
+        template: prompt template; by default that of the first multimodal member.
         dtype: of the merged LLM; by default that of the base's tensors, without a base of the first
             member's; a recipe's as mergekit has it.
         positions: of the branches' tokens, "running" or "parallel", see `vfjax.model.ModelConfig`.

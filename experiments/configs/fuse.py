@@ -16,7 +16,9 @@ def get_config() -> ConfigDict:
             "base": config_dict.placeholder(str),  # the LLM that all were fine-tuned from
             "output": config_dict.placeholder(str),  # default: WORKDIR/fused
             "method": "task_arithmetic",  # a key of vfjax.merge.METHODS
-            "weights": config_dict.placeholder(tuple),  # one a member; default: 1 / members each
+            # One a member, 1 / members each by default; lists vary over the layers. A text expert
+            # that comes in late: --config.method=linear --config.weights="((1, 1, .4), (0, 0, .6))"
+            "weights": config_dict.placeholder(tuple),
             # The method's others; default: its own.
             "params": {key: config_dict.placeholder(object) for key in PARAMS},
             "rules": (),  # (regex, changes): (("embed_tokens|lm_head", {"take": "base"}),)

@@ -116,7 +116,7 @@ ELSEWHERE = {
     "converters/formats": "comm dense_connector llava llava_next mini_gemini slime visionfuse",
     # By what opens, adapts, fuses and prints folders: test_load.py, test_adapters*.py,
     # test_mergekit*.py, test_vocabulary.py, test_files.py, test_fit.py, test_signalled.py.
-    "converters": "__main__ adapted adapter_config alike chat fingerprint folder fusion "
+    "converters": "__main__ adapted adapter_config chat fingerprint folder fusion "
     "lmms_eval_models lora processor registry tokenizer tokenizer_union towers values",
     "converters/files": "checksums others shards",
     # By the contract's test (test_toy.py) and by recordings of the authors' code.

@@ -1,7 +1,6 @@
 """Members of one architecture merged whole: every tensor by its formula, the folder as its own."""
 
 import shutil
-from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +12,7 @@ from safetensors.numpy import load_file, save_file
 
 import converters
 from converters.files.reader import read_weights
-from tests.checkpoints import hf_llava_folder, llama_folder, upstream_llava_folder, write_json
+from tests.checkpoints import hf_llava_folder, llama_folder, upstream_llava_folder
 from tests.converters.formats.test_onevision import port_folder
 from vfjax import InputError
 from vfjax.atomic import read_json
@@ -198,62 +197,3 @@ def test_tokens_of_one_alone(text: dict[str, Path], tmp_path: Path):
     np.testing.assert_allclose(out[name], np.concatenate([own, eyes[name][300:]]), atol=1e-6)
     with pytest.raises(InputError, match="image_token_index: found 319, a row that is dropped"):
         converters.dry_run(members, tmp_path / "less", vocab="short", **options)
-
-
-def edited(file: str, change: Mapping[str, Any]) -> Callable[[Path], None]:
-    """What changes keys of a JSON file in a folder."""
-
-    def edit(folder: Path) -> None:
-        write_json(folder / file, read_json(folder / file) | change)
-
-    return edit
-
-
-def vision(**change: Any) -> Callable[[Path], None]:
-    def edit(folder: Path) -> None:
-        config = read_json(folder / "config.json")
-        write_json(
-            folder / "config.json", config | {"vision_config": config["vision_config"] | change}
-        )
-
-    return edit
-
-
-@pytest.mark.parametrize(
-    ("change", "options", "message"),
-    [
-        (
-            edited("config.json", {"vision_feature_layer": -1}),
-            {},
-            "member 'b': branches[0].architecture.",
-        ),
-        (vision(layer_norm_eps=0.1), {}, "eps: found 0.1"),
-        (
-            edited("preprocessor_config.json", {"image_mean": [0.5, 0.5, 0.5]}),
-            {},
-            "images.mean",
-        ),
-        (
-            lambda path: (path / "chat_template.jinja").write_text("{{ 1 }}"),
-            {},
-            "member 'b': template",
-        ),
-        (None, {"positions": "parallel"}, "positions: found 'parallel'"),
-        (None, {"rules": (("visual", {"take": "a"}),)}, "rules: found 'visual'"),
-        (
-            None,
-            {"rules": (("mlp", {"take": "nobody"}),)},
-            "rules[0].take",
-        ),
-    ],
-)
-def test_refused(text: dict[str, Path], tmp_path: Path, change: Any, options: dict, message: str):
-    """What is ill-defined is named in one line."""
-    shutil.copytree(text["eyes"], tmp_path / "b")
-    if change is not None:
-        change(tmp_path / "b")
-    members = {"a": text["eyes"], "b": tmp_path / "b"}
-    given: dict[str, Any] = {"method": "linear", "export": "whole"} | options
-    with pytest.raises(InputError) as error:
-        converters.dry_run(members, tmp_path / "out", **given)
-    assert message in str(error.value) and "\n" not in str(error.value)

@@ -26,7 +26,7 @@ from tests.vfjax.merge.recipes import (
 )
 from vfjax.errors import InputError
 from vfjax.merge.mergekit import from_mergekit
-from vfjax.merge.recipe import TensorPlan, from_config
+from vfjax.merge.recipe import LAYER, TensorPlan, from_config
 
 
 def test_linear():
@@ -255,6 +255,36 @@ def test_rules():
     assert plans[at(1)].params == {"weights": (1, 2), "scale": 0.5}
     assert plans[at(1, Q)].params == params
     assert plan(from_config(ConfigDict(config | {"rules": rules}))) == plans
+
+
+@pytest.mark.parametrize(
+    ("found", "expected"),
+    [
+        ([f"visual.blocks.{i}.norm1.weight" for i in range(3)], [0, 0.5, 1]),
+        ([f"vision_tower/vision_model.encoder.layers.{i}.x" for i in range(3)], [0, 0.5, 1]),
+        ([f"vision_tower/layers.{i}.x" for i in range(2)], [0, 1]),
+        ([f"trunk.stages.{i}.blocks.1.x" for i in range(2)], [0, 1]),
+        ([f"model.visual.deepstack_merger_list.{i}.norm.bias" for i in range(3)], [0, 0.5, 1]),
+        (["visual.merger.ln_q.weight", "visual.merger.mlp.2.bias"], [0, 1]),
+        (["multi_modal_projector.linear_1.weight", "mm_projector.2.bias"], [0, 0]),
+    ],
+)
+def test_gradients_run_over_the_layers_of_a_module(found: list[str], expected: list[float]):
+    """As mergekit's qwen2_5_vl.json and qwen3_vl_dense.json count them."""
+    recipe = from_config(NATIVE | {"params": {"weights": ([0, 1], 0.5)}})
+    depth = sum(LAYER.fullmatch(name) is not None for name in found)
+    held = dict.fromkeys("ab", found)
+    plans = recipe.plan_module(held, dict.fromkeys("ab", depth), "vision_tower")
+    assert [plans[name].params["weights"] for name in found] == [(x, 0.5) for x in expected]
+
+
+def test_a_rule_may_be_for_another_module():
+    recipe = from_config(NATIVE | {"rules": [("visual", {"take": "a"})]})
+    held, depth = {"a": names(2), "b": names(2)}, {"a": 2, "b": 2}
+    plans = recipe.plan_module(held, depth, "text_decoder")
+    recipe.check_rules([*plans, "visual.merger.ln_q.weight"])
+    with pytest.raises(InputError, match="rules: found 'visual'"):
+        recipe.plan(held, depth)
 
 
 def test_a_taken_tensor_is_needed_of_its_source_only():

@@ -91,6 +91,14 @@ def export(
     )
 
 
+PROCESSOR_FILES = (
+    "preprocessor_config.json",
+    "processor_config.json",
+    "video_preprocessor_config.json",
+)
+"""Files that say how pictures and videos are prepared."""
+
+
 def config_files(origin: Origin, dtype: np.dtype) -> dict[str, Content]:
     """All files of a folder but its weights.
 
@@ -98,7 +106,7 @@ def config_files(origin: Origin, dtype: np.dtype) -> dict[str, Content]:
         origin: what it is like.
         dtype: of its LLM's weights.
     """
-    own = () if origin.created else ("preprocessor_config.json", "processor_config.json")
+    own = () if origin.created else PROCESSOR_FILES
     places = {name: origin.home / name for name in (*TOKENIZER_FILES, *own)}
     files = {name: path for name, path in places.items() if path.is_file()}
     texts: dict[str, Mapping[str, Any]] = {"config.json": with_dtype(origin.config, dtype)}

@@ -18,6 +18,7 @@ from vfjax.atomic import findable
 from vfjax.errors import counted
 from vfjax.sharding import nbytes
 from vfjax.text.chat import CHAT_TEMPLATE
+from vfjax.vision.images import ImageSpec
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -77,7 +78,7 @@ def inspect(
         folders = dict.fromkeys(str(tower.path) if tower else "this folder" for tower in own)
         lines.append(
             f"branch {branch.name}: {' and '.join(encoders)}, "
-            f"{seen.images.size} px {seen.images.aspect}, "
+            f"{_pixels(seen.images)}, "
             f"{parts.connector['mm_projector_type']}, "
             f"up to {counted(branch.tokens, 'token')} a picture; tower from {' and '.join(folders)}"
         )
@@ -104,6 +105,12 @@ def inspect(
     return "\n".join(lines)
 
 
+def _pixels(images: ImageSpec) -> str:
+    if images.resize == "native":
+        return "{:,} to {:,} pixels".format(*images.pixels)
+    return f"{images.size} px {images.aspect}"
+
+
 def _size(config: Layered) -> str:
     return f"{counted(config.layers, 'layer')} x {config.width}"
 
@@ -122,7 +129,8 @@ def _tower(path: Path, file: str) -> str:
     return "\n".join(
         [
             f"{path}: a vision tower alone, {shown} preprocessor_config.json; {TOWER}",
-            f"encoder: {tower.config['model_type']}, {_size(config)}, {config.image_size} px",
+            f"encoder: {tower.config['model_type']}, {_size(config)}, "
+            + (f"{config.image_size} px" if hasattr(config, "image_size") else "any size"),
             f"encoder: {counted(len(used), 'tensor')} mapped, {size:,} bytes; "
             f"{left} known, not read",
         ]

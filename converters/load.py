@@ -251,8 +251,10 @@ def _branch_config(source: Source, branch: Branch) -> BranchConfig:
     images = from_preprocessor(
         branch.preprocessor, aspect=branch.aspect, code=branch.code, name=where
     )
-    encoder = source.config_of(f"{part}.encoder", input_size=images.size)
-    if images.size != getattr(encoder, "input_size", encoder.image_size):
+    fixed = images.resize != "native"
+    side = {"input_size": images.size} if fixed else {}
+    encoder = source.config_of(f"{part}.encoder", **side)
+    if fixed and images.size != getattr(encoder, "input_size", encoder.image_size):
         raise InputError(
             f"{where}: preprocessor",
             found=f"pictures of {images.size} pixels",

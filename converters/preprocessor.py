@@ -1,11 +1,12 @@
 """Hugging Face image processors' settings -> `vfjax.vision.images.ImageSpec`."""
 
 import math
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal
 
-from converters.values import MOST, Values, is_number
+from converters.values import ANY, MOST, Unused, Values, is_number
 from vfjax import InputError
 from vfjax.atomic import JSON, read_json
 from vfjax.errors import cut
@@ -53,6 +54,18 @@ _DEFAULTS: dict[str, dict[str, Any]] = {
     "Llava": _LLAVA,
     "LlavaNext": _LLAVA_NEXT,
 }
+_NATIVE = {
+    **_SWITCHES,
+    "resample": 3,
+    "rescale_factor": 1 / 255,
+    "image_mean": _CLIP["image_mean"],
+    "image_std": _CLIP["image_std"],
+    "size": {"shortest_edge": 56 * 56, "longest_edge": 28 * 28 * 1280},
+    "patch_size": 14,
+    "merge_size": 2,
+}
+"""Qwen2VLImageProcessor's, which keeps a picture about its size."""
+
 _FILTERS = {
     "DINOv3ViT": ((2,), "2, bilinear: of floats other filters give other values than of bytes"),
     "LlavaNext": ((3,), "3, bicubic, with which pictures are laid on their canvas"),
@@ -111,6 +124,8 @@ def from_preprocessor(
         InputError: an unknown processor, a setting this code does not follow, a value of the wrong
             kind, or settings under which the output would not be one fixed square.
     """
+    if re.fullmatch(NATIVE, str(config.get("image_processor_type"))):
+        return _native(config, code, name)
     kind = _kind(config, name)
     settings = dict(_DEFAULTS[kind])
     rgb = config.get("do_convert_rgb", kind != "ViT")
@@ -164,6 +179,62 @@ def from_preprocessor(
         rescale=values.number("rescale_factor"),
         convert=convert,
     )
+
+
+NATIVE = "Qwen2(_5_)?VLImageProcessor(Fast|Pil)?"
+"""Image processors that keep a picture about its size, a pattern."""
+
+
+def _native(config: Mapping[str, Any], code: str, name: str) -> ImageSpec:
+    """`from_preprocessor` of those in `NATIVE`; min_pixels and max_pixels stand before `size`.
+
+    Raises:
+        InputError: as there; fewest pixels above the most.
+    """
+    switches = (*_SWITCHES, "do_convert_rgb")
+    given = {key: x for key, x in config.items() if x is not None or key in switches}
+    values = Values(given, name).over(_NATIVE)
+    for key in _SWITCHES:
+        if values.any(key) is not True:
+            raise _unsupported(name, key, values.any(key), "true")
+    size = Values(values.mapping("size"), f"{name}: size")
+    least, most = (
+        values.whole(old, None, most=_AREA) or size.whole(key, most=_AREA)
+        for old, key in (("min_pixels", "shortest_edge"), ("max_pixels", "longest_edge"))
+    )
+    for key in ("min_pixels", "max_pixels", "shortest_edge", "longest_edge"):
+        size.any(key)
+    size.done({})
+    if least > most:
+        raise _unsupported(name, "size", dict(size.data), "fewest pixels of at most the most")
+    unit = values.whole("patch_size") * values.whole("merge_size")
+    rgb = values.flag("do_convert_rgb", True, null=True)
+    made = ImageSpec(
+        size=unit,
+        edge=unit,
+        resize="native",
+        aspect="crop",
+        mean=_channels(values.any("image_mean"), name, "image_mean", -math.inf),
+        std=_channels(values.any("image_std"), name, "image_std", 0.0),
+        resample=values.whole("resample", least=0, most=5),
+        rescale=values.number("rescale_factor"),
+        convert="drop" if code == "authors" else "blend" if rgb else "none",
+        pixels=(least, most),
+    )
+    values.done({**dict.fromkeys(_NO_EFFECT, ANY), **_NATIVE_UNUSED})
+    return made
+
+
+_AREA = 1 << 40
+"""Most pixels that a limit may say."""
+
+_NATIVE_UNUSED: Unused = {
+    "crop_size": (None,),
+    "default_to_square": ANY,
+    "do_center_crop": (None, False),
+    "do_pad": (None, False),
+    "temporal_patch_size": ANY,  # the format compares it with the model's
+}
 
 
 def _unsupported(name: str, key: str, found: object, expected: str) -> InputError:

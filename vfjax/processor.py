@@ -207,10 +207,7 @@ class Processor:
             rows = self._ids(text.surround(prompts, around, token), None)
         rest = iter(parts)
         owned = [list(itertools.islice(rest, count)) for count in counts]
-        expanded = [
-            expand(row, [Slots.join(branches) for branches in seen])
-            for row, seen in zip(rows, owned, strict=True)
-        ]
+        expanded = [expand(row, seen) for row, seen in zip(rows, owned, strict=True)]
         cut = [slots[:truncate] for slots, _ in expanded]
         longest = max(map(len, cut))
         t = self._length(longest) if shard is None else shard.length
@@ -281,7 +278,9 @@ class Processor:
     def _ids(
         self, prompts: Sequence[str] | None, input_ids: Sequence[Sequence[int]] | None
     ) -> list[np.ndarray]:
-        return read_ids(prompts, input_ids, tokenize=self.tokenize, vocab=self.config.llm.vocab)
+        vocab = self.config.llm.vocab
+        stand = [i for b in self.config.branches for i in b.architecture.placeholders]
+        return read_ids(prompts, input_ids, tokenize=self.tokenize, vocab=vocab, stand=stand)
 
     def _length(self, longest: int) -> int:
         return bucket_length(longest, self.lengths, self.config.llm.context)

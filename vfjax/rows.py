@@ -23,6 +23,7 @@ def read_ids(
     *,
     tokenize: Callable[[str], Sequence[int]],
     vocab: int,
+    stand: Sequence[int] = (),
 ) -> list[np.ndarray]:
     """Each row's ids, int64[r], -200 at each picture.
 
@@ -31,6 +32,7 @@ def read_ids(
         input_ids: in place of them, ids.
         tokenize: ids of a prompt.
         vocab: of the LLM.
+        stand: ids that stand for a picture, too.
 
     Raises:
         InputError: both or neither are given, no row, an empty one, or an id outside `vocab`.
@@ -51,6 +53,7 @@ def read_ids(
         input_ids = [tokenize(prompt) for prompt in prompts]
     assert input_ids is not None
     rows = [np.asarray(row, np.int64) for row in input_ids]
+    rows = [np.where(np.isin(row, stand), IMAGE_ID, row) for row in rows]
     for i, row in enumerate(rows):
         bad = row[(row != IMAGE_ID) & ((row < 0) | (row >= vocab))]
         if bad.size or not row.size:

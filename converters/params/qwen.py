@@ -1,4 +1,7 @@
-"""Qwen2, Qwen2.5 and Qwen3 (transformers Qwen2ForCausalLM, Qwen3ForCausalLM)."""
+"""Qwen2, Qwen2.5 and Qwen3 (transformers Qwen2ForCausalLM, Qwen3ForCausalLM).
+
+Qwen2-VL's and Qwen2.5-VL's LLMs are Qwen2s whose positions are of time, row and column.
+"""
 
 import dataclasses
 
@@ -32,6 +35,45 @@ def qwen2(hf: Values) -> LlamaConfig:
     return dataclasses.replace(llama.decoder(hf.over(DEFAULTS)), qkv_bias=True)
 
 
+VL_DEFAULTS = {
+    "vocab_size": 152064,
+    "hidden_size": 8192,
+    "intermediate_size": 29568,
+    "num_hidden_layers": 80,
+    "num_attention_heads": 64,
+    "num_key_value_heads": 8,
+    "max_position_embeddings": 32768,
+    "rms_norm_eps": 1e-5,
+    "rope_theta": 1000000.0,
+}
+"""Of transformers' Qwen2VLTextConfig and Qwen2_5_VLTextConfig."""
+
+
+def qwen_vl(hf: Values) -> LlamaConfig:
+    """A Qwen2 with M-RoPE: `mrope_section` frequencies turn by time, by row, by column, and so on.
+
+    Raises:
+        InputError: as of `llama.decoder`; sections that are not a head's, or heads of another size
+            than the class has.
+    """
+    hf = hf.over(VL_DEFAULTS)
+    for key in ("rope_scaling", "rope_parameters"):  # a second name of "default" there
+        found = dict(hf.mapping(key, None) or {})
+        if found.get("rope_type", found.get("type")) == "mrope":
+            found.pop("type", None)
+            hf = hf.put({key: {**found, "rope_type": "default"}})
+    rotary = llama.rotary(hf)
+    sections = rotary.wholes("mrope_section", (16, 24, 24), least=0)
+    made = dataclasses.replace(llama.decoder(hf), qkv_bias=True)
+    if made.head_dim * made.heads != made.width:
+        key = "head_dim" if hf.any("head_dim") else "hidden_size"
+        raise hf.error(key, f"{made.heads} heads that share hidden_size, {made.width}, equally")
+    if sum(sections) != made.head_dim // 2:
+        raise rotary.error("mrope_section", f"numbers with the sum {made.head_dim // 2}, of a head")
+    axes = tuple(i % 3 for i, count in enumerate(sections) for _ in range(count))
+    return dataclasses.replace(made, rope_axes=axes)
+
+
 def qwen3(hf: Values) -> LlamaConfig:
     """Norms on queries and keys."""
     bias = hf.flag("attention_bias", False)
@@ -46,6 +88,16 @@ TABLES = (
         read=qwen2,
         unused={**UNUSED, "attention_bias": ANY},  # fixed in its class
         architecture="Qwen2ForCausalLM",
+    ),
+    *(
+        dataclasses.replace(
+            llama.TABLE,
+            types=(f"{kind}_text",),
+            read=qwen_vl,
+            unused={**UNUSED, "attention_bias": ANY},
+            architecture=f"{name}TextForCausalLM",  # there is a ...TextModel alone
+        )
+        for kind, name in (("qwen2_vl", "Qwen2VL"), ("qwen2_5_vl", "Qwen2_5_VL"))
     ),
     dataclasses.replace(
         llama.TABLE,

@@ -28,6 +28,7 @@ from vfjax.architectures.llava_next import LlavaNext
 from vfjax.architectures.mini_gemini import MiniGemini, MiningConfig
 from vfjax.architectures.mlp import MLPConfig
 from vfjax.architectures.onevision import OneVision
+from vfjax.architectures.qwen_vl import MergerConfig, QwenVL
 from vfjax.architectures.slime import Slime, SliMEConfig
 from vfjax.architectures.tapped import Tapped
 
@@ -49,6 +50,7 @@ __all__ = [
     "Marks",
     "Media",
     "MergeConfig",
+    "MergerConfig",
     "MiniGemini",
     "MiningConfig",
     "NormedShuffleConfig",
@@ -57,6 +59,7 @@ __all__ = [
     "Prepared",
     "ProjectorConfig",
     "Prompt",
+    "QwenVL",
     "Rows",
     "Run",
     "ShuffleConfig",

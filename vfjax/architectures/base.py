@@ -318,6 +318,13 @@ class Architecture(Protocol):
     axes: ClassVar[int]
 
     @property
+    def placeholders(self) -> tuple[int, ...]:
+        """Ids that stand for a picture or video as -200 does, as those of the folder's processor.
+
+        Where the marks that a run begins and ends with stand around a placeholder, they are its.
+        """
+
+    @property
     def encoders(self) -> Mapping[str, Encoder]:
         """Name -> config of each encoder; the first one's name is "encoder".
 

@@ -185,6 +185,7 @@ class Idefics:
 
     reads_text: ClassVar[bool] = False
     axes: ClassVar[int] = 1
+    placeholders: ClassVar[tuple[int, ...]] = ()
 
     @property
     def encoders(self) -> dict[str, Encoder]:

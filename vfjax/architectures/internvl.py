@@ -121,6 +121,7 @@ class InternVL:
 
     reads_text: ClassVar[bool] = False
     axes: ClassVar[int] = 1
+    placeholders: ClassVar[tuple[int, ...]] = ()
 
     @property
     def encoders(self) -> Mapping[str, Encoder]:

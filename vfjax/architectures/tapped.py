@@ -61,6 +61,7 @@ class Tapped(abc.ABC):
 
     reads_text: ClassVar[bool] = False
     axes: ClassVar[int] = 1
+    placeholders: ClassVar[tuple[int, ...]] = ()
 
     @property
     def encoders(self) -> Mapping[str, Encoder]:

@@ -50,24 +50,41 @@ class Slots:
         return type(self)(*(getattr(self, name)[where] for name in names))
 
 
-def expand(row: np.ndarray, seen: Sequence[Slots]) -> tuple[Slots, np.ndarray]:
+def expand(row: np.ndarray, seen: Sequence[Sequence[Slots]]) -> tuple[Slots, np.ndarray]:
     """A row with each placeholder widened to its picture's tokens.
+
+    Marks that a branch begins and ends a picture with (`<img>`, `</img>`), and that the row has
+    around the placeholder already, as chat templates write them, are read once.
 
     Args:
         row: int64[r] ids, -200 at each picture.
-        seen: the tokens of each picture.
+        seen: the tokens of each picture, by branch.
 
     Returns:
         The tokens [s], and int64[s] indices into `row`.
     """
-    width = np.ones(len(row), np.int64)
-    at = np.flatnonzero(row == IMAGE_ID)
-    width[at] = [len(picture) for picture in seen]
-    parts, first = list[Slots](), 0
-    for stop, picture in zip(at.tolist(), seen, strict=True):
-        parts += [Slots.text(row[first:stop]), picture]
-        first = stop + 1
-    return Slots.join([*parts, Slots.text(row[first:])]), np.repeat(np.arange(len(row)), width)
+    parts, of, first = list[Slots](), list[np.ndarray](), 0
+    for at, branches in zip(np.flatnonzero(row == IMAGE_ID).tolist(), seen, strict=True):
+        before, after = _around(row, first, at, branches)
+        picture = Slots.join(branches)
+        parts += [Slots.text(row[first : at - before]), picture]
+        of += [np.arange(first, at - before), np.full(len(picture), at)]
+        first = at + 1 + after
+    rest = Slots.text(row[first:])
+    return Slots.join([*parts, rest]), np.concatenate([*of, np.arange(first, len(row))])
+
+
+def _around(row: np.ndarray, first: int, at: int, branches: Sequence[Slots]) -> tuple[int, int]:
+    """How many ids of a row around a placeholder are the marks of one of the branches."""
+    for slots in branches:
+        visual = np.flatnonzero(slots.visual >= 0)
+        if not len(visual):
+            continue
+        start, end = slots.ids[: visual[0]], slots.ids[visual[-1] + 1 :]
+        before, after = row[first:at][-len(start) :], row[at + 1 :][: len(end)]
+        if len(start) and len(end) and np.array_equal(before, start) and np.array_equal(after, end):
+            return len(start), len(end)
+    return 0, 0
 
 
 def layout(

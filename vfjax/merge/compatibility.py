@@ -172,8 +172,16 @@ def check_family(configs: Mapping[str, Mapping[str, Any]]) -> None:
             )
 
 
+MROPE = ("mrope_section", "mrope_interleaved")
+"""Keys of rope_parameters or rope_scaling that say which position turns which frequency."""
+
+
 def _facts(config: Mapping[str, Any]) -> dict[str, Any]:
-    """The values to compare, None where the config does not say."""
+    """The values to compare, None where the config does not say.
+
+    Not among them is which position turns which frequency (M-RoPE): text has three equal ones, so
+    the weights of a Qwen2-VL's LLM are those of a Qwen2.
+    """
     sizes = ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
     facts = {key: config.get(key) for key in (*sizes, "vocab_size")}
     heads, hidden = facts["num_attention_heads"], facts["hidden_size"]
@@ -185,6 +193,9 @@ def _facts(config: Mapping[str, Any]) -> dict[str, Any]:
     facts["rope_theta"] = rope.pop("rope_theta", None) or config.get("rope_theta", 10000.0)
     kind = rope.pop("rope_type", None) or rope.get("type") or "default"
     rope.pop("type", None)
+    kind = "default" if kind == "mrope" else kind
+    for key in MROPE:
+        rope.pop(key, None)
     settings = {key: value for key, value in rope.items() if value is not None}
     facts["rope_scaling"] = {"rope_type": kind} | settings
     return facts

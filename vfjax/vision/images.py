@@ -93,27 +93,31 @@ class ImageSpec:
     """All that fixes a member's preprocessing; hashable.
 
     Attributes:
-        size: side of the model's square input, in pixels.
+        size: side of the model's square input, in pixels; "native": what both sides are multiples
+            of.
         edge: what the picture is resized to before the centre crop of `size`: its shortest edge
             or, for "squash", both. DINOv2: 256, cropped to 224.
-        resize: "shortest" keeps the aspect (CLIP, DINOv2), "squash" does not (SigLIP).
+        resize: "shortest" keeps the aspect (CLIP, DINOv2), "squash" does not (SigLIP); "native" is
+            about the picture's own size (Qwen2-VL), see `vfjax.vision.native`.
         aspect: "pad" first puts the picture on a square of the mean colour (LLaVA-1.5), "crop"
             loses what is outside the centre crop.
         mean, std: per channel, of pixels times `rescale`.
         resample: Pillow filter: 0 nearest, 1 lanczos, 2 bilinear, 3 bicubic, 4 box, 5 hamming.
         rescale: factor on uint8 pixels.
         convert: how a picture becomes RGB, see `Convert`.
+        pixels: of "native" the fewest and the most that a picture has once it is resized, about.
     """
 
     size: int
     edge: int
-    resize: Literal["shortest", "squash"]
+    resize: Literal["shortest", "squash", "native"]
     aspect: Literal["pad", "crop"]
     mean: tuple[float, float, float]
     std: tuple[float, float, float]
     resample: int = 3
     rescale: float = 1 / 255
     convert: Convert = "drop"
+    pixels: tuple[int, int] = (0, 0)
 
 
 def open_image(
@@ -299,6 +303,11 @@ def preprocess(image: Source, spec: ImageSpec) -> np.ndarray:
         image = image.resize(_resized(image.size, spec), spec.resample)
     left, top = (image.width - spec.size) // 2, (image.height - spec.size) // 2
     pixels = np.asarray(image)[top : top + spec.size, left : left + spec.size]
+    return normalised(pixels, spec)
+
+
+def normalised(pixels: np.ndarray, spec: ImageSpec) -> np.ndarray:
+    """The model's values float32[..., 3] of uint8[..., 3] pixels, as of `preprocess`."""
     # A look-up of the 256 possible values: the same numbers as the arithmetic, much sooner.
     table = _pixel_values(spec)
     out = np.empty(pixels.shape, np.float32)

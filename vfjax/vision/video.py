@@ -42,6 +42,13 @@ class Video:
                 expected="as many of one as of the other",
                 fix="pass the time of each frame, or no times",
             )
+        if self.duration is not None and not 0 < self.duration < float("inf"):
+            raise InputError(
+                "video",
+                found=f"a duration of {self.duration} seconds",
+                expected="a positive number",
+                fix="correct it, or leave it out",
+            )
         if not self.frames or self.pool < 1:
             raise InputError(
                 "video",

@@ -71,6 +71,7 @@ class Toy:
 
     reads_text: ClassVar[bool] = False
     axes: ClassVar[int] = 3
+    placeholders: ClassVar[tuple[int, ...]] = ()
     encoders: ClassVar[Mapping[str, Encoder]] = {}
     connector: ClassVar[None] = None
 

@@ -19,11 +19,37 @@ def seen(*numbers: int) -> Slots:
 
 def test_placeholders_are_expanded():
     row = np.array([5, PICTURE, 6, PICTURE])
-    slots, at = expand(row, [seen(0, 1, 2), seen(3)])
+    slots, at = expand(row, [[seen(0, 1, 2)], [seen(3)]])
     assert slots.ids.tolist() == [5, 0, 0, 0, 6, 0]
     assert slots.visual.tolist() == [-1, 0, 1, 2, -1, 3]
     assert slots.segments.tolist() == [0, 1, 1, 1, 0, 1]
     assert at.tolist() == [0, 1, 1, 1, 2, 3]
+
+
+def marked(start: int, end: int, number: int) -> Slots:
+    """A picture of one token between marks."""
+    ids, visual = np.array([start, 0, end]), np.array([-1, number, -1])
+    return Slots(ids, visual, np.ones(3, int), np.zeros((3, 3), int), np.ones(3, int))
+
+
+@pytest.mark.parametrize(
+    ("row", "expected", "at"),
+    [
+        ([5, PICTURE, 6], [5, 7, 0, 8, 6], [0, 1, 1, 1, 2]),
+        ([7, PICTURE, 8, 7, PICTURE, 8], [7, 0, 8] * 2, [1, 1, 1, 4, 4, 4]),
+        ([7, PICTURE, PICTURE, 8], [7, *[7, 0, 8] * 2, 8], [0, 1, 1, 1, 2, 2, 2, 3]),
+        ([8, PICTURE, 7], [8, 7, 0, 8, 7], [0, 1, 1, 1, 2]),
+    ],
+)
+def test_marks_that_a_row_has_are_read_once(row: list, expected: list, at: list):
+    slots, found = expand(np.array(row), [[marked(7, 8, i)] for i in range(row.count(PICTURE))])
+    assert slots.ids.tolist() == expected and found.tolist() == at
+
+
+def test_each_branch_brings_its_own_marks():
+    row = np.array([5, 3, PICTURE, 4, 6])
+    slots, _ = expand(row, [[seen(0), marked(7, 8, 1), marked(3, 4, 2)]])
+    assert slots.ids.tolist() == [5, 0, 7, 0, 8, 3, 0, 4, 6]
 
 
 @pytest.mark.parametrize("side", ["right", "left"])

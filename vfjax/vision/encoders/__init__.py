@@ -2,7 +2,8 @@
 
 An encoder's config is a frozen dataclass with `prefix` (tokens before the patches), `tokens` (patch
 tokens of one picture) and `build(rngs=)`; the encoder is called with `(pixels, taps)`. ConvNeXt has
-maps in place of tokens, so its config has neither `prefix` nor `tokens`.
+maps in place of tokens, so its config has neither `prefix` nor `tokens`; nor has Qwen-VL's, which
+reads pictures of any size.
 """
 
 from vfjax.vision.encoders.clip import CLIPConfig
@@ -12,6 +13,7 @@ from vfjax.vision.encoders.dinov2 import DINOv2Config
 from vfjax.vision.encoders.dinov3 import DINOv3, DINOv3Config
 from vfjax.vision.encoders.idefics import IdeficsConfig
 from vfjax.vision.encoders.internvit import InternViT, InternViTConfig
+from vfjax.vision.encoders.qwen_vit import QwenViT, QwenViTConfig
 from vfjax.vision.encoders.siglip import SigLIPConfig
 from vfjax.vision.encoders.vit import ViT
 
@@ -26,6 +28,8 @@ __all__ = [
     "IdeficsConfig",
     "InternViT",
     "InternViTConfig",
+    "QwenViT",
+    "QwenViTConfig",
     "SigLIPConfig",
     "ViT",
 ]

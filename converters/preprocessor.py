@@ -54,7 +54,7 @@ _DEFAULTS: dict[str, dict[str, Any]] = {
     "Llava": _LLAVA,
     "LlavaNext": _LLAVA_NEXT,
 }
-_NATIVE = {
+_NATIVE: dict[str, Any] = {
     **_SWITCHES,
     "resample": 3,
     "rescale_factor": 1 / 255,

@@ -307,7 +307,6 @@ def port_source(
         tokenizer=tokenizer_class(config.data),
         chat_template=chat,
         image_token=_image_token(path),
-        image_id=config.data.get("image_token_id", config.data.get("image_token_index", 32000)),
     )
 
 

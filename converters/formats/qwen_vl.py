@@ -12,7 +12,7 @@ import numpy as np
 
 from converters import registry
 from converters.chat import read_chat_template
-from converters.params.table import Arrays, Names, Table, dense, norm
+from converters.params.table import Arrays, Layered, Names, Table, dense, norm
 from converters.preprocessor import NATIVE, from_preprocessor, read_preprocessor
 from converters.source import Branch, Layout, Source, tokenizer_class
 from converters.towers import Towers

@@ -64,6 +64,12 @@ class Patches(Inputs):
     windows: AnyArray = dataclasses.field(kw_only=True)
     reach: int = dataclasses.field(kw_only=True, metadata={"static": True})
 
+    @property
+    def where(self) -> dict[str, Any]:
+        """What the tower is told of the patches."""
+        names = ("place", "frames", "windows")
+        return {"reach": self.reach} | {k: jnp.asarray(getattr(self, k)) for k in names}
+
 
 @dataclasses.dataclass(frozen=True)
 class MergerConfig:
@@ -253,12 +259,8 @@ class QwenBranch(Branch):
     def states(self, inputs: Inputs) -> dict[str, list[Array]]:
         """Hidden states [1, n, width] that the connector taps."""
         assert isinstance(inputs, Patches)
-        arrays: dict[str, Any] = {
-            name: jnp.asarray(getattr(inputs, name)) for name in ("place", "frames", "windows")
-        }
         taps = self.config.connector.taps["encoder"]
-        pixels = jnp.asarray(inputs.pixels)
-        return {"encoder": self.encoder(pixels, taps, reach=inputs.reach, **arrays)}
+        return {"encoder": self.encoder(jnp.asarray(inputs.pixels), taps, **inputs.where)}
 
 
 def length(patches: int) -> int:

@@ -1,190 +1,48 @@
 """Qwen2-VL's and Qwen2.5-VL's folders, against transformers' models and processors."""
 
+import copy
 import json
+import re
 from pathlib import Path
-from typing import Any, NamedTuple
 
+import jax
 import numpy as np
 import pytest
-import tokenizers
 import torch
-import transformers
+from flax import nnx
 from PIL import Image
-from transformers.initialization import no_init_weights
+from safetensors.torch import load_file, save_file
 
 import converters
-from tests.checkpoints import LLAMA, randomize, tokenizer_files, write_json
-from vfjax import Model, Processor
-from vfjax.model import forward
-
-START, END, IMAGE, VIDEO = 312, 313, 314, 315
-MARKS = {
-    "<|vision_start|>": START,
-    "<|vision_end|>": END,
-    "<|image_pad|>": IMAGE,
-    "<|video_pad|>": VIDEO,
-}
-TEMPLATE = (
-    "{% for m in messages %}<|im_start|>{{ m.role }}\n{% for p in m.content %}"
-    "{% if p.type == 'image' %}<|vision_start|><|image_pad|><|vision_end|>"
-    "{% elif p.type == 'video' %}<|vision_start|><|video_pad|><|vision_end|>"
-    "{% else %}{{ p.text }}{% endif %}{% endfor %}<|im_end|>\n{% endfor %}"
-    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+from converters.inspect import inspect
+from tests.checkpoints import write_json
+from tests.qwen_vl import (
+    COMMON,
+    IMAGE,
+    IMAGES,
+    MOVIE,
+    PICTURE,
+    SIZES,
+    TEMPLATE,
+    TEXT,
+    VISION,
+    Given,
+    Port,
+    assert_close,
+    assert_ids,
+    given,
+    open_port,
+    picture,
 )
-"""As the published one."""
-
-TEXT = {**LLAMA, "rope_parameters": {"rope_type": "default", "rope_theta": 1e4}}
-TEXT["rope_parameters"]["mrope_section"] = [2, 1, 1]
-VISION = {
-    "qwen2_vl": {"embed_dim": 32, "hidden_size": 32, "mlp_ratio": 2},
-    "qwen2_5_vl": {
-        "hidden_size": 32,
-        "out_hidden_size": 32,
-        "intermediate_size": 40,
-        "window_size": 24,  # three tokens a side
-        "fullatt_block_indexes": [1],
-        "tokens_per_second": 3,
-    },
-}
-COMMON = {"depth": 3, "num_heads": 2, "patch_size": 4}
-PIXELS = {"shortest_edge": 8 * 8 * 4, "longest_edge": 8 * 8 * 40}
-FILM = {"shortest_edge": 8 * 8 * 4, "longest_edge": 8 * 8 * 12}
-
-
-class Port(NamedTuple):
-    path: Path
-    theirs: Any
-    model: Model
-    processor: Processor
-    tokenizer: Any
-
-
-def image_processor(**options: Any) -> Any:
-    settings = {"size": PIXELS, "patch_size": 4} | options
-    return transformers.Qwen2VLImageProcessorPil(**settings)
-
-
-def make(kind: str, seed: int = 5, **text: Any) -> Any:
-    """A random model of transformers."""
-    name = {"qwen2_vl": "Qwen2VL", "qwen2_5_vl": "Qwen2_5_VL"}[kind]
-    config = getattr(transformers, f"{name}Config")(
-        text_config={**TEXT, **text},
-        vision_config={**COMMON, **VISION[kind]},
-        image_token_id=IMAGE,
-        video_token_id=VIDEO,
-        vision_start_token_id=START,
-        vision_end_token_id=END,
-    )
-    with no_init_weights():
-        model = getattr(transformers, f"{name}ForConditionalGeneration")(config)
-    model.tie_weights()
-    return randomize(model, seed)
-
-
-def write(path: Path, theirs: Any) -> Any:
-    """The folder as transformers writes it; its tokenizer."""
-    theirs.save_pretrained(path)
-    tokenizer_files(path)
-    engine = tokenizers.Tokenizer.from_file(str(path / "tokenizer.json"))
-    engine.add_special_tokens([f"<unused{i}>" for i in range(START - engine.get_vocab_size())])
-    engine.add_special_tokens([*MARKS, "<|im_start|>", "<|im_end|>"])
-    tokenizer = transformers.PreTrainedTokenizerFast(
-        tokenizer_object=engine, eos_token="<|im_end|>"
-    )
-    assert {token: tokenizer.convert_tokens_to_ids(token) for token in MARKS} == MARKS
-    tokenizer.chat_template = TEMPLATE
-    tokenizer.save_pretrained(path)
-    image = json.loads(image_processor().to_json_string())
-    video = {k: v for k, v in image.items() if k != "image_processor_type"}
-    video |= {"video_processor_type": "Qwen2VLVideoProcessor", "size": FILM}
-    write_json(
-        path / "processor_config.json",
-        {
-            "processor_class": type(theirs.config).__name__.replace("Config", "Processor"),
-            "image_processor": image,
-            "video_processor": video,
-        },
-    )
-    return tokenizer
+from vfjax import InputError, Video
+from vfjax.generate import generate_ids
+from vfjax.model import forward
+from vfjax.sharding import make_mesh, place
 
 
 @pytest.fixture(scope="module", params=VISION)
 def port(request, tmp_path_factory) -> Port:
-    path = tmp_path_factory.mktemp(request.param) / "port"
-    theirs = make(request.param)
-    tokenizer = write(path, theirs)
-    model, processor = converters.load(path)
-    processor.lengths = (128,)  # one compilation
-    return Port(path, theirs, model, processor, tokenizer)
-
-
-def picture(width: int, height: int) -> Image.Image:
-    rng = np.random.default_rng((width, height))
-    return Image.fromarray(rng.integers(0, 256, (height, width, 3), dtype=np.uint8))
-
-
-def assert_close(found: np.ndarray, expected: np.ndarray, what: object = "") -> None:
-    assert found.shape == expected.shape, what
-    np.testing.assert_allclose(
-        found, expected, rtol=0, atol=1e-4 * np.abs(expected).max(), err_msg=str(what)
-    )
-
-
-SIZES = [(30, 500), (120, 90), (20, 20), (61, 47), (200, 33)]
-
-
-class Given(NamedTuple):
-    """A video as transformers' processor takes it: frames that are not resized."""
-
-    frames: list
-    fps: float | None = None
-
-
-def film(media: Given) -> dict[str, Any]:
-    """What Qwen2VLVideoProcessor, which only torchvision has, makes of frames of the right size.
-
-    Two frames are one grid step, in the place of the same picture twice.
-    """
-    frames = [*media.frames, *media.frames[-1:] * (len(media.frames) % 2)]
-    each = [image_processor(size=PIXELS)(x, return_tensors="pt").pixel_values for x in frames]
-    parts = [x.reshape(len(x), 3, 2, 16) for x in each]
-    pairs = zip(parts[::2], parts[1::2], strict=True)
-    steps = [torch.stack([a[:, :, 0], b[:, :, 0]], dim=2).flatten(1) for a, b in pairs]
-    width, height = media.frames[0].size
-    return {
-        "pixel_values_videos": torch.cat(steps),
-        "video_grid_thw": torch.tensor([[len(steps), height // 4, width // 4]]),
-        "second_per_grid_ts": torch.tensor([2 / (media.fps or 24)]),
-    }
-
-
-def given(port: Port, prompt: str, media: list) -> dict[str, Any]:
-    """The inputs of one row that transformers' processor makes (processing_qwen2_vl.py)."""
-    out: dict[str, Any] = {}
-    parts = [x for x in media if isinstance(x, Image.Image)]
-    if parts:
-        out |= dict(image_processor()(parts, return_tensors="pt"))
-    for x in media:
-        if isinstance(x, Given):
-            out |= film(x)
-    for token, key in (("<|image_pad|>", "image_grid_thw"), ("<|video_pad|>", "video_grid_thw")):
-        for grid in out.get(key, ()):
-            prompt = prompt.replace(token, "<|placeholder|>" * (int(grid.prod()) // 4), 1)
-        prompt = prompt.replace("<|placeholder|>", token)
-    ids = port.tokenizer(prompt, return_tensors="pt").input_ids
-    kinds = torch.where(ids == IMAGE, 1, torch.where(ids == VIDEO, 2, 0))
-    return {"input_ids": ids, "mm_token_type_ids": kinds, **out}
-
-
-PICTURE = "<|vision_start|><|image_pad|><|vision_end|>"
-MOVIE = "<|vision_start|><|video_pad|><|vision_end|>"
-SIZES = [(30, 500), (120, 90), (20, 20), (61, 47), (200, 33)]
-
-
-def assert_ids(batch: Any, row: int, expected: torch.Tensor) -> None:
-    """Marks and text are transformers'; so is where visual tokens stand."""
-    ids = np.where(batch.visual[row] >= 0, IMAGE, batch.tokens[row])[batch.mask[row]]
-    assert ids.tolist() == torch.where(expected == VIDEO, IMAGE, expected).tolist()
+    return open_port(tmp_path_factory.mktemp(request.param) / "port", request.param)
 
 
 @torch.no_grad()
@@ -197,3 +55,203 @@ def test_pictures_of_five_sizes(port: Port):
         assert_ids(batch, 0, inputs["input_ids"][0])
         expected = port.theirs(**inputs).logits[0].numpy()
         assert_close(np.asarray(forward(port.model, batch))[batch.mask], expected, size)
+
+
+@torch.no_grad()
+def test_rows_of_two_pictures_a_video_and_none(port: Port):
+    """Padded on either side: logits of each row, and twenty tokens; bare placeholders."""
+    frames = Given([picture(40, 24), picture(24, 40).resize((40, 24)), picture(40, 24)], 2.0)
+    media: list = [[picture(61, 47), picture(30, 20)], [picture(20, 90), frames], []]
+    prompts = [f"a{PICTURE}b{PICTURE}c", f"{PICTURE}of {MOVIE}?", "only words"]
+    inputs = [given(port, *row) for row in zip(prompts, media, strict=True)]
+    seen = [
+        [Video(tuple(x.frames), duration=x.seconds) if isinstance(x, Given) else x for x in row]
+        for row in media
+    ]
+    bare = [prompt.replace(PICTURE, "<image>").replace(MOVIE, "<image>") for prompt in prompts]
+    for padding, texts in (("left", prompts), ("right", bare)):
+        batch = port.processor(seen, prompts=texts, padding=padding)
+        found = np.asarray(forward(port.model, batch))
+        for i, row in enumerate(inputs):
+            assert_ids(batch, i, row["input_ids"][0])
+            expected = port.theirs(**row).logits[0].numpy()
+            assert_close(found[i][batch.mask[i]], expected, (padding, i))
+    answers = generate_ids(port.model, batch, max_new_tokens=20)
+    for answer, row in zip(answers, inputs, strict=True):
+        ids = port.theirs.generate(**row, max_new_tokens=20, do_sample=False, eos_token_id=-1)
+        assert list(answer) == ids[0, row["input_ids"].shape[1] :].tolist()
+
+
+@pytest.mark.parametrize("port", ["qwen2_5_vl"], indirect=True)
+def test_on_eight_devices_and_in_bfloat16(port: Port):
+    """Sharded the same; narrow within its rounding of transformers' in the same dtype."""
+    image, prompt = picture(120, 90), f"a{PICTURE}b"
+    batch = port.processor([image, image], prompts=[prompt] * 2)
+    whole = np.asarray(forward(port.model, batch))[batch.mask]
+    mesh = make_mesh(2, 2, 2)
+    sharded, _ = converters.load(port.path, mesh=mesh)
+    assert_close(np.asarray(forward(sharded, place(batch, mesh)))[batch.mask], whole)
+    narrow, _ = converters.load(port.path, dtype="bfloat16")
+    theirs = copy.deepcopy(port.theirs).to(torch.bfloat16)
+    with torch.no_grad():
+        expected = theirs(**given(port, prompt, [image])).logits[0].float().numpy()
+    found = np.asarray(forward(narrow, batch))[0][batch.mask[0]]
+    exact = whole[: len(found)]
+    assert np.abs(found - exact).max() < 2 * np.abs(expected - exact).max()
+
+
+def test_export_reopens_in_transformers(port: Port, tmp_path: Path):
+    converters.export(port.model, tmp_path / "out")
+    again, report = type(port.theirs).from_pretrained(tmp_path / "out", output_loading_info=True)
+    assert not any(report.values())
+    for name, value in port.theirs.state_dict().items():
+        torch.testing.assert_close(again.state_dict()[name], value, rtol=0, atol=0)
+    names = {path.name for path in port.path.iterdir()}
+    assert names - {path.name for path in (tmp_path / "out").iterdir()} <= {
+        "generation_config.json"
+    }
+    assert "256 to 2,560 pixels" in inspect(tmp_path / "out")
+
+
+def test_older_and_other_folders_are_the_same(port: Port, tmp_path: Path):
+    """The hub's: the LLM's keys beside vision_config, older processors; memory's names."""
+    kind = port.theirs.config.model_type
+    folder = tmp_path / "hub"
+    port.theirs.save_pretrained(folder, save_original_format=False)
+    for name in ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja"):
+        (folder / name).symlink_to(port.path / name)
+    whole = json.loads((folder / "config.json").read_text())
+    text, vision = whole.pop("text_config"), whole["vision_config"]
+    rope = text.pop("rope_parameters")
+    text |= {"rope_theta": rope["rope_theta"], "vision_token_id": 311}
+    text["rope_scaling"] = {"type": "mrope", "mrope_section": rope["mrope_section"]}
+    text.pop("layer_types")
+    vision["in_chans"] = vision.pop("in_channels")
+    vision.pop("rope_parameters")
+    vision.pop("model_type")
+    write_json(folder / "config.json", {**text, **whole, "model_type": kind})
+    processor = json.loads((port.path / "processor_config.json").read_text())
+    image, video = processor["image_processor"], processor["video_processor"]
+    for settings_ in (image, video):
+        size = settings_.pop("size")
+        settings_ |= {"min_pixels": size["shortest_edge"], "max_pixels": size["longest_edge"]}
+    write_json(
+        folder / "preprocessor_config.json", {**image, "processor_class": "Qwen2VLProcessor"}
+    )
+    write_json(folder / "video_preprocessor_config.json", video)
+    model, its = converters.load(folder)
+    assert model.config == port.model.config and its.chat_template == TEMPLATE
+    same = zip(
+        jax.tree.leaves(nnx.state(model)), jax.tree.leaves(nnx.state(port.model)), strict=True
+    )
+    assert all(np.array_equal(a, b) for a, b in same)
+    theirs = type(port.theirs.config).from_pretrained(folder)
+    assert theirs.text_config.rope_parameters["mrope_section"] == [2, 1, 1]
+
+
+@pytest.mark.parametrize(
+    ("port", "file", "changes", "message"),
+    [
+        (
+            "qwen2_vl",
+            "config.json",
+            {"frames": 3},
+            "config.json: frames: found 3, expected no such",
+        ),
+        (
+            "qwen2_vl",
+            "config.json",
+            {"vision_config": {"depth": 3, "registers": 4}},
+            "registers: found 4, expected no such key",
+        ),
+        (
+            "qwen2_vl",
+            "config.json",
+            {"text_config": {**TEXT, "rope_parameters": {"mrope_section": [2, 2, 1]}}},
+            "mrope_section: found [2, 2, 1], expected numbers with the sum 4",
+        ),
+        (
+            "qwen2_5_vl",
+            "config.json",
+            {"vision_config": {**COMMON, **VISION["qwen2_5_vl"], "window_size": 6}},
+            "window_size: found 6, expected pixels of a token at least, 8",
+        ),
+        (
+            "qwen2_5_vl",
+            "config.json",
+            {"video_token_id": 320},
+            "video_token_id: found 320, expected an id below 320",
+        ),
+        (
+            "qwen2_vl",
+            "config.json",
+            {"vision_config": {"model_type": "clip_vision_model"}},
+            "vision_config: model_type: found 'clip_vision_model', expected 'qwen2_vl_vision'",
+        ),
+        (
+            "qwen2_vl",
+            "processor_config.json",
+            {"image_processor": {"image_processor_type": "Qwen2VLImageProcessor"}},
+            "image processor: patch_size: found None, expected 4, as the tower's",
+        ),
+        (
+            "qwen2_vl",
+            "processor_config.json",
+            {"image_processor": {**IMAGES, "size": {"shortest_edge": 64}}},
+            "size: found no key 'longest_edge'",
+        ),
+        (
+            "qwen2_vl",
+            "processor_config.json",
+            {"image_processor": {**IMAGES, "do_resize": False}},
+            "do_resize: found False, expected true",
+        ),
+        (
+            "qwen2_vl",
+            "processor_config.json",
+            {"image_processor": IMAGES, "video_processor": {**IMAGES, "size": {"height": 8}}},
+            "videos: size: found no key 'shortest_edge'",
+        ),
+    ],
+    indirect=["port"],
+)
+def test_bad_folders(port: Port, tmp_path: Path, file: str, changes: dict, message: str):
+    folder = tmp_path / "port"
+    folder.mkdir()
+    for path in port.path.iterdir():
+        (folder / path.name).symlink_to(path)
+    whole = json.loads((folder / file).read_text()) | changes
+    (folder / file).unlink()
+    write_json(folder / file, whole)
+    with pytest.raises(InputError) as error:
+        converters.load(folder)
+    assert message in str(error.value) and "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("port", ["qwen2_vl"], indirect=True)
+@pytest.mark.parametrize(
+    ("images", "message"),
+    [
+        ([Image.new("RGB", (2, 401))], "a strip of 2x401 pixels, expected sides of at most 200"),
+        ([Video((Image.new("RGB", (8, 8)), Image.new("RGB", (8, 9))))], "frames of one size"),
+        ([], "0 pictures for 1 <image> placeholder"),
+    ],
+)
+def test_bad_pictures(port: Port, images: list, message: str):
+    with pytest.raises(InputError, match=re.escape(message)):
+        port.processor(images, input_ids=[[5, IMAGE]])
+
+
+def test_a_missing_tensor(port: Port, tmp_path: Path):
+    folder = tmp_path / "port"
+    folder.mkdir()
+    for path in port.path.iterdir():
+        if path.name != "model.safetensors":
+            (folder / path.name).symlink_to(path)
+    state = load_file(port.path / "model.safetensors")
+    del state["visual.merger.mlp.0.bias"]
+    save_file(state, folder / "model.safetensors")
+    with pytest.raises(
+        InputError, match="connector: mlp.0.bias: found 1 tensor missing, 0 unknown"
+    ):
+        converters.load(folder)

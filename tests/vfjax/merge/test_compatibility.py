@@ -100,6 +100,16 @@ def test_one_family_is_accepted():
     check_family({"base": old, "both": both, "new": new})
 
 
+def test_positions_of_time_row_and_column_may_differ():
+    """Qwen2-VL's LLM is a Qwen2's, in the spellings of transformers 4 and 5 and Qwen3-VL's keys."""
+    base = {**VICUNA, "rope_theta": 1e6}
+    old = {**base, "rope_scaling": {"type": "mrope", "mrope_section": [16, 24, 24]}}
+    rope = {"rope_theta": 1e6, "rope_type": "default", "mrope_section": [24, 20, 20]}
+    new = {**VICUNA, "rope_parameters": {**rope, "mrope_interleaved": True}}
+    check_family({"base": base, "old": old, "new": new})
+    check_family({"base": new, "text": base})
+
+
 @pytest.mark.parametrize(
     "change,message",
     [

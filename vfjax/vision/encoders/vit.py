@@ -1,6 +1,6 @@
 """The pre-norm vision transformer that CLIP, SigLIP, DINO, DINOv2 and InternViT share."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Protocol
 
 import jax
@@ -282,7 +282,9 @@ def patch_conv(width: int, patch: int, *, bias: bool, rngs: nnx.Rngs) -> nnx.Con
     )
 
 
-def run(blocks: Sequence[nnx.Module], x: Array, taps: Sequence[int]) -> list[Array]:
+def run(
+    blocks: Sequence[nnx.Module | Callable[[Array], Array]], x: Array, taps: Sequence[int]
+) -> list[Array]:
     """Hidden states of the layers asked for, and nothing computed past the last one.
 
     Args:

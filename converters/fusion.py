@@ -251,6 +251,9 @@ class Fusion:
         if self.request.export != "llm" and not self.request.template and self.result.branches:
             prompted = first_seeing(self.opened, self.request.members)
             known.check_template(prompted, label, self.result.template)
+        if self.request.export == "model":
+            for member in self.request.members:
+                known.check_marks(member, label)
 
     def _say(self) -> None:
         for line in self.vocabulary:

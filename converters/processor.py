@@ -93,7 +93,7 @@ def _check_tokens(source: Source, tokenizer: "PreTrainedTokenizerBase", rows: in
                 f"{source.home}: tokenizer",
                 found=f"no token {word}",
                 expected="it: a member was trained with it around pictures",
-                fix="use the member's own tokenizer, or a union that has its tokens",
+                fix="use the tokenizer of the member, as a fusion does with vocab=",
             )
     known = source.template != CHAT_TEMPLATE
     text = get_template(source.template).text if known else source.chat_template

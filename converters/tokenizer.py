@@ -16,7 +16,10 @@ from vfjax.errors import cut
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-LLAMA = ("LlamaTokenizer", "LlamaTokenizerFast", "LLaMATokenizer", "LLaMATokenizerFast")
+LLAMA = (
+    *("LlamaTokenizer", "LlamaTokenizerFast", "LLaMATokenizer", "LLaMATokenizerFast"),
+    *("InternLM2Tokenizer", "InternLM2TokenizerFast"),  # of code that does the same
+)
 BPE = 2
 """SentencePiece's number of the kind of model that Llama has."""
 

@@ -218,6 +218,26 @@ class Vocabularies:
                 fix=f"vocab={label!r} keeps them",
             )
 
+    def check_marks(self, label: str, owner: str | None) -> None:
+        """Raises InputError if tokens that a member has around pictures are dropped.
+
+        Args:
+            label: the member.
+            owner: whose tokenizer is kept.
+        """
+        if self.alike or owner is None or label not in self.opened:
+            return
+        own, kept = self.words(label), self.words(owner)
+        for branch in self.opened[label].branches:
+            for word in branch.connector.get("words", ()):
+                if word in own and kept.get(word) != own[word]:
+                    raise InputError(
+                        f"{self.opened[label].path}: tokenizer",
+                        found=f"{word!r}, which stands around its pictures, among dropped tokens",
+                        expected="all that its pictures need",
+                        fix=f"vocab={label!r} keeps them",
+                    )
+
 
 def _some(words: Sequence[str], ids: Mapping[str, int]) -> str:
     """The first few of some tokens, by id."""

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import tokenizers
 import torch
 import transformers
 from PIL import Image
@@ -63,7 +64,8 @@ def port_tokenizer(
 ) -> transformers.PreTrainedTokenizerFast:
     """The tokens around pictures have the ids 259 to 262."""
     tokenizer_files(path)
-    engine = transformers.AutoTokenizer.from_pretrained(path).backend_tokenizer
+    engine = tokenizers.Tokenizer.from_file(str(path / "tokenizer.json"))
+    engine.add_special_tokens(list(tokens.values()))  # in this order
     special = {"unk_token": "<unk>", "bos_token": "<s>", "eos_token": "</s>", "pad_token": "</s>"}
     tokenizer = transformers.PreTrainedTokenizerFast(
         tokenizer_object=engine, **special, extra_special_tokens=tokens
@@ -202,6 +204,8 @@ def authors_folder(path: Path, theirs: Any, llm: str, **config: Any) -> None:
         "qk_normalization": True,
         "norm_type": "layer_norm",
         "drop_path_rate": 0.1,
+        "num_experts": 8,
+        "use_moe": False,
         "use_flash_attn": True,
     }
     own = {

@@ -244,10 +244,7 @@ def describe_hf(folder: Path, config: Values, towers: Towers) -> Source:
             "most": tiles.whole("max_patches", most=TILES),
             "thumbnail": True,
             "ordered": True,
-            "words": [
-                known.text("start_image_token", START),
-                known.text("end_image_token", END),
-            ],
+            "words": [_named(known, "start", START), _named(known, "end", END)],
         },
     )
     if images:
@@ -262,9 +259,20 @@ def describe_hf(folder: Path, config: Values, towers: Towers) -> Source:
         CHAT_TEMPLATE if chat else "internvl2_5",
         tokenizer=tokenizer_class(config.data),
         chat_template=chat,
-        image_token=known.text("context_image_token", CONTEXT),
+        image_token=_named(known, "context", CONTEXT),
         image_id=151667,
     )
+
+
+def _named(tokenizer: Values, name: str, default: str) -> str:
+    """A token that a tokenizer_config.json names, by itself or among its extra special tokens."""
+    key, extra = f"{name}_image_token", tokenizer.any("extra_special_tokens")
+    found = tokenizer.any(key) or (extra.get(key) if isinstance(extra, Mapping) else None)
+    if isinstance(found, Mapping):
+        found = found.get("content")
+    if found is not None and not (isinstance(found, str) and found):
+        raise tokenizer.error(key, "a text")
+    return found or default
 
 
 DEFAULTS: Mapping[str, JSON] = {

@@ -44,7 +44,20 @@ def authors(hf: Values) -> InternViTConfig:
     )
 
 
-UNUSED: Unused = {**TOWER, "drop_path_rate": ANY}
+UNUSED: Unused = {
+    **TOWER,
+    "drop_path_rate": ANY,
+    "use_moe": (False, None),
+    **dict.fromkeys(
+        (
+            *("capacity_factor", "eval_capacity_factor", "laux_allreduce", "moe_coeff_ratio"),
+            *("moe_intermediate_size", "moe_output_scale", "noisy_gate_policy", "num_experts"),
+            *("num_routed_experts", "num_shared_experts", "shared_expert_intermediate_size"),
+            *("use_residual", "use_rts", "use_weighted_residual"),
+        ),
+        ANY,  # of experts, which no published tower has
+    ),
+}
 
 LAYER = "encoder.layer.{}."
 AUTHORS = "encoder.layers.{}."

@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 
 import converters
 import vfjax
-from tests.checkpoints import write_json
+from tests.checkpoints import hf_llava_folder, llama_folder, make_llama, tuned, write_json
 from tests.internvl import (
     IMAGE,
     assert_close,
@@ -233,3 +233,31 @@ def test_bad_ports(port, tmp_path: Path, file: str, changes: dict, message: str)
     with pytest.raises(InputError) as error:
         converters.load(changed(port[0], tmp_path / "bad", file, changes))
     assert message in str(error.value) and "\n" not in str(error.value)
+
+
+def test_fused_with_another_member_of_its_base(tmp_path: Path):
+    """Marks and tokens are the member's own; a tokenizer without its marks is refused at once."""
+    base = make_llama(0, model_type="qwen2")
+    llama_folder(tmp_path / "base", llm=base)
+    theirs, _ = port_folder(tmp_path / "intern")
+    theirs.model.language_model.load_state_dict(tuned(base, 1).model.state_dict())
+    theirs.lm_head.load_state_dict(base.lm_head.state_dict())
+    theirs.save_pretrained(tmp_path / "intern")
+    hf_llava_folder(tmp_path / "llava", 2, text={"model_type": "qwen2"})
+    other = transformers.LlavaForConditionalGeneration.from_pretrained(tmp_path / "llava")
+    other.model.language_model.load_state_dict(tuned(base, 2).model.state_dict())
+    other.lm_head.load_state_dict(base.lm_head.state_dict())
+    other.save_pretrained(tmp_path / "llava")
+    members = {name: tmp_path / name for name in ("llava", "intern")}
+    with pytest.raises(InputError, match="'<img>', which stands around .* vocab='intern' keeps"):
+        converters.fuse(members, tmp_path / "out", base=tmp_path / "base")
+    converters.fuse(members, tmp_path / "out", base=tmp_path / "base", vocab="intern")
+    _, processor = converters.load(tmp_path / "out")
+    _, alone = converters.load(tmp_path / "intern")
+    image, ids = picture(61, 47), [1, -200, 7]
+    batch, mine = processor([image], input_ids=[ids]), alone([image], input_ids=[ids])
+    (row,), (own,) = batch.tokens[batch.segments == 2][None], mine.tokens[mine.segments == 1][None]
+    assert row.tolist() == own.tolist() and {259, 260} <= set(row.tolist())
+    np.testing.assert_array_equal(
+        batch.images["intern"].given.pixels, mine.images["internvl"].given.pixels
+    )

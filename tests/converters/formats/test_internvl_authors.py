@@ -1,16 +1,20 @@
 """The authors' folders of InternVL: the port of the same weights computes what they do."""
 
 import json
+import re
 from pathlib import Path
 
 import numpy as np
 import pytest
+import sentencepiece
 import torch
 from PIL import Image
 from safetensors.torch import load_file
 
 import converters
 from converters import open_source
+from converters.tokenizer import load_tokenizer
+from tests.checkpoints import write_json
 from tests.internvl import (
     IMAGE,
     VISION,
@@ -128,3 +132,20 @@ def test_a_tokenizer_without_marks(authors, tmp_path: Path):
     port_tokenizer(folder, {"context_image_token": "<IMG_CONTEXT>"})
     with pytest.raises(InputError, match="tokenizer: found no token <img>, expected it: a member"):
         converters.load(folder)
+
+
+def test_internlm2s_tokenizer(shared: Path, tmp_path: Path):
+    """SentencePiece's ids of each piece between special tokens, as its own code gives."""
+    model = tmp_path / "tokenizer.model"
+    model.write_bytes((shared / "tokenizers/llama2/tokenizer.model").read_bytes())
+    words = ["<|im_start|>", "<|im_end|>", "<img>", "</img>", "<IMG_CONTEXT>"]
+    added = {str(32000 + i): {"content": word, "special": True} for i, word in enumerate(words)}
+    code = {"AutoTokenizer": ["tokenization_internlm2.InternLM2Tokenizer", None]}
+    known = {"tokenizer_class": "InternLM2Tokenizer", "auto_map": code}
+    write_json(tmp_path / "tokenizer_config.json", known | {"added_tokens_decoder": added})
+    text = "<|im_start|>user\n<img><IMG_CONTEXT></img>\n你是 what  is it?<|im_end|>"
+    pieces = sentencepiece.SentencePieceProcessor(str(model))
+    expected = [1]
+    for piece in re.split(f"({'|'.join(map(re.escape, words))})", text):
+        expected += [32000 + words.index(piece)] if piece in words else pieces.encode(piece)
+    assert load_tokenizer(tmp_path)(text).input_ids == expected

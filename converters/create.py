@@ -13,6 +13,7 @@ from jax.typing import DTypeLike
 
 from converters.fingerprint import fingerprint
 from converters.folder import open_source
+from converters.formats.llava import prompt_template
 from converters.formats.visionfuse import fused_config
 from converters.load import flatten, float_dtype, model_config, read_model
 from converters.params.table import FLOATS
@@ -54,10 +55,10 @@ def create(
     """A model whose LLM and encoders are read from their folders and whose connector is drawn.
 
     It is what `converters.load` returns for a folder: `converters.export` writes it, with its
-    towers inside, and `load` reads that back. Around a Llama or Mistral the folder has LLaVA's
-    layout, with Dense Connector's keys for "sti", "sci" and "dci" (for "comm" one of ours, see
-    `converters.formats.comm`); around another LLM, or with an encoder that has register tokens
-    under another connector than "comm", it is a fused folder of one branch.
+    towers inside, and `load` reads that back. Around a Llama or Mistral (with "onevision" a Qwen2)
+    the folder has LLaVA's layout, with Dense Connector's keys for "sti", "sci" and "dci" (for
+    "comm" one of ours, see `converters.formats.comm`); around another LLM, or with an encoder that
+    has register tokens under another connector than "comm", it is a fused folder of one branch.
 
     Args:
         llm: folder of a causal LM, or of any supported multimodal model, whose LLM is taken.
@@ -71,7 +72,10 @@ def create(
             last quarter. "mgm" is Mini-Gemini's patch info mining: `projector`, `select`,
             `image_size_aux` (twice the encoder's size), `image_grid` (1), `image_global` (False),
             see `vfjax.architectures.MiningConfig`. "slime" has `select` and `queries`, `top_p`,
-            `temperature`, `gate`, `separator`, see `vfjax.architectures.SliMEConfig`.
+            `temperature`, `gate`, `separator`, see `vfjax.architectures.SliMEConfig`. "onevision"
+            is LLaVA-OneVision's: `projector`, `select` (of SigLIP always the last layer but one)
+            and `most`, views' tokens that a picture's tiles have at most (9); it shows pictures by
+            a rule of its own, whatever `aspect`.
         aux: folder of a second encoder: for "comm" a vision transformer, shown the pixels of the
             first one with its own mean and deviation, or None: COMM of one encoder; for "mgm" an
             OpenCLIP ConvNeXt.
@@ -143,8 +147,10 @@ def describe(
         towers["vision_tower_aux"] = new.aux(aux)
     config = _config(text, towers, new, options, aspect)
     source = new.describe(text.path, Values(config, "the new config.json"), _Given(found=towers))
-    named = text.branches and text.template != CHAT_TEMPLATE
-    default = text.template if named else source.template
+    own_layout = text.llm["model_type"] in new.llms
+    default = source.template if own_layout else prompt_template(text.llm) or source.template
+    if text.branches and text.template != CHAT_TEMPLATE:
+        default = text.template
     template = template or default
     get_template(template)
     own = {} if template == source.template else {TEMPLATE: template}
@@ -162,7 +168,7 @@ def describe(
         created=True,
     )
     prefix = find(branch.encoder, str(encoder)).config(branch.encoder).prefix
-    if text.llm["model_type"] in UPSTREAM and (prefix < 2 or new.registers):
+    if own_layout and (prefix < 2 or new.registers):
         return source
     branch = dataclasses.replace(branch, connector={**branch.connector, "drop": prefix})
     return _fused(dataclasses.replace(source, branches=(branch,)))
@@ -221,8 +227,10 @@ def _config(
     encoder = find(tower.config, str(tower.path)).config(tower.config)
     name, architecture = UPSTREAM.get(text.llm["model_type"], UPSTREAM["llama"])
     select = options.get("select", -2)
+    heads = dict.fromkeys(("num_attention_heads", "num_key_value_heads"), llm.heads)
+    apart = {**heads, "head_dim": llm.head_dim}  # a fused folder has its LLM's in a section
     config = {
-        **text.llm,
+        **(text.llm if text.llm["model_type"] in new.llms else apart),
         "architectures": [architecture],
         "model_type": name,
         "hidden_size": llm.width,

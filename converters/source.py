@@ -275,6 +275,8 @@ class New:
         aux: reads the folder of a second encoder; None: there is none.
         needs: what the second encoder must be where the kind has one always; "" where it may lack.
         registers: whether its folders can say that an encoder has register tokens.
+        llms: `model_type` of the LLMs that its folders can have; around others a fused folder is
+            made.
     """
 
     kind: str
@@ -285,6 +287,7 @@ class New:
     aux: Callable[[str | Path], Tower] | None = None
     needs: str = ""
     registers: bool = False
+    llms: tuple[str, ...] = ("llama", "mistral")
 
 
 NEW: dict[str, New] = {}

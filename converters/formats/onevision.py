@@ -27,8 +27,8 @@ from converters.formats.llava import (
 from converters.params import mlp
 from converters.params.table import Table
 from converters.preprocessor import read_preprocessor
-from converters.source import Layout, Source
-from converters.towers import Towers
+from converters.source import Layout, Made, New, Source
+from converters.towers import Prefixes, Towers
 from converters.values import ANY, REQUIRED, Unused, Values
 from vfjax import InputError
 from vfjax.architectures import ProjectorConfig
@@ -148,6 +148,38 @@ def _pinpoints(config: Values, branch: Mapping[str, Any]) -> list[list[int]]:
         for cols in range(left, right + 1)
         for rows in range(top, bottom + 1)
     ]
+
+
+def new_config(made: Made) -> dict[str, Any]:
+    """Keys of a new model's config.json: grids up to 6 x 6, as the published models have them."""
+    most = made.options.get("most", 9)
+    return {
+        "model_type": "llava_qwen",
+        "architectures": ["LlavaQwenForCausalLM"],
+        "image_aspect_ratio": f"anyres_max_{most}",
+        "image_grid_pinpoints": "(1x1),...,(6x6)",
+        "mm_newline_position": "one_token",
+        "mm_patch_merge_type": "spatial_unpad",
+        "mm_spatial_pool_mode": "bilinear",
+        "mm_spatial_pool_stride": 2,
+    }
+
+
+def new_prefixes(source: Source) -> Prefixes:
+    """Prefixes of a new connector's tensors, see `converters.source.New`."""
+    return (("model.image_newline", "image_newline"), *llava.new_prefixes(source))
+
+
+NEW = (
+    New(
+        "onevision",
+        ("projector", "select", "most"),
+        describe,
+        new_config,
+        new_prefixes,
+        llms=("qwen2",),
+    ),
+)
 
 
 UNUSED: Unused = {**llava.UNUSED, "image_token_index": ANY}

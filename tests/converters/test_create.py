@@ -13,6 +13,7 @@ from PIL import Image
 from safetensors.torch import save_file
 
 import converters
+from converters.create import describe
 from converters.files.reader import read_weights
 from converters.load import flatten
 from tests import checkpoints
@@ -236,6 +237,47 @@ def test_round_trip(
     assert one.keys() == two.keys()
     for name, param in one.items():
         np.testing.assert_array_equal(param.get_value(), two[name].get_value(), err_msg=name)
+
+
+def test_onevision_around_qwen2(folders: Path, tmp_path: Path):
+    """In its authors' layout, the newline drawn as they draw it."""
+    checkpoints.llama_folder(tmp_path / "llm", 1, num_hidden_layers=1, model_type="qwen2")
+    kind = {"kind": "onevision", "most": 4}
+    model, processor = converters.create(tmp_path / "llm", folders / "siglip", kind, seed=3)
+    assert processor.template == "qwen_1_5"
+    converters.export(model, tmp_path / "out")
+    config, found = exported(tmp_path / "out")
+    assert found == MLP and "model.image_newline" in read_weights(tmp_path / "out")
+    assert config["model_type"] == "llava_qwen"
+    assert config["image_aspect_ratio"] == "anyres_max_4"
+    (tmp_path / "out").rename(tmp_path / "elsewhere")
+    again, read = converters.load(tmp_path / "elsewhere")
+    assert read.template == "qwen_1_5" and again.config == model.config
+    (branch,) = model.config.branches
+    assert branch.architecture.most == 4 and len(branch.architecture.pinpoints) == 36
+    one, two = (flatten(nnx.state(x)) for x in (model, again))
+    for name, param in one.items():
+        np.testing.assert_array_equal(param.get_value(), two[name].get_value(), err_msg=name)
+    newline = np.asarray(one["branches/siglip/connector/newline"].get_value())
+    assert 0.6 < newline.std() * 32**0.5 < 1.4  # normal, of deviation 1 / sqrt(32)
+
+
+@pytest.mark.parametrize(
+    ("llm", "kind", "layout", "template"),
+    [
+        ("qwen2", "mlp", "visionfuse", "qwen_1_5"),
+        ("gemma", "sti", "visionfuse", "gemma"),
+        ("llama", "onevision", "visionfuse", "vicuna_v1"),
+        ("llama", "mlp", "llava", "vicuna_v1"),
+    ],
+)
+def test_layout_and_template_by_the_llm(
+    folders: Path, tmp_path: Path, llm: str, kind: str, layout: str, template: str
+):
+    checkpoints.llama_folder(tmp_path / "llm", 1, num_hidden_layers=1, model_type=llm)
+    source = describe(tmp_path / "llm", folders / "clip", {"kind": kind})
+    assert (source.layout, source.template) == (layout, template)
+    assert source.llm["model_type"] == llm
 
 
 def test_weights_are_of_the_folders_and_the_seed(folders: Path):

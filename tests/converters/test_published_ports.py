@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import tokenizers
 import torch
 import transformers
 from transformers.initialization import no_init_weights
@@ -21,6 +22,26 @@ INTERNVIT = {
     "intermediate_size": 4096,
     "num_attention_heads": 16,
     "num_hidden_layers": 24,
+}
+SIGLIP = {
+    "hidden_size": 1152,
+    "image_size": 384,
+    "intermediate_size": 4304,
+    "num_attention_heads": 16,
+    "num_hidden_layers": 27,
+    "patch_size": 14,
+}
+SIGLIP_BASE = {
+    "hidden_size": 768,
+    "image_size": 512,
+    "num_attention_heads": 12,
+    "patch_size": 16,
+}
+SMOLLM2 = {
+    "model_type": "llama",
+    "max_position_embeddings": 8192,
+    "rope_parameters": {"rope_type": "default", "rope_theta": 100000.0},
+    "vocab_size": 49280,
 }
 PORTS: Mapping[str, dict[str, Any]] = {
     "InternVL3-8B-hf": {
@@ -57,8 +78,95 @@ PORTS: Mapping[str, dict[str, Any]] = {
         },
         "tie_word_embeddings": False,
     },
+    "Idefics3-8B-Llama3": {
+        "model_type": "idefics3",
+        "scale_factor": 2,
+        "vision_config": {**SIGLIP, "image_size": 364},
+        "text_config": {
+            "model_type": "llama",
+            "hidden_size": 4096,
+            "intermediate_size": 14336,
+            "max_position_embeddings": 10240,
+            "num_attention_heads": 32,
+            "num_hidden_layers": 32,
+            "num_key_value_heads": 8,
+            "rope_parameters": {"rope_type": "default", "rope_theta": 500000.0},
+            "vocab_size": 128259,
+        },
+    },
+    "SmolVLM-256M-Instruct": {
+        "model_type": "idefics3",
+        "image_token_id": 49190,
+        "scale_factor": 4,
+        "vision_config": SIGLIP_BASE,
+        "text_config": {
+            **SMOLLM2,
+            "hidden_size": 576,
+            "intermediate_size": 1536,
+            "num_attention_heads": 9,
+            "num_hidden_layers": 30,
+            "num_key_value_heads": 3,
+        },
+    },
+    "SmolVLM2-500M-Video-Instruct": {
+        "model_type": "smolvlm",
+        "image_token_id": 49190,
+        "scale_factor": 4,
+        "vision_config": SIGLIP_BASE,
+        "text_config": {
+            **SMOLLM2,
+            "hidden_size": 960,
+            "intermediate_size": 2560,
+            "num_attention_heads": 15,
+            "num_hidden_layers": 32,
+            "num_key_value_heads": 5,
+        },
+    },
+    "SmolVLM-Instruct": {
+        "model_type": "idefics3",
+        "image_token_id": 49153,
+        "scale_factor": 3,
+        "vision_config": SIGLIP,
+        "text_config": {
+            **SMOLLM2,
+            "hidden_size": 2048,
+            "intermediate_size": 8192,
+            "max_position_embeddings": 16384,
+            "num_attention_heads": 32,
+            "num_hidden_layers": 24,
+            "rope_parameters": {"rope_type": "default", "rope_theta": 273768.0},
+            "vocab_size": 49155,
+        },
+    },
+    "llava-onevision-qwen2-7b-ov-hf": {
+        "model_type": "llava_onevision",
+        "vision_config": {
+            **SIGLIP,
+            "model_type": "siglip_vision_model",
+            "num_hidden_layers": 26,
+            "vision_use_head": False,
+        },
+        "text_config": {
+            "model_type": "qwen2",
+            "hidden_size": 3584,
+            "intermediate_size": 18944,
+            "max_position_embeddings": 32768,
+            "num_attention_heads": 28,
+            "num_hidden_layers": 28,
+            "num_key_value_heads": 4,
+            "rope_parameters": {"rope_type": "default", "rope_theta": 1000000.0},
+            "vocab_size": 152000,
+        },
+    },
 }
 """Configs of the published repositories."""
+
+
+def idefics(size: int, tile: int, tokens: int) -> dict[str, Any]:
+    """Idefics3's processor_config.json; SmolVLM's is the same but for videos."""
+    images = {"size": {"longest_edge": size}, "max_image_size": {"longest_edge": tile}}
+    return {"image_processor": images, "image_seq_len": tokens}
+
 
 PROCESSORS = {
     "internvl": {
@@ -70,8 +178,27 @@ PROCESSORS = {
         },
         "image_seq_length": 256,
     },
+    "llava_onevision": {
+        "image_processor": {"image_processor_type": "LlavaOnevisionImageProcessor"},
+        "num_image_tokens": 729,
+    },
+    "Idefics3-8B-Llama3": idefics(4 * 364, 364, 169),
+    "SmolVLM-256M-Instruct": idefics(4 * 512, 512, 64),
+    "SmolVLM2-500M-Video-Instruct": idefics(4 * 512, 512, 64),
+    "SmolVLM-Instruct": idefics(4 * 384, 384, 81),
 }
-"""`model_type` -> processor_config.json."""
+"""`model_type`, or model -> processor_config.json."""
+
+
+def tokenizer_files(path: Path) -> None:
+    """One token a mark of Idefics3, and one for two newlines, as the published ones have."""
+    engine = tokenizers.Tokenizer(tokenizers.models.BPE({"Ċ": 0, "ĊĊ": 1}, [("Ċ", "Ċ")]))
+    engine.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
+    marks = [f"<row_{row}_col_{col}>" for row in range(1, 7) for col in range(1, 7)]
+    engine.add_special_tokens(["<fake_token_around_image>", "<image>", "<global-img>", *marks])
+    engine.save(str(path / "tokenizer.json"))
+    write_json(path / "tokenizer_config.json", {"tokenizer_class": "PreTrainedTokenizerFast"})
+
 
 SIZES = ((336, 336), (1024, 768), (500, 3000))
 
@@ -85,7 +212,9 @@ def test_port(tmp_path: Path, name: str):
         theirs = transformers.AutoModelForImageTextToText.from_config(config)
     named = {n: ("BF16", list(x.shape)) for n, x in theirs.state_dict().items()}
     write_json(tmp_path / "config.json", config.to_dict())
-    write_json(tmp_path / "processor_config.json", PROCESSORS[given["model_type"]])
+    processor = PROCESSORS[name if name in PROCESSORS else given["model_type"]]
+    write_json(tmp_path / "processor_config.json", processor)
+    tokenizer_files(tmp_path)
     header_file(tmp_path / "model.safetensors", named)
     source = open_source(tmp_path)
     params = shapes(source)

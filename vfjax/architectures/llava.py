@@ -53,6 +53,12 @@ class Projector(nnx.Module):
         if config.newline:
             self.newline = param((config.projector.dout,), ("embed",), rngs=rngs)
 
+    def redraw(self, rngs: nnx.Rngs) -> None:
+        """The newline as the authors draw it: normal, of deviation 1 / sqrt(width)."""
+        if self.config.newline:
+            width = self.newline.shape[0]
+            self.newline[...] = width**-0.5 * jax.random.normal(rngs.params(), (width,))
+
     def __call__(self, states: Mapping[str, Sequence[Array]]) -> VisualTokens:
         """The memory, the newline behind it.
 

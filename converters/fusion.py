@@ -380,6 +380,8 @@ class Fusion:
             record = {"recipe": self.yaml.text}
             if self.recipe.unread:
                 record["unread"] = list(self.recipe.unread)
+        if self.whole is not None:
+            record["export"] = request.export
         if request.rules:
             record["rules"] = [list(rule) for rule in request.rules]
         if digests:

@@ -143,10 +143,12 @@ def one_part(
         InputError: a model lacks the component that the recipe merges, or a rule takes a tensor
             from one that lacks it.
     """
-    if not models.get(recipe.base or "", True) and not recipe.reads_base:
-        models = {label: tensors for label, tensors in models.items() if label != recipe.base}
+    recipe = recipe.only(own)
+    if recipe.base in recipe.models and not models[recipe.base or ""] and not recipe.reads_base:
         recipe = recipe.without_base()
-    owners = [label for label, tensors in models.items() if tensors]
+    models = {k: x for k, x in models.items() if k in recipe.models or k == like}
+    owners = [label for label in recipe.models if models[label]]
+    lacking = [label for label in recipe.models if not models[label]]
     alone: dict[str, str] = {}
     for name in models[like]:
         action = recipe.rule(name)
@@ -158,12 +160,13 @@ def one_part(
                     expected=f"one, as in {said(like)}",
                     fix="take it from another",
                 )
-            if len(owners) < len(models):
+            if lacking:
                 alone[name] = action
-        elif owners == [like] or name in loose and any(name not in models[x] for x in owners):
+        elif (lacking and owners == [like]) or (
+            name in loose and any(name not in models[x] for x in owners)
+        ):
             alone[name] = like
-    lacking = [label for label in models if label not in owners and len(alone) < len(models[like])]
-    if lacking:
+    if lacking and len(alone) < len(models[like]):
         raise InputError(
             said(lacking[0]),
             found=f"a plain LLM, without {own}",

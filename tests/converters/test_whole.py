@@ -159,9 +159,7 @@ def test_a_text_expert(text: dict[str, Path], tmp_path: Path):
     shares = (0.0, 0.0, 0.6)  # of layers 0, 1, 2 at t = 0, 1/2, 1
     seen = set()
     for name, value in late.items():
-        standard = name.replace("model.language_model.", "model.")
-        standard = standard.replace("language_model.model.", "model.")
-        standard = standard.replace("language_model.lm_head", "lm_head")
+        standard = name.replace("language_model.", "")
         layer = name.partition("layers.")[2].partition(".")[0]
         share = shares[int(layer)] if standard in expert and layer else 0.0
         seen.add(share)
@@ -183,6 +181,35 @@ def test_a_text_expert_without_weight_is_the_member(text: dict[str, Path]):
     for name, value in state(model).items():
         other = name.replace("/eyes/", f"/{alone.config.branches[0].name}/")
         np.testing.assert_array_equal(value, expected[other], err_msg=name)
+
+
+def test_modules_of_other_models(text: dict[str, Path], tmp_path: Path):
+    """Two that see and a text expert, each module from those that a YAML names for it."""
+    tune(text["eyes"], tmp_path / "b", 5)
+
+    def models(**weights: float) -> str:
+        folders = {**text, "b": tmp_path / "b"}
+        listed = (
+            f"{{model: {folders[name]}, parameters: {{weight: {w}}}}}"
+            for name, w in weights.items()
+        )
+        return f"{{models: [{', '.join(listed)}]}}"
+
+    (tmp_path / "recipe.yml").write_text(
+        "merge_method: linear\nmodules:\n"
+        f"  text_decoder: {models(eyes=0.25, b=0.25, text=0.5)}\n"
+        f"  vision_tower: {models(eyes=0.5, b=0.5)}\n"
+        f"  multi_modal_projector: {models(b=0.3)}\n"
+    )
+    converters.fuse({}, tmp_path / "out", recipe=tmp_path / "recipe.yml", export="whole")
+    eyes, expert, b, out = (arrays(x) for x in (*text.values(), tmp_path / "b", tmp_path / "out"))
+    for name, value in out.items():
+        standard = name.replace("language_model.", "")
+        if standard in expert:
+            expected = 0.25 * eyes[name] + 0.25 * b[name] + 0.5 * expert[standard]
+        else:
+            expected = b[name] if "projector" in name else (eyes[name] + b[name]) / 2
+        np.testing.assert_allclose(value, expected, rtol=0, atol=1e-6, err_msg=name)
 
 
 def test_tokens_of_one_alone(text: dict[str, Path], tmp_path: Path):

@@ -184,6 +184,13 @@ class Recipe:
         found = [piece.formula for piece in pieces] + [action for _, action in self.rules]
         return any(METHODS[x.method].base != "unread" for x in found if isinstance(x, Formula))
 
+    def only(self, module: str) -> "Recipe":
+        """The recipe of one module, and of the models that are merged there."""
+        slices = self._slices(module)
+        used = {source.model for piece in slices for source in piece.sources}
+        models = tuple(model for model in self.models if model in used)
+        return dataclasses.replace(self, models=models, modules={module: slices})
+
     def without_base(self) -> "Recipe":
         """The recipe for tensors that the base lacks; see `reads_base`."""
         modules = {

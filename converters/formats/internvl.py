@@ -5,6 +5,7 @@ preprocessor_config.json of their folders is read by nothing.
 """
 
 import math
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -122,8 +123,8 @@ def describe(folder: Path, config: Values, towers: Towers) -> Source:
         llm, f"{config.where}: llm_config"
     )
     template = config.choice("template", INTERNVL)
-    head = TEMPLATES[template].head
-    if (message := config.text("system_message", None)) and message not in head:
+    own = re.search(r"system\|?>?\n(.*?)<\|", TEMPLATES[template].head)
+    if (message := config.text("system_message", None)) and (own is None or message != own[1]):
         raise config.error("system_message", f"that of template {template!r}, or none")
     factor, tiled = factor_of(config), config.flag("dynamic_image_size", False)
     pad = config.flag("pad2square", False) and not tiled  # tiles are squares
@@ -345,6 +346,8 @@ CHAT: Unused = {
     "_name_or_path": ANY,
     "hidden_size": ANY,  # llm_config says it
     "image_fold": (None,),
+    "max_dynamic_patch": ANY,  # without dynamic_image_size
+    "min_dynamic_patch": ANY,
     "tie_word_embeddings": ANY,  # so, too
     "use_backbone_lora": (0, None),  # adapters that are not merged
     "use_llm_lora": (0, None),

@@ -52,6 +52,9 @@ SHUSHENG = (
                 "ps_version": "v1",
                 "select_layer": -2,
                 "template": "internlm2-chat",
+                "system_message": SHUSHENG.split("\n")[1].removesuffix(
+                    "<|im_end|><|im_start|>user"
+                ),
                 "use_thumbnail": False,
             },
             SHUSHENG,
@@ -123,6 +126,21 @@ def test_bad_authors_folders(authors, tmp_path: Path, changes: dict, message: st
     with pytest.raises(InputError) as error:
         open_source(changed(authors, tmp_path / "bad", "config.json", changes))
     assert message in str(error.value) and "\n" not in str(error.value)
+
+
+def test_one_view_of_a_picture(authors, tmp_path: Path):
+    """Without tiles, on a square of the mean colour; squashed, if there may be tiles."""
+    keys = {"dynamic_image_size": False, "pad2square": True, "force_image_size": None}
+    model, processor = converters.load(changed(authors, tmp_path / "one", "config.json", keys))
+    (branch,) = model.config.branches
+    assert branch.architecture.tokens == 4 + 2 and branch.architecture.images.aspect == "pad"
+    batch = processor([Image.new("RGB", (28, 14), "white")], input_ids=[[1, -200]])
+    (seen,) = batch.images.values()
+    edges, middle = seen.given.pixels[0, [0, -1]], seen.given.pixels[0, 14]
+    assert np.abs(edges).max() < 0.02 and middle.min() > 2
+    keys = {"max_dynamic_patch": 1, "pad2square": True}
+    source = open_source(changed(authors, tmp_path / "tiled", "config.json", keys))
+    assert source.branches[0].aspect == "crop"
 
 
 def test_a_tokenizer_without_marks(authors, tmp_path: Path):

@@ -79,7 +79,7 @@ def inspect(
         lines.append(
             f"branch {branch.name}: {' and '.join(encoders)}, "
             f"{_pixels(seen.images)}, "
-            f"{parts.connector['mm_projector_type']}, "
+            f"{parts.connector.get('mm_projector_type', parts.connector['model_type'])}, "
             f"up to {counted(branch.tokens, 'token')} a picture; tower from {' and '.join(folders)}"
         )
     for part, rules in check(source, params).items():

@@ -13,6 +13,7 @@ from safetensors.torch import load_file
 
 import converters
 from converters import open_source
+from converters.inspect import inspect
 from converters.tokenizer import load_tokenizer
 from tests.checkpoints import write_json
 from tests.internvl import (
@@ -141,6 +142,12 @@ def test_one_view_of_a_picture(authors, tmp_path: Path):
     keys = {"max_dynamic_patch": 1, "pad2square": True}
     source = open_source(changed(authors, tmp_path / "tiled", "config.json", keys))
     assert source.branches[0].aspect == "crop"
+
+
+def test_inspect(authors):
+    said = inspect(authors)
+    assert "intern_vit_6b, 3 layers x 24, taps [-1], 28 px crop, internvl, up to 30 tokens" in said
+    assert "branches.intern.encoder: 52 tensors mapped" in said and "0 known, not read" in said
 
 
 def test_a_tokenizer_without_marks(authors, tmp_path: Path):

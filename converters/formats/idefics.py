@@ -69,10 +69,13 @@ def path(hf: Values, images: ImageSpec, encoder: PatchEncoder, connector: Shuffl
         longest=hf.whole("longest", most=EDGE),
         split=hf.flag("split"),
         marks=Marks(tiles=_lists(marks, "tiles"), **ids),
-        film=Film(film.whole("edge", most=EDGE), film.whole("frames"), film.number("rate"))
-        if film.data
-        else None,
+        film=_made_film(film) if film.data else None,
     )
+
+
+def _made_film(hf: Values) -> Film:
+    edge_, tile = hf.whole("edge", most=EDGE), hf.whole("tile", most=EDGE)
+    return Film(edge_, tile, hf.whole("frames", None), hf.number("rate", None, least=1e-9))
 
 
 def _lists(hf: Values, key: str) -> tuple[tuple[int, ...], ...]:
@@ -261,14 +264,14 @@ PROCESSOR = (
 
 def _film(
     folder: Path, pictures: Mapping[str, Any], images: Values, video: Mapping[str, Any] | None
-) -> dict[str, Any] | None:
-    """How videos are read; None if no file says how many frames.
+) -> dict[str, Any]:
+    """How videos are read.
 
     transformers takes the settings of processor_config.json, of video_preprocessor_config.json, or
     those of pictures.
 
     Raises:
-        InputError: a frame would be no tile, or have other pixels.
+        InputError: a frame would have other pixels than a tile.
     """
     beside = folder / "video_preprocessor_config.json"
     if video is None and beside.is_file():
@@ -282,9 +285,9 @@ def _film(
         values.any("image_processor_type")
         values.any("do_image_splitting")
         for key, value in own.items():
-            if value != pictures[key]:
+            if key != "size" and value != pictures[key]:
                 raise InputError(
-                    f"{values.where}: {'max_image_size' if key == 'size' else key}",
+                    f"{values.where}: {key}",
                     found=cut(repr(value)),
                     expected=f"{cut(repr(pictures[key]))}, as the image processor's",
                     fix="correct one of them",
@@ -299,9 +302,8 @@ def _film(
         sampling.done({"video_size": ANY})  # which `size` takes the place of
     if video is not None:
         values.done(SETTINGS)
-    return (
-        None if frames is None or rate is None else {"edge": size, "frames": frames, "rate": rate}
-    )
+    tile = edge(values, "max_image_size")
+    return {"edge": size, "tile": tile, "frames": frames, "rate": rate}
 
 
 def _marks(source: Source, connector: dict[str, Any], tile: int, rows: int) -> None:

@@ -137,19 +137,31 @@ class Film:
 
     Attributes:
         edge: longest edge that a frame is resized to before it is stretched to a tile.
-        frames: that a video has at most.
-        rate: frames of a second that are read.
+        tile: side of that tile; one that is not the pictures' is refused where a video is shown.
+        frames: that are read of a video, at most; None: the folder does not say.
+        rate: frames of a second that are read; None likewise.
     """
 
     edge: int
-    frames: int
-    rate: float
+    tile: int
+    frames: int | None = None
+    rate: float | None = None
 
     def choose(self, total: int, rate: float) -> np.ndarray:
         """Which of `total` frames are read, of which `rate` are shown a second.
 
         SmolVLMVideoProcessor's `sample_frames`: of a long video a second at each end is left out.
+
+        Raises:
+            InputError: the folder does not say how many.
         """
+        if self.frames is None or self.rate is None:
+            raise InputError(
+                "video",
+                found="a video processor without num_frames and fps",
+                expected="them, by which frames are chosen",
+                fix="add them to the folder, or pass frames= in place of choose=",
+            )
         duration = total / rate
         count = max(min(round(self.rate * duration), self.frames), 1)
         first, last = 0, total - 1
@@ -258,6 +270,13 @@ class Idefics:
         frames = [(marks.edge, marks.whole, k, marks.edge) for k in range(count)]
         if self.film is None:
             return self._read([part for frame in frames for part in frame])
+        if self.film.tile != self.images.size:
+            raise InputError(
+                "video",
+                found=f"frames of {self.film.tile} pixels, by the folder's video processor",
+                expected=f"{self.images.size}, as the image processor's tiles",
+                fix="correct max_image_size of one of them",
+            )
         intro, *times, end = sayings(video)
         parts: list[Ids | int] = []
         for k, frame in enumerate(frames):

@@ -5,8 +5,11 @@ import json
 import shutil
 from pathlib import Path
 
+import jax
 import numpy as np
+import pytest
 import torch
+import transformers
 
 import converters
 from converters import open_source
@@ -18,9 +21,12 @@ from tests.converters.formats.test_idefics import (
     PICTURES,
     TILE,
     assert_close,
+    ids_of,
     inputs_of,
     make_folder,
+    picture,
 )
+from vfjax import Model
 from vfjax.architectures import Film
 from vfjax.model import forward
 
@@ -91,5 +97,37 @@ def test_early_folders(tmp_path: Path):
     short = {"image_seq_len": 4, "processor_class": "SmolVLMProcessor"}
     write_json(folder / "processor_config.json", short)
     (found,), (expected,) = (model_config(open_source(path)).branches for path in (folder, plain))
-    film = Film(LONGEST, 16, 2.0)  # transformers puts the pictures' size in place of videos'
+    film = Film(LONGEST, TILE, 16, 2.0)  # transformers puts the pictures' size in place of videos'
     assert found.architecture == dataclasses.replace(expected.architecture, film=film)
+
+
+@pytest.mark.parametrize(
+    ("images", "tokens"),
+    [
+        ({"do_image_splitting": False}, 4),
+        ({"size": {"longest_edge": 101}, "max_image_size": {"longest_edge": 42}}, 9),
+        ({"size": {"longest_edge": 20}}, 4),
+        ({"image_mean": [0.4, 0.5, 0.6], "image_std": [0.2, 0.3, 0.4], "resample": 3}, 4),
+    ],
+)
+@torch.no_grad()
+def test_other_settings_of_pictures(tmp_path: Path, images: dict, tokens: int):
+    """Pixels and ids; and the tower on tiles of another size than its table's."""
+    folder = tmp_path / "port"
+    theirs = make_folder(folder, "idefics3", **images)
+    whole = json.loads((folder / "processor_config.json").read_text())
+    write_json(folder / "processor_config.json", whole | {"image_seq_len": tokens})
+    maker = transformers.AutoProcessor.from_pretrained(folder)
+    model, processor = converters.load(folder)
+    for image in [*PICTURES[:2], picture(1, 1), picture(900, 2)]:
+        inputs = maker(images=[[image]], text=["a <image> b"], return_tensors="pt")
+        batch = processor([image], ["a <image> b"])
+        np.testing.assert_array_equal(ids_of(batch, 0, maker.image_token_id), inputs.input_ids[0])
+        (seen,), (pixels,) = batch.images.values(), inputs.pixel_values.numpy()
+        found = np.moveaxis(seen.given.pixels, -1, 1)[: len(pixels)]
+        np.testing.assert_allclose(found, pixels, atol=1e-6)
+    if tokens != 4:
+        out = theirs.model.get_image_features(inputs.pixel_values, inputs.pixel_attention_mask)
+        (memory,) = jax.jit(Model.memories)(model, batch.images)
+        found = memory.values[: tokens * len(pixels)]
+        assert_close(found, out.pooler_output[0])

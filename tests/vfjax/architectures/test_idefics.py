@@ -1,5 +1,7 @@
 """Idefics3's tiles: where their tokens stand in a picture, and how patches are joined."""
 
+import sys
+
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -73,3 +75,14 @@ def test_edges():
     assert resized((5000, 1), 364) == (364, 1) and resized((1, 9000), 9000) == (1, 4096)
     edges = ((364, 364), (365, 365), (1456, 364), (9999, 512))
     assert [largest_grid(*each) for each in edges] == [0, 2, 4, 8]
+
+
+def test_videos_that_cannot_be_read(monkeypatch):
+    frame = Image.new("RGB", (90, 60))
+    with pytest.raises(InputError, match="found frames of 24 pixels, by the folder's video proc"):
+        path(film=Film(96, 24)).prepare([[Video((frame,))]])
+    with pytest.raises(InputError, match="found a video processor without num_frames and fps"):
+        path(film=Film(96, 48)).choose(30, 1.0)
+    monkeypatch.setitem(sys.modules, "num2words", None)
+    with pytest.raises(InputError, match="no num2words"):
+        path(film=Film(96, 48)).prepare([[Video((frame,))]])

@@ -57,11 +57,11 @@ def qwen_vl(hf: Values) -> LlamaConfig:
             than the class has.
     """
     hf = hf.over(VL_DEFAULTS)
-    for key in ("rope_scaling", "rope_parameters"):  # a second name of "default" there
-        found = dict(hf.mapping(key, None) or {})
-        if found.get("rope_type", found.get("type")) == "mrope":
+    for key in ("rope_scaling", "rope_parameters"):
+        if found := dict(hf.mapping(key, None) or {}):
+            kind = found.get("rope_type", found.pop("type", "default"))  # the first one counts
             found.pop("type", None)
-            hf = hf.put({key: {**found, "rope_type": "default"}})
+            hf = hf.put({key: {**found, "rope_type": "default" if kind == "mrope" else kind}})
     rotary = llama.rotary(hf)
     sections = rotary.wholes("mrope_section", (16, 24, 24), least=0)
     made = dataclasses.replace(llama.decoder(hf), qkv_bias=True)

@@ -43,6 +43,22 @@ SMOLLM2 = {
     "rope_parameters": {"rope_type": "default", "rope_theta": 100000.0},
     "vocab_size": 49280,
 }
+QWEN = {
+    "hidden_size": 3584,
+    "intermediate_size": 18944,
+    "max_window_layers": 28,
+    "num_attention_heads": 28,
+    "num_hidden_layers": 28,
+    "num_key_value_heads": 4,
+    "rms_norm_eps": 1e-6,
+    "rope_scaling": {"type": "mrope", "mrope_section": [16, 24, 24]},
+    "rope_theta": 1000000.0,
+    "sliding_window": 32768,
+    "tie_word_embeddings": False,
+    "use_sliding_window": False,
+    "vocab_size": 152064,
+}
+VISION = {"depth": 32, "num_heads": 16, "patch_size": 14, "spatial_merge_size": 2}
 PORTS: Mapping[str, dict[str, Any]] = {
     "InternVL3-8B-hf": {
         "model_type": "internvl",
@@ -158,6 +174,26 @@ PORTS: Mapping[str, dict[str, Any]] = {
             "vocab_size": 152000,
         },
     },
+    "Qwen2-VL-7B-Instruct": {
+        **QWEN,
+        "model_type": "qwen2_vl",
+        "max_position_embeddings": 32768,
+        "vision_config": {**VISION, "embed_dim": 1280, "hidden_size": 3584, "mlp_ratio": 4},
+    },
+    "Qwen2.5-VL-7B-Instruct": {
+        **QWEN,
+        "model_type": "qwen2_5_vl",
+        "max_position_embeddings": 128000,
+        "vision_config": {
+            **VISION,
+            "fullatt_block_indexes": [7, 15, 23, 31],
+            "hidden_size": 1280,
+            "intermediate_size": 3420,
+            "out_hidden_size": 3584,
+            "tokens_per_second": 2,
+            "window_size": 112,
+        },
+    },
 }
 """Configs of the published repositories."""
 
@@ -168,6 +204,13 @@ def idefics(size: int, tile: int, tokens: int) -> dict[str, Any]:
     return {"image_processor": images, "image_seq_len": tokens}
 
 
+NATIVE = {
+    "image_processor": {
+        "image_processor_type": "Qwen2VLImageProcessor",
+        "max_pixels": 12845056,
+        "min_pixels": 3136,
+    },
+}
 PROCESSORS = {
     "internvl": {
         "image_processor": {
@@ -186,6 +229,8 @@ PROCESSORS = {
     "SmolVLM-256M-Instruct": idefics(4 * 512, 512, 64),
     "SmolVLM2-500M-Video-Instruct": idefics(4 * 512, 512, 64),
     "SmolVLM-Instruct": idefics(4 * 384, 384, 81),
+    "qwen2_vl": NATIVE,
+    "qwen2_5_vl": NATIVE,
 }
 """`model_type`, or model -> processor_config.json."""
 

@@ -175,13 +175,16 @@ def _videos(folder: Path, unit: int) -> tuple[dict[str, Any], int | None]:
     its own, else as pictures are.
 
     Raises:
-        InputError: another video processor, or frames that are not resized bicubically.
+        InputError: another video processor, frames that are not resized bicubically, or a key of
+            processor_config.json that is not known.
     """
-    whole = folder / "processor_config.json"
-    found = read_json(whole).get("video_processor") if whole.is_file() else None
+    file = folder / "processor_config.json"
+    whole = Values(read_json(file) if file.is_file() else {}, str(file))
+    found = whole.mapping("video_processor", None)
+    whole.done(dict.fromkeys(PROCESSOR, ANY))
     beside = [folder / name for name in ("video_preprocessor_config.json", OTHER)]
-    if file := next((path for path in beside if path.is_file()), None):
-        found = read_json(file) if found is None else found
+    if other := next((path for path in beside if path.is_file()), None):
+        found = read_json(other) if found is None else found
     values = Values(found or {}, f"{folder}: video processor")
     if values.text("video_processor_type", None) not in (None, "Qwen2VLVideoProcessor"):
         raise values.error("video_processor_type", "Qwen2VLVideoProcessor")
@@ -194,6 +197,12 @@ def _videos(folder: Path, unit: int) -> tuple[dict[str, Any], int | None]:
 
 
 OTHER = "preprocessor_config.json"
+
+PROCESSOR = (
+    *("auto_map", "chat_template", "feature_extractor", "image_processor", "image_token"),
+    *("processor_class", "tokenizer", "video_token"),
+)
+"""Other keys of processor_config.json, read elsewhere or not by its class."""
 
 
 def _check_patches(settings: Mapping[str, Any], encoder: QwenViTConfig, where: str) -> None:

@@ -206,6 +206,18 @@ def test_older_and_other_folders_are_the_same(port: Port, tmp_path: Path):
         (
             "qwen2_vl",
             "processor_config.json",
+            {"tiles": 4},
+            "processor_config.json: tiles: found 4, expected no such key",
+        ),
+        (
+            "qwen2_vl",
+            "processor_config.json",
+            {"video_processor": [1]},
+            "video_processor: found [1], expected a mapping",
+        ),
+        (
+            "qwen2_vl",
+            "processor_config.json",
             {"image_processor": {**IMAGES, "do_resize": False}},
             "do_resize: found False, expected true",
         ),

@@ -6,7 +6,7 @@ before theirs: `vision_tower/vision_model.encoder.layers.0.mlp.fc1.weight`.
 """
 
 import dataclasses
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -20,7 +20,7 @@ from converters.folder import assigned, settled
 from converters.load import TOKENIZER_FILES
 from converters.mergekit import LISTS
 from converters.origin import from_source
-from converters.params.table import placed, rename
+from converters.params.table import FLOATS, placed, rename
 from converters.plan import Part, layers_of, llm_config, merge_parts
 from converters.request import Request
 from converters.source import LAYOUTS, TEMPLATE, Layout, Source
@@ -128,8 +128,8 @@ def one_part(
 ) -> Part:
     """A module's tensors for `merge_parts`.
 
-    Tensors that only one multimodal LLM has, as beside text experts, are its own. So are tensors
-    that nothing reads and not all models have.
+    Tensors that only one multimodal LLM has, as beside text experts, are its own. Of those that
+    nothing reads `like`'s are taken where other models lack them or they are no floats.
 
     Args:
         recipe: of the merge.
@@ -163,7 +163,7 @@ def one_part(
             if lacking:
                 alone[name] = action
         elif (lacking and owners == [like]) or (
-            name in loose and any(name not in models[x] for x in owners)
+            name in loose and not _alike([models[x].get(name) for x in (like, *owners)])
         ):
             alone[name] = like
     if lacking and len(alone) < len(models[like]):
@@ -182,6 +182,13 @@ def one_part(
         numbers = [int(m[2]) for name in models[like] if (m := LAYER.fullmatch(name))]
         layers = dict.fromkeys(models, max(numbers, default=-1) + 1)
     return Part(recipe, models, layers, own, alone)
+
+
+def _alike(tensors: Sequence[LazyTensor | None]) -> bool:
+    """Whether all are there, of one shape, and floats."""
+    found = [x for x in tensors if x is not None]
+    shapes = {tuple(x.shape) for x in found}
+    return len(found) == len(tensors) and len(shapes) == 1 and all(x.dtype in FLOATS for x in found)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -334,7 +341,7 @@ def merge_whole(
     found = [dataclasses.replace(each, tables=tables) for each in found]
     merged = dict(zip(alike, merge_parts(recipe, request, found, made), strict=True))
     for key, tensors in merged.items():
-        if key != TEXT and (wrong := set(tensors) ^ set(alike[key][like]) - loose):
+        if key != TEXT and (wrong := (set(tensors) ^ set(alike[key][like])) - loose):
             raise InputError(
                 f"modules.{key[1]}",
                 found=f"slices that make or leave out {min(wrong)!r}",

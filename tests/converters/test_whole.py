@@ -11,6 +11,7 @@ from flax import nnx
 from safetensors.numpy import load_file, save_file
 
 import converters
+from converters.files.checksums import mapped
 from converters.files.reader import read_weights
 from tests.checkpoints import hf_llava_folder, llama_folder, upstream_llava_folder
 from tests.converters.formats.test_onevision import port_folder
@@ -27,7 +28,9 @@ def tune(source: Path, out: Path, seed: int, size: float = 0.1) -> Path:
     for file in sorted(out.rglob("*.safetensors")):
         tensors = load_file(file)
         moved = {
-            name: (x + size * (x.std() + 0.01) * rng.standard_normal(x.shape)).astype(x.dtype)
+            name: x
+            if x.dtype.kind != "f"
+            else np.asarray(x + size * (x.std() + 0.01) * rng.standard_normal(x.shape), x.dtype)
             for name, x in tensors.items()
         }
         save_file(moved, file, {"format": "pt"})
@@ -127,6 +130,26 @@ def test_the_authors_layout(tmp_path: Path):
     assert second.pop("dtype", second.pop("torch_dtype", None)) == "float32"
     assert second == {key: x for key, x in first.items() if key not in ("dtype", "torch_dtype")}
     assert converters.open_source(tmp_path / "out").branches
+
+
+@pytest.mark.parametrize("case", ["dc_sti_siglip", "mgm_hd", "slime_llama3"])
+def test_families(shared: Path, tmp_path: Path, case: str):
+    """ConvNeXt beside CLIP, a whole SigLIP with its text half, a resampler: as `export` writes."""
+    skip = shutil.ignore_patterns("inputs.*", "outputs.*", "case.json")
+    shutil.copytree(shared / "golden" / case, tmp_path / "a", ignore=skip)
+    tune(tmp_path / "a", tmp_path / "b", 1, size=0.02)
+    members = {name: tmp_path / name for name in "ab"}
+    converters.fuse(members, tmp_path / "out", method="linear", export="whole", account=False)
+    mapped(converters.open_source(tmp_path / "out"))  # each parameter has its tensor
+    for name, path in members.items():
+        converters.export(converters.load(path)[0], tmp_path / f"like-{name}")
+    one, two, out = (arrays(tmp_path / name) for name in ("like-a", "like-b", "out"))
+    assert sorted(out) == sorted(one)
+    for name, value in out.items():
+        pair = [x[name].astype(np.float64) for x in (one, two)]
+        expected = sum(pair) / 2 if value.dtype.kind == "f" else pair[0]
+        atol = 1e-6 if value.dtype == np.float32 else 2e-3
+        np.testing.assert_allclose(value.astype(np.float64), expected, rtol=0, atol=atol)
 
 
 @pytest.fixture(scope="module")

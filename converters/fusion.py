@@ -30,6 +30,7 @@ from converters.folder import assigned, open_source, settled
 from converters.formats.visionfuse import arranged, fused_config
 from converters.mergekit import Yaml, read_yaml
 from converters.model_card import CARD, PLOT, Listed, by_layer, card, plot
+from converters.params.table import restored
 from converters.plan import Part, layers_of, llm_config, merge_parts
 from converters.request import Request, check_request
 from converters.source import LAYOUTS, Source
@@ -177,6 +178,9 @@ class Fusion:
             self.vocabulary = known.changes(next(iter(opened)), rows, total, words)
         self.result = dataclasses.replace(self.result, tokenizer=self.owner.tokenizer)
         self.weights: Tensors = dict(self.merged)
+        if request.export == "llm":
+            own = self.result.table("llm").prefixes
+            self.weights = {restored(name, own): x for name, x in self.merged.items()}
         if self.whole is not None:
             self.result = self.whole.source(self.owner, request, self.recipe)
         if request.export == "model":

@@ -14,7 +14,7 @@ from converters import registry
 from converters.chat import read_chat_template
 from converters.formats.llava import HF, port_parts
 from converters.formats.onevision import check_video, settings
-from converters.params import internlm2, mlp
+from converters.params import mlp
 from converters.params.table import Names, Table, dense, norm
 from converters.preprocessor import read_preprocessor
 from converters.source import Branch, Layout, Source, tokenizer_class
@@ -198,12 +198,10 @@ def _select(config: Values, layers: int) -> int:
 def names(source: Source) -> Names:
     """The authors' names."""
     branch = f"branches.{source.branches[0].name}"
-    own = internlm2.NAMES if source.llm["model_type"] == "internlm2" else ()
     return (
         ("vision_model.", f"{branch}.encoder", ""),
         ("mlp1.", f"{branch}.connector", ""),
-        *((f"language_model.{old}", "llm", new) for old, new in own),
-        ("language_model.", "llm", ""),
+        *((f"language_model.{old}", "llm", new) for old, new in source.table("llm").prefixes),
     )
 
 

@@ -8,7 +8,6 @@ from typing import Any
 
 from converters import registry
 from converters.chat import read_chat_template
-from converters.params import internlm2
 from converters.params.table import Names
 from converters.source import TEMPLATE, Branch, Layout, Source, tokenizer_class
 from converters.towers import Towers
@@ -120,8 +119,8 @@ BARE = tuple(
 
 def llm_names(source: Source) -> Names:
     """Names of a plain causal LM."""
-    own = internlm2.NAMES if source.llm.get("model_type") == "internlm2" else ()
-    return (*((old, "llm", new) for old, new in own), *BARE, ("", "llm", ""))
+    own = source.table("llm").prefixes
+    return (*((old, "llm", new) for old, new in own if old), *BARE, ("", "llm", ""))
 
 
 def _is_llm(config: Mapping[str, JSON]) -> bool:

@@ -1,7 +1,6 @@
 """InternLM2 and 2.5 (InternLM2ForCausalLM, of code in its folders).
 
-In normal form embedding and head have Llama's names, by which vocabularies are joined; the layouts
-that hold an InternLM2 rename them, see `NAMES`.
+In normal form embedding and head have Llama's names, by which vocabularies are joined.
 """
 
 import dataclasses
@@ -13,9 +12,6 @@ from vfjax.llm import InternLM2Config
 
 DEFAULTS = {"vocab_size": 103168}
 """Of InternLM2Config (configuration_internlm2.py), where they differ from LlamaConfig's."""
-
-NAMES = (("model.tok_embeddings.", "model.embed_tokens."), ("output.", "lm_head."))
-"""Prefixes in a folder, and in normal form."""
 
 
 def read(hf: Values) -> InternLM2Config:
@@ -44,6 +40,11 @@ TABLE = dataclasses.replace(
         *dense(llama.LAYER + "feed_forward.w2", "blocks/{}/mlp/down"),
         Rule("model.norm.weight", "norm/scale"),
         Rule("lm_head.weight", "head/kernel", TRANSPOSE, like="model.embed_tokens.weight"),
+    ),
+    prefixes=(
+        ("model.tok_embeddings.", "model.embed_tokens."),
+        ("output.", "lm_head."),
+        ("", ""),
     ),
     architecture="InternLM2ForCausalLM",
 )

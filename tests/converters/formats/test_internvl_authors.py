@@ -174,3 +174,17 @@ def test_internlm2s_tokenizer(shared: Path, tmp_path: Path):
     for piece in re.split(f"({'|'.join(map(re.escape, words))})", text):
         expected += [32000 + words.index(piece)] if piece in words else pieces.encode(piece)
     assert load_tokenizer(tmp_path)(text).input_ids == expected
+
+
+def test_internlm2_alone(tmp_path: Path):
+    """Merged without towers it has the names of its own code, and is read under them."""
+    theirs, _ = port_folder(tmp_path / "port", "llama")
+    for name in "abc":
+        authors_folder(tmp_path / name, theirs, "InternLM2ForCausalLM")
+    members = {name: tmp_path / name for name in "ab"}
+    converters.fuse(members, tmp_path / "llm", base=tmp_path / "c", export="llm", method="linear")
+    names = load_file(tmp_path / "a/model.safetensors")
+    own = {n.removeprefix("language_model.") for n in names if n.startswith("language_model.")}
+    assert load_file(tmp_path / "llm/model.safetensors").keys() == own
+    again = open_source(tmp_path / "llm").parts["llm"]
+    assert again.keys() == open_source(tmp_path / "a").parts["llm"].keys()

@@ -354,10 +354,17 @@ def _same(one: object, other: object) -> bool:
     return one == other
 
 
+def is_upstream(config: Mapping[str, JSON]) -> bool:
+    """Whether a config.json is of LLaVA-NeXT's code around Qwen2, which some call "llava"."""
+    named = config.get("architectures") == ["LlavaQwenForCausalLM"]
+    kinds = ("llava_qwen", "llava") if named else ("llava_qwen",)
+    return config.get("model_type") in kinds and "text_config" not in config
+
+
 LAYOUTS = (
     Layout(
         "llava-onevision",
-        lambda config: config.get("model_type") == "llava_qwen" and "text_config" not in config,
+        is_upstream,
         describe,
         upstream_names,
         unused=UNUSED,

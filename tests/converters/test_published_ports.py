@@ -270,3 +270,66 @@ def test_port(tmp_path: Path, name: str):
     lines = MODELS.read_text().splitlines()
     assert row(name, source) in lines
     assert f"| {' | '.join([name, *counts])} |" in lines
+
+
+@pytest.mark.parametrize("kind", ["llava_qwen", "llava"])
+def test_authors_onevision(tmp_path: Path, kind: str):
+    """LLaVA-NeXT's code: Qwen2 with a projector, a newline, and SigLIP without its last layer."""
+    name = "llava-onevision-qwen2-7b-ov"
+    text = {**PORTS[f"{name}-hf"]["text_config"], "vocab_size": 152064}
+    config = transformers.AutoConfig.for_model(**text)
+    vision = transformers.SiglipVisionConfig(
+        **{**SIGLIP, "num_hidden_layers": 26}, vision_use_head=False
+    )
+    with no_init_weights(), torch.device("meta"):
+        llm = transformers.AutoModelForCausalLM.from_config(config).state_dict()
+        tower = transformers.SiglipVisionModel(vision).state_dict()
+    shown = {n.removeprefix("vision_model."): x for n, x in tower.items()}
+    named = {n: list(x.shape) for n, x in llm.items()}
+    named |= {
+        f"model.vision_tower.vision_tower.vision_model.{n}": x.shape for n, x in shown.items()
+    }
+    for i, width in ((0, 1152), (2, 3584)):
+        named[f"model.mm_projector.{i}.weight"] = [3584, width]
+        named[f"model.mm_projector.{i}.bias"] = [3584]
+    named["model.image_newline"] = [3584]
+    own = {
+        "architectures": ["LlavaQwenForCausalLM"],
+        "model_type": kind,
+        "image_aspect_ratio": "anyres_max_9",
+        "image_crop_resolution": None,
+        "image_grid_pinpoints": [[384 * i, 384 * j] for i in range(1, 7) for j in range(1, 7)],
+        "image_split_resolution": None,
+        "image_token_index": 151646,
+        "mm_hidden_size": 1152,
+        "mm_newline_position": "one_token",
+        "mm_patch_merge_type": "spatial_unpad",
+        "mm_projector_lr": None,
+        "mm_projector_type": "mlp2x_gelu",
+        "mm_resampler_type": None,
+        "mm_spatial_pool_mode": "bilinear",
+        "mm_tunable_parts": "mm_vision_tower,mm_mlp_adapter,mm_language_model",
+        "mm_use_im_patch_token": False,
+        "mm_use_im_start_end": False,
+        "mm_vision_select_feature": "patch",
+        "mm_vision_select_layer": -2,
+        "mm_vision_tower": "google/siglip-so400m-patch14-384",
+        "mm_vision_tower_lr": 2e-06,
+        "pos_skipping_range": 4096,
+        "tokenizer_model_max_length": 32768,
+        "tokenizer_padding_side": "right",
+        "use_mm_proj": True,
+        "use_pos_skipping": False,
+        "vision_tower_pretrained": None,
+    }
+    write_json(tmp_path / "config.json", {**text, **own})
+    header_file(tmp_path / "model.safetensors", {n: ("BF16", list(x)) for n, x in named.items()})
+    source = open_source(tmp_path)
+    params = shapes(source)
+    check(source, params)
+    assert sum(math.prod(p.shape) for p in params.values()) == sum(map(math.prod, named.values()))
+    (branch,) = model_config(source).branches
+    counts = [str(len(branch.architecture.regions(size))) for size in SIZES]
+    lines = MODELS.read_text().splitlines()
+    assert row(name, source) in lines
+    assert f"| {' | '.join([name, *counts])} |" in lines

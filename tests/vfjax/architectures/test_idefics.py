@@ -86,3 +86,11 @@ def test_videos_that_cannot_be_read(monkeypatch):
     monkeypatch.setitem(sys.modules, "num2words", None)
     with pytest.raises(InputError, match="no num2words"):
         path(film=Film(96, 48)).prepare([[Video((frame,))]])
+
+
+def test_few_shapes_of_many_sizes():
+    """Fifty pictures of mixed sizes fill as many views as there are buckets."""
+    rng = np.random.default_rng(0)
+    sizes = rng.integers(1, 400, (50, 2)).tolist()
+    shapes = {path().prepare([[Image.new("RGB", (w, h))]]).inputs.pixels.shape[0] for w, h in sizes}
+    assert shapes <= {4, 8, 16}

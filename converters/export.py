@@ -108,6 +108,8 @@ def config_files(origin: Origin, dtype: np.dtype) -> dict[str, Content]:
     """
     own = () if origin.created else PROCESSOR_FILES
     places = {name: origin.home / name for name in (*TOKENIZER_FILES, *own)}
+    if origin.base is not None and not any(places[name].is_file() for name in own):
+        places |= {name: origin.base / name for name in own}
     files = {name: path for name, path in places.items() if path.is_file()}
     texts: dict[str, Mapping[str, Any]] = {"config.json": with_dtype(origin.config, dtype)}
     for part, tower in {**origin.towers, **origin.held}.items():

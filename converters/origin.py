@@ -24,6 +24,7 @@ class Origin:
 
     Attributes:
         home: folder of the tokenizer's files.
+        base: folder that an adapter at `home` is for, whose processor it may have left there.
         config: its config.json.
         components: component -> its config, whose `model_type` names a table.
         prefixes: component -> see `Source.prefixes`.
@@ -35,6 +36,7 @@ class Origin:
     """
 
     home: Path
+    base: Path | None
     config: Mapping[str, JSON]
     components: Mapping[str, Mapping[str, JSON]]
     prefixes: Mapping[str, Prefixes]
@@ -57,6 +59,7 @@ def from_source(source: Source) -> Origin:
     )
     return Origin(
         home=source.home,
+        base=source.base,
         config=_sorted(source.config),
         components=source.components,
         prefixes=source.prefixes,

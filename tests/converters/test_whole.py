@@ -13,7 +13,13 @@ from safetensors.numpy import load_file, save_file
 import converters
 from converters.files.checksums import mapped
 from converters.files.reader import read_weights
-from tests.checkpoints import hf_llava_folder, llama_folder, upstream_llava_folder
+from tests.adapters import peft_folder
+from tests.checkpoints import (
+    hf_llava_folder,
+    llama_folder,
+    tokenizer_files,
+    upstream_llava_folder,
+)
 from tests.converters.formats.test_onevision import port_folder
 from vfjax import InputError
 from vfjax.atomic import read_json
@@ -233,6 +239,29 @@ def test_modules_of_other_models(text: dict[str, Path], tmp_path: Path):
         else:
             expected = b[name] if "projector" in name else (eyes[name] + b[name]) / 2
         np.testing.assert_allclose(value, expected, rtol=0, atol=1e-6, err_msg=name)
+
+
+def test_an_adapter_among_the_members(text: dict[str, Path], tmp_path: Path):
+    """Of tower and LLM, with a tokenizer beside it; the processor is its base's."""
+    eyes = text["eyes"]
+    model = transformers.LlavaForConditionalGeneration.from_pretrained(eyes)
+    where = r".*(language_model|vision_tower).*(q_proj|v_proj)"
+    tuned = peft_folder(tmp_path / "lora", model, 1, r=2, target_modules=where)
+    tokenizer_files(tmp_path / "lora")
+    tuned.merge_and_unload().save_pretrained(tmp_path / "full")
+    members = {"lora": tmp_path / "lora", "b": tune(eyes, tmp_path / "b", 2)}
+    options: dict[str, Any] = {"base": eyes, "params": {"weights": (0.75, 0.5)}}
+    converters.fuse(members, tmp_path / "out", export="whole", family=False, **options)
+    base, full, b, out = (arrays(x) for x in (eyes, *(tmp_path / n for n in ("full", "b", "out"))))
+    assert sorted(out) == sorted(base)
+    for name, value in out.items():
+        expected = base[name] + 0.75 * (full[name] - base[name]) + 0.5 * (b[name] - base[name])
+        np.testing.assert_allclose(value, expected, rtol=0, atol=2e-6, err_msg=name)
+    name = "preprocessor_config.json"
+    assert (tmp_path / "out" / name).read_bytes() == (eyes / name).read_bytes()
+    here, _ = converters.load_fused(members, mode="whole", family=False, **options)
+    converters.export(here, tmp_path / "exported")
+    assert (tmp_path / "exported" / name).is_file()
 
 
 def test_tokens_of_one_alone(text: dict[str, Path], tmp_path: Path):

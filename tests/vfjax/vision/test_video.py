@@ -56,7 +56,7 @@ def test_times_of_frames(clip: Path):
     assert video.times == (0.0, 1.1, 1.9) and video.duration == 2.0
     pictures = [np.full((8, 8, 3), k, np.uint8) for k in range(6)]
     assert open_video(pictures, frames=2).times is None
-    assert open_video(pictures, frames=2, rate=2).times == (1.0, 2.0)
+    assert open_video(pictures, frames=2, rate=2).times == (0.5, 1.5)  # frames 1 and 3
     with pytest.raises(InputError, match="found frames without their rate"):
         open_video(pictures, choose=lambda total, rate: [0])
     with pytest.raises(InputError, match="found 1 time of 2 frames"):

@@ -82,8 +82,15 @@ def open_video(
 
     Raises:
         InputError: PyAV is not installed, the file is missing, corrupt or without pictures, a frame
-            can't be read, or `choose` is given and the rate is not known.
+            can't be read, the rate is not positive, or `choose` is given and it is not known.
     """
+    if rate is not None and not 0 < rate < float("inf"):
+        raise InputError(
+            "video",
+            found=f"rate {rate}",
+            expected="a positive number of frames a second",
+            fix="correct rate, or leave it out",
+        )
     if not isinstance(source, str | os.PathLike):
         wanted = _wanted(len(source), frames, rate, choose)
         pictures = [open_image(source[i], name=f"frame {i}") for i in wanted]
@@ -107,10 +114,10 @@ def open_video(
 def _wanted(total: int, frames: int, rate: float | None, choose: Choose | None) -> list[int]:
     if choose is None or not total:
         return frame_indices(total, frames).tolist()
-    if not rate or rate < 0:
+    if rate is None:
         raise InputError(
             "video",
-            found="frames without their rate" if rate is None else f"rate {rate}",
+            found="frames without their rate",
             expected="how many are shown a second, by which some are chosen",
             fix="pass rate=",
         )

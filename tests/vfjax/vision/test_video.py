@@ -178,6 +178,15 @@ def test_metadata_that_is_no_text(tmp_path: Path):
     assert len(open_video(path, frames=1).frames) == 1
 
 
+def test_times_that_are_none():
+    frame = Image.new("RGB", (8, 8))
+    for rate in (0, -1, float("nan")):
+        with pytest.raises(InputError, match=f"found rate {rate}, expected a positive number"):
+            open_video([frame], rate=rate)
+        with pytest.raises(InputError, match=f"found a duration of {rate} seconds, expected"):
+            Video((frame,), duration=rate)
+
+
 def test_no_frames():
     with pytest.raises(InputError, match="found 0 frames"):
         open_video([])

@@ -61,13 +61,15 @@ def describe(folder: Path, config: Values, towers: Towers) -> Source:
     """
     del towers  # the tower is in the folder
     kind = config.text("model_type")
-    vision = _section(config, "vision_config", f"{kind}_vision")
-    llm = _llm(config, kind)
+    vision = section(config, "vision_config", f"{kind}_vision")
+    llm = text_config(config, kind)
     where = f"{config.where}: vision_config"
     encoder = registry.find(vision, where).config(vision, where)
     decoder = registry.find(llm, config.where).config(llm, config.where)
     own, gated = Values(vision, where), kind == "qwen2_5_vl"
-    ids = {one[0]: _id(folder, config, one, decoder.vocab) for one in (IMAGE, VIDEO, START, END)}
+    ids = {
+        one[0]: token_id(folder, config, one, decoder.vocab) for one in (IMAGE, VIDEO, START, END)
+    }
     images = read_preprocessor(folder)
     connector = {
         "model_type": "qwen_merger",
@@ -86,7 +88,7 @@ def describe(folder: Path, config: Values, towers: Towers) -> Source:
         found, budget = _videos(folder, encoder.patch * encoder.merge)
         connector |= {"videos": found} | ({} if budget is None else {"budget": budget})
         for settings, what in ((images, "image"), (found, "video")):
-            _check_patches(settings, encoder, f"{folder}: {what} processor")
+            check_patches(settings, encoder, f"{folder}: {what} processor")
     chat = read_chat_template(folder)
     return Source(
         folder,
@@ -102,7 +104,7 @@ def describe(folder: Path, config: Values, towers: Towers) -> Source:
     )
 
 
-def _section(config: Values, key: str, kind: str) -> dict[str, Any]:
+def section(config: Values, key: str, kind: str) -> dict[str, Any]:
     """A section with its `model_type`, which older files lack, or have the whole model's."""
     found = dict(config.mapping(key, None) or {})
     if found.get("model_type") in (None, config.text("model_type")):
@@ -117,13 +119,13 @@ def _section(config: Values, key: str, kind: str) -> dict[str, Any]:
     return found
 
 
-def _llm(config: Values, kind: str) -> dict[str, Any]:
+def text_config(config: Values, kind: str) -> dict[str, Any]:
     """The LLM's config."""
     if config.any("text_config") is None:
         keys = (IMAGE[0], VIDEO[0], START[0], END[0], *BESIDE)
         llm = {**config.rest(keys), "model_type": f"{kind}_text"}
     else:
-        llm = _section(config, "text_config", f"{kind}_text")
+        llm = section(config, "text_config", f"{kind}_text")
         llm.pop("architectures", None)  # the whole model's
         config.rest([key for key in config.data if key not in LLM])
     for key in ("torch_dtype", "dtype"):
@@ -134,7 +136,7 @@ def _llm(config: Values, kind: str) -> dict[str, Any]:
     return llm
 
 
-def _id(folder: Path, config: Values, token: tuple[str, str, int], rows: int) -> int:
+def token_id(folder: Path, config: Values, token: tuple[str, str, int], rows: int) -> int:
     """The id of a token: by the tokenizer, which writes the marks, or else by config.json.
 
     That a placeholder's is the same in both is checked where a tokenizer is loaded.
@@ -168,15 +170,14 @@ FRAMES = (
 """Its own keys. Which frames are shown is not its choice here: `vfjax.open_video` takes them."""
 
 
-def _videos(folder: Path, unit: int) -> tuple[dict[str, Any], int | None]:
-    """How videos are prepared, and how many pixels one has at most, None for no limit.
+def video_processor(folder: Path) -> dict[str, Any]:
+    """Settings of a folder's video processor.
 
     video_processing_utils.py, get_video_processor_dict: in processor_config.json, else in a file of
     its own, else as pictures are.
 
     Raises:
-        InputError: another video processor, frames that are not resized bicubically, or a key of
-            processor_config.json that is not known.
+        InputError: a key of processor_config.json that is not known.
     """
     file = folder / "processor_config.json"
     whole = Values(read_json(file) if file.is_file() else {}, str(file))
@@ -185,7 +186,17 @@ def _videos(folder: Path, unit: int) -> tuple[dict[str, Any], int | None]:
     beside = [folder / name for name in ("video_preprocessor_config.json", OTHER)]
     if other := next((path for path in beside if path.is_file()), None):
         found = read_json(other) if found is None else found
-    values = Values(found or {}, f"{folder}: video processor")
+    return dict(found or {})
+
+
+def _videos(folder: Path, unit: int) -> tuple[dict[str, Any], int | None]:
+    """How videos are prepared, and how many pixels one has at most, None for no limit.
+
+    Raises:
+        InputError: as of `video_processor`; another video processor, or frames that are not resized
+            bicubically.
+    """
+    values = Values(video_processor(folder), f"{folder}: video processor")
     if values.text("video_processor_type", None) not in (None, "Qwen2VLVideoProcessor"):
         raise values.error("video_processor_type", "Qwen2VLVideoProcessor")
     if values.any("resample", 3) not in (3, None):
@@ -205,7 +216,7 @@ PROCESSOR = (
 """Other keys of processor_config.json, read elsewhere or not by its class."""
 
 
-def _check_patches(settings: Mapping[str, Any], encoder: QwenViTConfig, where: str) -> None:
+def check_patches(settings: Mapping[str, Any], encoder: QwenViTConfig, where: str) -> None:
     """Raises InputError where a processor's patches are not those of the tower."""
     values = Values(settings, where)
     for key, default, expected in (
@@ -229,6 +240,22 @@ def path(hf: Values, images: ImageSpec, encoder: Layered, connector: MergerConfi
         InputError: settings of a processor that makes squares.
     """
     assert isinstance(encoder, QwenViTConfig)
+    return QwenVL(
+        encoder,
+        connector,
+        images,
+        **shown(hf, images),
+        rate=hf.number("rate", None),
+        budget=hf.whole("budget", None, most=1 << 40),
+    )
+
+
+def shown(hf: Values, images: ImageSpec) -> dict[str, Any]:  # arguments of several types
+    """How videos are prepared, and the marks: arguments of the architecture.
+
+    Raises:
+        InputError: settings of a processor that makes squares.
+    """
     videos = from_preprocessor(
         hf.mapping("videos"), aspect="crop", code="transformers", name=f"{hf.where}: videos"
     )
@@ -239,17 +266,12 @@ def path(hf: Values, images: ImageSpec, encoder: Layered, connector: MergerConfi
             expected=NATIVE,
             fix="take the preprocessor_config.json of the published repository",
         )
-    return QwenVL(
-        encoder,
-        connector,
-        images,
-        videos,
-        start=hf.whole("start", least=0, most=MOST_ID),
-        end=hf.whole("end", least=0, most=MOST_ID),
-        placeholders=hf.wholes("placeholders", least=0, most=MOST_ID),
-        rate=hf.number("rate", None),
-        budget=hf.whole("budget", None, most=1 << 40),
-    )
+    return {
+        "videos": videos,
+        "start": hf.whole("start", least=0, most=MOST_ID),
+        "end": hf.whole("end", least=0, most=MOST_ID),
+        "placeholders": hf.wholes("placeholders", least=0, most=MOST_ID),
+    }
 
 
 def recorded(config: object, inputs: Inputs, stages: Arrays) -> Arrays:

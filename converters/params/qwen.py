@@ -1,6 +1,7 @@
 """Qwen2, Qwen2.5 and Qwen3 (transformers Qwen2ForCausalLM, Qwen3ForCausalLM).
 
-Qwen2-VL's and Qwen2.5-VL's LLMs are Qwen2s whose positions are of time, row and column.
+Qwen2-VL's and Qwen2.5-VL's LLMs are Qwen2s whose positions are of time, row and column; Qwen3-VL's
+is such a Qwen3.
 """
 
 import dataclasses
@@ -81,6 +82,42 @@ def qwen3(hf: Values) -> LlamaConfig:
     return dataclasses.replace(made, qkv_bias=bias, out_bias=bias, qk_norm=True)
 
 
+VL3_DEFAULTS = {
+    "vocab_size": 151936,
+    "hidden_size": 4096,
+    "num_key_value_heads": 32,
+    "max_position_embeddings": 128000,
+    "rope_theta": 500000.0,
+}
+"""Of transformers' Qwen3VLTextConfig, where they differ from Qwen3's."""
+
+
+def qwen3_vl(hf: Values) -> LlamaConfig:
+    """A Qwen3 with interleaved M-RoPE: of every three frequencies one turns by each position.
+
+    Once a row or column has as many as `mrope_section` gives it, time has the others; the section's
+    first number is not read.
+
+    Raises:
+        InputError: as of `llama.decoder`; a section that is not of three numbers.
+    """
+    hf = hf.over(VL3_DEFAULTS)
+    rotary = llama.rotary(hf)
+    sections = rotary.wholes("mrope_section", (24, 20, 20), least=0)
+    if len(sections) != 3:
+        raise rotary.error("mrope_section", "three numbers: of time, rows and columns")
+    rotary.any("mrope_interleaved")  # its class always does
+    made = qwen3(hf)
+    axes = tuple(i % 3 if i // 3 < sections[i % 3] else 0 for i in range(made.head_dim // 2))
+    return dataclasses.replace(made, rope_axes=axes)
+
+
+QWEN3 = (
+    *llama.TABLE.rules,
+    Rule(llama.LAYER + "self_attn.q_norm.weight", "blocks/{}/attn/q_norm/scale"),
+    Rule(llama.LAYER + "self_attn.k_norm.weight", "blocks/{}/attn/k_norm/scale"),
+)
+
 TABLES = (
     dataclasses.replace(
         llama.TABLE,
@@ -105,10 +142,14 @@ TABLES = (
         read=qwen3,
         unused=UNUSED,
         architecture="Qwen3ForCausalLM",
-        rules=(
-            *llama.TABLE.rules,
-            Rule(llama.LAYER + "self_attn.q_norm.weight", "blocks/{}/attn/q_norm/scale"),
-            Rule(llama.LAYER + "self_attn.k_norm.weight", "blocks/{}/attn/k_norm/scale"),
-        ),
+        rules=QWEN3,
+    ),
+    dataclasses.replace(
+        llama.TABLE,
+        types=("qwen3_vl_text",),
+        read=qwen3_vl,
+        unused=UNUSED,
+        architecture="Qwen3VLTextForCausalLM",  # there is a ...TextModel alone
+        rules=QWEN3,
     ),
 )

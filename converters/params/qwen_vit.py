@@ -1,10 +1,12 @@
-"""Qwen2-VL's and Qwen2.5-VL's vision towers (transformers models/qwen2_vl, models/qwen2_5_vl)."""
+"""Qwen-VL's vision towers (transformers models/qwen2_vl, models/qwen2_5_vl, models/qwen3_vl)."""
 
 import dataclasses
+import math
 
 from converters.params.clip import TOWER
 from converters.params.table import Rule, Table, dense, norm
 from converters.values import ANY, DEEPEST, Unused, Values
+from vfjax.atomic import JSON
 from vfjax.vision.encoders import QwenViTConfig
 
 BLOCK = "blocks.{}."
@@ -68,6 +70,34 @@ def qwen25(hf: Values) -> QwenViTConfig:
     )
 
 
+DEFAULTS3: dict[str, JSON] = {
+    "depth": 27,
+    "hidden_size": 1152,
+    "intermediate_size": 4304,
+    "patch_size": 16,
+    "deepstack_visual_indexes": (8, 16, 24),
+}
+"""Of Qwen3VLVisionConfig."""
+
+
+def qwen3(hf: Values) -> QwenViTConfig:
+    """From the keys of Qwen3VLVisionConfig.
+
+    Raises:
+        InputError: as of `common`; learned positions that are no square.
+    """
+    hf = hf.over(DEFAULTS3)
+    made, count = common(hf, "hidden_size"), hf.whole("num_position_embeddings", 2304)
+    if math.isqrt(count) ** 2 != count:
+        raise hf.error("num_position_embeddings", "the square of a whole number")
+    return dataclasses.replace(
+        made,
+        mlp=hf.whole("intermediate_size"),
+        act=hf.activation("hidden_act", "gelu_pytorch_tanh"),
+        side=math.isqrt(count),
+    )
+
+
 def attention(part: str) -> tuple[Rule, ...]:
     """Rules of weights or biases; queries, keys and values are one tensor."""
     perm, name = ((1, 0), "kernel") if part == "weight" else (None, "bias")
@@ -97,7 +127,7 @@ UNUSED: Unused = {
 }
 """Keys without effect on the tower."""
 
-MERGER = (r"merger\..*",)
+MERGER = (r"merger\..*", r"deepstack_merger_list\..*")
 """Of a tower that was saved alone, with what makes visual tokens of its states."""
 
 TABLES = (
@@ -121,6 +151,19 @@ TABLES = (
             *dense(f"{BLOCK}mlp.gate_proj", "blocks/{}/mlp/gate"),
             *dense(f"{BLOCK}mlp.up_proj", "blocks/{}/mlp/up"),
             *dense(f"{BLOCK}mlp.down_proj", "blocks/{}/mlp/down"),
+        ),
+        ignore=MERGER,
+    ),
+    Table(
+        types=("qwen3_vl_vision",),
+        read=qwen3,
+        unused={**UNUSED, "out_hidden_size": ANY, "deepstack_visual_indexes": ANY},  # mergers'
+        rules=(
+            *RULES,
+            Rule("patch_embed.proj.bias", "bias"),
+            Rule("pos_embed.weight", "table"),
+            *dense(f"{BLOCK}mlp.linear_fc1", "blocks/{}/mlp/fc1"),
+            *dense(f"{BLOCK}mlp.linear_fc2", "blocks/{}/mlp/fc2"),
         ),
         ignore=MERGER,
     ),

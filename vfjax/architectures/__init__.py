@@ -28,6 +28,7 @@ from vfjax.architectures.llava_next import LlavaNext
 from vfjax.architectures.mini_gemini import MiniGemini, MiningConfig
 from vfjax.architectures.mlp import MLPConfig
 from vfjax.architectures.onevision import OneVision
+from vfjax.architectures.qwen3_vl import DeepMergersConfig, Frames, Qwen3VL
 from vfjax.architectures.qwen_vl import MergerConfig, QwenVL
 from vfjax.architectures.slime import Slime, SliMEConfig
 from vfjax.architectures.tapped import Tapped
@@ -38,8 +39,10 @@ __all__ = [
     "COMMConfig",
     "Combine",
     "Comm",
+    "DeepMergersConfig",
     "Encoded",
     "Film",
+    "Frames",
     "Gather",
     "Idefics",
     "Inputs",
@@ -59,6 +62,7 @@ __all__ = [
     "Prepared",
     "ProjectorConfig",
     "Prompt",
+    "Qwen3VL",
     "QwenVL",
     "Rows",
     "Run",

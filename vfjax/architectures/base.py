@@ -166,7 +166,8 @@ class Run:
         place: int64[k, 3], where each stands from the picture's start: time, row, column, as LLMs
             with M-RoPE count. None: one after another.
         span: positions that the picture takes, if they have places.
-        words: texts that are tokenised with the batch, as times of frames; of runs without places.
+        words: texts that are tokenised with the batch, as times of frames. In `place` and `span`
+            each counts as one position; `tokenized` moves on what follows it.
     """
 
     indices: np.ndarray
@@ -200,11 +201,18 @@ class Run:
         new = marks[at]
         new[new <= -2] = np.concatenate([np.zeros(0, np.int64), *said])
         weights = None if self.weights is None else self.weights[at]
-        return Run(self.indices[at], weights, new)
+        place, longer = self.place, np.cumsum(counts - 1) - (counts - 1)
+        if place is not None:
+            within = np.arange(len(at)) - (np.cumsum(counts) - counts)[at]
+            place = place[at] + (longer[at] + within)[:, None]
+        return Run(self.indices[at], weights, new, place, self.span + int((counts - 1).sum()))
 
     def opened(self) -> tuple["Run", tuple[str, str]]:
         """The run without the words that it begins and ends with, and these."""
         first, last = ("" if k > -2 else self.words[-2 - k] for k in self.text[[0, -1]])
+        if not first and not last:
+            return self, ("", "")
+        assert self.place is None, "words at either end have no places"
         kept = slice(1 if first else 0, len(self) - 1 if last else len(self))
         fields = (self.indices, self.weights, self.marks)
         indices, weights, marks = (None if x is None else x[kept] for x in fields)

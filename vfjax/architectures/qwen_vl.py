@@ -81,6 +81,7 @@ class MergerConfig:
         merge: patches a side.
         rms: the norm is an RMS norm (Qwen2.5-VL).
         eps: what it adds to a variance.
+        late: the norm is of the joined patches, not of each (Qwen3-VL's DeepStack).
     """
 
     din: int
@@ -88,6 +89,7 @@ class MergerConfig:
     merge: int = 2
     rms: bool = False
     eps: float = 1e-6
+    late: bool = False
 
     @property
     def taps(self) -> dict[str, tuple[int, ...]]:
@@ -109,14 +111,19 @@ class Merger(nnx.Module):
     def __init__(self, config: MergerConfig, *, rngs: nnx.Rngs):
         c = self.config = config
         wide = c.din * c.merge**2
-        self.norm = (RMSNorm if c.rms else layer_norm)(c.din, c.eps, rngs=rngs)
+        self.norm = (RMSNorm if c.rms else layer_norm)(wide if c.late else c.din, c.eps, rngs=rngs)
         self.fc1 = linear(wide, wide, ("embed", "mlp"), rngs=rngs)
         self.fc2 = linear(wide, c.dout, ("mlp", "embed"), rngs=rngs)
 
     def __call__(self, states: dict[str, list[Array]]) -> VisualTokens:
         """All tokens of [1, n, din], in the order of their patches."""
-        x = self.norm(states["encoder"][0]).reshape(1, -1, self.fc1.kernel.shape[0])
-        return all_of(self.fc2(jax.nn.gelu(self.fc1(x), approximate=False)), {})
+        return all_of(self.merged(states["encoder"][0]), {})
+
+    def merged(self, x: Array) -> Array:
+        """[1, n, din] -> [1, n / merge^2, dout]."""
+        shape = (1, -1, self.fc1.kernel.shape[0])
+        x = self.norm(x.reshape(shape)) if self.config.late else self.norm(x).reshape(shape)
+        return self.fc2(jax.nn.gelu(self.fc1(x), approximate=False))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -178,7 +185,7 @@ class QwenVL:
             sizes += [tokens * c.merge**2] * time
             windows += [count * c.merge**2 for count in counts] * time
             at = first + np.argsort(order) + tokens * np.arange(time)[:, None]
-            runs.append(self._run(at.ravel(), (time, high, wide), each))
+            runs.append(self.run(at.ravel(), (time, high, wide), each))
             first += time * tokens
         total = sum(sizes)
         n = length(total if slots is None else slots * native.most_units(self.images) * c.merge**2)
@@ -197,8 +204,7 @@ class QwenVL:
         """Patches float32[t, tokens, merge^2, features], and tokens a column and a row."""
         c = self.encoder
         if isinstance(media, Video):
-            spec = self._spec(len(media.frames))
-            size = native.fit(media.frames[0].size, spec)
+            size = self.frame_size(media)
             if other := next(
                 (x.size for x in media.frames if x.size != media.frames[0].size), None
             ):
@@ -208,24 +214,24 @@ class QwenVL:
                     expected="frames of one size",
                     fix="resize them",
                 )
-            frames = [native.frame(image, size, spec) for image in media.frames]
+            frames = [native.frame(image, size, self.videos) for image in media.frames]
             frames += [frames[-1]] * (-len(frames) % c.time)
         else:
             frames = [native.picture(media, self.images)] * c.time
         high, wide = (side // (c.patch * c.merge) for side in frames[0].shape[:2])
         return native.patches(np.stack(frames), c.patch, c.time, c.merge), (high, wide)
 
-    def _spec(self, frames: int) -> ImageSpec:
-        """How each of so many frames is prepared: their share of the budget, if there is one."""
-        if self.budget is None:
-            return self.videos
-        least, most = self.videos.pixels
-        share = self.budget * self.encoder.time // frames
-        return dataclasses.replace(
-            self.videos, pixels=(least, max(min(most, share), int(least * 1.05)))
-        )
+    def frame_size(self, video: Video) -> Size:
+        """Width and height that a video's frames are resized to."""
+        spec = self.videos
+        if self.budget is not None:
+            least, most = spec.pixels
+            share = self.budget * self.encoder.time // len(video.frames)
+            most = max(min(most, share), int(least * 1.05))
+            spec = dataclasses.replace(spec, pixels=(least, most))
+        return native.fit(video.frames[0].size, spec)
 
-    def _run(self, tokens: np.ndarray, grid: tuple[int, int, int], media: Media) -> Run:
+    def run(self, tokens: np.ndarray, grid: tuple[int, int, int], media: Media) -> Run:
         """A picture or video in the text: mark, tokens frame by frame and row by row, mark."""
         time, high, wide = grid
         interval = np.float32(1)

@@ -53,8 +53,9 @@ class Slots:
 def expand(row: np.ndarray, seen: Sequence[Sequence[Slots]]) -> tuple[Slots, np.ndarray]:
     """A row with each placeholder widened to its picture's tokens.
 
-    Marks that a branch begins and ends a picture with (`<img>`, `</img>`), and that the row has
-    around the placeholder already, as chat templates write them, are read once.
+    Marks that a branch begins and ends a picture with (`<img>`, `</img>`), the outermost of them at
+    least, and that the row has around the placeholder already, as chat templates write them, are
+    read once.
 
     Args:
         row: int64[r] ids, -200 at each picture.
@@ -81,10 +82,17 @@ def _around(row: np.ndarray, first: int, at: int, branches: Sequence[Slots]) -> 
         if not len(visual):
             continue
         start, end = slots.ids[: visual[0]], slots.ids[visual[-1] + 1 :]
-        before, after = row[first:at][-len(start) :], row[at + 1 :][: len(end)]
-        if len(start) and len(end) and np.array_equal(before, start) and np.array_equal(after, end):
-            return len(start), len(end)
+        before = _shared(start, row[first:at])
+        after = _shared(end[::-1], row[at + 1 :][::-1])
+        if before and after:
+            return before, after
     return 0, 0
+
+
+def _shared(start: np.ndarray, before: np.ndarray) -> int:
+    """How many ids a picture begins with and the text before it ends with, at most."""
+    counts = range(min(len(start), len(before)), 0, -1)
+    return next((k for k in counts if np.array_equal(start[:k], before[-k:])), 0)
 
 
 def layout(

@@ -31,13 +31,7 @@ def fit(size: tuple[int, int], spec: ImageSpec) -> tuple[int, int]:
     Raises:
         InputError: a picture thinner than `THINNEST` allows.
     """
-    if max(size) > THINNEST * min(size):
-        raise InputError(
-            "image",
-            found=f"a strip of {size[0]}x{size[1]} pixels",
-            expected=f"sides of at most {THINNEST} to 1",
-            fix="cut it, or pad it",
-        )
+    check_shape(size)
     unit, (least, most) = spec.size, spec.pixels
     near = [round(side / unit) * unit for side in size]
     area = math.prod(size)
@@ -48,6 +42,17 @@ def fit(size: tuple[int, int], spec: ImageSpec) -> tuple[int, int]:
         grow = math.sqrt(least / area)
         near = [math.ceil(side * grow / unit) * unit for side in size]
     return near[0], near[1]
+
+
+def check_shape(size: tuple[int, int]) -> None:
+    """Raises InputError for a picture of a width and height thinner than `THINNEST` allows."""
+    if max(size) > THINNEST * min(size):
+        raise InputError(
+            "image",
+            found=f"a strip of {size[0]}x{size[1]} pixels",
+            expected=f"sides of at most {THINNEST} to 1",
+            fix="cut it, or pad it",
+        )
 
 
 def most_units(spec: ImageSpec) -> int:

@@ -1,8 +1,9 @@
-"""The vision transformer of Qwen2-VL (arXiv 2409.12191) and Qwen2.5-VL (arXiv 2502.13923).
+"""The vision transformer of Qwen2-VL (arXiv 2409.12191), Qwen2.5-VL (2502.13923) and Qwen3-VL.
 
 It reads pictures of any size, the patches of all in one sequence: positions are rotary, by row and
 column, and a patch sees its own picture or frame alone; in most of Qwen2.5-VL's layers its own
-window. As transformers computes it (models/qwen2_vl, models/qwen2_5_vl).
+window. Qwen3-VL (arXiv 2511.21631) adds learned positions, a square table that is stretched to each
+picture. As transformers computes it (models/qwen2_vl, models/qwen2_5_vl, models/qwen3_vl).
 """
 
 import dataclasses
@@ -39,6 +40,7 @@ class QwenViTConfig:
         full: layers in which they do all the same.
         theta: base of the rotary positions.
         eps: what the norms add to a variance.
+        side: of the table of learned positions; 0: there is none, nor a bias on patches.
     """
 
     width: int
@@ -54,6 +56,7 @@ class QwenViTConfig:
     full: tuple[int, ...] = ()
     theta: float = 10000.0
     eps: float = 1e-6
+    side: int = 0
 
     def build(self, *, rngs: nnx.Rngs) -> "QwenViT":
         return QwenViT(self, rngs=rngs)
@@ -71,6 +74,9 @@ class QwenViT(nnx.Module):
         c = self.config = config
         shape = (3, c.time, c.patch, c.patch, c.width)
         self.patch = param(shape, (None, None, None, None, "embed"), rngs=rngs)
+        if c.side:
+            self.bias = param((c.width,), ("embed",), rngs=rngs)
+            self.table = param((c.side**2, c.width), (None, "embed"), rngs=rngs)
         self.blocks = nnx.List(Block(c, rngs=rngs) for _ in range(c.layers))
 
     def __call__(
@@ -82,6 +88,7 @@ class QwenViT(nnx.Module):
         frames: Array,
         windows: Array,
         reach: int,
+        learned: tuple[Array, Array] | None = None,
     ) -> list[Array]:
         """Hidden states [1, n, width] at the taps.
 
@@ -94,12 +101,17 @@ class QwenViT(nnx.Module):
                 put one behind another are one sequence.
             windows: int32[n], so to the first of its window.
             reach: see `vfjax.nn.packed.packed`, of frames.
+            learned: int32[n, k] and float32[n, k], of which rows of the table each patch's learned
+                position is the weighted sum.
 
         Raises:
             InputError: a tap outside the hidden states.
         """
         c, kernel = self.config, self.patch[...].reshape(-1, self.config.width)
         x = pixels.astype(kernel.dtype) @ kernel
+        if learned is not None:
+            x = x + self.bias[...]
+            x = x + self.positions(*learned).astype(x.dtype)
         cos, sin = self.rope(place)
         number = jnp.arange(len(x))
         wide = number + frames, reach
@@ -110,6 +122,13 @@ class QwenViT(nnx.Module):
             for starts, reach in [wide if self.whole(i) else near]
         ]
         return [state[None] for state in run(blocks, x, taps)]
+
+    def positions(self, indices: Array, weights: Array) -> Array:
+        """Learned positions float32[n, width]; arguments as `learned` of a call."""
+        table, out = self.table[...], jnp.zeros((len(indices), self.config.width), jnp.float32)
+        for k in range(indices.shape[1]):  # at once, [n, k, width] would be held
+            out += weights[:, k, None] * table[indices[:, k]].astype(jnp.float32)
+        return out
 
     def whole(self, layer: int) -> bool:
         """Whether patches see their whole frame in a layer."""

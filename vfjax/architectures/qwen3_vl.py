@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from vfjax.architectures.base import AnyArray, Media, Prepared, Rows, Run, Size, VisualTokens
+from vfjax.architectures.base import AnyArray, Media, Run, Size, VisualTokens
 from vfjax.architectures.qwen_vl import FPS, Merger, MergerConfig, Patches, QwenVL
 from vfjax.errors import InputError
 from vfjax.vision import native
@@ -117,16 +117,11 @@ class Qwen3VL(QwenVL):
     limit: int | None = None
     film: Frames = Frames()
 
-    def prepare(self, rows: Rows, slots: int | None = None) -> Prepared:
-        """Inputs: see `PlacedPatches`; otherwise as of `QwenVL`."""
-        ready = super().prepare(rows, slots)
-        assert isinstance(ready.inputs, Patches)
-        own = {
-            field.name: getattr(ready.inputs, field.name) for field in dataclasses.fields(Patches)
-        }
+    def inputs(self, patches: Patches) -> PlacedPatches:
+        """Patches with their learned positions."""
+        own = {field.name: getattr(patches, field.name) for field in dataclasses.fields(patches)}
         indices, weights = stretched(own["place"], own["frames"], self.encoder.side)
-        inputs = PlacedPatches(**own, indices=indices, weights=weights)
-        return dataclasses.replace(ready, inputs=inputs)
+        return PlacedPatches(**own, indices=indices, weights=weights)
 
     def frame_size(self, video: Video) -> Size:
         """Width and height that a video's frames are resized to.

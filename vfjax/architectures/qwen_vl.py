@@ -198,7 +198,11 @@ class QwenVL:
         inputs = Patches(
             pixels, place=place, frames=back(sizes, n), windows=back(windows, n), reach=reach
         )
-        return Prepared(inputs, runs, n // c.merge**2)
+        return Prepared(self.inputs(inputs), runs, n // c.merge**2)
+
+    def inputs(self, patches: Patches) -> Patches:
+        """What the tower is told of the patches."""
+        return patches
 
     def _patches(self, media: Media) -> tuple[np.ndarray, Size]:
         """Patches float32[t, tokens, merge^2, features], and tokens a column and a row."""

@@ -133,7 +133,7 @@ def test_sizes_of_frames(port: Port, capped: bool):
     for _ in range(200):
         count, wide, high = rng.integers(2, 12), *np.exp(rng.uniform(0, 7, 2)).astype(int)
         video = Video((Image.new("RGB", (int(wide), int(high))),) * int(count))
-        options = dict(num_frames=count, temporal_factor=2, factor=8)
+        options = {"num_frames": count, "temporal_factor": 2, "factor": 8}
         size = video_processor().size
         try:
             expected = theirs.get_num_of_video_patches(int(count), int(high), int(wide))
@@ -144,7 +144,7 @@ def test_sizes_of_frames(port: Port, capped: bool):
         found = ours.frame_size(video)
         assert found[0] * found[1] // 16 * -(-count // 2) == expected
         if not capped:
-            limits = dict(min_pixels=size["shortest_edge"], max_pixels=size["longest_edge"])
+            limits = {"min_pixels": size["shortest_edge"], "max_pixels": size["longest_edge"]}
             sides = VIDEOS.smart_resize(height=int(high), width=int(wide), **limits, **options)
             assert found == sides[::-1]
 

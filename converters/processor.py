@@ -61,7 +61,7 @@ def _stops(source: Source, tokenizer: "PreTrainedTokenizerBase | None") -> tuple
 
 def _image_token(source: Source, tokenizer: "PreTrainedTokenizerBase | None") -> str:
     """`Processor.image_token`; the tokenizer's own, if it names one, as transformers has it."""
-    if not source.image_token or tokenizer is None:
+    if not source.image_token or source.written or tokenizer is None:
         return source.image_token
     token = getattr(tokenizer, "image_token", None) or source.image_token
     found = tokenizer.added_tokens_encoder.get(token)

@@ -105,6 +105,8 @@ class Source:
         chat_template: the folder's own, Jinja; "" if its code does not read one.
         image_token: see `vfjax.Processor`.
         image_id: its id where config.json does not say one; None: the tokenizer's own.
+        written: it is text that the folder's processor replaces before anything is tokenised,
+            whatever token the tokenizer has for pictures.
         tokenizer: of a folder of transformers' what its tokenizer's class depends on, see
             `converters.tokenizer.load_tokenizer`.
         parts: component ("llm", "branches.NAME.encoder", ...) -> its tensors under the names of the
@@ -137,6 +139,7 @@ class Source:
     chat_template: str = ""
     image_token: str = ""
     image_id: int | None = 32000
+    written: bool = False
     parts: Mapping[str, Tensors] = dataclasses.field(default_factory=dict)
     prefixes: Mapping[str, Prefixes] = dataclasses.field(default_factory=dict)
     towers: Mapping[str, Tower] = dataclasses.field(default_factory=dict)

@@ -28,6 +28,7 @@ from vfjax.architectures.llava_next import LlavaNext
 from vfjax.architectures.mini_gemini import MiniGemini, MiningConfig
 from vfjax.architectures.mlp import MLPConfig
 from vfjax.architectures.onevision import OneVision
+from vfjax.architectures.ovis2 import Ovis2, VocabularyConfig
 from vfjax.architectures.qwen3_vl import DeepMergersConfig, Frames, Qwen3VL
 from vfjax.architectures.qwen_vl import MergerConfig, QwenVL
 from vfjax.architectures.slime import Slime, SliMEConfig
@@ -58,6 +59,7 @@ __all__ = [
     "MiningConfig",
     "NormedShuffleConfig",
     "OneVision",
+    "Ovis2",
     "Pictures",
     "Prepared",
     "ProjectorConfig",
@@ -71,5 +73,6 @@ __all__ = [
     "Slime",
     "Tapped",
     "VisualTokens",
+    "VocabularyConfig",
     "dense",
 ]

@@ -16,7 +16,7 @@ from jax.sharding import NamedSharding
 from vfjax.errors import InputError
 from vfjax.fusion.segments import block as visible
 from vfjax.llm.cache import Cache, Rows
-from vfjax.nn.layers import ACTIVATIONS, RMSNorm, attend, linear, param, rotate
+from vfjax.nn.layers import GatedMLP, RMSNorm, attend, linear, param, rotate
 from vfjax.sharding import by_row, divides
 
 Array = jax.Array
@@ -184,18 +184,12 @@ def _rotate_part(x: Array, cos: Array, sin: Array) -> Array:
     return jnp.concatenate([rotate(x[..., :size], cos, sin), x[..., size:]], axis=-1)
 
 
-class MLP(nnx.Module):
-    """Gated feed-forward, down(act(gate(x)) * up(x))."""
+class MLP(GatedMLP):
+    """The blocks' feed-forward."""
 
     def __init__(self, config: LlamaConfig, *, rngs: nnx.Rngs):
         c = config
-        self.act = c.act
-        self.gate = linear(c.width, c.mlp, ("embed", "mlp"), bias=c.mlp_bias, rngs=rngs)
-        self.up = linear(c.width, c.mlp, ("embed", "mlp"), bias=c.mlp_bias, rngs=rngs)
-        self.down = linear(c.mlp, c.width, ("mlp", "embed"), bias=c.mlp_bias, rngs=rngs)
-
-    def __call__(self, x: Array) -> Array:
-        return self.down(ACTIVATIONS[self.act](self.gate(x)) * self.up(x))
+        super().__init__(c.width, c.mlp, c.act, bias=c.mlp_bias, rngs=rngs)
 
 
 class Block(nnx.Module):

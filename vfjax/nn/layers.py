@@ -102,6 +102,19 @@ class MLP(nnx.Module):
         return self.fc2(ACTIVATIONS[self.act](self.fc1(x)))
 
 
+class GatedMLP(nnx.Module):
+    """down(act(gate(x)) * up(x)), [..., width] -> [..., width] (SwiGLU, arXiv 2002.05202)."""
+
+    def __init__(self, width: int, hidden: int, act: str, *, bias: bool, rngs: nnx.Rngs):
+        self.act = act
+        self.gate = linear(width, hidden, ("embed", "mlp"), bias=bias, rngs=rngs)
+        self.up = linear(width, hidden, ("embed", "mlp"), bias=bias, rngs=rngs)
+        self.down = linear(hidden, width, ("mlp", "embed"), bias=bias, rngs=rngs)
+
+    def __call__(self, x: Array) -> Array:
+        return self.down(ACTIVATIONS[self.act](self.gate(x)) * self.up(x))
+
+
 def attention(q: Array, k: Array, v: Array, mask: Array | None = None) -> Array:
     """Scaled dot-product attention with grouped keys and values; see `attend`.
 

@@ -107,6 +107,42 @@ def nearest_grid(size: Size, grids: Sequence[Size], tile: int) -> Size:
     return best
 
 
+@lru_cache(maxsize=256)
+def covering_grid(size: Size, tile: int, most: int, share: float = 0.9) -> Size:
+    """The grid of fewest tiles that keep `share` of a picture, or else that which keeps most of it.
+
+    A tile keeps what is left of it, scaled to fit its side of pixels; of a tile that is not longer
+    than that, all. Of as many tiles the grid that keeps more wins, then the first.
+
+    As transformers' Ovis2ImageProcessor has it (`get_min_tile_covering_grid`): a grid of r rows and
+    c columns is measured, and the picture then cut into r columns and c rows.
+
+    Args:
+        size: the picture's.
+        tile: side of the encoder's input in pixels.
+        most: tiles.
+        share: of the picture's pixels.
+    """
+    width, height = size
+
+    def kept(rows: int, cols: int) -> float:
+        high, wide = height // rows, width // cols
+        total = 0.0
+        for row in range(rows):
+            for col in range(cols):
+                w = wide if col + 1 < cols else width - col * wide
+                h = high if row + 1 < rows else height - row * high
+                long, short = float(max(w, h)), float(min(w, h))
+                total += tile * (short / long * tile) if long > tile else long * short
+        return total / (width * height)
+
+    measured = [(grid, kept(*grid)) for grid in tile_grids(1, most, True)]
+    enough = [each for each in measured if each[1] > share]
+    if enough:
+        return min(enough, key=lambda each: (each[0][0] * each[0][1], -each[1]))[0]
+    return min(measured, key=lambda each: (-each[1], each[0][0] * each[0][1]))[0]
+
+
 def grid_tiles(image: Image.Image, grid: Size, tile: int, *, thumbnail: bool) -> list[Image.Image]:
     """A picture stretched over a grid and cut into its tiles, row by row; by Pillow's bicubic.
 

@@ -6,6 +6,7 @@ maps in place of tokens, so its config has neither `prefix` nor `tokens`; nor ha
 reads pictures of any size.
 """
 
+from vfjax.vision.encoders.aimv2 import AIMv2Config
 from vfjax.vision.encoders.clip import CLIPConfig
 from vfjax.vision.encoders.convnext import ConvNeXt, ConvNeXtConfig
 from vfjax.vision.encoders.dino import DINOConfig
@@ -18,6 +19,7 @@ from vfjax.vision.encoders.siglip import SigLIPConfig
 from vfjax.vision.encoders.vit import ViT
 
 __all__ = [
+    "AIMv2Config",
     "CLIPConfig",
     "ConvNeXt",
     "ConvNeXtConfig",

@@ -202,6 +202,7 @@ class Attention(nnx.Module):
         heads: int,
         *,
         qkv_bias: bool = True,
+        out_bias: bool = True,
         qk_norm: float | None = None,
         rngs: nnx.Rngs,
     ):
@@ -209,7 +210,7 @@ class Attention(nnx.Module):
         self.q, self.k, self.v = (
             linear(width, width, ("embed", "heads"), bias=qkv_bias, rngs=rngs) for _ in range(3)
         )
-        self.out = linear(width, width, ("heads", "embed"), rngs=rngs)
+        self.out = linear(width, width, ("heads", "embed"), bias=out_bias, rngs=rngs)
         if qk_norm is not None:
             self.q_norm, self.k_norm = (RMSNorm(width, qk_norm, rngs=rngs) for _ in range(2))
 
@@ -246,13 +247,16 @@ class Block(nnx.Module):
         *,
         layer_scale: bool = False,
         qkv_bias: bool = True,
+        out_bias: bool = True,
         qk_norm: float | None = None,
         rms_norm: bool = False,
         rngs: nnx.Rngs,
     ):
         norm = RMSNorm if rms_norm else layer_norm
         self.norm1 = norm(width, eps, rngs=rngs)
-        self.attn = Attention(width, heads, qkv_bias=qkv_bias, qk_norm=qk_norm, rngs=rngs)
+        self.attn = Attention(
+            width, heads, qkv_bias=qkv_bias, out_bias=out_bias, qk_norm=qk_norm, rngs=rngs
+        )
         self.norm2 = norm(width, eps, rngs=rngs)
         self.mlp = mlp
         self.layer_scale = layer_scale

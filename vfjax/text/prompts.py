@@ -202,6 +202,7 @@ _SLIME_USER = "<|start_header_id|>user<|end_header_id|>\n\n"
 _DEFAULT = _single("default", _HUMAN, _ENERGY)
 _VICUNA = _two("vicuna_v1", _USER)
 _CHATML = _chatml("chatml_direct", "Answer the questions.")
+_INTERNLM = _chatml("internlm2-chat", _SHUSHENG)
 _PHI = _two("phi", _USER, end="<|endoftext|>", auto_bos=False)
 _PLAIN = Template(
     name="plain", head="", middle="\n", tail=None, again="", stop=("\n",), trained_tail="\n"
@@ -257,8 +258,8 @@ TEMPLATES: Mapping[str, Template] = MappingProxyType(
             stop=("<end_of_turn>", "<eos>"),
             trained_tail="<end_of_turn>\n<eos>",
         ),
-        "Hermes-2": _chatml("Hermes-2", _SHUSHENG),
-        "internlm2-chat": _chatml("internlm2-chat", _SHUSHENG),
+        "Hermes-2": _INTERNLM,
+        "internlm2-chat": _INTERNLM,
         "internvl2_5": _chatml("internvl2_5", _WANXIANG, line="\n"),
         "internvl_zh": Template(
             name="internvl_zh",

@@ -215,6 +215,35 @@ PORTS: Mapping[str, dict[str, Any]] = {
         },
         "vocab_size": 151936,
     },
+    "Qwen3-VL-8B-Instruct": {
+        "model_type": "qwen3_vl",
+        "vision_config": {
+            "deepstack_visual_indexes": [8, 16, 24],
+            "depth": 27,
+            "hidden_size": 1152,
+            "intermediate_size": 4304,
+            "num_heads": 16,
+            "num_position_embeddings": 2304,
+            "out_hidden_size": 4096,
+            "patch_size": 16,
+        },
+        "text_config": {
+            "head_dim": 128,
+            "hidden_size": 4096,
+            "intermediate_size": 12288,
+            "max_position_embeddings": 262144,
+            "num_attention_heads": 32,
+            "num_hidden_layers": 36,
+            "num_key_value_heads": 8,
+            "rope_parameters": {
+                "rope_type": "default",
+                "rope_theta": 5000000.0,
+                "mrope_interleaved": True,
+                "mrope_section": [24, 20, 20],
+            },
+            "vocab_size": 151936,
+        },
+    },
 }
 """Configs of the published repositories."""
 
@@ -259,6 +288,17 @@ PROCESSORS = {
             "size": {"height": 448, "width": 448},
         },
         "image_seq_length": 256,
+    },
+    "qwen3_vl": {
+        "image_processor": {
+            "image_processor_type": "Qwen2VLImageProcessorFast",
+            "patch_size": 16,
+            "size": {"longest_edge": 16777216, "shortest_edge": 65536},
+        },
+        "video_processor": {
+            "video_processor_type": "Qwen3VLVideoProcessor",
+            "size": {"longest_edge": 25165824, "shortest_edge": 4096},
+        },
     },
 }
 """`model_type`, or model -> processor_config.json."""

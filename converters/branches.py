@@ -7,6 +7,7 @@ from pathlib import Path
 from converters.load import model_config
 from converters.source import Branch, Source
 from vfjax import InputError
+from vfjax.atomic import JSON
 from vfjax.merge import LazyTensor
 from vfjax.text.chat import CHAT_TEMPLATE
 
@@ -37,17 +38,28 @@ def first_seeing(opened: Mapping[str, Source], members: Iterable[str]) -> str:
     return next((name for name in members if opened[name].branches), members[0])
 
 
+def owners(opened: Mapping[str, Source], members: Iterable[str]) -> dict[str, str]:
+    """Name of a branch in the fused folder -> the member that it is of."""
+    return {
+        branch_name(name, opened[name], branch.name): name
+        for name in members
+        for branch in opened[name].branches
+    }
+
+
 def joined(
-    opened: Mapping[str, Source], members: Sequence[str], out: Path, template: str | None
+    opened: Mapping[str, Source],
+    members: Sequence[str],
+    out: Path,
+    template: str | None,
+    llm: Mapping[str, JSON],
 ) -> Source:
-    """The fused folder's normal form: all members' branches, the first opened model's LLM."""
-    reference = next(iter(opened.values()))
+    """The fused folder's normal form: all members' branches, and `llm`, the config of its LLM."""
     branches = tuple(
         dataclasses.replace(branch, name=branch_name(name, opened[name], branch.name))
         for name in members
         for branch in opened[name].branches
     )
-    llm = {**reference.llm, "architectures": [reference.table("llm").architecture]}
     first = opened[first_seeing(opened, members)]
     template = template or first.template
     if template == CHAT_TEMPLATE and not first.chat_template:
@@ -61,7 +73,7 @@ def joined(
         out,
         "visionfuse",
         {},
-        llm,
+        dict(llm),
         branches,
         template,
         chat_template=first.chat_template,
@@ -74,15 +86,11 @@ def own_embeddings(
 ) -> tuple[tuple[Branch, ...], Tensors]:
     """The result's branches with embeddings of their own where the prompt is read, and those."""
     reads = {b.name for b in model_config(result).branches if b.architecture.reads_text}
-    owners = {
-        branch_name(member, source, branch.name): member
-        for member, source in opened.items()
-        for branch in source.branches
-    }
+    owner = owners(opened, opened)
     branches, out = [], {}
     for branch in result.branches:
         if branch.name in reads and not branch.connector.get("vocab"):  # fused before, it has one
-            table = llms[owners[branch.name]]["model.embed_tokens.weight"]
+            table = llms[owner[branch.name]]["model.embed_tokens.weight"]
             connector = {**branch.connector, "vocab": table.shape[0]}
             branch = dataclasses.replace(branch, connector=connector)
             out[f"branches.{branch.name}.connector.{EMBEDDING}"] = table

@@ -20,6 +20,7 @@ from converters.branches import (
     first_seeing,
     joined,
     own_embeddings,
+    owners,
 )
 from converters.export import to_bytes
 from converters.files.checksums import audit, mapped, stat, unread
@@ -32,6 +33,7 @@ from converters.mergekit import Yaml, read_yaml
 from converters.model_card import CARD, PLOT, Listed, by_layer, card, plot
 from converters.params.table import restored
 from converters.plan import Part, layers_of, llm_config, merge_parts
+from converters.positions import compared, shared_llm
 from converters.request import Request, check_request
 from converters.source import LAYOUTS, Source
 from converters.tokenizer_union import made_tokenizer
@@ -123,7 +125,7 @@ class Fusion:
         free: dict[str, Any] = {"vocab_size": None} if union or request.vocab else {}
         if recipe is not None and recipe.is_sliced:
             free["num_hidden_layers"] = None
-        check_family({name: {**source.llm, **free} for name, source in opened.items()})
+        check_family({name: {**compared(source), **free} for name, source in opened.items()})
         parts = {name: mapped(source, request.export) for name, source in opened.items()}
         self.skip: dict[str, set[str]] = {}
         for label, source in opened.items():
@@ -161,13 +163,15 @@ class Fusion:
             check_llm_alone(self.recipe)
             part = Part(self.recipe, rowed, layers_of(opened))
             (self.merged,) = merge_parts(self.recipe, request, [part], self.made)
-            result = joined(opened, list(request.members), self.out, request.template)
+            members = list(request.members)
+            llm = shared_llm(opened, members if request.export == "model" else ())
+            result = joined(opened, members, self.out, request.template, llm)
             llm = llm_config(result.llm, self.merged, self.recipe, opened)
             result = dataclasses.replace(result, llm=llm)
             result = arranged(result, request.positions, request.mask)
         self.result = result
         if self.made is None:
-            self._keep_tokenizer(known, rows)
+            kept = self._keep_tokenizer(known, rows)
         else:
             first = next(iter(opened.values()))
             kind = dict(self.made.tokenizer)
@@ -176,6 +180,7 @@ class Fusion:
             )
             total, words = self.result.llm["vocab_size"], self.made.words
             self.vocabulary = known.changes(next(iter(opened)), rows, total, words)
+            kept = words
         self.result = dataclasses.replace(self.result, tokenizer=self.owner.tokenizer)
         self.weights: Tensors = dict(self.merged)
         if request.export == "llm":
@@ -190,6 +195,12 @@ class Fusion:
                 branches, tables = own_embeddings(self.result, opened, llms)
                 self.result = dataclasses.replace(self.result, branches=branches)
                 self.weights |= tables
+            owner, total = owners(opened, request.members), self.result.llm["vocab_size"]
+            branches = tuple(
+                known.renumbered(branch, owner[branch.name], kept, total)
+                for branch in self.result.branches
+            )
+            self.result = dataclasses.replace(self.result, branches=branches)
 
     def _read(self, label: str, parts: Mapping[str, Tensors]) -> Mapping[str, Tensors]:
         """The components that go into the output: without branches, the LLM alone."""
@@ -246,10 +257,19 @@ class Fusion:
             files["chat_template.jinja"] = self.result.chat_template.encode()
         return files
 
-    def _keep_tokenizer(self, known: Vocabularies, rows: Mapping[str, int]) -> None:
-        """Whose tokenizer is written, and what that drops or adds."""
+    def _keep_tokenizer(
+        self, known: Vocabularies, rows: Mapping[str, int]
+    ) -> Mapping[str, int] | None:
+        """Whose tokenizer is written, and what that drops or adds.
+
+        Returns:
+            Token -> id of it; None if there is none, or all have the same.
+        """
         total, order = self.result.llm["vocab_size"], self._tokenizers()
-        label = known.owner(order, rows, total)
+        seeing = self.request.members if self.request.export == "model" else ()
+        if self.request.vocab in self.opened:  # which is asked for
+            seeing = ()
+        label = known.owner(order, rows, total, known.marks(seeing))
         self.owner = self.opened[order[0] if label is None else label]
         self.vocabulary = known.changes(label, rows, total)
         if self.request.export != "llm" and not self.request.template and self.result.branches:
@@ -258,6 +278,7 @@ class Fusion:
         if self.request.export == "model":
             for member in self.request.members:
                 known.check_marks(member, label)
+        return None if label is None or known.alike else known.words(label)
 
     def _say(self) -> None:
         for line in self.vocabulary:

@@ -1,12 +1,16 @@
 """Vocabularies of the members of a fusion: tokens that some have and others lack, tokenizers."""
 
-from collections.abc import Mapping, Sequence
+import dataclasses
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 
+from converters import registry
 from converters.load import TOKENIZER_FILES
-from converters.source import Source, has_tokenizer
+from converters.params.table import Table
+from converters.source import Branch, Source, has_tokenizer
 from converters.tokenizer import tokenizer_of
 from vfjax import InputError
+from vfjax.atomic import JSON
 from vfjax.errors import counted
 from vfjax.merge import LazyTensor, Stacked
 from vfjax.merge.compatibility import VOCABULARY
@@ -132,13 +136,89 @@ class Vocabularies:
                     "same",
                 )
 
-    def owner(self, order: Sequence[str], rows: Mapping[str, int], total: int) -> str | None:
+    def marks(self, labels: Iterable[str]) -> set[str]:
+        """Tokens that stand around and within the pictures of some models."""
+        if self.alike:
+            return set()
+        return {
+            word
+            for label in labels
+            if label in self.opened
+            for branch in self.opened[label].branches
+            for word in (*branch.connector.get("words", ()), *self._named(label, branch))
+        }
+
+    def _named(self, label: str, branch: Branch) -> list[str]:
+        """Tokens that a branch's config names by their ids, and that a tokenizer must have."""
+        keys = [key for key, needed in _table(branch).ids.items() if needed]
+        found = [i for key in keys for i in _numbers(branch.connector.get(key))]
+        words = self._by_id(label)
+        return [words[i] for i in found if i in words]
+
+    def _by_id(self, label: str) -> dict[int, str]:
+        return {i: word for word, i in self.words(label).items()}
+
+    def renumbered(
+        self, branch: Branch, label: str, kept: Mapping[str, int] | None, total: int
+    ) -> Branch:
+        """A branch with the ids that its marks have in the tokenizer that is kept.
+
+        Args:
+            branch: of the model `label`.
+            label: a model.
+            kept: token -> id of that tokenizer; None: there is none, or all are the same.
+            total: rows of the written embedding.
+
+        Raises:
+            InputError: a mark that the tokenizer lacks, or whose row is dropped.
+        """
+        ids = _table(branch).ids
+        if not ids or branch.connector.get("vocab"):  # ids of an embedding of its own
+            return branch
+        kept = kept or {}
+        words = self._by_id(label) if kept and label in self.opened else {}
+        used = set(kept.values())
+
+        def moved(value: JSON, needed: bool) -> JSON:
+            if isinstance(value, Mapping):
+                return {key: moved(x, needed) for key, x in value.items()}
+            if isinstance(value, list | tuple):
+                found = [moved(x, needed) for x in value]
+                return [x for x in found if x is not None]
+            assert isinstance(value, int)
+            word = words.get(value)
+            new = value if word is None else kept.get(word, None if value in used else value)
+            if new is not None and new < total:
+                return new
+            if needed:
+                raise InputError(
+                    f"{said(label)}: marks of pictures",
+                    found=f"id {value}" + (f" of {word!r}" if word else ""),
+                    expected=f"a token of the {total} that are kept",
+                    fix=f"vocab={label!r} keeps its rows and tokens",
+                )
+            return None
+
+        connector = {
+            key: moved(value, ids[key]) if key in ids else value
+            for key, value in branch.connector.items()
+        }
+        return dataclasses.replace(branch, connector=connector)
+
+    def owner(
+        self,
+        order: Sequence[str],
+        rows: Mapping[str, int],
+        total: int,
+        marks: Collection[str] = (),
+    ) -> str | None:
         """Whose tokenizer goes with an embedding of `total` rows: the first that fits it.
 
         Args:
             order: labels, the preferred first.
             rows: label -> rows of the embedding.
             total: of the written embedding.
+            marks: tokens of pictures; a tokenizer that has them all goes before those that don't.
 
         Returns:
             A label; None if no model has a tokenizer.
@@ -147,9 +227,10 @@ class Vocabularies:
             InputError: all have more tokens than rows are kept.
         """
         known = [label for label in order if label in self.opened]
-        for label in known:
-            if rows[label] <= total or self.fits(label, total):
-                return label
+        fit = [label for label in known if rows[label] <= total or self.fits(label, total)]
+        if fit:
+            whole = (label for label in fit if not marks or self.words(label).keys() >= set(marks))
+            return next(whole, fit[0])
         if known:
             source = self.opened[known[0]]
             raise InputError(
@@ -237,6 +318,19 @@ class Vocabularies:
                         expected="all that its pictures need",
                         fix=f"vocab={label!r} keeps them",
                     )
+
+
+def _table(branch: Branch) -> Table:
+    return registry.find(branch.connector, branch.part("connector"))
+
+
+def _numbers(value: JSON) -> Iterator[int]:
+    """All ids in a value of a config."""
+    if isinstance(value, int):
+        yield value
+    elif isinstance(value, Mapping | list | tuple):
+        for x in value.values() if isinstance(value, Mapping) else value:
+            yield from _numbers(x)
 
 
 def _some(words: Sequence[str], ids: Mapping[str, int]) -> str:

@@ -90,6 +90,7 @@ TABLE = Table(
     types=("idefics3",),
     read=read,
     unused={"aux": ANY},
+    ids={"marks": True},
     path=path,
     recorded=mlp.recorded,
     rules=(Rule("modality_projection.proj.weight", "projector/layers/0/kernel", TRANSPOSE),),

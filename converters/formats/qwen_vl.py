@@ -284,6 +284,7 @@ TABLE = Table(
     types=("qwen_merger",),
     read=read,
     unused={"mm_projector_type": ANY},
+    ids={"start": True, "end": True, "placeholders": False},
     path=path,
     recorded=recorded,
     rules=(

@@ -121,6 +121,7 @@ TABLE = Table(
     types=("slime",),
     read=read,
     unused={},
+    ids={"seperator": True},
     path=path,
     recorded=recorded,
     rules=(

@@ -133,6 +133,7 @@ TABLES = (
             read=qwen_vl,
             unused={**UNUSED, "attention_bias": ANY},
             architecture=f"{name}TextForCausalLM",  # there is a ...TextModel alone
+            plain="qwen2",
         )
         for kind, name in (("qwen2_vl", "Qwen2VL"), ("qwen2_5_vl", "Qwen2_5_VL"))
     ),

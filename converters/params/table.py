@@ -116,6 +116,9 @@ class Table(Generic[Config]):
             first that fits.
         around: such keys beside the `vision_config` of a larger model that a tower is part of.
         architecture: class that a causal LM's config.json names; empty for other components.
+        plain: for LLMs with M-RoPE: `model_type` of the same one with one position a token.
+        ids: for connectors: keys of their config that hold token ids, and whether a tokenizer must
+            have those; it need not have what stands for a picture in the member's own.
         depth: for encoders that a checkpoint may hold without their last layers: the key that
             says how many there are; "": all must be there.
         others: for connectors: names of encoders that they may read beside the first.
@@ -138,6 +141,8 @@ class Table(Generic[Config]):
     prefixes: tuple[tuple[str, str], ...] = (("", ""),)
     around: Unused = dataclasses.field(default_factory=dict)
     architecture: str = ""
+    plain: str = ""
+    ids: Mapping[str, bool] = dataclasses.field(default_factory=dict)
     depth: str = ""
     others: tuple[str, ...] = ()
     path: Callable[[Values, ImageSpec, PatchEncoder, Config], Architecture] | None = None

@@ -164,7 +164,7 @@ def _join(joined: Cache, cache: Cache, mine: Array) -> Cache:
 
 def _shape(config: LlamaConfig) -> LlamaConfig:
     """An LLM's config without what members may differ in."""
-    return dataclasses.replace(config, vocab=0, context=0)
+    return dataclasses.replace(config, vocab=0, context=0, rope_axes=())
 
 
 class LogitsFusion(nnx.Module):

@@ -267,7 +267,7 @@ class Fusion:
         """
         total, order = self.result.llm["vocab_size"], self._tokenizers()
         seeing = self.request.members if self.request.export == "model" else ()
-        if self.request.vocab in self.opened:  # which is asked for
+        if self.request.vocab in self.request.members:  # which is asked for
             seeing = ()
         label = known.owner(order, rows, total, known.marks(seeing))
         self.owner = self.opened[order[0] if label is None else label]

@@ -87,13 +87,18 @@ def port_processor(tokenizer: Any, **images: Any) -> transformers.InternVLProces
 
 
 def port_folder(
-    path: Path, text: str = "qwen2", vision: dict | None = None, **config: Any
+    path: Path,
+    text: str = "qwen2",
+    vision: dict | None = None,
+    *,
+    vocab: int = 320,
+    **config: Any,
 ) -> tuple[transformers.InternVLForConditionalGeneration, Any]:
     """Transformers' as save_pretrained writes it, and its processor."""
     model = transformers.InternVLForConditionalGeneration(
         transformers.InternVLConfig(
             vision_config={**VISION, **(vision or {})},
-            text_config=text_config(model_type=text).to_dict(),
+            text_config=text_config(model_type=text, vocab_size=vocab).to_dict(),
             **{"image_token_id": IMAGE, "tie_word_embeddings": False} | config,
         )
     )

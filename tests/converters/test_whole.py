@@ -20,7 +20,7 @@ from tests.checkpoints import (
     tokenizer_files,
     upstream_llava_folder,
 )
-from tests.converters.formats.test_onevision import port_folder
+from tests.onevision import port_folder
 from vfjax import InputError
 from vfjax.atomic import read_json
 

@@ -10,7 +10,6 @@ import numpy as np
 import pytest
 import torch
 import transformers
-from PIL import Image
 from safetensors.torch import load_file, save_file
 
 import converters
@@ -18,71 +17,25 @@ from converters import open_source
 from tests.checkpoints import (
     LLAMA,
     NEXT_PINPOINTS,
-    SIGLIP,
     llama_folder,
     llava_next_folder,
     make_llama,
     preprocessor,
     published,
-    randomize,
-    text_config,
     tokenizer_files,
     tuned,
     write_json,
 )
+from tests.onevision import (
+    GRIDS,
+    IMAGE,
+    VIDEO,
+    image_processor,
+    picture,
+    port_folder,
+)
 from vfjax import InputError, Model, Video
 from vfjax.model import forward
-
-IMAGE, VIDEO = 318, 319
-GRIDS = [[28 * rows, 28 * cols] for rows in range(1, 4) for cols in range(1, 4)]
-HALF = [0.5, 0.5, 0.5]
-
-
-def port_config(**config: Any) -> transformers.LlavaOnevisionConfig:
-    return transformers.LlavaOnevisionConfig(
-        vision_config=transformers.SiglipVisionConfig(**SIGLIP, vision_use_head=False),
-        text_config=text_config(model_type="qwen2"),
-        **{
-            "image_token_index": IMAGE,
-            "video_token_index": VIDEO,
-            "image_grid_pinpoints": GRIDS,
-            "vision_aspect_ratio": "anyres_max_3",
-        }
-        | config,
-    )
-
-
-def image_processor() -> transformers.LlavaOnevisionImageProcessorPil:
-    return transformers.LlavaOnevisionImageProcessorPil(
-        size={"height": 28, "width": 28},
-        image_grid_pinpoints=GRIDS,
-        image_mean=HALF,
-        image_std=HALF,
-    )
-
-
-def port_folder(path: Path, llm: Any = None) -> transformers.LlavaOnevisionForConditionalGeneration:
-    """Transformers' as its save_pretrained writes it, processor_config.json too."""
-    model = transformers.LlavaOnevisionForConditionalGeneration(port_config())
-    randomize(model, 5)
-    if llm is not None:
-        model.model.language_model.load_state_dict(llm.model.state_dict())
-        model.lm_head.load_state_dict(llm.lm_head.state_dict())
-    model.save_pretrained(path)
-    tokenizer_files(path)
-    write_json(
-        path / "processor_config.json",
-        {
-            "processor_class": "LlavaOnevisionProcessor",
-            "image_processor": json.loads(image_processor().to_json_string()),
-            "image_token": "<image>",
-            "video_token": "<video>",
-            "num_image_tokens": 16,
-            "vision_aspect_ratio": "anyres_max_3",
-            "vision_feature_select_strategy": "full",
-        },
-    )
-    return model
 
 
 @pytest.fixture(scope="module")
@@ -92,11 +45,6 @@ def port(tmp_path_factory) -> tuple[Path, Any, Model, Any]:
     model, processor = converters.load(path)
     processor.lengths = (320,)  # one compilation
     return path, theirs, model, processor
-
-
-def picture(width: int, height: int) -> Image.Image:
-    rng = np.random.default_rng((width, height))
-    return Image.fromarray(rng.integers(0, 256, (height, width, 3), dtype=np.uint8))
 
 
 @torch.no_grad()

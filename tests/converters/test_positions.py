@@ -1,0 +1,389 @@
+"""Members with one position a token and with three, in one model, against transformers' parts."""
+
+import copy
+import json
+import re
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+import pytest
+import torch
+import transformers
+from flax import nnx
+from PIL import Image
+
+import converters
+from converters.fusion import Fusion
+from converters.request import Request
+from converters.vocabulary import Vocabularies
+from tests import idefics, internvl, onevision, qwen_vl
+from tests.checkpoints import hf_llava_folder, make_llama, tuned, write_json
+from tests.qwen_vl import END, PICTURE, START, assert_close, picture
+from vfjax import InputError
+from vfjax.model import Batch, encode, forward
+
+
+class Shown(NamedTuple):
+    """A member's share of a picture: ids, -1 at visual tokens; values; places; positions taken."""
+
+    ids: list[int]
+    values: torch.Tensor
+    place: torch.Tensor
+    span: int
+
+
+def in_line(ids: Sequence[int], values: torch.Tensor) -> Shown:
+    place = torch.arange(len(ids))[:, None].expand(-1, 3)
+    return Shown(list(ids), values, place, len(ids))
+
+
+def see_onevision(theirs: Any, image: Image.Image) -> Shown:
+    inputs = onevision.image_processor()([[image]], return_tensors="pt")
+    values = theirs.model.get_image_features(
+        inputs["pixel_values"], inputs["image_sizes"], batch_num_images=[1]
+    ).pooler_output[0]
+    return in_line([-1] * len(values), values)
+
+
+def see_qwen(theirs: Any, image: Image.Image) -> Shown:
+    inputs = qwen_vl.image_processor()([image], return_tensors="pt")
+    (values,) = theirs.model.get_image_features(**inputs).pooler_output
+    _, high, wide = (inputs["image_grid_thw"][0] // 2).tolist()
+    at = torch.cartesian_prod(torch.arange(high), torch.arange(wide))
+    place = torch.cat([torch.zeros(len(at), 1, dtype=at.dtype), at], dim=1) + 1
+    edge = max(high, wide) + 1
+    whole = torch.cat([torch.zeros(1, 3, dtype=at.dtype), place, torch.full((1, 3), edge)])
+    return Shown([START, *[-1] * len(values), END], values, whole, edge + 1)
+
+
+def see_internvl(theirs: Any, image: Image.Image) -> Shown:
+    size = {"height": 28, "width": 28}
+    cut = transformers.GotOcr2ImageProcessorPil(size=size, max_patches=6, crop_to_patches=True)
+    pixels = cut([image], return_tensors="pt").pixel_values
+    values = torch.cat(list(theirs.model.get_image_features(pixels).pooler_output)).reshape(-1, 32)
+    return in_line([318, *[-1] * len(values), 319], values)
+
+
+def see_smolvlm(theirs: Any, image: Image.Image) -> Shown:
+    maker = idefics.make_processor()
+    inputs = maker(text="<image>", images=[image], return_tensors="pt")
+    values = torch.cat(
+        theirs.model.get_image_features(
+            inputs["pixel_values"], inputs["pixel_attention_mask"]
+        ).pooler_output
+    ).reshape(-1, 32)
+    ids = inputs["input_ids"][0]
+    return in_line(torch.where(ids == maker.image_token_id, -1, ids).tolist(), values)
+
+
+def see_llava(theirs: Any, image: Image.Image) -> Shown:
+    cut = transformers.CLIPImageProcessorPil(size={"shortest_edge": 28}, crop_size=28)
+    pixels = cut([image], return_tensors="pt").pixel_values
+    (values,) = theirs.model.get_image_features(pixels).pooler_output
+    return in_line([-1] * len(values), values)
+
+
+def given(theirs: Any, llm: Any, path: Path) -> Any:
+    """Transformers' model with the weights of an LLM, its folder's too."""
+    theirs.model.get_decoder().load_state_dict(llm.model.state_dict())
+    theirs.lm_head.load_state_dict(llm.lm_head.state_dict())
+    theirs.tie_weights()
+    theirs.save_pretrained(path)
+    return theirs
+
+
+def grown(llm: Any, rows: int) -> Any:
+    """With random rows more."""
+    torch.manual_seed(rows)
+    llm.resize_token_embeddings(rows, mean_resizing=False)
+    return llm
+
+
+def make_onevision(path: Path, base: Any) -> Any:
+    return onevision.port_folder(path, grown(tuned(base, 1), 328))
+
+
+def make_qwen(kind: str) -> Callable[[Path, Any], Any]:
+    def make(path: Path, base: Any) -> Any:
+        theirs = qwen_vl.make(kind)
+        qwen_vl.write(path, theirs)
+        return given(theirs, tuned(base, 2), path)
+
+    return make
+
+
+def make_internvl(path: Path, base: Any) -> Any:
+    """Its tokenizer has Qwen's tokens, and its own behind them."""
+    theirs, _ = internvl.port_folder(path, vocab=328, image_token_id=320)
+    qwen_vl.write(path.parent / "tokenizer", qwen_vl.make("qwen2_vl"))
+    first = transformers.AutoTokenizer.from_pretrained(path.parent / "tokenizer")
+    words = {"start_image_token": "<img>", "end_image_token": "</img>"}
+    words |= {"context_image_token": "<IMG_CONTEXT>", "video_token": "<video>"}
+    transformers.PreTrainedTokenizerFast(
+        tokenizer_object=first.backend_tokenizer, eos_token="<|im_end|>", extra_special_tokens=words
+    ).save_pretrained(path)
+    (path / "chat_template.jinja").write_text(internvl.CHAT)
+    return given(theirs, grown(tuned(base, 1), 328), path)
+
+
+def make_smolvlm(path: Path, base: Any) -> Any:
+    theirs = idefics.make_folder(path, "smolvlm", tied=True, vocab=328)
+    return given(theirs, grown(tuned(base, 1), 328), path)
+
+
+def make_llava(path: Path, base: Any) -> Any:
+    text = {"tie_word_embeddings": True, "vocab_size": 321, "max_position_embeddings": 1024}
+    theirs = hf_llava_folder(path, 3, text=text, tie_word_embeddings=True, image_token_index=320)
+    write_base_tokenizer(path)
+    return given(theirs, grown(tuned(base, 2), 321), path)
+
+
+def write_base_tokenizer(path: Path) -> None:
+    idefics.make_tokenizer(idefics.SPECIAL[:2]).save_pretrained(path)
+
+
+class Pair(NamedTuple):
+    home: Path
+    names: list[str]
+    vocab: str
+    base: Any
+    theirs: list[Any]
+    shown: list[Shown]
+    batch: Batch
+
+    @property
+    def request(self) -> dict[str, Any]:
+        members = {name: self.home / name for name in self.names}
+        return {"members": members, "base": self.home / "base", "vocab": self.vocab}
+
+
+QWEN = {"model_type": "qwen2"}
+PAIRS: dict[str, tuple] = {
+    "onevision": (QWEN, "base", (make_onevision, see_onevision), (make_qwen("qwen2_vl"), see_qwen)),
+    "internvl": (
+        QWEN,
+        "internvl",
+        (make_internvl, see_internvl),
+        (make_qwen("qwen2_5_vl"), see_qwen),
+    ),
+    "smolvlm": (
+        {"tie_word_embeddings": True, "max_position_embeddings": 1024},
+        "smolvlm",
+        (make_smolvlm, see_smolvlm),
+        (make_llava, see_llava),
+    ),
+}
+"""Keys of the base, whose rows are kept, how each member is made and what it has of a picture."""
+
+
+@pytest.fixture(scope="module", params=PAIRS)
+def pair(request, tmp_path_factory) -> Pair:
+    config, vocab, *members = PAIRS[request.param]
+    home, base = tmp_path_factory.mktemp("pair"), make_llama(0, **config)
+    base.save_pretrained(home / "base")
+    if request.param == "smolvlm":
+        write_base_tokenizer(home / "base")
+    names = [request.param, "other"]
+    theirs = [make(home / name, base) for name, (make, _) in zip(names, members, strict=True)]
+    image = picture(61, 47)
+    with torch.no_grad():
+        shown = [see(own, image) for own, (_, see) in zip(theirs, members, strict=True)]
+    converters.fuse(
+        {name: home / name for name in names}, home / "out", base=home / "base", vocab=vocab
+    )
+    model, processor = converters.load(home / "out")
+    batch = processor([image], input_ids=[[*BEFORE, -200, *AFTER]])
+    return Pair(home, names, vocab, base, theirs, shown, encode(model, batch))
+
+
+BEFORE, AFTER = [1, 9], [7, 200]
+"""Words around the picture."""
+
+
+def merged(pair: Pair) -> dict[str, torch.Tensor]:
+    """The mean of the members' LLMs: the base and half of each delta."""
+    base = pair.base.state_dict()
+    states = []
+    for theirs in pair.theirs:
+        own = {f"model.{k}": x for k, x in theirs.model.get_decoder().state_dict().items()}
+        states.append(own | {"lm_head.weight": theirs.lm_head.weight.detach()})
+    kept = states[0] if pair.vocab != "base" else base
+    out = {}
+    for name, first in base.items():
+        few, every = len(first), []
+        for x in (first, *(state[name] for state in states)):
+            n = min(len(x), few)
+            every.append(torch.cat([x[:n], first[n:], kept[name][few:]]))
+        start, *members = (x.double() for x in every)
+        out[name] = (start + sum(0.5 * (x - start) for x in members)).float()
+    return out
+
+
+@torch.no_grad()
+def assembled(pair: Pair, positions: str, mask: str) -> np.ndarray:
+    """Logits of words before a picture, both members' tokens of it, words behind it."""
+    weights = merged(pair)
+    table, head = weights["model.embed_tokens.weight"], weights["lm_head.weight"]
+    core = copy.deepcopy(pair.theirs[1].model.get_decoder())
+    for name, p in core.named_parameters():
+        p.data = weights[f"model.{name}"]
+    before, after = (in_line(ids, table[:0]) for ids in (BEFORE, AFTER))
+    x, place, segments, start, longest = [], [], [], 0, 0
+    for k, part in enumerate((before, *pair.shown, after)):
+        ids = torch.tensor(part.ids)
+        values = table[ids.clamp(min=0)].clone()
+        values[ids < 0] = part.values
+        branch = 0 < k <= len(pair.shown)
+        if k == len(pair.shown) + 1:
+            start += longest
+        x.append(values)
+        place.append(start + part.place)
+        segments += [k if branch else 0] * len(ids)
+        if branch and positions == "parallel":
+            longest = max(longest, part.span)
+        else:
+            start += part.span
+    of = torch.tensor(segments)
+    see = torch.ones(len(of), len(of)).tril().bool()
+    if mask == "block":
+        see &= (of[:, None] == of) | (of[:, None] == 0) | (of == 0)
+    at = torch.cat(place).T[:, None]
+    hidden = core(
+        inputs_embeds=torch.cat(x)[None],
+        position_ids=at if pair.vocab != "smolvlm" else at[0],
+        attention_mask=torch.where(see, 0.0, torch.finfo(torch.float32).min)[None, None],
+    ).last_hidden_state
+    return (hidden[0] @ head.T).numpy()
+
+
+@pytest.mark.parametrize(
+    ("positions", "mask"),
+    [("running", "causal"), ("parallel", "causal"), ("parallel", "block")],
+)
+def test_two_branches_are_transformers_parts(pair: Pair, positions: str, mask: str):
+    """Each member's tokens and marks at its own places, and the text behind the longest."""
+    model, _ = converters.load(pair.home / "out", positions=positions, mask=mask)
+    found = np.asarray(forward(model, pair.batch))[pair.batch.mask]
+    assert_close(found, assembled(pair, positions, mask))
+
+
+def test_loaded_without_writing(pair: Pair):
+    """The bytes and programs of the written folder."""
+    written, _ = converters.load(pair.home / "out")
+    model, _ = converters.load_fused(**pair.request)
+    assert model.config == written.config
+    both = (jax.tree.leaves(nnx.state(x)) for x in (model, written))
+    assert all(np.array_equal(a, b) for a, b in zip(*both, strict=True))
+
+
+@pytest.mark.parametrize("pair", ["onevision"], indirect=True)
+def test_one_branch_is_the_member(pair: Pair):
+    """Beside the base, which comes first, and whose weight is zero; text alone reads plain RoPE."""
+    texts = {"text": pair.home / "base"}
+    for name, kind in zip(pair.names, ("llava_onevision", "qwen2_vl"), strict=True):
+        own, maker = converters.load(pair.home / name)
+        kind = own.config.branches[0].name
+        members = texts | {kind: pair.home / name}
+        how = {"method": "linear", "params": {"weights": (0.0, 1.0)}, "vocab": kind}
+        model, processor = converters.load_fused(members, **how)
+        assert model.config == own.config and kind in processor.config.branches[0].name
+        both = (jax.tree.leaves(nnx.state(x)) for x in (model, own))
+        assert all(np.array_equal(a, b) for a, b in zip(*both, strict=True))
+    maker.lengths = (192,)
+    batch = maker([picture(61, 47)], input_ids=[[1, -200, 7]])
+    assert np.array_equal(*(np.asarray(forward(x, batch))[batch.mask] for x in (model, own)))
+    out = pair.home / "llm"
+    how = {"method": "linear", "params": {"weights": (1.0, 1.0)}, "export": "llm"}
+    converters.fuse({"other": pair.home / "other", **texts}, out, **how)
+    theirs = transformers.AutoModelForCausalLM.from_pretrained(out)
+    assert type(theirs) is transformers.Qwen2ForCausalLM
+    model, processor = converters.load(out)
+    assert model.config.llm.axes == 1
+    with torch.no_grad():
+        expected = theirs(torch.tensor([[1, 9, 7, 200]])).logits[0].numpy()
+    batch = processor(input_ids=[[1, 9, 7, 200]])
+    assert_close(np.asarray(forward(model, batch))[batch.mask], expected)
+
+
+def planned(pair: Pair, members: dict[str, Path], **options: Any) -> Fusion:
+    return Fusion(Request(members, "", **{"vocab": "base", **options}))
+
+
+def changed(folder: Path, place: Path, rope: dict[str, Any]) -> Path:
+    """Links to a folder's files, with other rotary settings of its LLM."""
+    place.mkdir()
+    for path in folder.iterdir():
+        if path.name != "config.json":
+            (place / path.name).symlink_to(path)
+    config = json.loads((folder / "config.json").read_text())
+    config["text_config"]["rope_parameters"] |= rope
+    write_json(place / "config.json", config)
+    return place
+
+
+@pytest.mark.parametrize("pair", ["onevision"], indirect=True)
+def test_positions_are_the_members_that_has_them(pair: Pair, tmp_path: Path):
+    """Wherever it stands; one line where two have others, or theta differs."""
+    flat, placed = (pair.home / name for name in pair.names)
+    base = pair.home / "base"
+    for members, first in (
+        ({"other": placed, "onevision": flat}, base),
+        ({"onevision": flat, "other": placed}, base),
+        ({"onevision": flat, "other": placed}, placed),
+    ):
+        llm = planned(pair, members, base=first).result.llm
+        assert llm["model_type"] == "qwen2_vl_text" and llm["vocab_size"] == 320
+        assert llm["rope_parameters"]["mrope_section"] == [2, 1, 1]
+    llm = planned(pair, {"onevision": flat, "text": base}, base=placed).result.llm
+    assert llm["model_type"] == "qwen2_vl_text"
+    other = changed(placed, tmp_path / "sections", {"mrope_section": [1, 1, 2]})
+    with pytest.raises(InputError) as error:
+        planned(pair, {"onevision": flat, "other": placed, "third": other}, base=base)
+    assert "mrope_section: found [1, 1, 2] of qwen2_vl_text, expected [2, 1, 1] of" in str(
+        error.value
+    )
+    other = changed(placed, tmp_path / "theta", {"rope_theta": 1e6})
+    with pytest.raises(InputError) as error:
+        planned(pair, {"onevision": flat, "third": other}, base=base)
+    assert "member" not in str(error.value) and "third: rope_theta: found 1000000.0" in str(
+        error.value
+    )
+
+
+def test_prompts_have_marks_once(pair: Pair):
+    """Of whichever member the chat template is, and whatever stands for a picture in a prompt."""
+    texts = [PICTURE + "What?", "<image>What?"]
+    first, second = pair.names
+    folders = {name: pair.home / name for name in pair.names}
+    for order in (folders, {second: folders[second], first: folders[first]}):
+        _, processor = converters.load_fused(**{**pair.request, "members": order})
+        rows = []
+        for prompt in (*texts[pair.vocab == "smolvlm" :], processor.chat("What?")):
+            batch = processor([picture(61, 47)], prompts=[prompt])
+            rows.append(batch.tokens[0][batch.segments[0] > 0].tolist())
+            assert START not in batch.tokens[0][batch.segments[0] == 0].tolist()
+        assert all(row == rows[0] for row in rows)
+        wanted = 0 if pair.vocab == "smolvlm" else 1
+        assert rows[0].count(START) == rows[0].count(END) == wanted
+
+
+@pytest.mark.parametrize("pair", ["onevision"], indirect=True)
+def test_marks_follow_their_tokens(pair: Pair):
+    """Into another tokenizer; what it lacks is said, but for what stands for a picture."""
+    source = converters.open_source(pair.home / "other")
+    known = Vocabularies({x: converters.open_source(pair.home / x) for x in pair.names})
+    (branch,) = source.branches
+    words = dict(known.words("other"))
+    words |= {"<|vision_start|>": 7, "new": START, "image": words.pop("<|image_pad|>")}
+    assert known.marks(["other"]) == {"<|vision_start|>", "<|vision_end|>"}
+    moved = known.renumbered(branch, "other", words, 320).connector
+    assert (moved["start"], moved["end"]) == (7, END)
+    assert moved["placeholders"] == [qwen_vl.VIDEO]
+    assert known.renumbered(branch, "other", None, 320) == branch
+    del words["<|vision_start|>"]
+    for kept, total, found in ((words, 320, "id 312 of '<|vision_start|>'"), (None, 9, "id 312")):
+        with pytest.raises(InputError, match=f"marks of pictures: found {re.escape(found)}"):
+            known.renumbered(branch, "other", kept, total)

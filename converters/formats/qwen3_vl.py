@@ -171,6 +171,7 @@ TABLE = Table(
     types=("qwen3_mergers",),
     read=read,
     unused={"mm_projector_type": ANY},
+    ids={"start": True, "end": True, "placeholders": False},
     path=path,
     recorded=recorded,
     rules=(

@@ -151,6 +151,7 @@ TABLES = (
         read=qwen3_vl,
         unused=UNUSED,
         architecture="Qwen3VLTextForCausalLM",  # there is a ...TextModel alone
+        plain="qwen3",
         rules=QWEN3,
     ),
 )

@@ -16,16 +16,14 @@ from converters import open_source
 from converters.load import model_config
 from tests.checkpoints import hf_llava_folder, llama_folder, make_llama, write_json
 from tests.converters.formats.test_idefics import (
-    LONGEST,
     MAKER,
     PICTURES,
-    TILE,
     assert_close,
     ids_of,
     inputs_of,
-    make_folder,
     picture,
 )
+from tests.idefics import LONGEST, TILE, make_folder
 from vfjax import Model
 from vfjax.architectures import Film
 from vfjax.model import forward

@@ -91,14 +91,14 @@ def port_folder(
     text: str = "qwen2",
     vision: dict | None = None,
     *,
-    vocab: int = 320,
+    llm: dict | None = None,
     **config: Any,
 ) -> tuple[transformers.InternVLForConditionalGeneration, Any]:
     """Transformers' as save_pretrained writes it, and its processor."""
     model = transformers.InternVLForConditionalGeneration(
         transformers.InternVLConfig(
             vision_config={**VISION, **(vision or {})},
-            text_config=text_config(model_type=text, vocab_size=vocab).to_dict(),
+            text_config=text_config(model_type=text, **(llm or {})).to_dict(),
             **{"image_token_id": IMAGE, "tie_word_embeddings": False} | config,
         )
     )

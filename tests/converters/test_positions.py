@@ -19,7 +19,7 @@ import converters
 from converters.fusion import Fusion
 from converters.request import Request
 from converters.vocabulary import Vocabularies
-from tests import idefics, internvl, onevision, qwen_vl
+from tests import idefics, internvl, onevision, qwen3_vl, qwen_vl
 from tests.checkpoints import hf_llava_folder, make_llama, tuned, write_json
 from tests.qwen_vl import END, PICTURE, START, assert_close, picture
 from vfjax import InputError
@@ -27,12 +27,15 @@ from vfjax.model import Batch, encode, forward
 
 
 class Shown(NamedTuple):
-    """A member's share of a picture: ids, -1 at visual tokens; values; places; positions taken."""
+    """A member's share of a picture: ids, -1 at visual tokens; values; places; positions taken;
+    what is added to its visual tokens after the first layers.
+    """
 
     ids: list[int]
     values: torch.Tensor
     place: torch.Tensor
     span: int
+    deep: tuple[torch.Tensor, ...] = ()
 
 
 def in_line(ids: Sequence[int], values: torch.Tensor) -> Shown:
@@ -50,13 +53,15 @@ def see_onevision(theirs: Any, image: Image.Image) -> Shown:
 
 def see_qwen(theirs: Any, image: Image.Image) -> Shown:
     inputs = qwen_vl.image_processor()([image], return_tensors="pt")
-    (values,) = theirs.model.get_image_features(**inputs).pooler_output
+    found = theirs.model.get_image_features(**inputs)
+    (values,) = found.pooler_output
+    deep = tuple(each[0] for each in getattr(found, "deepstack_features", ()))
     _, high, wide = (inputs["image_grid_thw"][0] // 2).tolist()
     at = torch.cartesian_prod(torch.arange(high), torch.arange(wide))
     place = torch.cat([torch.zeros(len(at), 1, dtype=at.dtype), at], dim=1) + 1
     edge = max(high, wide) + 1
     whole = torch.cat([torch.zeros(1, 3, dtype=at.dtype), place, torch.full((1, 3), edge)])
-    return Shown([START, *[-1] * len(values), END], values, whole, edge + 1)
+    return Shown([START, *[-1] * len(values), END], values, whole, edge + 1, deep)
 
 
 def see_internvl(theirs: Any, image: Image.Image) -> Shown:
@@ -106,6 +111,12 @@ def make_onevision(path: Path, base: Any) -> Any:
     return onevision.port_folder(path, grown(tuned(base, 1), 328))
 
 
+def make_qwen3(path: Path, base: Any) -> Any:
+    theirs = qwen3_vl.make()
+    qwen3_vl.write(path, theirs)
+    return given(theirs, tuned(base, 2), path)
+
+
 def make_qwen(kind: str) -> Callable[[Path, Any], Any]:
     def make(path: Path, base: Any) -> Any:
         theirs = qwen_vl.make(kind)
@@ -117,7 +128,9 @@ def make_qwen(kind: str) -> Callable[[Path, Any], Any]:
 
 def make_internvl(path: Path, base: Any) -> Any:
     """Its tokenizer has Qwen's tokens, and its own behind them."""
-    theirs, _ = internvl.port_folder(path, vocab=328, image_token_id=320)
+    kind = base.config.model_type
+    llm = {"vocab_size": 328} | ({"head_dim": 12} if kind == "qwen3" else {})
+    theirs, _ = internvl.port_folder(path, kind, llm=llm, image_token_id=320)
     qwen_vl.write(path.parent / "tokenizer", qwen_vl.make("qwen2_vl"))
     first = transformers.AutoTokenizer.from_pretrained(path.parent / "tokenizer")
     words = {"start_image_token": "<img>", "end_image_token": "</img>"}
@@ -168,6 +181,12 @@ PAIRS: dict[str, tuple] = {
         "internvl",
         (make_internvl, see_internvl),
         (make_qwen("qwen2_5_vl"), see_qwen),
+    ),
+    "internvl3_5": (
+        {"model_type": "qwen3", "head_dim": 12},
+        "internvl3_5",
+        (make_internvl, see_internvl),
+        (make_qwen3, see_qwen),
     ),
     "smolvlm": (
         {"tie_word_embeddings": True, "max_position_embeddings": 1024},
@@ -232,11 +251,15 @@ def assembled(pair: Pair, positions: str, mask: str) -> np.ndarray:
         p.data = weights[f"model.{name}"]
     before, after = (in_line(ids, table[:0]) for ids in (BEFORE, AFTER))
     x, place, segments, start, longest = [], [], [], 0, 0
+    deep: dict[str, Any] = {}
     for k, part in enumerate((before, *pair.shown, after)):
         ids = torch.tensor(part.ids)
         values = table[ids.clamp(min=0)].clone()
         values[ids < 0] = part.values
         branch = 0 < k <= len(pair.shown)
+        if part.deep:
+            before = torch.zeros(sum(map(len, x)), dtype=torch.bool)
+            deep = {"mask": torch.cat([before, ids < 0]), "values": list(part.deep)}
         if k == len(pair.shown) + 1:
             start += longest
         x.append(values)
@@ -251,10 +274,15 @@ def assembled(pair: Pair, positions: str, mask: str) -> np.ndarray:
     if mask == "block":
         see &= (of[:, None] == of) | (of[:, None] == 0) | (of == 0)
     at = torch.cat(place).T[:, None]
+    if deep:
+        rest = torch.zeros(len(of) - len(deep["mask"]), dtype=torch.bool)
+        seen = torch.cat([deep["mask"], rest])[None]
+        deep = {"visual_pos_masks": seen, "deepstack_visual_embeds": deep["values"]}
     hidden = core(
         inputs_embeds=torch.cat(x)[None],
         position_ids=at if pair.vocab != "smolvlm" else at[0],
         attention_mask=torch.where(see, 0.0, torch.finfo(torch.float32).min)[None, None],
+        **deep,
     ).last_hidden_state
     return (hidden[0] @ head.T).numpy()
 

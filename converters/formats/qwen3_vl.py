@@ -106,8 +106,9 @@ VIDEOS = {
 FRAMES = (
     *("cap_pixels_per_frame", "do_sample_frames", "fps", "max_frames", "max_video_tokens"),
     *("min_frames", "num_frames", "return_metadata", "video_metadata", "video_processor_type"),
+    *("max_pixels", "min_pixels"),  # of other processors; `size` alone is read
 )
-"""Its own keys. Whether frames are chosen at all is not its choice here: `vfjax.open_video`'s."""
+"""Keys that are its own. Whether frames are chosen at all is left to `vfjax.open_video`."""
 
 
 def _videos(folder: Path, encoder: QwenViTConfig) -> dict[str, Any]:
@@ -124,9 +125,6 @@ def _videos(folder: Path, encoder: QwenViTConfig) -> dict[str, Any]:
         raise values.error("video_processor_type", "Qwen3VLVideoProcessor")
     if values.whole("resample", 3) != 3:
         raise values.error("resample", "3, bicubic")
-    for key in ("min_pixels", "max_pixels"):
-        if key in values:
-            raise values.error(key, "no such key, which this processor does not read", "use size")
     unit = encoder.patch * encoder.merge
     videos = {**VIDEOS, **{k: v for k, v in given.items() if k not in FRAMES}}
     check_patches(videos, encoder, where)

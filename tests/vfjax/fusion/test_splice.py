@@ -46,6 +46,17 @@ def test_marks_that_a_row_has_are_read_once(row: list, expected: list, at: list)
     assert slots.ids.tolist() == expected and found.tolist() == at
 
 
+def test_the_outermost_marks_are_read_once():
+    """Of a video whose frames have marks of their own within."""
+    ids, visual = np.array([7, 9, 7, 0, 8, 8]), np.array([-1, -1, -1, 0, -1, -1])
+    ones = np.ones(6, int)
+    slots, at = expand(
+        np.array([5, 7, PICTURE, 8, 6]), [[Slots(ids, visual, ones, np.zeros((6, 3), int), ones)]]
+    )
+    assert slots.ids.tolist() == [5, 7, 9, 7, 0, 8, 8, 6]
+    assert at.tolist() == [0, 2, 2, 2, 2, 2, 2, 4]
+
+
 def test_each_branch_brings_its_own_marks():
     row = np.array([5, 3, PICTURE, 4, 6])
     slots, _ = expand(row, [[seen(0), marked(7, 8, 1), marked(3, 4, 2)]])

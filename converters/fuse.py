@@ -80,8 +80,8 @@ def fuse(
             of the shortest: "base" keeps the base's, a member's name that member's. None is an
             error then. What is dropped or added is logged, and stands in MERGE.md.
         family: refuse members whose weights are not a fine-tune of the base (without one: of the
-            first member's origin), see `vfjax.merge.compatibility.check_weights`. A recipe is
-            not checked.
+            first member's origin), see `vfjax.merge.compatibility.check_weights`, which of a recipe
+            are not checked; or whose rope_theta is another.
         seed: of methods that draw random numbers.
         shard_bytes: largest size of a weights file.
         checksums: take the SHA-256 of all source files, for config.json and MERGE.md.

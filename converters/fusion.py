@@ -125,7 +125,8 @@ class Fusion:
         free: dict[str, Any] = {"vocab_size": None} if union or request.vocab else {}
         if recipe is not None and recipe.is_sliced:
             free["num_hidden_layers"] = None
-        check_family({name: {**compared(source), **free} for name, source in opened.items()})
+        facts = {name: {**compared(source), **free} for name, source in opened.items()}
+        check_family(facts, theta=request.family)
         parts = {name: mapped(source, request.export) for name, source in opened.items()}
         self.skip: dict[str, set[str]] = {}
         for label, source in opened.items():

@@ -11,6 +11,7 @@ from vfjax.errors import InputError, counted
 from vfjax.merge.tensors import Header, LazyTensor
 
 REMEDY = "merge only models that were fine-tuned from one base LLM"
+ANYWAY = f"{REMEDY}, or set family to False to merge all the same"
 VOCABULARY = ("embed_tokens.weight", "lm_head.weight")
 """Ends of the names of tensors with one row a token."""
 
@@ -117,7 +118,7 @@ def check_weights(sources: Mapping[str, Mapping[str, LazyTensor]]) -> None:
                     f"{label}: {names[some[0]]}",
                     found=f"weights with a cosine of {cosine:.2f} to those of {reference}",
                     expected=f"at least {ALIKE}: a fine-tune of that model",
-                    fix=f"{REMEDY}, or set family to False to merge all the same",
+                    fix=ANYWAY,
                 )
 
 
@@ -142,7 +143,7 @@ def _rows(*tensors: LazyTensor) -> list[np.ndarray]:
     ]
 
 
-def check_family(configs: Mapping[str, Mapping[str, Any]]) -> None:
+def check_family(configs: Mapping[str, Mapping[str, Any]], *, theta: bool = True) -> None:
     """Checks that LLM configs describe one architecture, so that merging their weights has a sense.
 
     Sizes, rotary embedding and norm epsilon; tied and untied models may be merged. A size that a
@@ -152,6 +153,8 @@ def check_family(configs: Mapping[str, Mapping[str, Any]]) -> None:
     Args:
         configs: label -> LLM part of a Hugging Face config.json (of transformers 4 or 5), the
             reference (base) first.
+        theta: refuse other values of rope_theta, too. (Qwen3-VL was trained on from Qwen3 with five
+            times its.)
 
     Raises:
         InputError: naming the member and the key.
@@ -162,13 +165,15 @@ def check_family(configs: Mapping[str, Mapping[str, Any]]) -> None:
         for key, value in _facts(config).items():
             if value == expected[key] or value is None or expected[key] is None:
                 continue
+            if key == "rope_theta" and not theta:
+                continue
             if key == "vocab_size":
                 _vocabulary_error(f"{label}: vocab_size", value, reference, expected[key])
             raise InputError(
                 f"{label}: {key}",
                 found=value,
                 expected=f"{expected[key]} as in {reference}",
-                fix=REMEDY,
+                fix=ANYWAY if key == "rope_theta" else REMEDY,
             )
 
 
@@ -193,7 +198,9 @@ def _facts(config: Mapping[str, Any]) -> dict[str, Any]:
     facts["rope_theta"] = rope.pop("rope_theta", None) or config.get("rope_theta", 10000.0)
     kind = rope.pop("rope_type", None) or rope.get("type") or "default"
     rope.pop("type", None)
-    kind = "default" if kind == "mrope" else kind
+    if kind in ("mrope", "dynamic"):  # the latter changes nothing within the context
+        kind = "default"
+        rope.pop("factor", None)
     for key in MROPE:
         rope.pop(key, None)
     settings = {key: value for key, value in rope.items() if value is not None}

@@ -110,6 +110,20 @@ def test_positions_of_time_row_and_column_may_differ():
     check_family({"base": new, "text": base})
 
 
+def test_positions_that_grow_beyond_the_context_are_the_same_within():
+    """InternVL3's LLM beside Qwen2.5's."""
+    rope = {"rope_type": "dynamic", "factor": 2.0, "rope_theta": 10000.0}
+    check_family({"base": VICUNA, "internvl": {**VICUNA, "rope_parameters": rope}})
+
+
+def test_another_theta_is_merged_all_the_same_where_asked():
+    """Qwen3-VL's LLM beside Qwen3's."""
+    configs = {"base": VICUNA, "qwen3-vl": {**VICUNA, "rope_theta": 5e6}}
+    check_family(configs, theta=False)
+    with pytest.raises(InputError, match="rope_theta: found 5000000.0.* set family to False"):
+        check_family(configs)
+
+
 @pytest.mark.parametrize(
     "change,message",
     [

@@ -108,8 +108,10 @@ def config_files(origin: Origin, dtype: np.dtype) -> dict[str, Content]:
     """
     own = () if origin.created else PROCESSOR_FILES
     places = {name: origin.home / name for name in (*TOKENIZER_FILES, *own)}
-    if origin.base is not None and not any(places[name].is_file() for name in own):
-        places |= {name: origin.base / name for name in own}
+    if origin.base is not None:
+        beside = any(places[name].is_file() for name in own)
+        kept = ("generation_config.json", *(() if beside else own))
+        places |= {name: origin.base / name for name in kept}
     files = {name: path for name, path in places.items() if path.is_file()}
     texts: dict[str, Mapping[str, Any]] = {"config.json": with_dtype(origin.config, dtype)}
     for part, tower in {**origin.towers, **origin.held}.items():

@@ -22,6 +22,7 @@ from converters.branches import (
     own_embeddings,
     owners,
 )
+from converters.chat import read_chat_template
 from converters.export import to_bytes
 from converters.files.checksums import audit, mapped, stat, unread
 from converters.files.shards import plan_shards
@@ -190,6 +191,11 @@ class Fusion:
         if self.whole is not None:
             self.result = self.whole.source(self.owner, request, self.recipe)
         if request.export == "model":
+            asked = self.recipe.chat_template and read_chat_template(self.owner.path)
+            if asked and request.template in (None, CHAT_TEMPLATE):
+                self.result = dataclasses.replace(
+                    self.result, template=CHAT_TEMPLATE, chat_template=asked
+                )
             for name in request.members:
                 self.weights |= branch_tensors(name, opened[name], parts[name])
             if request.router == "member":
@@ -251,7 +257,7 @@ class Fusion:
                 )
 
     def _prompt_files(self) -> dict[str, Content]:
-        """The tokenizer's, and the first member's chat template, which may be another folder's."""
+        """The tokenizer's, and the chat template, which may be another folder's."""
         files: dict[str, Content] = {**tokenizer_files(self.owner)}
         if self.request.export == "model" and self.result.template == CHAT_TEMPLATE:
             files.pop("chat_template.json", None)
@@ -396,7 +402,8 @@ class Fusion:
             for label, source in self.opened.items()
         }
         rows = self._rows if self.request.account else {}
-        return card(self._record({}), sources, rows, self._tuned)
+        fused = self.request.export == "model"
+        return card(self._record({}), sources, rows, self._tuned, fused=fused)
 
     def _record(self, digests: Mapping[str, str]) -> dict[str, Any]:
         """What was done, from what: every source file by its SHA-256."""

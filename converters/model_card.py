@@ -40,6 +40,8 @@ def card(
     sources: Mapping[str, Listed],
     layers: Mapping[str, Account],
     labels: Sequence[str],
+    *,
+    fused: bool,
 ) -> bytes:
     """The model card, Markdown with the front matter that the Hugging Face hub reads.
 
@@ -48,8 +50,9 @@ def card(
         sources: label -> the folder.
         layers: rows of the table, from `by_layer`; none if the method reads no base.
         labels: the members'.
+        fused: whether the folder's `model_type` is "visionfuse", no plain LLM or member's layout.
     """
-    head = {"library_name": "vfjax", "tags": ["vfjax", "merge", "visionfuse"]}
+    head = {"library_name": "vfjax", "tags": ["vfjax", "merge", *(["visionfuse"] if fused else [])]}
     lines = ["---", *(f"{key}: {json.dumps(value)}" for key, value in head.items()), "---", ""]
     lines += ["# Merged model", "", "Made by vfjax from", ""]
     lines += [f"- `{label}`: `{source.path}`" for label, source in sources.items()]

@@ -24,7 +24,8 @@ class Origin:
 
     Attributes:
         home: folder of the tokenizer's files.
-        base: folder that an adapter at `home` is for, whose processor it may have left there.
+        base: folder that an adapter was for: of generation_config.json, and of the processor where
+            `home` has none.
         config: its config.json.
         components: component -> its config, whose `model_type` names a table.
         prefixes: component -> see `Source.prefixes`.

@@ -22,7 +22,7 @@ def processor(source: Source, config: ModelConfig) -> Processor:
         InputError: files of the tokenizer that can't be read, whose picture token has another id
             than the model's, or that have no rows for the text of prompts.
     """
-    tokenizer, file = tokenizer_of(source), source.home / "generation_config.json"
+    tokenizer, file = tokenizer_of(source), source.generation
     # Authors' code hands embeddings to transformers, which then knows no words of the prompt.
     ported = all(branch.code == "transformers" for branch in source.branches)
     by_ids = ported or source.layout == "visionfuse"
@@ -48,10 +48,9 @@ def _stops(source: Source, tokenizer: "PreTrainedTokenizerBase | None") -> tuple
     Raises:
         InputError: something else than ids there.
     """
-    found = []
-    for name in ("generation_config.json", "config.json"):
-        file = source.home / name
-        whole = Values(read_json(file) if file.is_file() else {}, str(file))
+    file, found = source.generation, []
+    settings = Values(read_json(file) if file.is_file() else {}, str(file))
+    for whole in (settings, Values(source.config, f"{source.path}: config.json")):
         found += [x.ids("eos_token_id") for x in (whole, whole.section("text_config", None))]
     stop = set(next(filter(None, found), ()))
     if tokenizer is not None and tokenizer.eos_token_id is not None:
@@ -74,7 +73,11 @@ def _image_token(source: Source, tokenizer: "PreTrainedTokenizerBase | None") ->
         raise InputError(
             f"{source.home}: {token}",
             found="none in the tokenizer" if found is None else f"id {found} in the tokenizer",
-            expected="it" if said is None else f"{said}, as config.json says by {key}",
+            expected="it"
+            if said is None
+            else f"{said}, as config.json says by {key}"
+            if names
+            else f"{said}, as no {key} in config.json means",
             fix="take both files from one repository",
         )
     return token

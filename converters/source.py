@@ -138,7 +138,7 @@ class Source:
     tokenizer: Mapping[str, str] = dataclasses.field(default_factory=dict)
     chat_template: str = ""
     image_token: str = ""
-    image_id: int | None = 32000
+    image_id: int | None = None
     written: bool = False
     parts: Mapping[str, Tensors] = dataclasses.field(default_factory=dict)
     prefixes: Mapping[str, Prefixes] = dataclasses.field(default_factory=dict)
@@ -158,10 +158,15 @@ class Source:
 
     @property
     def home(self) -> Path:
-        """Folder of the tokenizer and of generation_config.json: the base's if only it has one."""
+        """Folder of the tokenizer: the base's if only it has one."""
         if self.base is None or has_tokenizer(self.path):
             return self.path
         return self.base
+
+    @property
+    def generation(self) -> Path:
+        """generation_config.json: of an adapter its base's, which transformers and PEFT read."""
+        return (self.base or self.path) / "generation_config.json"
 
     @property
     def components(self) -> dict[str, Config]:

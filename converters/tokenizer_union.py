@@ -76,7 +76,7 @@ def made_tokenizer(
     rows = {label: llm["model.embed_tokens.weight"].shape[0] for label, llm in llms.items()}
     made = Vocabulary(recipe, loaded, rows)
     made.tokenizer = classes[made.start]
-    settings = next(iter(sources.values())).home / "generation_config.json"
+    settings = next(iter(sources.values())).generation
     if settings.is_file():
         shutil.copyfile(settings, made.folder / settings.name)
     return made

@@ -343,4 +343,5 @@ def _some(words: Sequence[str], ids: Mapping[str, int]) -> str:
 def tokenizer_files(source: Source) -> dict[str, Path]:
     """Name -> file of those that travel with a model's LLM."""
     files = {name: source.home / name for name in TOKENIZER_FILES}
+    files[source.generation.name] = source.generation
     return {name: path for name, path in files.items() if path.is_file()}

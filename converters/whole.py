@@ -226,7 +226,7 @@ class Whole:
         name = "generation_config.json"
         found = {}
         for label in self.members:
-            file = self.opened[label].home / name
+            file = self.opened[label].generation
             given = read_json(file) if file.is_file() else {}
             found[label] = {k: x for k, x in given.items() if k != "transformers_version"}
         return [

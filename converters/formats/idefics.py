@@ -207,7 +207,7 @@ def describe(folder: Path, config: Values, towers: Towers) -> Source:
         if family == "smolvlm":
             connector["film"] = _film(folder, branch["preprocessor"], values, video)
         values.done(SETTINGS | dict.fromkeys(VIDEO, ANY))
-    source = port_source(folder, "idefics3-hf", config, branch, llm)
+    source = port_source(folder, "idefics3-hf", config, branch, llm, image_id=128257)
     if found:
         _marks(source, connector, branch["preprocessor"]["size"]["height"], decoder.vocab)
     return source

@@ -160,7 +160,6 @@ def describe(folder: Path, config: Values, towers: Towers) -> Source:
         (branch,),
         template,
         image_token=CONTEXT,
-        image_id=None,
     )
 
 

@@ -285,7 +285,13 @@ def port_parts(
 
 
 def port_source(
-    path: Path, layout: str, config: Values, branch: dict[str, Any], llm: dict[str, Any]
+    path: Path,
+    layout: str,
+    config: Values,
+    branch: dict[str, Any],
+    llm: dict[str, Any],
+    *,
+    image_id: int = 32000,
 ) -> Source:
     """A transformers folder's normal form.
 
@@ -295,6 +301,7 @@ def port_source(
         config: its config.json.
         branch: its only one.
         llm: its LLM's config.
+        image_id: the picture token's where config.json does not say it, by its class.
     """
     chat = read_chat_template(path)
     return Source(
@@ -307,6 +314,7 @@ def port_source(
         tokenizer=tokenizer_class(config.data),
         chat_template=chat,
         image_token=_image_token(path),
+        image_id=image_id,
     )
 
 

@@ -284,7 +284,7 @@ def describe_hf(folder: Path, config: Values, towers: Towers) -> Source:
     }
     if found:
         _check_processor(folder, branch)
-    return port_source(folder, "llava-onevision-hf", config, branch, llm)
+    return port_source(folder, "llava-onevision-hf", config, branch, llm, image_id=151646)
 
 
 def _check_processor(folder: Path, branch: Mapping[str, Any]) -> None:

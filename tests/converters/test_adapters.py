@@ -27,8 +27,10 @@ from tests.checkpoints import (
     make_llama,
     published,
     reference_logits,
+    tokenizer_files,
     tuned,
     upstream_llava_folder,
+    write_json,
 )
 from vfjax import InputError
 from vfjax.atomic import read_json
@@ -63,6 +65,29 @@ def test_logits_of_an_adapter(llm: nn.Module, base: Path, tmp_path: Path):
     ours = np.asarray(model(processor(None, input_ids=[ids])))[0, : len(ids)]
     theirs = merged(torch.tensor([ids])).logits[0].detach().numpy()
     assert np.abs(ours - theirs).max() <= 2e-5 * np.abs(theirs).max()
+
+
+def test_what_the_base_says_of_answers(llm: nn.Module, base: Path, tmp_path: Path):
+    """Stops and penalties, with a tokenizer beside the adapter too, as transformers takes them."""
+    below, lora = shutil.copytree(base, tmp_path / "base"), tmp_path / "lora"
+    settings = {"eos_token_id": [2, 9], "repetition_penalty": 1.3}
+    write_json(below / "generation_config.json", settings)
+    lora_folder(lora, llm, 3, base=str(below))
+    tokenizer_files(lora)
+    write_json(lora / "generation_config.json", {"eos_token_id": 7})
+    theirs = transformers.AutoModelForCausalLM.from_pretrained(lora).generation_config
+    model, processor = converters.load(lora)
+    assert list(processor.stop_ids) == theirs.eos_token_id == [2, 9]
+    assert processor.settings.repetition_penalty == theirs.repetition_penalty == 1.3
+    converters.export(model, tmp_path / "out")
+    members = {"a": lora, "b": below}
+    converters.fuse(members, tmp_path / "fused", method="linear", export="llm")
+    for name in ("out", "fused"):
+        assert read_json(tmp_path / name / "generation_config.json") == settings, name
+    (below / "generation_config.json").unlink()
+    write_json(below / "config.json", {**read_json(below / "config.json"), "eos_token_id": [2, 8]})
+    theirs = transformers.AutoModelForCausalLM.from_pretrained(lora).generation_config
+    assert list(converters.load(lora)[1].stop_ids) == theirs.eos_token_id == [2, 8]
 
 
 def test_one_rounding(tmp_path: Path):

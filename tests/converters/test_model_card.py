@@ -12,6 +12,7 @@ from tests.converters.fusing import PLAIN, llm_of, named
 def test_the_card_says_what_the_members_did(family: Path, tmp_path: Path):
     converters.fuse(named(family, "up2 up3"), tmp_path / "out", base=family / "base", **PLAIN)
     text = (tmp_path / "out" / "MERGE.md").read_text()
+    assert text.splitlines()[2] == 'tags: ["vfjax", "merge"]'  # a plain LLM
     digest = hashlib.sha256((family / "base" / "model.safetensors").read_bytes()).hexdigest()
     assert f"| base | model.safetensors | {digest} |" in text
     assert (tmp_path / "out" / "merge.png").read_bytes()[:4] == b"\x89PNG"

@@ -350,6 +350,23 @@ def test_a_fusion_keeps_the_first_members_prompts(folders: dict[str, Path], tmp_
     assert fusion.source().chat_template == BOS
 
 
+@pytest.mark.parametrize(("asked", "expected"), [(BOS, BOS), (None, LLAVA)])
+def test_the_chat_template_of_a_recipe(
+    folders: dict[str, Path], tmp_path: Path, asked: str | None, expected: str
+):
+    """In place of the first member's; written, and in memory."""
+    parts = [{"model": str(folders[x]), "parameters": {"weight": 1}} for x in ("llava", "next")]
+    recipe = {"models": parts, "merge_method": "linear", "tokenizer_source": "base"}
+    recipe["base_model"] = str(folders["llava"])
+    write_json(tmp_path / "recipe.yml", recipe | ({"chat_template": asked} if asked else {}))
+    fusion = Fusion(Request({}, str(tmp_path / "out"), recipe=tmp_path / "recipe.yml"))
+    assert fusion.source().chat_template == expected
+    converters.fuse({}, tmp_path / "out", recipe=tmp_path / "recipe.yml", account=False)
+    assert (tmp_path / "out" / "chat_template.jinja").read_text() == expected
+    assert read_json(tmp_path / "out" / "config.json")["template"] == "chat_template"
+    assert '"visionfuse"]' in (tmp_path / "out" / "MERGE.md").read_text().splitlines()[2]
+
+
 def test_a_tokenizer_without_the_pictures_token(folders: dict[str, Path]):
     """As of a fusion on a base that lacks it: the same ids."""
     ours = ours_of(folders["llava"])

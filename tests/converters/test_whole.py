@@ -90,6 +90,7 @@ def test_every_tensor(onevision: dict[str, Path], tmp_path: Path):
     )
     assert not seen["missing_keys"] and not seen["unexpected_keys"]
     card = (tmp_path / "out" / "MERGE.md").read_text()
+    assert card.splitlines()[2] == 'tags: ["vfjax", "merge"]'  # the layout is the members'
     assert "| vision_tower layer 0 |" in card and "| layer 0 |" in card
 
 

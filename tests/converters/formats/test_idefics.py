@@ -24,6 +24,7 @@ from transformers.models.smolvlm.video_processing_smolvlm import SmolVLMVideoPro
 from transformers.video_utils import VideoMetadata
 
 import converters
+from converters import open_source
 from tests.checkpoints import tokenizer_files, write_json
 from tests.idefics import (
     AROUND,
@@ -344,6 +345,17 @@ def test_bad_folders(smolvlm, tmp_path: Path, file: str, key: str, value: object
     with pytest.raises(InputError) as error:
         converters.load(folder)
     assert message in str(error.value) and "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("kind", ["smolvlm", "idefics3"])
+def test_the_pictures_token_where_config_json_does_not_say_it(smolvlm, tmp_path: Path, kind: str):
+    """Its class does."""
+    folder = shutil.copytree(smolvlm[0], tmp_path / "port")
+    config = json.loads((folder / "config.json").read_text()) | {"model_type": kind}
+    del config["image_token_id"]
+    write_json(folder / "config.json", config)
+    default = transformers.AutoConfig.from_pretrained(folder).image_token_id
+    assert open_source(folder).image_id == default
 
 
 def test_a_tokenizer_without_the_marks(smolvlm, tmp_path: Path):

@@ -1,6 +1,7 @@
 """LLaVA-OneVision's folders: the port of transformers as it computes, the authors', fused ones."""
 
 import json
+import shutil
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -229,6 +230,16 @@ def test_bad_ports(port, tmp_path: Path, file: str, changes: dict, message: str)
     with pytest.raises(InputError) as error:
         converters.load(folder)
     assert message in str(error.value) and "\n" not in str(error.value)
+
+
+def test_the_pictures_token_where_config_json_does_not_say_it(port, tmp_path: Path):
+    """Its class does."""
+    folder = shutil.copytree(port[0], tmp_path / "port")
+    config = json.loads((folder / "config.json").read_text())
+    del config["image_token_index"]
+    write_json(folder / "config.json", config)
+    default = transformers.AutoConfig.from_pretrained(folder).image_token_id
+    assert open_source(folder).image_id == default
 
 
 @pytest.mark.parametrize(

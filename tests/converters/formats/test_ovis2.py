@@ -46,11 +46,15 @@ VISION = {
 
 
 def make_processor(path: Path, length: int = 4, **images: Any) -> transformers.Ovis2Processor:
-    """Transformers' own; the tokens of pictures have the ids 259 to 264."""
+    """Transformers' own, whose pictures are `<image>` whatever the tokenizer calls its picture
+    token; those that it writes have the ids 259 to 264.
+    """
     tokenizer_files(path)
     engine = transformers.AutoTokenizer.from_pretrained(path).backend_tokenizer
     special = {"unk_token": "<unk>", "bos_token": "<s>", "eos_token": "</s>", "pad_token": "</s>"}
-    tokenizer = transformers.PreTrainedTokenizerFast(tokenizer_object=engine, **special)
+    tokenizer = transformers.PreTrainedTokenizerFast(
+        tokenizer_object=engine, **special, extra_special_tokens={"image_token": SPECIAL[0]}
+    )
     tokenizer.add_special_tokens({"additional_special_tokens": SPECIAL})
     own = transformers.Ovis2ImageProcessorPil(
         **{"size": {"height": 28, "width": 28}, "max_patches": 6, "crop_to_patches": True} | images
@@ -278,7 +282,7 @@ def test_other_folders(tmp_path: Path, vision: dict, length: int, images: dict, 
 def test_template(port):
     """The folder's own, as transformers renders it, with pictures and turns."""
     _, _, maker, model, processor = port
-    assert processor.template == "chat_template"
+    assert (processor.template, processor.image_token) == ("chat_template", "<image>")
     told = [{"type": "image"}, {"type": "text", "text": "what?"}]
     messages = [
         {"role": "user", "content": told},

@@ -21,6 +21,7 @@ def test_names():
     tensors = {name: ("F32", x.shape) for name, x in theirs.state_dict().items()}
     ours, unread, count = published(config.to_dict(), tensors)
     assert (ours, unread) == (AIMv2Config(), [])
+    assert TABLE.config({"model_type": "ovis2_vision"}) == ours
     assert count == sum(math.prod(x.shape) for x in theirs.parameters())
 
 

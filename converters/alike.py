@@ -70,6 +70,34 @@ def check_alike(
                 )
 
 
+def llms_beside(
+    recipe: Recipe, opened: Mapping[str, Source], like: str, names: Collection[str]
+) -> dict[str, Source]:
+    """The models; of other architectures than `like`'s the LLMs alone, if rules say so.
+
+    That is AdaMMS's setting (arXiv 2503.23733): LLMs of one base merged, the tower and connector of
+    one member kept as they are.
+
+    Args:
+        recipe: of the merge.
+        opened: label -> folder.
+        like: the member whose layout is written.
+        names: of all its tensors but the LLM's; rules must take each from `like`.
+    """
+    if any(recipe.rule(name) != like for name in names):
+        return dict(opened)
+    kinds = {
+        label: [type(branch.architecture) for branch in model_config(source).branches]
+        for label, source in opened.items()
+    }
+    return {
+        label: source
+        if kinds[label] == kinds[like]
+        else dataclasses.replace(source, branches=(), spare={}, prefixes={})
+        for label, source in opened.items()
+    }
+
+
 def _differences(
     one: object, other: object, key: str, shown: bool
 ) -> Iterator[tuple[str, object, object]]:

@@ -67,11 +67,16 @@ def fuse(
             modules text_decoder, vision_tower and multi_modal_projector. `rules` are about the
             names in the files, behind "vision_tower/" where a tower has that folder of its own: for
             example ("visual[.]merger|multi_modal_projector", {"params": {"weights": (0.7, 0.3)}}).
-            One multimodal LLM beside plain ones keeps its tower and connector as they are.
+            One multimodal LLM beside plain ones keeps its tower and connector as they are. So it
+            does beside those of other architectures, of which the LLMs alone are merged, if rules
+            say so. AdaMMS (arXiv 2503.23733): method "linear", weights (1 - alpha, alpha), rules
+            [("visual|embed_tokens|lm_head", {"take": "qwen"})] for a Qwen2-VL "qwen", which keeps
+            its tokens, too, and a LLaVA-OneVision.
         template: prompt template; by default that of the first multimodal member.
         dtype: of the merged LLM; by default that of the base's tensors, without a base of the first
             member's; a recipe's as mergekit has it.
-        positions: of the branches' tokens, "running" or "parallel", see `vfjax.model.ModelConfig`.
+        positions: of the branches' tokens, "running" or "parallel", see `vfjax.model.ModelConfig`;
+            where members with M-RoPE (Qwen2-VL) see, the merged LLM has it.
         mask: "causal", or "block": a branch's tokens don't see another's.
         router: embeddings of the prompt that a connector reads (SliME's router): "merged", the
             fused LLM's, or "member", the member's own, which are then kept beside it.

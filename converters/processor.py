@@ -59,8 +59,12 @@ def _stops(source: Source, tokenizer: "PreTrainedTokenizerBase | None") -> tuple
 
 
 def _image_token(source: Source, tokenizer: "PreTrainedTokenizerBase | None") -> str:
-    """`Processor.image_token`; the tokenizer's own, if it names one, as transformers has it."""
-    if not source.image_token or source.written or tokenizer is None:
+    """`Processor.image_token`; the tokenizer's own, if it names one, as transformers has it.
+
+    A fused folder's chat template may be another member's than its tokenizer.
+    """
+    fused = source.layout == "visionfuse" and source.image_token in source.chat_template
+    if not source.image_token or source.written or fused or tokenizer is None:
         return source.image_token
     token = getattr(tokenizer, "image_token", None) or source.image_token
     found = tokenizer.added_tokens_encoder.get(token)

@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from converters.alike import LLM, check_alike, check_modules, module
+from converters.alike import LLM, check_alike, check_modules, llms_beside, module
 from converters.branches import first_seeing
 from converters.chat import read_chat_template
 from converters.export import config_files, folder_of
@@ -316,8 +316,11 @@ def merge_whole(
             fix="set export to 'llm'",
         )
     check_modules(recipe, source)
-    check_alike(opened, request.members, like, request.template)
     names = Names(source, {part: dict(found) for part, found in spare_names(source).items()})
+    rest = [names(p, n) for p, found in parts[like].items() if p != "llm" for n in found]
+    opened = llms_beside(recipe, opened, like, rest)
+    parts = {x: p if opened[x].branches else {"llm": p["llm"]} for x, p in parts.items()}
+    check_alike(opened, request.members, like, request.template)
     models, loose = {}, set[str]()
     for label in opened:
         models[label], more = named(names, opened[label], parts[label])

@@ -415,3 +415,29 @@ def test_marks_follow_their_tokens(pair: Pair):
     for kept, total, found in ((words, 320, "id 312 of '<|vision_start|>'"), (None, 9, "id 312")):
         with pytest.raises(InputError, match=f"marks of pictures: found {re.escape(found)}"):
             known.renumbered(branch, "other", kept, total)
+
+
+@pytest.mark.parametrize("pair", ["onevision"], indirect=True)
+def test_adamms(pair: Pair, tmp_path: Path):
+    """LLMs of two architectures, (1 - alpha) of the first and alpha of the second (arXiv
+    2503.23733); tokens, tower and merger are the first's, whose class opens it.
+    """
+    members, alpha = {"qwen": pair.home / "other", "onevision": pair.home / "onevision"}, 0.3
+    how = {"method": "linear", "params": {"weights": (1 - alpha, alpha)}, "vocab": "qwen"}
+    how |= {"export": "whole", "rules": [("visual|embed_tokens|lm_head", {"take": "qwen"})]}
+    converters.fuse(members, tmp_path / "out", **how)
+    second, first = (theirs.state_dict() for theirs in pair.theirs)
+    found, report = type(pair.theirs[1]).from_pretrained(tmp_path / "out", output_loading_info=True)
+    assert not any(report.values())
+    mixed = 0
+    for name, value in found.state_dict().items():
+        expected = first[name].double()
+        if "language_model." in name and "embed_tokens" not in name:
+            expected = (1 - alpha) * expected + alpha * second[name].double()
+            mixed += 1
+        limit = 2**-23 * float(expected.abs().max())  # of one rounding
+        torch.testing.assert_close(value.double(), expected, rtol=0, atol=limit)
+    assert mixed == 2 * 12 + 1
+    del how["rules"]
+    with pytest.raises(InputError, match="member 'onevision': branches.*joins others as branches"):
+        converters.fuse(members, tmp_path / "other", **how)

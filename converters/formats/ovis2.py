@@ -14,6 +14,7 @@ from typing import Any, get_args
 from converters import registry
 from converters.formats.llava import port_source
 from converters.formats.onevision import settings
+from converters.params import mlp
 from converters.params.table import TRANSPOSE, Names, Rule, Table, norm
 from converters.preprocessor import read_preprocessor
 from converters.source import Layout, Source, tokenizer_class
@@ -87,6 +88,7 @@ TABLE = Table(
     read=read,
     unused={},
     path=path,
+    recorded=mlp.recorded,
     rules=(
         Rule("head_linear.weight", "head/kernel", TRANSPOSE),
         *norm("head_norm", "norm"),

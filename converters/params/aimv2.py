@@ -27,6 +27,12 @@ TABLE = Table(
     read=read,
     unused={
         **TOWER,
+        # The authors', which published folders still have and the port does not read.
+        "backbone_config": ANY,
+        "backbone_kwargs": ANY,
+        "depths": ANY,
+        "drop_cls_token": ANY,
+        "tau": ANY,
         # The connector's.
         "hidden_stride": ANY,
         "num_visual_indicator_tokens": ANY,

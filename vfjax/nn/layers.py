@@ -105,7 +105,7 @@ class MLP(nnx.Module):
 class GatedMLP(nnx.Module):
     """down(act(gate(x)) * up(x)), [..., width] -> [..., width] (SwiGLU, arXiv 2002.05202)."""
 
-    def __init__(self, width: int, hidden: int, act: str, *, bias: bool, rngs: nnx.Rngs):
+    def __init__(self, width: int, hidden: int, act: str, *, bias: bool = True, rngs: nnx.Rngs):
         self.act = act
         self.gate = linear(width, hidden, ("embed", "mlp"), bias=bias, rngs=rngs)
         self.up = linear(width, hidden, ("embed", "mlp"), bias=bias, rngs=rngs)

@@ -21,7 +21,8 @@ def test_names():
     tensors = {name: ("F32", x.shape) for name, x in theirs.state_dict().items()}
     ours, unread, count = published(config.to_dict(), tensors)
     assert (ours, unread) == (AIMv2Config(), [])
-    assert TABLE.config({"model_type": "ovis2_vision"}) == ours
+    old = {"backbone_config": {"depth": 2}, "depths": None, "tau": 1.0, "vocab_size": 65536}
+    assert TABLE.config({"model_type": "ovis2_vision", **old}) == ours  # of published folders
     assert count == sum(math.prod(x.shape) for x in theirs.parameters())
 
 

@@ -15,7 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from vfjax.nn.layers import ACTIVATIONS, MLP, RMSNorm, layer_norm, linear, param, rotate
+from vfjax.nn.layers import MLP, GatedMLP, RMSNorm, layer_norm, linear, param, rotate
 from vfjax.nn.packed import ROWS, packed
 from vfjax.vision.encoders.vit import run
 
@@ -152,7 +152,7 @@ class Block(nnx.Module):
         self.norm1 = c.norm(rngs=rngs)
         self.attn = Attention(c.width, c.heads, rngs=rngs)
         self.norm2 = c.norm(rngs=rngs)
-        self.mlp = (Gated if c.gated else MLP)(c.width, c.mlp, c.act, rngs=rngs)
+        self.mlp = (GatedMLP if c.gated else MLP)(c.width, c.mlp, c.act, rngs=rngs)
 
     def __call__(self, x: Array, cos: Array, sin: Array, starts: Array, reach: int) -> Array:
         x = x + self.attn(self.norm1(x), cos, sin, starts, reach)
@@ -176,16 +176,3 @@ class Attention(nnx.Module):
             for y in (q, k)
         )
         return self.out(packed(q, k, v, starts, reach).reshape(x.shape))
-
-
-class Gated(nnx.Module):
-    """Gated MLP with biases, down(act(gate(x)) * up(x))."""
-
-    def __init__(self, width: int, hidden: int, act: str, *, rngs: nnx.Rngs):
-        self.act = act
-        self.gate = linear(width, hidden, ("embed", "mlp"), rngs=rngs)
-        self.up = linear(width, hidden, ("embed", "mlp"), rngs=rngs)
-        self.down = linear(hidden, width, ("mlp", "embed"), rngs=rngs)
-
-    def __call__(self, x: Array) -> Array:
-        return self.down(ACTIVATIONS[self.act](self.gate(x)) * self.up(x))

@@ -352,8 +352,8 @@ def merge_whole(
                 fix="name whole models",
             )
     heads = {name: x for name in TABLES if (x := merged[TEXT].get(names("llm", name)))}
-    rest = {name: x for name, x in merged[TEXT].items() if name not in loose}
-    llm = llm_config(source.llm, {**rest, **heads}, recipe, opened, LLM)
+    body = {name: x for name, x in merged[TEXT].items() if name not in loose}
+    llm = llm_config(source.llm, {**body, **heads}, recipe, opened, LLM)
     owners = {key: {k: x for k, x in each.items() if x} for key, each in alike.items()}
     return Whole(opened, tuple(request.members), like, merged, owners, llm)
 

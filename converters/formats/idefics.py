@@ -20,7 +20,7 @@ from converters.tokenizer import load_tokenizer
 from converters.towers import Towers
 from converters.values import ANY, MOST_ID, PRETRAINED, REQUIRED, Unused, Values
 from vfjax import InputError
-from vfjax.architectures import Film, Idefics, Marks, MLPConfig, ShuffleConfig
+from vfjax.architectures import Combine, Film, Idefics, Marks, MLPConfig, PixelShuffleConfig
 from vfjax.architectures.base import PatchEncoder
 from vfjax.architectures.idefics import largest_grid
 from vfjax.atomic import read_json
@@ -31,23 +31,26 @@ EDGE = 1 << 16
 """Most pixels of an edge."""
 
 
-def read(hf: Values) -> ShuffleConfig:
+def read(hf: Values) -> PixelShuffleConfig:
     """From `din`, `dout` and `scale`."""
     projector = MLPConfig(hf.whole("din"), hf.whole("dout"), layers=1, bias=False)
-    return ShuffleConfig(projector, hf.whole("scale"))
+    last = Combine(((-1,),), drop=0)
+    return PixelShuffleConfig(projector, last, hf.whole("scale"), normed=False)
 
 
-def path(hf: Values, images: ImageSpec, encoder: PatchEncoder, connector: ShuffleConfig) -> Idefics:
+def path(
+    hf: Values, images: ImageSpec, encoder: PatchEncoder, connector: PixelShuffleConfig
+) -> Idefics:
     """From `longest`, `split`, `marks` and `film`.
 
     Raises:
         InputError: a view's patches are no multiple of the scale, or there are no marks.
     """
     side = math.isqrt(encoder.tokens)
-    if not side or side % connector.scale:
+    if not side or side % connector.factor:
         raise InputError(
             f"{hf.where}: scale_factor",
-            found=f"{connector.scale}, and views of {side} x {side} patches",
+            found=f"{connector.factor}, and views of {side} x {side} patches",
             expected="a divisor of the patches a side",
             fix="correct scale_factor, max_image_size or patch_size",
         )

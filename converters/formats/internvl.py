@@ -21,7 +21,7 @@ from converters.source import Branch, Layout, Source, tokenizer_class
 from converters.towers import Towers
 from converters.values import ANY, DEEPEST, PRETRAINED, Unused, Values
 from vfjax import InputError
-from vfjax.architectures import Combine, InternVL, MLPConfig, NormedShuffleConfig
+from vfjax.architectures import Combine, InternVL, MLPConfig, PixelShuffleConfig
 from vfjax.architectures.base import PatchEncoder
 from vfjax.atomic import JSON, read_json
 from vfjax.text.chat import CHAT_TEMPLATE
@@ -35,23 +35,23 @@ CONTEXT, START, END = "<IMG_CONTEXT>", "<img>", "</img>"
 """What stands for a visual token, and before and behind those of a picture."""
 
 
-def read(hf: Values) -> NormedShuffleConfig:
+def read(hf: Values) -> PixelShuffleConfig:
     """Blocks of patches, normed and projected."""
     factor = hf.whole("factor", most=DEEPEST)
     din = hf.whole("din")
     if din % factor**2:
         raise hf.error("din", f"a multiple of {factor**2}, the patches of a block")
     (groups,) = mlp.groups(hf)
-    return NormedShuffleConfig(
+    return PixelShuffleConfig(
         MLPConfig(din, hf.whole("dout"), act=hf.activation("act", "gelu")),
         Combine((groups,), drop=1),
         factor,
-        hf.flag("transposed", False),
+        transposed=hf.flag("transposed", False),
     )
 
 
 def path(
-    hf: Values, images: ImageSpec, encoder: PatchEncoder, connector: NormedShuffleConfig
+    hf: Values, images: ImageSpec, encoder: PatchEncoder, connector: PixelShuffleConfig
 ) -> InternVL:
     """Tiles of a picture.
 

@@ -21,14 +21,15 @@ from vfjax.architectures.base import (
 from vfjax.architectures.combine import Combine
 from vfjax.architectures.comm import Comm, COMMConfig, MergeConfig
 from vfjax.architectures.dense_connector import dense
-from vfjax.architectures.idefics import Film, Idefics, Marks, ShuffleConfig
-from vfjax.architectures.internvl import InternVL, NormedShuffleConfig
+from vfjax.architectures.idefics import Film, Idefics, Marks
+from vfjax.architectures.internvl import InternVL
 from vfjax.architectures.llava import Llava, ProjectorConfig
 from vfjax.architectures.llava_next import LlavaNext
 from vfjax.architectures.mini_gemini import MiniGemini, MiningConfig
 from vfjax.architectures.mlp import MLPConfig
 from vfjax.architectures.onevision import OneVision
 from vfjax.architectures.ovis2 import Ovis2, VocabularyConfig
+from vfjax.architectures.pixel_shuffle import PixelShuffleConfig
 from vfjax.architectures.qwen3_vl import DeepMergersConfig, Frames, Qwen3VL
 from vfjax.architectures.qwen_vl import MergerConfig, QwenVL
 from vfjax.architectures.slime import Slime, SliMEConfig
@@ -57,10 +58,10 @@ __all__ = [
     "MergerConfig",
     "MiniGemini",
     "MiningConfig",
-    "NormedShuffleConfig",
     "OneVision",
     "Ovis2",
     "Pictures",
+    "PixelShuffleConfig",
     "Prepared",
     "ProjectorConfig",
     "Prompt",
@@ -68,7 +69,6 @@ __all__ = [
     "QwenVL",
     "Rows",
     "Run",
-    "ShuffleConfig",
     "SliMEConfig",
     "Slime",
     "Tapped",

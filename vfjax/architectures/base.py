@@ -234,6 +234,25 @@ class Run:
         return cls(np.concatenate(indices), np.concatenate(weights))
 
     @classmethod
+    def interleaved(cls, parts: Sequence[str | Sequence[int] | np.ndarray]) -> "Run":
+        """Text and visual tokens, one after another.
+
+        Args:
+            parts: texts, which become `words`; ids of text; int64[k] visual tokens of the memory.
+        """
+        words, marks, indices = list[str](), [], []
+        for part in parts:
+            if isinstance(part, str):
+                words.append(part)
+                part = (-1 - len(words),)
+            seen = isinstance(part, np.ndarray)
+            marks.append(np.full(len(part), -1) if seen else np.array(part, np.int64))
+            indices.append(part if seen else np.zeros(len(part), np.int64))
+        return cls(
+            np.concatenate(indices)[:, None], marks=np.concatenate(marks), words=tuple(words)
+        )
+
+    @classmethod
     def of(cls, indices: np.ndarray) -> "Run":
         """Tokens as the memory has them, int64[k]."""
         return cls(indices[:, None])

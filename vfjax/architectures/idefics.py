@@ -9,7 +9,7 @@ transformers' Idefics3 and SmolVLM: models, image and video processors, processo
 import dataclasses
 import datetime
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator
 from typing import ClassVar
 
 import jax
@@ -27,13 +27,11 @@ from vfjax.architectures.base import (
     Rows,
     Run,
     Size,
-    VisualTokens,
-    all_of,
     bucket,
     stacked,
 )
 from vfjax.architectures.boxes import NOWHERE, WHOLE, cells, cut
-from vfjax.architectures.mlp import MLPConfig
+from vfjax.architectures.pixel_shuffle import PixelShuffleConfig
 from vfjax.errors import InputError
 from vfjax.vision.images import ImageSpec, preprocess
 from vfjax.vision.video import Video
@@ -43,73 +41,6 @@ Ids = tuple[int, ...]
 
 LARGEST = 4096
 """The longest edge that a picture is enlarged to."""
-
-
-@dataclasses.dataclass(frozen=True)
-class ShuffleConfig:
-    """Pixel shuffle and one dense layer.
-
-    Attributes:
-        projector: of one layer, `scale` squared times the encoder's channels in.
-        scale: patches a side that become one token.
-    """
-
-    projector: MLPConfig
-    scale: int
-
-    @property
-    def act(self) -> str:
-        """Activation of the projector."""
-        return self.projector.act
-
-    @property
-    def taps(self) -> dict[str, tuple[int, ...]]:
-        """The last hidden state."""
-        return {"encoder": (-1,)}
-
-    @property
-    def channels(self) -> dict[str, tuple[int, int]]:
-        """See `vfjax.architectures.base.Connector`."""
-        return {"encoder": (self.scale**2, self.projector.din)}
-
-    @property
-    def dout(self) -> int:
-        """The LLM's width."""
-        return self.projector.dout
-
-    def build(self, *, rngs: nnx.Rngs) -> "Shuffle":
-        return Shuffle(self, rngs=rngs)
-
-
-class Shuffle(nnx.Module):
-    """The last hidden state -> visual tokens."""
-
-    def __init__(self, config: ShuffleConfig, *, rngs: nnx.Rngs):
-        self.config = config
-        self.projector = config.projector.build(rngs=rngs)
-
-    def __call__(self, states: Mapping[str, Sequence[Array]]) -> VisualTokens:
-        """A memory of all views' tokens.
-
-        Args:
-            states: "encoder": one hidden state [n, s * s, d].
-
-        Returns:
-            Tokens [n * (s / r)^2, D]; stages vision_features [n, s * s, d], connector_features
-            [n, (s / r)^2, d * r * r], image_features [n, (s / r)^2, D].
-        """
-        (plain,) = states["encoder"]
-        joined = joined_patches(plain, self.config.scale)
-        stages = {"vision_features": plain, "connector_features": joined}
-        return all_of(self.projector(joined), stages)
-
-
-def joined_patches(x: Array, scale: int) -> Array:
-    """[n, s * s, d] -> [n, (s / r)^2, r * r * d]: each r x r patches, row by row, on channels."""
-    n, tokens, d = x.shape
-    side = math.isqrt(tokens) // scale
-    y = x.reshape(n, side, scale, side, scale, d).swapaxes(2, 3)
-    return y.reshape(n, side * side, scale * scale * d)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -139,7 +70,7 @@ class Film:
         edge: longest edge that a frame is resized to before it is stretched to a tile.
         tile: side of that tile; one that is not the pictures' is refused where a video is shown.
         frames: that are read of a video, at most; None: the folder does not say.
-        rate: frames of a second that are read; None likewise.
+        rate: frames of a second that are read; None: the folder does not say.
     """
 
     edge: int
@@ -178,7 +109,7 @@ class Idefics:
 
     Attributes:
         encoder: config of the encoder.
-        connector: a `ShuffleConfig`.
+        connector: config of the connector.
         images: of a tile.
         longest: edge that a picture is enlarged or shrunk to.
         split: whether a picture is tiled; otherwise it is one view, stretched to a tile.
@@ -188,7 +119,7 @@ class Idefics:
     """
 
     encoder: PatchEncoder
-    connector: ShuffleConfig
+    connector: PixelShuffleConfig
     images: ImageSpec
     longest: int
     split: bool
@@ -207,7 +138,7 @@ class Idefics:
     @property
     def side(self) -> int:
         """Tokens a side of a view."""
-        return math.isqrt(self.encoder.tokens) // self.connector.scale
+        return math.isqrt(self.encoder.tokens) // self.connector.factor
 
     @property
     def most(self) -> int:
@@ -257,19 +188,21 @@ class Idefics:
     def run(self, grid: Size) -> Run:
         """A picture's tokens and marks, indices from its first view."""
         (cols, rows), marks = grid, self.marks
-        parts: list[Ids | int] = []
+        parts: list[Ids | np.ndarray] = []
         for row in range(rows):
             for col in range(cols):
-                parts += [marks.edge, marks.tiles[row * self.most + col], row * cols + col]
+                view = self._view(row * cols + col)
+                parts += [marks.edge, marks.tiles[row * self.most + col], view]
             parts.append(marks.last if row + 1 == rows else marks.line)
-        return self._read([*parts, marks.edge, marks.whole, rows * cols, marks.edge])
+        last = self._view(rows * cols)
+        return Run.interleaved([*parts, marks.edge, marks.whole, last, marks.edge])
 
     def shown(self, video: Video) -> Run:
         """A video's tokens and marks, indices from its first frame; texts are words of the run."""
-        marks, count = self.marks, len(video.frames)
-        frames = [(marks.edge, marks.whole, k, marks.edge) for k in range(count)]
+        marks, views = self.marks, [self._view(k) for k in range(len(video.frames))]
+        frames = [(marks.edge, marks.whole, view, marks.edge) for view in views]
         if self.film is None:
-            return self._read([part for frame in frames for part in frame])
+            return Run.interleaved([part for frame in frames for part in frame])
         if self.film.tile != self.images.size:
             raise InputError(
                 "video",
@@ -278,11 +211,9 @@ class Idefics:
                 fix="correct max_image_size of one of them",
             )
         intro, *times, end = sayings(video)
-        parts: list[Ids | int] = []
-        for k, frame in enumerate(frames):
-            parts += [(-2 - k,), *frame]
-        run = self._read([*parts, (-2 - count,)])
-        return dataclasses.replace(run, words=(intro + times[0], *times[1:], end))
+        texts = [intro + times[0], *times[1:]]
+        parts = [part for k, frame in enumerate(frames) for part in (texts[k], *frame)]
+        return Run.interleaved([*parts, end])
 
     def choose(self, total: int, rate: float) -> np.ndarray:
         """Frames of a video that are read, for `vfjax.open_video`; see `Film.choose`.
@@ -299,17 +230,9 @@ class Idefics:
             )
         return self.film.choose(total, rate)
 
-    def _read(self, parts: Sequence[Ids | int]) -> Run:
-        """Marks and numbers of views, one after another."""
-        marks, indices = [], []
-        for part in parts:
-            if isinstance(part, int):
-                marks.append(np.full(self.side**2, -1))
-                indices.append(part * self.side**2 + np.arange(self.side**2))
-            else:
-                marks.append(np.array(part, np.int64))
-                indices.append(np.zeros(len(part), np.int64))
-        return Run(np.concatenate(indices)[:, None], marks=np.concatenate(marks))
+    def _view(self, number: int) -> np.ndarray:
+        """Tokens of a view in the memory."""
+        return number * self.side**2 + np.arange(self.side**2)
 
     def _views(self, image: Image.Image, grid: Size) -> Iterator[Image.Image]:
         """Tiles, row by row, and the whole."""

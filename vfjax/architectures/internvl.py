@@ -8,7 +8,7 @@ README.md for videos; transformers' InternVL computes the same.
 
 import dataclasses
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import ClassVar
 
 import jax
@@ -24,75 +24,16 @@ from vfjax.architectures.base import (
     Rows,
     Run,
     Size,
-    VisualTokens,
-    all_of,
     bucket,
     stacked,
 )
 from vfjax.architectures.boxes import NOWHERE, WHOLE, cells, cut, frame
-from vfjax.architectures.combine import Combine
-from vfjax.architectures.idefics import joined_patches
-from vfjax.architectures.mlp import MLPConfig, Projecting
-from vfjax.nn.layers import layer_norm
+from vfjax.architectures.pixel_shuffle import PixelShuffleConfig
 from vfjax.vision import tiling
 from vfjax.vision.images import ImageSpec, preprocess
 from vfjax.vision.video import Video
 
 Array = jax.Array
-
-
-@dataclasses.dataclass(frozen=True)
-class NormedShuffleConfig(Projecting):
-    """Each block of `factor` x `factor` patches becomes a token, which is normed and projected.
-
-    Attributes:
-        projector: reads the channels of a block.
-        combine: the hidden state that is read, without the class token.
-        factor: patches a side, 1 / `downsample_ratio`.
-        transposed: rows and columns of tokens are exchanged, as by the authors' `ps_version` "v1".
-    """
-
-    projector: MLPConfig
-    combine: Combine = Combine(((-1,),))
-    factor: int = 2
-    transposed: bool = False
-
-    @property
-    def channels(self) -> dict[str, tuple[int, int]]:
-        """See `Connector`; channels of one patch."""
-        return {"encoder": (1, self.projector.din // self.factor**2)}
-
-    def build(self, *, rngs: nnx.Rngs) -> "NormedShuffle":
-        return NormedShuffle(self, rngs=rngs)
-
-
-class NormedShuffle(nnx.Module):
-    """Hidden states -> visual tokens."""
-
-    def __init__(self, config: NormedShuffleConfig, *, rngs: nnx.Rngs):
-        self.config = config
-        self.norm = layer_norm(config.projector.din, 1e-5, rngs=rngs)
-        self.projector = config.projector.build(rngs=rngs)
-
-    def __call__(self, states: Mapping[str, Sequence[Array]]) -> VisualTokens:
-        """The memory.
-
-        Args:
-            states: "encoder": hidden states [n, 1 + s, d] at the tap.
-
-        Returns:
-            Tokens [n * s', D], s' = s / factor^2; stages vision_features [n, s, d],
-            connector_features [n, s', d * factor^2], image_features [n, s', D].
-        """
-        c = self.config
-        plain, _ = c.combine(states["encoder"])
-        blocks = joined_patches(plain, c.factor)
-        if c.transposed:
-            n, tokens, d = blocks.shape
-            side = math.isqrt(tokens)
-            blocks = blocks.reshape(n, side, side, d).swapaxes(1, 2).reshape(n, tokens, d)
-        stages = {"vision_features": plain, "connector_features": blocks}
-        return all_of(self.projector(self.norm(blocks)), stages)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -111,7 +52,7 @@ class InternVL:
     """
 
     encoder: PatchEncoder
-    connector: NormedShuffleConfig
+    connector: PixelShuffleConfig
     images: ImageSpec
     least: int = 1
     most: int = 12
@@ -167,7 +108,7 @@ class InternVL:
                 shown = tiling.grid_tiles(each, grid, tile, thumbnail=self.thumbnail)
                 parts += [first + np.arange(len(shown) * each_has), end]
             views += [preprocess(view, self.images) for view in shown]
-            runs.append(_read(parts))
+            runs.append(Run.interleaved(parts))
         count = bucket(len(views)) if slots is None else slots * self.views
         inputs = Inputs(stacked(views, count, tile))
         return Prepared(inputs, runs, count * each_has)
@@ -188,14 +129,3 @@ class InternVL:
 
     def build(self, *, rngs: nnx.Rngs) -> Branch:
         return Branch(self, rngs=rngs)
-
-
-def _read(parts: Sequence[str | np.ndarray]) -> Run:
-    """Words, and tokens as the memory has them, one after another."""
-    words, marks, indices = list[str](), [], []
-    for part in parts:
-        said = isinstance(part, str)
-        indices.append(np.zeros(1, np.int64) if isinstance(part, str) else part)
-        marks.append(np.full(len(indices[-1]), -2 - len(words) if said else -1))
-        words += [part] if isinstance(part, str) else []
-    return Run(np.concatenate(indices)[:, None], marks=np.concatenate(marks), words=tuple(words))

@@ -34,7 +34,8 @@ from vfjax.architectures.base import (
     stacked,
 )
 from vfjax.architectures.boxes import NOWHERE, WHOLE, cells, cut
-from vfjax.architectures.idefics import IdeficsBranch, joined_patches
+from vfjax.architectures.idefics import IdeficsBranch
+from vfjax.architectures.pixel_shuffle import joined_patches
 from vfjax.nn.layers import layer_norm, linear, param
 from vfjax.vision import tiling
 from vfjax.vision.images import ImageSpec, preprocess
@@ -239,12 +240,8 @@ class Ovis2:
     def film(self, frames: int) -> Run:
         """A video's tokens, a newline between frames."""
         start, whole, _, _, end = self._marks()
-        line = np.zeros(1, np.int64)
-        parts = [[start, self._view(k), whole, end, line] for k in range(frames)]
-        read = Run.of(np.concatenate([part for frame in parts for part in frame][:-1]))
-        marks = np.full(len(read), -1)
-        marks[self.side**2 + 3 :: self.side**2 + 4] = -2
-        return dataclasses.replace(read, marks=marks, words=("\n",))
+        parts = [("\n", start, self._view(k), whole, end) for k in range(frames)]
+        return Run.interleaved([part for frame in parts for part in frame][1:])
 
     def _view(self, number: int) -> np.ndarray:
         return number * self.side**2 + np.arange(self.side**2)

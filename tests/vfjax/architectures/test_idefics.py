@@ -2,14 +2,13 @@
 
 import sys
 
-import jax.numpy as jnp
 import numpy as np
 import pytest
 from PIL import Image
 
 from vfjax import InputError, Video
-from vfjax.architectures import Film, Idefics, Marks, MLPConfig, ShuffleConfig
-from vfjax.architectures.idefics import joined_patches, largest_grid, resized
+from vfjax.architectures import Combine, Film, Idefics, Marks, MLPConfig, PixelShuffleConfig
+from vfjax.architectures.idefics import largest_grid, resized
 from vfjax.vision.encoders import IdeficsConfig
 from vfjax.vision.images import ImageSpec
 
@@ -20,7 +19,9 @@ MARKS = Marks((1,), tuple((2, k) for k in range(9)), (3,), (4, 4), (5,))
 def path(split: bool = True, film: Film | None = None) -> Idefics:
     return Idefics(
         IdeficsConfig(8, 1, 1, 8, patch=4, image_size=48, input_size=48),
-        ShuffleConfig(MLPConfig(32, 8, 1, bias=False), 2),
+        PixelShuffleConfig(
+            MLPConfig(32, 8, 1, bias=False), Combine(((-1,),), drop=0), normed=False
+        ),
         ImageSpec(48, 48, "squash", "crop", HALF, HALF, resample=1),
         longest=144,
         split=split,
@@ -49,12 +50,6 @@ def test_bright_tokens_lie_on_the_bright_spot(size: tuple[int, int]):
         share = bright[number][part] / bright[number][part].sum()
         spot = (share[:, None] * middle[part]).sum(axis=0)
         np.testing.assert_allclose(spot, (x, y), atol=max(size) / 9)
-
-
-def test_patches_are_joined_row_by_row():
-    x = jnp.arange(16.0).reshape(1, 16, 1)
-    found = joined_patches(x, 2)[0]
-    assert found.tolist() == [[0, 1, 4, 5], [2, 3, 6, 7], [8, 9, 12, 13], [10, 11, 14, 15]]
 
 
 def test_whole_pictures_and_frames():

@@ -5,7 +5,7 @@ import pytest
 from PIL import Image
 
 from vfjax import Video
-from vfjax.architectures import Combine, InternVL, MLPConfig, NormedShuffleConfig
+from vfjax.architectures import Combine, InternVL, MLPConfig, PixelShuffleConfig
 from vfjax.vision.encoders import InternViTConfig
 from vfjax.vision.images import ImageSpec
 
@@ -14,7 +14,7 @@ ENCODER = InternViTConfig(8, 1, 2, 8, patch=2, image_size=8, input_size=8)
 
 def internvl(*, transposed: bool = False, **options) -> InternVL:
     """Tiles of 8 x 8 pixels, 2 x 2 tokens; pixels of 0 to 1."""
-    connector = NormedShuffleConfig(MLPConfig(32, 16), Combine(((-1,),)), transposed=transposed)
+    connector = PixelShuffleConfig(MLPConfig(32, 16), Combine(((-1,),)), transposed=transposed)
     images = ImageSpec(8, 8, "squash", "crop", (0.0,) * 3, (1.0,) * 3)
     return InternVL(ENCODER, connector, images, **options)
 

@@ -49,7 +49,7 @@ def test_a_video_is_lines_of_pictures():
     assert lone.indices[:, 0].tolist() == [end, 0, 1, 2, 3, end + 1, end + 4]
     spoken = run.tokenized(lambda text: [7, 8])
     frame = [-1] * 7
-    assert run.words == ("\n",)
+    assert run.words == ("\n", "\n")
     assert spoken.text.tolist() == [*frame, 7, 8, *frame, 7, 8, *frame]
     assert run.indices[8:15, 0].tolist() == [end, 8, 9, 10, 11, end + 1, end + 4]
 

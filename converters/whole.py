@@ -317,8 +317,8 @@ def merge_whole(
         )
     check_modules(recipe, source)
     names = Names(source, {part: dict(found) for part, found in spare_names(source).items()})
-    rest = [names(p, n) for p, found in parts[like].items() if p != "llm" for n in found]
-    opened = llms_beside(recipe, opened, like, rest)
+    kept = [names(p, n) for p, found in parts[like].items() if p != "llm" for n in found]
+    opened = llms_beside(recipe, opened, like, kept)
     parts = {x: p if opened[x].branches else {"llm": p["llm"]} for x, p in parts.items()}
     check_alike(opened, request.members, like, request.template)
     models, loose = {}, set[str]()

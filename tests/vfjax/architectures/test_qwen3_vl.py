@@ -197,3 +197,20 @@ def test_bad_videos(port: Port):
         path.prepare([[Video((Image.new("RGB", (8, 8)),))]])
     with pytest.raises(InputError, match="frames of one size"):
         path.prepare([[Video((Image.new("RGB", (8, 8)), Image.new("RGB", (8, 9))))]])
+
+
+def test_fifty_pictures_need_few_programs(port: Port):
+    """One a length of the sequence, learned positions included; two processes make one batch."""
+    rng = np.random.default_rng(0)
+    path = port.model.config.branches[0].architecture
+    keys, lengths = set(), set()
+    for _ in range(50):
+        inputs = path.prepare([[Image.new("RGB", tuple(rng.integers(8, 300, 2).tolist()))]]).inputs
+        shapes = [x.shape for x in jax.tree.leaves(inputs)]
+        keys.add((str(shapes), jax.tree.structure(inputs)))
+        lengths.add(len(inputs.pixels))
+    assert len(keys) == len(lengths) <= 4
+    shares = [path.prepare([[Image.new("RGB", size)]], slots=2) for size in ((20, 30), (60, 9))]
+    joined = jax.tree.map(lambda *x: np.concatenate(x), *(share.inputs for share in shares))
+    alone = stretched(joined.place, joined.frames, path.encoder.side)
+    assert (joined.indices == alone[0]).all() and (joined.weights == alone[1]).all()

@@ -161,7 +161,7 @@ def _held(source: Source, places: Sequence[Place], tower_source: str) -> Source:
     branches = {branch.name: branch for branch in source.branches}
     for part, tower in source.towers.items():
         if _reads_own(part, tower, there, source.tuned, tower_source):
-            held[part] = _as_held(source, part, towers.pop(part), places)
+            held[part] = _as_deep(source, part, towers.pop(part), places)
             branch, name = source.encoders[part]
             branches[branch.name] = branches[branch.name].with_encoder(name, held[part].config)
         elif not tower.tensors:
@@ -174,8 +174,8 @@ def _held(source: Source, places: Sequence[Place], tower_source: str) -> Source:
     return dataclasses.replace(source, branches=tuple(branches.values()), towers=towers, held=held)
 
 
-def _as_held(source: Source, part: str, tower: Tower, places: Iterable[Place]) -> Tower:
-    """A tower as the checkpoint holds it: perhaps without the last layers, if no tap reads them.
+def _as_deep(source: Source, part: str, tower: Tower, places: Iterable[Place]) -> Tower:
+    """A tower with the layers that the checkpoint holds: the last may lack if no tap reads them.
 
     Dense Connector's code drops SigLIP's last layer before it saves (siglip_encoder.py).
     """

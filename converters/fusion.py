@@ -37,6 +37,7 @@ from converters.plan import Part, layers_of, llm_config, merge_parts
 from converters.positions import compared, shared_llm
 from converters.request import Request, check_request
 from converters.source import LAYOUTS, Source
+from converters.tensor_names import by_folder
 from converters.tokenizer_union import made_tokenizer
 from converters.towers import Towers
 from converters.vocabulary import (
@@ -47,7 +48,7 @@ from converters.vocabulary import (
     said,
     tokenizer_files,
 )
-from converters.whole import Whole, by_folder, merge_whole, with_tensors
+from converters.whole import Whole, merge_whole, with_tensors
 from vfjax import InputError, __version__
 from vfjax.merge import (
     METHODS,

@@ -12,6 +12,34 @@ from vfjax.atomic import JSON, read_json
 from vfjax.errors import cut
 from vfjax.vision.images import Convert, ImageSpec
 
+PROCESSOR: Unused = {
+    "auto_map": ANY,
+    "chat_template": ANY,
+    "feature_extractor": ANY,
+    "image_processor": ANY,
+    "processor_class": ANY,
+    "tokenizer": ANY,
+}
+"""Keys of processor_config.json that are read elsewhere, or by no class."""
+
+IDLE: Unused = {
+    "crop_size": (None,),
+    "data_format": ANY,
+    "default_to_square": ANY,  # of a size that is one number
+    "device": ANY,
+    "disable_grouping": ANY,
+    "do_center_crop": (None, False),
+    "do_pad": ANY,  # of a batch, with views that are not read
+    "do_sample_frames": ANY,  # frames are chosen before
+    "feature_extractor_type": ANY,
+    "pad_size": ANY,
+    "processor_class": ANY,
+    "return_metadata": ANY,
+    "return_tensors": ANY,
+    "video_metadata": ANY,
+}
+"""Settings of image and video processors of tiles, without effect on pixels at these values."""
+
 _HALF = (0.5, 0.5, 0.5)
 _SWITCHES = {"do_resize": True, "do_rescale": True, "do_normalize": True}
 _CLIP = {
@@ -189,7 +217,8 @@ def _native(config: Mapping[str, Any], code: str, name: str) -> ImageSpec:
     """`from_preprocessor` of those in `NATIVE`; min_pixels and max_pixels stand before `size`.
 
     Raises:
-        InputError: as there; fewest pixels above the most.
+        InputError: a setting that is missing, of the wrong type or not supported; fewest pixels
+            above the most.
     """
     switches = (*_SWITCHES, "do_convert_rgb")
     given = {key: x for key, x in config.items() if x is not None or key in switches}

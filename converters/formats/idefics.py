@@ -14,7 +14,7 @@ from converters import registry
 from converters.formats.llava import port_source
 from converters.params import mlp
 from converters.params.table import TRANSPOSE, Names, Rule, Table
-from converters.preprocessor import read_preprocessor
+from converters.preprocessor import IDLE, PROCESSOR, read_preprocessor
 from converters.source import Layout, Source, tokenizer_class
 from converters.tokenizer import load_tokenizer
 from converters.towers import Towers
@@ -112,22 +112,9 @@ IMAGES = {
 """Defaults of the image processors, and of SmolVLM's video processor."""
 
 SETTINGS: Unused = {
-    "crop_size": (None,),
-    "data_format": ANY,
-    "default_to_square": ANY,  # of a size that is one number
-    "device": ANY,
-    "disable_grouping": ANY,
-    "do_center_crop": (None, False),
-    "do_pad": ANY,  # of a batch, with views that are not read
-    "do_sample_frames": ANY,  # frames are chosen before
-    "feature_extractor_type": ANY,
+    **IDLE,
     "input_data_format": ANY,
-    "pad_size": ANY,
-    "processor_class": ANY,
-    "return_metadata": ANY,
     "return_row_col_info": ANY,
-    "return_tensors": ANY,
-    "video_metadata": ANY,
     "_valid_processor_keys": ANY,
 }
 """Other settings, without effect on a picture's pixels at these values."""
@@ -255,15 +242,8 @@ def _processor(folder: Path, tokens: int) -> Mapping[str, Any] | None:
     if values.whole("image_seq_len") != tokens:
         raise values.error("image_seq_len", f"{tokens}, the tokens of a view that the model makes")
     video = values.mapping("video_processor", None)
-    values.done(dict.fromkeys(PROCESSOR, ANY))
+    values.done({**PROCESSOR, "image_token": ANY})
     return video
-
-
-PROCESSOR = (
-    *("auto_map", "chat_template", "feature_extractor", "image_processor", "image_token"),
-    *("processor_class", "tokenizer"),
-)
-"""Keys of processor_config.json that are read elsewhere, or that its class does not read."""
 
 
 def _film(

@@ -12,11 +12,11 @@ from typing import Any
 
 from converters import registry
 from converters.chat import read_chat_template
-from converters.formats.llava import HF, port_parts
+from converters.formats.llava import HF, port_names, port_parts
 from converters.formats.onevision import check_video, settings
 from converters.params import mlp
 from converters.params.table import Names, Table, dense, norm
-from converters.preprocessor import read_preprocessor
+from converters.preprocessor import PROCESSOR, read_preprocessor
 from converters.source import Branch, Layout, Source, tokenizer_class
 from converters.towers import Towers
 from converters.values import ANY, DEEPEST, PRETRAINED, Unused, Values
@@ -302,34 +302,17 @@ def _check_processor(folder: Path, branch: Branch, factor: int) -> None:
     if values.whole("image_seq_length", 256) != count:
         raise values.error("image_seq_length", f"{count}, the tokens of a tile of {side} pixels")
     check_video(folder, values, branch.preprocessor)
-    values.done(dict.fromkeys(PROCESSOR, ANY))
-
-
-PROCESSOR = (
-    *("auto_map", "chat_template", "feature_extractor", "image_processor"),
-    *("processor_class", "tokenizer"),
-)
-"""Keys of processor_config.json that are read elsewhere, or that its class does not read."""
+    values.done(PROCESSOR)
 
 
 def hf_names(source: Source) -> Names:
     """Names of the hub, and of transformers in memory."""
-    branch = f"branches.{source.branches[0].name}"
-    return (
-        ("language_model.model.", "llm", "model."),
-        ("language_model.lm_head.", "llm", "lm_head."),
-        ("model.language_model.", "llm", "model."),
-        ("lm_head.", "llm", "lm_head."),
-        *(
-            (start + old, f"{branch}.{part}", new)
-            for start in ("", "model.")
-            for old, part, new in (
-                ("vision_tower.", "encoder", ""),
-                ("multi_modal_projector.layer_norm.", "connector", "0."),
-                ("multi_modal_projector.linear_1.", "connector", "1."),
-                ("multi_modal_projector.linear_2.", "connector", "3."),
-            )
-        ),
+    return port_names(
+        source,
+        ("vision_tower.", "encoder", ""),
+        ("multi_modal_projector.layer_norm.", "connector", "0."),
+        ("multi_modal_projector.linear_1.", "connector", "1."),
+        ("multi_modal_projector.linear_2.", "connector", "3."),
     )
 
 

@@ -423,6 +423,24 @@ def _check_processor(path: Path, branch: Mapping[str, Any]) -> None:
 
 def hf_names(source: Source) -> Names:
     """Names of the hub, and of later transformers in memory and on disk."""
+    return port_names(
+        source,
+        ("vision_tower.vision_model.", "encoder", ""),
+        ("vision_tower.", "encoder", ""),
+        ("multi_modal_projector.linear_1.", "connector", "0."),
+        ("multi_modal_projector.linear_2.", "connector", "2."),
+        ("image_newline", "connector", "image_newline"),
+    )
+
+
+def port_names(source: Source, *own: tuple[str, str, str]) -> Names:
+    """Names of a port whose LLM is `language_model`, of the hub and of transformers in memory.
+
+    Args:
+        source: with one branch.
+        own: (prefix in the folder, part of the branch, prefix in its table), perhaps behind
+            "model.".
+    """
     branch = f"branches.{source.branches[0].name}"
     return (
         ("language_model.model.", "llm", "model."),
@@ -432,13 +450,7 @@ def hf_names(source: Source) -> Names:
         *(
             (start + old, f"{branch}.{part}", new)
             for start in ("", "model.")
-            for old, part, new in (
-                ("vision_tower.vision_model.", "encoder", ""),
-                ("vision_tower.", "encoder", ""),
-                ("multi_modal_projector.linear_1.", "connector", "0."),
-                ("multi_modal_projector.linear_2.", "connector", "2."),
-                ("image_newline", "connector", "image_newline"),
-            )
+            for old, part, new in own
         ),
     )
 

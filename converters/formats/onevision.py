@@ -26,7 +26,7 @@ from converters.formats.llava import (
 )
 from converters.params import mlp
 from converters.params.table import Table
-from converters.preprocessor import read_preprocessor
+from converters.preprocessor import IDLE, PROCESSOR, read_preprocessor
 from converters.source import Layout, Made, New, Source
 from converters.towers import Prefixes, Towers
 from converters.values import ANY, REQUIRED, Unused, Values
@@ -202,24 +202,11 @@ IMAGES = {
 """Defaults of LlavaOnevisionImageProcessor, and of its video processor."""
 
 SETTINGS: Unused = {
-    "crop_size": (None,),
-    "data_format": ANY,
-    "default_to_square": ANY,  # of a size that is one number
-    "device": ANY,
-    "disable_grouping": ANY,
-    "do_center_crop": (None, False),
-    "do_pad": ANY,  # of a batch, with views that are not read
-    "do_sample_frames": ANY,  # frames are chosen before
-    "feature_extractor_type": ANY,
+    **IDLE,
     "fps": ANY,
     "image_processor_type": ANY,
     "initial_shift": ANY,
     "num_frames": ANY,
-    "pad_size": ANY,
-    "processor_class": ANY,
-    "return_metadata": ANY,
-    "return_tensors": ANY,
-    "video_metadata": ANY,
     "video_processor_type": ANY,
 }
 """Other settings of both, without effect on a picture's pixels at these values."""
@@ -310,7 +297,7 @@ def _check_processor(folder: Path, branch: Mapping[str, Any]) -> None:
             "view that the model makes",
         )
     check_video(folder, values, branch["preprocessor"])
-    values.done(dict.fromkeys(PROCESSOR, ANY))
+    values.done({**PROCESSOR, "image_token": ANY, "video_token": ANY})
 
 
 def check_video(folder: Path, values: Values, images: Mapping[str, Any]) -> None:
@@ -337,13 +324,6 @@ def check_video(folder: Path, values: Values, images: Mapping[str, Any]) -> None
                 expected=f"{cut(repr(images[key]))}, as the image processor's",
                 fix="correct one of them",
             )
-
-
-PROCESSOR = (
-    *("auto_map", "chat_template", "feature_extractor", "image_processor", "image_token"),
-    *("processor_class", "tokenizer", "video_token"),
-)
-"""Keys of processor_config.json that are read elsewhere, or that its class does not read."""
 
 
 def _same(one: object, other: object) -> bool:

@@ -16,7 +16,7 @@ from converters.formats.llava import port_source
 from converters.formats.onevision import settings
 from converters.params import mlp
 from converters.params.table import TRANSPOSE, Names, Rule, Table, norm
-from converters.preprocessor import read_preprocessor
+from converters.preprocessor import PROCESSOR, read_preprocessor
 from converters.source import Layout, Source, tokenizer_class
 from converters.tokenizer import load_tokenizer
 from converters.towers import Towers
@@ -192,20 +192,13 @@ def _images(folder: Path, tokens: int) -> tuple[dict[str, Any], dict[str, Any]]:
     values = Values(read_json(file) if file.is_file() else {}, str(file), {"image_seq_length": 256})
     if images and values.whole("image_seq_length") != tokens:
         raise values.error("image_seq_length", f"{tokens}, the tokens of a view by config.json")
-    values.done(dict.fromkeys(PROCESSOR, ANY))
+    values.done({**PROCESSOR, "image_token": ANY})
     most = tiles.whole("max_patches", most=TILES)
     return images, {
         "least": tiles.whole("min_patches", most=TILES),
         "most": most if tiles.flag("crop_to_patches") else 1,
         "covering": tiles.flag("use_covering_area_grid"),
     }
-
-
-PROCESSOR = (
-    *("auto_map", "chat_template", "feature_extractor", "image_processor", "image_seq_length"),
-    *("image_token", "processor_class", "tokenizer"),
-)
-"""Keys of processor_config.json that are read elsewhere, or that its class does not read."""
 
 
 def _order(folder: Path, config: Values, marks: int) -> list[int]:

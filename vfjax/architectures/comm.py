@@ -209,8 +209,8 @@ class COMM(nnx.Module):
                 the taps.
 
         Returns:
-            Tokens [n * s', D]; stages vision_features [n, s, d], merged; aux_features likewise,
-            with a second encoder; connector_features, joined; image_features [n, s', D].
+            Tokens [n * s', D]; stages, vision_features and, with a second encoder, aux_features
+            [n, s, d], merged; connector_features, joined; image_features [n, s', D].
 
         Raises:
             InputError: see `COMMConfig.tokens`.

@@ -110,8 +110,9 @@ class Mining(nnx.Module):
                 picture by picture, the whole one last; "aux": stages [n, h, w, c].
 
         Returns:
-            Tokens [n * views * s, D]; stages vision_features [n * views, s, d]; mined, likewise;
-            aux_features [n, h, w, c]; connector_features and image_features [n, views * s, ...].
+            Tokens [n * views * s, D]; stages vision_features and mined
+            [n * views, s, d]; aux_features [n, h, w, c]; connector_features and image_features
+            [n, views * s, ...].
         """
         c = self.config
         plain, joined = c.combine(states["encoder"])

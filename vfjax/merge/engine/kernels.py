@@ -41,11 +41,11 @@ def block_kernel(
         start: flat index in the tensor of the block's first element.
         words: random, of `draw`; None for methods that draw none.
         method: see `advance`.
-        flags: see there.
-        has_base: see there.
+        flags: see `advance`.
+        has_base: see `advance`.
         dtype: of the result.
         width: see `advance`.
-        is_vector: see there.
+        is_vector: see `advance`.
     """
     result = advance(
         sources,

@@ -3,7 +3,7 @@
 import dataclasses
 import math
 import re
-from typing import Any, Self
+from typing import TYPE_CHECKING, Any, Self
 
 import jax
 import jax.numpy as jnp
@@ -12,6 +12,8 @@ from flax import nnx
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jax.stages import Wrapped
 from ml_collections import ConfigDict
+from tokenizers import Tokenizer
+from tokenizers.models import WordLevel
 
 from converters.load import abstract, join
 from experiments.tasks.chips import COLLECTIVES, stand_ins
@@ -23,6 +25,9 @@ from vfjax.sharding import by_token, param_sharding, rows_over
 from vfjax.train import Group, LoRAConfig, Optim, State, add_lora, make_step, split
 from vfjax.train.optim import name_of, named
 from vfjax.train.step import cast
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerFast
 
 Shape = jax.ShapeDtypeStruct
 
@@ -42,10 +47,18 @@ def model_of(config: ConfigDict, made: ModelConfig, mesh: Mesh, *, lora: bool = 
     return join(graph, params)
 
 
+def one_token() -> "PreTrainedTokenizerFast":
+    """A tokenizer to which every text is one token, as the marks around pictures are."""
+    from transformers import PreTrainedTokenizerFast
+
+    words = Tokenizer(WordLevel({"?": 0}, unk_token="?"))
+    return PreTrainedTokenizerFast(tokenizer_object=words)
+
+
 def batch_of(config: ConfigDict, made: ModelConfig, mesh: Mesh, batch: int) -> Batch:
     """Inputs of the job as shapes: rows of one picture and of text, over the mesh's row axes."""
     labels = config.job == "train"
-    processor = Processor(made, lengths=tuple(range(128, 65536, 128)))
+    processor = Processor(made, one_token(), lengths=tuple(range(128, 65536, 128)))
     if not made.branches:
         raise InputError(
             "config.model",

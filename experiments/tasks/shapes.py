@@ -1,5 +1,6 @@
 """Published sizes of LLMs and of members' branches, from their config.json files."""
 
+import dataclasses
 from collections.abc import Callable
 from pathlib import Path
 
@@ -9,22 +10,44 @@ from vfjax import InputError
 from vfjax.architectures import (
     Comm,
     COMMConfig,
+    DeepMergersConfig,
+    InternVL,
     Llava,
     MergeConfig,
+    MergerConfig,
     MiniGemini,
     MiningConfig,
     MLPConfig,
+    NormedShuffleConfig,
     ProjectorConfig,
+    Qwen3VL,
+    QwenVL,
     Slime,
     SliMEConfig,
     dense,
 )
 from vfjax.llm.llama import LlamaConfig
 from vfjax.model import BranchConfig, ModelConfig
-from vfjax.vision.encoders import CLIPConfig, ConvNeXtConfig, DINOv2Config, SigLIPConfig
+from vfjax.vision.encoders import (
+    CLIPConfig,
+    ConvNeXtConfig,
+    DINOv2Config,
+    InternViTConfig,
+    QwenViTConfig,
+    SigLIPConfig,
+)
 from vfjax.vision.images import ImageSpec
 
+QWEN2_5 = LlamaConfig(152064, 3584, 28, 28, 4, 128, 18944, 32768, eps=1e-6, qkv_bias=True)
+QWEN3 = LlamaConfig(151936, 4096, 36, 32, 8, 128, 12288, 40960, eps=1e-6, qk_norm=True)
 LLMS = {
+    # With M-RoPE, of which branches that don't place their tokens see nothing.
+    "qwen2.5-7b": dataclasses.replace(
+        QWEN2_5, rope_theta=1e6, rope_axes=(0,) * 16 + (1,) * 24 + (2,) * 24
+    ),
+    "qwen3-8b": dataclasses.replace(
+        QWEN3, rope_theta=1e6, rope_axes=tuple(i % 3 if i < 60 else 0 for i in range(64))
+    ),
     "vicuna-7b": LlamaConfig(32000, 4096, 32, 32, 32, 128, 11008, 4096),
     "vicuna-13b": LlamaConfig(32000, 5120, 40, 40, 40, 128, 13824, 4096),
     "llama-3-8b": LlamaConfig(128256, 4096, 32, 32, 8, 128, 14336, 8192, rope_theta=5e5),
@@ -82,6 +105,32 @@ def slime(dout: int) -> BranchConfig:
     return BranchConfig("slime", Slime(clip, connector, images(336)))
 
 
+def internvl(dout: int) -> BranchConfig:
+    """Of InternVL3 and 3.5 around 8B."""
+    vit = InternViTConfig()
+    connector = NormedShuffleConfig(MLPConfig(4 * vit.width, dout))
+    return BranchConfig("internvl", InternVL(vit, connector, images(448)))
+
+
+def native(unit: int, least: int, most: int) -> ImageSpec:
+    """Pictures of about their own size, sides multiples of `unit` pixels."""
+    return ImageSpec(unit, unit, "native", "crop", MEAN, STD, pixels=(least, most))
+
+
+def qwen2_5_vl(dout: int) -> BranchConfig:
+    vit = QwenViTConfig(1280, 32, 16, 3420, act="silu", gated=True, window=4, full=(7, 15, 23, 31))
+    spec = native(28, 3136, 12845056)
+    path = QwenVL(vit, MergerConfig(vit.width, dout, rms=True), spec, spec, 151652, 151653)
+    return BranchConfig("qwen2.5-vl", path)
+
+
+def qwen3_vl(dout: int) -> BranchConfig:
+    vit = QwenViTConfig(1152, 27, 16, 4304, patch=16, act="gelu_pytorch_tanh", side=48)
+    connector = DeepMergersConfig(vit.width, dout, layers=(8, 16, 24))
+    spec = native(32, 65536, 16777216)
+    return BranchConfig("qwen3-vl", Qwen3VL(vit, connector, spec, spec, 151652, 151653))
+
+
 BRANCHES: dict[str, Callable[[int], BranchConfig]] = {
     "llava": llava,
     "dense-clip": dense_clip,
@@ -89,6 +138,9 @@ BRANCHES: dict[str, Callable[[int], BranchConfig]] = {
     "comm": comm,
     "mgm": mgm,
     "slime": slime,
+    "internvl": internvl,
+    "qwen2.5-vl": qwen2_5_vl,
+    "qwen3-vl": qwen3_vl,
 }
 
 

@@ -1,17 +1,21 @@
 """What a model needs on machines that are not here, by shapes alone."""
 
+import dataclasses
 import json
 from pathlib import Path
 
 import jax
 import jax.numpy as jnp
 import pytest
+import transformers
 from jax.sharding import NamedSharding, PartitionSpec
 
+from converters.registry import find
 from experiments.configs.plan import get_config
 from experiments.tasks import chips, plan, programs
 from experiments.tasks.common import FAMILY
 from experiments.tasks.shapes import model_config
+from tests.converters.test_published_ports import PORTS
 from vfjax import InputError
 from vfjax.sharding import nbytes
 
@@ -112,3 +116,39 @@ def test_refused(tmp_path, change, named):
     with pytest.raises(InputError, match=named):
         plan.run(small("generate", **change), tmp_path)
     assert not (tmp_path / "plan.json").exists()
+
+
+@pytest.mark.parametrize(
+    ("model", "names"),
+    [
+        ("qwen2.5-vl+internvl@qwen2.5-7b", ("Qwen2.5-VL-7B-Instruct", "InternVL3-8B-hf")),
+        ("qwen3-vl+internvl@qwen3-8b", ("Qwen3-VL-8B-Instruct", "InternVL3_5-8B-HF")),
+    ],
+)
+def test_pairs_of_their_true_size(model: str, names: tuple[str, str]):
+    """Sizes are the published ones; a batch of one picture a row is made of shapes."""
+    config = get_config("generate")
+    config.update({"batch": 8, "model_axis": 4, "topology": "h100:8"})
+    jax.devices()
+    mesh, _ = chips.make_mesh("h100:8", 4, 1)
+    made = model_config(model)
+    for branch, name in zip(made.branches, names, strict=True):
+        vision = transformers.AutoConfig.for_model(**PORTS[name]).vision_config.to_dict()
+        (encoder,) = branch.architecture.encoders.values()
+        expected = find(vision, name).config(vision)
+        same = ("width", "layers", "heads", "mlp", "patch", "act")
+        assert all(getattr(encoder, x) == getattr(expected, x) for x in same), name
+        assert branch.architecture.connector.dout == made.llm.width
+    placed = transformers.AutoConfig.for_model(**PORTS[names[0]]).get_text_config().to_dict()
+    expected = find(placed, names[0]).config(placed)
+    theta = (
+        expected.rope_theta if "Qwen2" in names[0] else 1e6
+    )  # Qwen3-VL's is five times the base's
+    found = dataclasses.replace(made.llm, context=expected.context, rope_theta=expected.rope_theta)
+    assert found == expected and made.llm.rope_theta == theta
+    batch = programs.batch_of(config, made, mesh, 8)
+    assert batch.place.shape == (*batch.tokens.shape, 3) and len(batch.tokens) == 8
+    model_ = programs.model_of(config, made, mesh)
+    states = jax.eval_shape(lambda m, images: m.visual_tokens(images), model_, batch.images)
+    assert states.values.shape[1] == made.llm.width
+    assert (states.deep is not None) == ("qwen3" in model)

@@ -8,6 +8,7 @@ from converters import open_source
 from converters.load import model_config as config_of
 from vfjax import InputError
 from vfjax.architectures import (
+    Combine,
     Comm,
     COMMConfig,
     DeepMergersConfig,
@@ -18,7 +19,7 @@ from vfjax.architectures import (
     MiniGemini,
     MiningConfig,
     MLPConfig,
-    NormedShuffleConfig,
+    PixelShuffleConfig,
     ProjectorConfig,
     Qwen3VL,
     QwenVL,
@@ -108,7 +109,7 @@ def slime(dout: int) -> BranchConfig:
 def internvl(dout: int) -> BranchConfig:
     """Of InternVL3 and 3.5 around 8B."""
     vit = InternViTConfig()
-    connector = NormedShuffleConfig(MLPConfig(4 * vit.width, dout))
+    connector = PixelShuffleConfig(MLPConfig(4 * vit.width, dout), Combine(((-1,),), drop=1))
     return BranchConfig("internvl", InternVL(vit, connector, images(448)))
 
 

@@ -1,6 +1,7 @@
 """Members with one position a token and with three, in one model, against transformers' parts."""
 
 import copy
+import dataclasses
 import json
 import re
 from collections.abc import Callable, Sequence
@@ -22,7 +23,7 @@ from converters.vocabulary import Vocabularies
 from tests import idefics, internvl, onevision, qwen3_vl, qwen_vl
 from tests.checkpoints import hf_llava_folder, make_llama, tuned, write_json
 from tests.qwen_vl import END, PICTURE, START, assert_close, picture
-from vfjax import InputError
+from vfjax import CacheFusion, InputError
 from vfjax.model import Batch, encode, forward
 
 
@@ -242,8 +243,8 @@ def merged(pair: Pair) -> dict[str, torch.Tensor]:
 
 
 @torch.no_grad()
-def assembled(pair: Pair, positions: str, mask: str) -> np.ndarray:
-    """Logits of words before a picture, both members' tokens of it, words behind it."""
+def assembled(pair: Pair, positions: str, mask: str, pictures: int = 1) -> np.ndarray:
+    """Logits of words before pictures, both members' tokens of each, words behind them."""
     weights = merged(pair)
     table, head = weights["model.embed_tokens.weight"], weights["lm_head.weight"]
     core = copy.deepcopy(pair.theirs[1].model.get_decoder())
@@ -251,21 +252,23 @@ def assembled(pair: Pair, positions: str, mask: str) -> np.ndarray:
         p.data = weights[f"model.{name}"]
     before, after = (in_line(ids, table[:0]) for ids in (BEFORE, AFTER))
     x, place, segments, start, longest = [], [], [], 0, 0
-    deep: dict[str, Any] = {}
-    for k, part in enumerate((before, *pair.shown, after)):
+    added: list[torch.Tensor] = []
+    deep: list[tuple[torch.Tensor, ...]] = []
+    numbered = [*enumerate(pair.shown, 1)] * pictures
+    for k, part in ((0, before), *numbered, (0, after)):
         ids = torch.tensor(part.ids)
         values = table[ids.clamp(min=0)].clone()
         values[ids < 0] = part.values
-        branch = 0 < k <= len(pair.shown)
+        if k < 2:  # the text goes on, or the next picture, behind the longest branch
+            start, longest = start + longest, 0
+        seen = torch.zeros(len(ids), dtype=torch.bool)
         if part.deep:
-            before = torch.zeros(sum(map(len, x)), dtype=torch.bool)
-            deep = {"mask": torch.cat([before, ids < 0]), "values": list(part.deep)}
-        if k == len(pair.shown) + 1:
-            start += longest
+            seen, deep = ids < 0, [*deep, part.deep]
+        added.append(seen)
         x.append(values)
         place.append(start + part.place)
-        segments += [k if branch else 0] * len(ids)
-        if branch and positions == "parallel":
+        segments += [k] * len(ids)
+        if k and positions == "parallel":
             longest = max(longest, part.span)
         else:
             start += part.span
@@ -274,25 +277,31 @@ def assembled(pair: Pair, positions: str, mask: str) -> np.ndarray:
     if mask == "block":
         see &= (of[:, None] == of) | (of[:, None] == 0) | (of == 0)
     at = torch.cat(place).T[:, None]
+    more = {}
     if deep:
-        rest = torch.zeros(len(of) - len(deep["mask"]), dtype=torch.bool)
-        seen = torch.cat([deep["mask"], rest])[None]
-        deep = {"visual_pos_masks": seen, "deepstack_visual_embeds": deep["values"]}
+        more["visual_pos_masks"] = torch.cat(added)[None]
+        more["deepstack_visual_embeds"] = [torch.cat(each) for each in zip(*deep, strict=True)]
     hidden = core(
         inputs_embeds=torch.cat(x)[None],
         position_ids=at if pair.vocab != "smolvlm" else at[0],
         attention_mask=torch.where(see, 0.0, torch.finfo(torch.float32).min)[None, None],
-        **deep,
+        **more,
     ).last_hidden_state
     return (hidden[0] @ head.T).numpy()
 
 
-@pytest.mark.parametrize(
-    ("positions", "mask"),
-    [("running", "causal"), ("parallel", "causal"), ("parallel", "block")],
-)
-def test_two_branches_are_transformers_parts(pair: Pair, positions: str, mask: str):
+@pytest.mark.parametrize("positions", ["running", "parallel"])
+def test_two_branches_are_transformers_parts(pair: Pair, positions: str):
     """Each member's tokens and marks at its own places, and the text behind the longest."""
+    assert_parts(pair, positions, "causal")
+
+
+@pytest.mark.parametrize("pair", ["internvl3_5"], indirect=True)
+def test_branches_that_do_not_see_one_another(pair: Pair):
+    assert_parts(pair, "parallel", "block")
+
+
+def assert_parts(pair: Pair, positions: str, mask: str) -> None:
     model, _ = converters.load(pair.home / "out", positions=positions, mask=mask)
     found = np.asarray(forward(model, pair.batch))[pair.batch.mask]
     assert_close(found, assembled(pair, positions, mask))
@@ -441,3 +450,31 @@ def test_adamms(pair: Pair, tmp_path: Path):
     del how["rules"]
     with pytest.raises(InputError, match="member 'onevision': branches.*joins others as branches"):
         converters.fuse(members, tmp_path / "other", **how)
+
+
+@pytest.mark.parametrize("pair", ["internvl3_5"], indirect=True)
+def test_two_pictures_and_rows_of_other_lengths(pair: Pair):
+    """Pictures side by side, each branch starting anew; padding before the shorter rows."""
+    model, processor = converters.load(pair.home / "out", positions="parallel")
+    image = picture(61, 47)
+    rows = [[*BEFORE, *[-200] * count, *AFTER] for count in (2, 1, 0)]
+    batch = processor([[image] * 2, [image], []], input_ids=rows, padding="left")
+    found = np.asarray(forward(model, batch))
+    for k, count in enumerate((2, 1, 0)):
+        assert_close(found[k][batch.mask[k]], assembled(pair, "parallel", "causal", count), count)
+
+
+@pytest.mark.parametrize("pair", ["internvl"], indirect=True)
+def test_each_branch_read_by_its_members_llm(pair: Pair):
+    """Where all LLMs have the same weights it is the model with parallel positions and a block
+    mask, though one of them reads one position a token.
+    """
+    model, _ = converters.load(pair.home / "out", positions="parallel", mask="block")
+    flat = dataclasses.replace(model.llm.config, rope_axes=()).build(rngs=nnx.Rngs(0))
+    nnx.update(flat, nnx.state(model.llm))
+    fused = CacheFusion(model, [flat, model.llm])
+    expected, _ = jax.jit(lambda m, batch: m.prefill(batch, 256))(model, pair.batch)
+    found, _ = jax.jit(lambda m, batch: m.prefill(batch, 256))(fused, pair.batch)
+    assert_close(np.asarray(found), np.asarray(expected))
+    made, _ = converters.load_fused(**pair.request, mode="cache")
+    assert [llm.config.axes for llm in made.llms] == [1, 3] and made.merged.config.llm.axes == 3

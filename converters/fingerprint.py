@@ -30,7 +30,8 @@ def fingerprint(source: Source, label: str = "") -> dict[str, Any]:
     out |= {f"{name}config.json: {key}": value for key, value in source.config.items()}
     out |= {f"{name}{key}": getattr(source, key) for key in ("layout", "template")}
     out |= {f"{name}{part}: config": tower.config for part, tower in source.towers.items()}
-    for path in sorted(source.home.iterdir()):
+    own = (path for path in source.home.iterdir() if path.name != source.generation.name)
+    for path in sorted((*own, source.generation)):
         if path.suffix in KINDS and path.name != "config.json" and path.is_file():
             out[f"{name}{path.name}"] = sampled(path)
     for file, path in source.weight_files().items():

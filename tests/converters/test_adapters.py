@@ -19,6 +19,7 @@ from torch import nn
 
 import converters
 from converters.files.reader import read_weights
+from converters.fingerprint import fingerprint, sampled
 from converters.inspect import inspect
 from converters.lora import LoRATensor
 from tests.adapters import llava_lora_folder, lora_folder, peft_folder, projector_folder
@@ -76,6 +77,8 @@ def test_what_the_base_says_of_answers(llm: nn.Module, base: Path, tmp_path: Pat
     tokenizer_files(lora)
     write_json(lora / "generation_config.json", {"eos_token_id": 7})
     theirs = transformers.AutoModelForCausalLM.from_pretrained(lora).generation_config
+    facts = fingerprint(converters.open_source(lora))
+    assert facts["generation_config.json"] == sampled(below / "generation_config.json")
     model, processor = converters.load(lora)
     assert list(processor.stop_ids) == theirs.eos_token_id == [2, 9]
     assert processor.settings.repetition_penalty == theirs.repetition_penalty == 1.3

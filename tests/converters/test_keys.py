@@ -259,7 +259,7 @@ FP8 = {"quant_method": "compressed-tensors", "format": "float-quantized"}
         ("hf", {"is_causal": False}, "config.json: is_causal: found False, expected no such key"),
         ("up", {"is_causal": False}, "config.json: is_causal: found False, expected True"),
         ("up", {"s2": True, "s2_scales": "336,672"}, "config.json: s2: found True, expected False"),
-        ("up", {"model_type": "llava", "architectures": ["LlavaQwenForCausalLM"]}, "LlavaQwen is"),
+        ("up", {"model_type": "llava", "architectures": ["LlavaMptForCausalLM"]}, "LlavaMpt is"),
         ("llm", {"architectures": ["LlamaBidirectionalModel"]}, "architectures: found ['LlamaBi"),
         ("llm", {"quantization_config": FP8}, "quantised by compressed-tensors, expected plain"),
         (

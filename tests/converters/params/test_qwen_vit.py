@@ -24,6 +24,9 @@ from vfjax import InputError
             {"rope_parameters": {"rope_type": "yarn"}},
             "rope_type: found 'yarn', expec",
         ),
+        ("qwen3_vl", {"num_heads": 5}, "num_heads: found 5, expected heads of hidden_size 1152"),
+        ("qwen3_vl", {"patch_size": [16, 8]}, "patch_size: found [16, 8], expected"),
+        ("qwen3_vl", {"fullatt_block_indexes": [1]}, "fullatt_block_indexes: found [1], expec"),
     ],
 )
 def test_bad_configs(kind: str, changes: dict, message: str):

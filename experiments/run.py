@@ -152,7 +152,8 @@ def main(argv: Sequence[str]) -> None:
     try:
         signals.ready.set()
         check_values(config)
-        with processes.agreeing(config.task) as facts:
+        # One process asks JAX for nothing: a plan says how many devices stand for GPUs.
+        with processes.agreeing(config.task, (0,) if alone else None) as facts:
             facts |= {"vfjax": __version__, "jax": jax.__version__} | flat("config", config)
         task.run(config, Path(WORKDIR.value))
         signals.ready.clear()

@@ -2,6 +2,9 @@
 
 import dataclasses
 import json
+import os
+import subprocess
+import sys
 from pathlib import Path
 
 import jax
@@ -152,3 +155,12 @@ def test_pairs_of_their_true_size(model: str, names: tuple[str, str]):
     states = jax.eval_shape(lambda m, images: m.visual_tokens(images), model_, batch.images)
     assert states.values.shape[1] == made.llm.width
     assert (states.deep is not None) == ("qwen3" in model)
+
+
+def test_gpus_from_the_command_line():
+    """Nothing asks JAX for its devices before the topology is known: the next argument is wrong."""
+    run = [sys.executable, "experiments/run.py", "--config=experiments/configs/plan.py"]
+    asked = ["--config.topology=h100:4", "--config.model_axis=4", "--config.model=llava@none"]
+    env = {name: x for name, x in os.environ.items() if name != "XLA_FLAGS"}
+    done = subprocess.run([*run, *asked], env=env, capture_output=True, text=True, check=False)
+    assert done.returncode and "config.model: found 'none'" in done.stdout + done.stderr

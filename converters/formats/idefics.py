@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from converters import registry
-from converters.formats.llava import port_source
+from converters.formats.port import port_source
 from converters.params import mlp
 from converters.params.table import TRANSPOSE, Names, Rule, Table
 from converters.preprocessor import IDLE, PROCESSOR, read_preprocessor

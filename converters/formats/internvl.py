@@ -12,8 +12,8 @@ from typing import Any
 
 from converters import registry
 from converters.chat import read_chat_template
-from converters.formats.llava import HF, port_names, port_parts
 from converters.formats.onevision import check_video, settings
+from converters.formats.port import HF, port_names, port_parts
 from converters.params import mlp
 from converters.params.table import Names, Table, dense, norm
 from converters.preprocessor import PROCESSOR, read_preprocessor

@@ -3,7 +3,7 @@
 import dataclasses
 from pathlib import Path
 
-from converters.formats.llava import HF, describe_hf, hf_names
+from converters.formats.port import HF, describe_hf, hf_names
 from converters.source import Layout, Source
 from converters.towers import Towers
 from converters.values import Values

@@ -15,15 +15,13 @@ from typing import Any
 from converters import registry
 from converters.formats import dense_connector, llava
 from converters.formats.llava import (
-    hf_names,
-    port_parts,
-    port_source,
     upstream_branch,
     upstream_names,
     upstream_pinpoints,
     upstream_source,
     upstream_tower,
 )
+from converters.formats.port import HF, hf_names, port_parts, port_source
 from converters.params import mlp
 from converters.params.table import Table
 from converters.preprocessor import IDLE, PROCESSOR, read_preprocessor
@@ -355,7 +353,7 @@ LAYOUTS = (
         describe_hf,
         hf_names,
         unused={
-            **llava.HF,
+            **HF,
             "use_image_newline_parameter": (True,),
             "video_token_id": ANY,
             "video_token_index": ANY,

@@ -12,8 +12,8 @@ from pathlib import Path
 from typing import Any, get_args
 
 from converters import registry
-from converters.formats.llava import port_source
 from converters.formats.onevision import settings
+from converters.formats.port import port_source
 from converters.params import mlp
 from converters.params.table import TRANSPOSE, Names, Rule, Table, norm
 from converters.preprocessor import PROCESSOR, read_preprocessor

@@ -162,5 +162,8 @@ def test_gpus_from_the_command_line():
     run = [sys.executable, "experiments/run.py", "--config=experiments/configs/plan.py"]
     asked = ["--config.topology=h100:4", "--config.model_axis=4", "--config.model=llava@none"]
     env = {name: x for name, x in os.environ.items() if name != "XLA_FLAGS"}
-    done = subprocess.run([*run, *asked], env=env, capture_output=True, text=True, check=False)
+    root = Path(__file__).resolve().parents[3]
+    done = subprocess.run(
+        [*run, *asked], cwd=root, env=env, capture_output=True, text=True, check=False
+    )
     assert done.returncode and "config.model: found 'none'" in done.stdout + done.stderr

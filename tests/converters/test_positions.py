@@ -407,6 +407,22 @@ def test_prompts_have_marks_once(pair: Pair):
         assert rows[0].count(START) == rows[0].count(END) == wanted
 
 
+@pytest.mark.parametrize("pair", ["internvl"], indirect=True)
+def test_what_the_template_writes_stands_for_a_picture(pair: Pair, tmp_path: Path):
+    """Not what the tokenizer, which may be another member's, names so."""
+    for path in (pair.home / "out").iterdir():
+        if path.name != "tokenizer_config.json":
+            (tmp_path / path.name).symlink_to(path)
+    config = json.loads((pair.home / "out/tokenizer_config.json").read_text())
+    config["extra_special_tokens"] = {"image_token": "<|image_pad|>"}
+    write_json(tmp_path / "tokenizer_config.json", config)
+    _, processor = converters.load(tmp_path)
+    assert processor.tokenizer.image_token == "<|image_pad|>"
+    assert processor.image_token == "<IMG_CONTEXT>"
+    ids = processor.tokenize(processor.chat("What?"))
+    assert ids.count(-200) == 1
+
+
 @pytest.mark.parametrize("pair", ["onevision"], indirect=True)
 def test_marks_follow_their_tokens(pair: Pair):
     """Into another tokenizer; what it lacks is said, but for what stands for a picture."""

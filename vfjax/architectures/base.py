@@ -279,6 +279,20 @@ class Architecture(Protocol):
         """The module."""
 
 
+class OneEncoder:
+    """What an `Architecture` says that shows all to one encoder and reads no prompt; to inherit."""
+
+    encoder: PatchEncoder
+    reads_text: ClassVar[bool] = False
+    axes: ClassVar[int] = 1
+    placeholders: ClassVar[tuple[int, ...]] = ()
+
+    @property
+    def encoders(self) -> Mapping[str, Encoder]:
+        """See `Architecture.encoders`; a family may add to it."""
+        return {"encoder": self.encoder}
+
+
 class Branch(nnx.Module):
     """Pictures -> visual tokens: encoders, tapped, and a connector.
 

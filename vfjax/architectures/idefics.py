@@ -10,7 +10,6 @@ import dataclasses
 import datetime
 import math
 from collections.abc import Iterator
-from typing import ClassVar
 
 import jax
 import jax.numpy as jnp
@@ -20,8 +19,8 @@ from PIL import Image
 
 from vfjax.architectures.base import (
     Branch,
-    Encoder,
     Inputs,
+    OneEncoder,
     PatchEncoder,
     Prepared,
     Rows,
@@ -104,7 +103,7 @@ class Film:
 
 
 @dataclasses.dataclass(frozen=True)
-class Idefics:
+class Idefics(OneEncoder):
     """Tiles of a picture, and the whole.
 
     Attributes:
@@ -125,15 +124,6 @@ class Idefics:
     split: bool
     marks: Marks
     film: Film | None = None
-
-    reads_text: ClassVar[bool] = False
-    axes: ClassVar[int] = 1
-    placeholders: ClassVar[tuple[int, ...]] = ()
-
-    @property
-    def encoders(self) -> dict[str, Encoder]:
-        """See `Architecture.encoders`."""
-        return {"encoder": self.encoder}
 
     @property
     def side(self) -> int:

@@ -8,8 +8,6 @@ README.md for videos; transformers' InternVL computes the same.
 
 import dataclasses
 import math
-from collections.abc import Mapping
-from typing import ClassVar
 
 import jax
 import numpy as np
@@ -17,8 +15,8 @@ from flax import nnx
 
 from vfjax.architectures.base import (
     Branch,
-    Encoder,
     Inputs,
+    OneEncoder,
     PatchEncoder,
     Prepared,
     Rows,
@@ -37,7 +35,7 @@ Array = jax.Array
 
 
 @dataclasses.dataclass(frozen=True)
-class InternVL:
+class InternVL(OneEncoder):
     """Several pictures of a row are each tiled; `Video.pool` is not read.
 
     Attributes:
@@ -59,15 +57,6 @@ class InternVL:
     thumbnail: bool = True
     ordered: bool = True
     words: tuple[str, str] = ("<img>", "</img>")
-
-    reads_text: ClassVar[bool] = False
-    axes: ClassVar[int] = 1
-    placeholders: ClassVar[tuple[int, ...]] = ()
-
-    @property
-    def encoders(self) -> Mapping[str, Encoder]:
-        """See `Architecture.encoders`."""
-        return {"encoder": self.encoder}
 
     @property
     def side(self) -> int:

@@ -10,7 +10,7 @@ the authors' examples have them.
 import dataclasses
 import math
 from collections.abc import Mapping, Sequence
-from typing import ClassVar, Literal
+from typing import Literal
 
 import jax
 import jax.numpy as jnp
@@ -20,8 +20,8 @@ from flax import nnx
 from vfjax.architectures.base import (
     Embed,
     Encoded,
-    Encoder,
     Inputs,
+    OneEncoder,
     PatchEncoder,
     Prepared,
     Prompt,
@@ -133,7 +133,7 @@ class Vocabulary(nnx.Module):
 
 
 @dataclasses.dataclass(frozen=True)
-class Ovis2:
+class Ovis2(OneEncoder):
     """Several pictures of a row are each tiled; `Video.pool` is not read.
 
     Attributes:
@@ -154,15 +154,6 @@ class Ovis2:
     most: int = 12
     covering: bool = True
     marks: tuple[int, int, int, int, int] = (0, 1, 2, 3, 4)
-
-    reads_text: ClassVar[bool] = False
-    axes: ClassVar[int] = 1
-    placeholders: ClassVar[tuple[int, ...]] = ()
-
-    @property
-    def encoders(self) -> Mapping[str, Encoder]:
-        """See `Architecture.encoders`."""
-        return {"encoder": self.encoder}
 
     @property
     def side(self) -> int:

@@ -2,8 +2,8 @@
 
 import abc
 import dataclasses
-from collections.abc import Container, Mapping, Sequence
-from typing import Any, ClassVar
+from collections.abc import Container, Sequence
+from typing import Any
 
 import numpy as np
 from flax import nnx
@@ -11,9 +11,9 @@ from PIL import Image
 
 from vfjax.architectures.base import (
     Branch,
-    Encoder,
     Inputs,
     Media,
+    OneEncoder,
     PatchEncoder,
     Prepared,
     Rows,
@@ -42,7 +42,7 @@ class Shown:
 
 
 @dataclasses.dataclass(frozen=True)
-class Tapped(abc.ABC):
+class Tapped(OneEncoder, abc.ABC):
     """An `Architecture` with videos read as pictures, their tokens pooled by `Video.pool`.
 
     Zero-shot video of Dense Connector (DenseConnector llava/eval/video): of frames only the whole
@@ -58,15 +58,6 @@ class Tapped(abc.ABC):
     encoder: PatchEncoder
     connector: Any  # each family reads its own config of one
     images: ImageSpec
-
-    reads_text: ClassVar[bool] = False
-    axes: ClassVar[int] = 1
-    placeholders: ClassVar[tuple[int, ...]] = ()
-
-    @property
-    def encoders(self) -> Mapping[str, Encoder]:
-        """See `Architecture.encoders`: the one, to which a family may add."""
-        return {"encoder": self.encoder}
 
     @property
     def patches(self) -> int:

@@ -41,7 +41,7 @@ CHAT = (
 
 
 class Videos:
-    """In place of InternVLVideoProcessor, which needs torchvision: frames are squashed."""
+    """In place of InternVLVideoProcessor, which needs torchvision: its resize is this of torch."""
 
     model_input_names = ("pixel_values_videos",)
 
@@ -49,14 +49,18 @@ class Videos:
         self.images = images
 
     def __call__(self, videos: Sequence, **_: Any) -> dict[str, Any]:
-        return {
-            "pixel_values_videos": torch.stack(
-                [
-                    self.images(list(v), crop_to_patches=False, return_tensors="pt").pixel_values
-                    for v in videos
-                ]
-            )
-        }
+        return {"pixel_values_videos": torch.stack([self._frames(video) for video in videos])}
+
+    def _frames(self, video: Sequence) -> torch.Tensor:
+        size = (self.images.size.height, self.images.size.width)
+        frames = torch.from_numpy(np.stack([np.asarray(x) for x in video])).permute(0, 3, 1, 2)
+        small = torch.nn.functional.interpolate(
+            frames.contiguous(), size, mode="bicubic", antialias=True
+        )
+        mean, std = (
+            torch.tensor(x)[:, None, None] for x in (self.images.image_mean, self.images.image_std)
+        )
+        return (small / 255 - mean) / std
 
 
 def port_tokenizer(

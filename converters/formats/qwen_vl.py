@@ -139,14 +139,20 @@ def text_config(config: Values, kind: str) -> dict[str, Any]:
 def token_id(folder: Path, config: Values, token: tuple[str, str, int], rows: int) -> int:
     """The id of a token: by the tokenizer, which writes the marks, or else by config.json.
 
-    That a placeholder's is the same in both is checked where a tokenizer is loaded.
+    That a picture's is the same in both is checked where a tokenizer is loaded.
+
+    Raises:
+        InputError: a video's is not; or an id beyond the vocabulary.
     """
     key, text, default = token
     found = config.whole(key, default, least=0, most=MOST_ID)
     file = folder / "tokenizer.json"
-    if token in (START, END) and file.is_file():
+    if token != IMAGE and file.is_file():
         added = read_json(file).get("added_tokens") or ()
-        found = next((x["id"] for x in added if x.get("content") == text), found)
+        own = next((x["id"] for x in added if x.get("content") == text), found)
+        if token == VIDEO and own != found:
+            raise config.error(key, f"{own}, the tokenizer's id of {text}")
+        found = own
     if found >= rows:
         raise InputError(
             f"{config.where}: {key}",
@@ -203,7 +209,11 @@ def _videos(folder: Path, unit: int) -> tuple[dict[str, Any], int | None]:
         raise values.error("resample", "3, bicubic")
     budget = values.whole("max_video_tokens", 128000)
     capped = values.flag("cap_pixels_per_frame", False, null=True)
-    own = {k: v for k, v in values.data.items() if k not in FRAMES and v is not None}
+    own = {  # null turns a switch off, and is nothing else
+        key: value
+        for key, value in values.data.items()
+        if key not in FRAMES and (value is not None or key.startswith("do_"))
+    }
     return {**VIDEOS, **own}, int(budget * unit * unit * 0.9) if capped else None
 
 

@@ -27,7 +27,7 @@ from vfjax.architectures.base import (
 )
 from vfjax.architectures.boxes import NOWHERE, WHOLE, cells, cut, frame
 from vfjax.architectures.pixel_shuffle import PixelShuffleConfig
-from vfjax.vision import tiling
+from vfjax.vision import native, tiling
 from vfjax.vision.images import ImageSpec, preprocess
 from vfjax.vision.video import Video
 
@@ -96,7 +96,11 @@ class InternVL(OneEncoder):
                 grid = self.grid(each.size)
                 shown = tiling.grid_tiles(each, grid, tile, thumbnail=self.thumbnail)
                 parts += [first + np.arange(len(shown) * each_has), end]
-            views += [preprocess(view, self.images) for view in shown]
+            if isinstance(each, Video) and self.images.convert != "drop":
+                # transformers resizes frames by torch alone, the authors by Pillow
+                views += [native.frame(view, (tile, tile), self.images) for view in shown]
+            else:
+                views += [preprocess(view, self.images) for view in shown]
             runs.append(Run.interleaved(parts))
         count = bucket(len(views)) if slots is None else slots * self.views
         inputs = Inputs(stacked(views, count, tile))

@@ -183,7 +183,7 @@ def test_older_and_other_folders_are_the_same(port: Port, tmp_path: Path):
             "qwen2_5_vl",
             "config.json",
             {"video_token_id": 320},
-            "video_token_id: found 320, expected an id below 320",
+            "video_token_id: found 320, expected 315, the tokenizer's id of <|video_pad|>",
         ),
         (
             "qwen2_vl",
@@ -226,6 +226,18 @@ def test_older_and_other_folders_are_the_same(port: Port, tmp_path: Path):
             "processor_config.json",
             {"image_processor": IMAGES, "video_processor": {**IMAGES, "size": {"height": 8}}},
             "videos: size: found no key 'shortest_edge'",
+        ),
+        (
+            "qwen2_vl",
+            "processor_config.json",
+            {"image_processor": IMAGES, "video_processor": {**IMAGES, "do_rescale": None}},
+            "videos: do_rescale: found None, expected true",
+        ),
+        (
+            "qwen2_5_vl",
+            "processor_config.json",
+            {"image_processor": IMAGES, "video_processor": "Qwen2VLVideoProcessor"},
+            "video_processor: found 'Qwen2VLVideoProcessor', expected a mapping",
         ),
     ],
     indirect=["port"],

@@ -127,6 +127,15 @@ def read_preprocessor(folder: Path) -> dict[str, Any]:
     return read_json(file) if file.is_file() else {}
 
 
+def defaulted(values: Values, defaults: Mapping[str, Any]) -> dict[str, Any]:
+    """A processor's settings; null asks for the default, but turns a switch off."""
+    return {
+        key: default if found is None and not isinstance(default, bool) else found
+        for key, default in defaults.items()
+        for found in [values.any(key, default)]
+    }
+
+
 def from_preprocessor(
     config: Mapping[str, JSON],
     *,

@@ -14,7 +14,7 @@ from converters import registry
 from converters.formats.port import port_source
 from converters.params import mlp
 from converters.params.table import TRANSPOSE, Names, Rule, Table
-from converters.preprocessor import IDLE, PROCESSOR, read_preprocessor
+from converters.preprocessor import IDLE, PROCESSOR, defaulted, read_preprocessor
 from converters.source import Layout, Source, tokenizer_class
 from converters.tokenizer import load_tokenizer
 from converters.towers import Towers
@@ -141,10 +141,7 @@ def pixels(values: Values) -> dict[str, Any]:
     Raises:
         InputError: a setting that is not followed.
     """
-    found = {
-        key: default if (value := values.any(key)) is None else value
-        for key, default in IMAGES.items()
-    }
+    found = defaulted(values, IMAGES)
     for key in ("do_resize", "do_rescale", "do_normalize"):
         if found[key] is not True:
             raise values.error(key, "true")
@@ -269,7 +266,7 @@ def _film(
         values.any("image_processor_type")
         values.any("do_image_splitting")
         for key, value in own.items():
-            if key != "size" and value != pictures[key]:
+            if key not in ("size", "do_convert_rgb") and value != pictures[key]:
                 raise InputError(
                     f"{values.where}: {key}",
                     found=cut(repr(value)),

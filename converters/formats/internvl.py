@@ -16,7 +16,7 @@ from converters.formats.onevision import check_video, settings
 from converters.formats.port import HF, port_names, port_parts
 from converters.params import mlp
 from converters.params.table import Names, Table, dense, norm
-from converters.preprocessor import PROCESSOR, read_preprocessor
+from converters.preprocessor import PROCESSOR, from_preprocessor, read_preprocessor
 from converters.source import Branch, Layout, Source, tokenizer_class
 from converters.towers import Towers
 from converters.values import ANY, DEEPEST, PRETRAINED, Unused, Values
@@ -292,7 +292,11 @@ def _check_processor(folder: Path, branch: Branch, factor: int) -> None:
     """
     file = folder / "processor_config.json"
     values = Values(read_json(file) if file.is_file() else {}, str(file))
-    side = branch.preprocessor["size"]["height"]
+    where = f"{folder}: image processor"
+    images = from_preprocessor(
+        branch.preprocessor, aspect=branch.aspect, code=branch.code, name=where
+    )
+    side = images.size
     encoder = registry.find(branch.encoder, str(folder)).config(
         {**branch.encoder, "input_size": side}
     )
@@ -301,7 +305,7 @@ def _check_processor(folder: Path, branch: Branch, factor: int) -> None:
     count = encoder.tokens // factor**2
     if values.whole("image_seq_length", 256) != count:
         raise values.error("image_seq_length", f"{count}, the tokens of a tile of {side} pixels")
-    check_video(folder, values, branch.preprocessor)
+    check_video(folder, values, branch.preprocessor, "InternVL")
     values.done(PROCESSOR)
 
 

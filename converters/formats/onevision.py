@@ -24,7 +24,7 @@ from converters.formats.llava import (
 from converters.formats.port import HF, hf_names, port_parts, port_source
 from converters.params import mlp
 from converters.params.table import Table
-from converters.preprocessor import IDLE, PROCESSOR, read_preprocessor
+from converters.preprocessor import IDLE, PROCESSOR, defaulted, read_preprocessor
 from converters.source import Layout, Made, New, Source
 from converters.towers import Prefixes, Towers
 from converters.values import ANY, REQUIRED, Unused, Values
@@ -227,10 +227,7 @@ def settings(
     kind = values.text("image_processor_type", None)
     if kind and not re.fullmatch(f"{family}ImageProcessor(Fast|Pil)?", kind):
         raise values.error("image_processor_type", f"{family}ImageProcessor")
-    out = {
-        key: default if (value := values.any(key)) is None else value
-        for key, default in IMAGES.items()
-    }
+    out = defaulted(values, IMAGES)
     if out["resample"] != 3:
         raise values.error("resample", "3, bicubic, with which pictures are laid on their canvas")
     values.any("image_grid_pinpoints")
@@ -298,24 +295,31 @@ def _check_processor(folder: Path, branch: Mapping[str, Any]) -> None:
     values.done({**PROCESSOR, "image_token": ANY, "video_token": ANY})
 
 
-def check_video(folder: Path, values: Values, images: Mapping[str, Any]) -> None:
+def check_video(
+    folder: Path, values: Values, images: Mapping[str, Any], family: str = "LlavaOnevision"
+) -> None:
     """Whether a folder's video processor prepares frames as its image processor does pictures.
 
     Args:
         folder: of transformers.
         values: its processor_config.json.
         images: `settings` of the image processor.
+        family: whose video processor it is.
 
     Raises:
-        InputError: it does not.
+        InputError: it does not, or is another one.
     """
-    video = values.any("video_processor")
+    video = values.mapping("video_processor", None)
     beside = folder / "video_preprocessor_config.json"
-    if not isinstance(video, Mapping):
-        video = read_json(beside) if beside.is_file() else {}
-    own = settings(video, f"{folder}: video processor") if video else {}
-    for key, value in own.items():
-        if not _same(value, images[key]):
+    if video is None and beside.is_file():
+        video = read_json(beside)
+    if video is None:
+        return
+    name = Values(video, f"{folder}: video processor")
+    if name.text("video_processor_type", None) not in (None, f"{family}VideoProcessor"):
+        raise name.error("video_processor_type", f"{family}VideoProcessor")
+    for key, value in settings(video, name.where).items():
+        if key != "do_convert_rgb" and not _same(value, images[key]):  # frames are RGB
             raise InputError(
                 f"{folder}: video processor: {key}",
                 found=cut(repr(value)),

@@ -223,6 +223,22 @@ def test_template(port):
             "video processor: size: found {'height': 14, 'width': 14}, expected",
         ),
         (
+            "processor_config.json",
+            {"image_processor": {"size": {"height": 28}}},
+            "image processor: size: found {'height': 28}, expected",
+        ),
+        (
+            "processor_config.json",
+            {"image_processor": {"size": {"height": 28, "width": 28}, "do_rescale": None}},
+            "image processor: do_rescale: found None, expected true",
+        ),
+        (
+            "processor_config.json",
+            {"video_processor": {"video_processor_type": "Qwen2VLVideoProcessor"}},
+            "video_processor_type: found 'Qwen2VLVideoProcessor', expected InternVLVideoProcessor",
+        ),
+        ("processor_config.json", {"video_processor": 7}, "video_processor: found 7, expected a"),
+        (
             "tokenizer_config.json",
             {"context_image_token": "<pic>"},
             "<pic>: found id 263 in the tok",

@@ -273,6 +273,8 @@ def _film(
                     expected=f"{cut(repr(pictures[key]))}, as the image processor's",
                     fix="correct one of them",
                 )
+    if pictures["resample"] not in (1, 3):
+        raise values.error("resample", "1 or 3, Lanczos or bicubic, by which frames are resized")
     size = edge(values, "size")
     sampling = values.section("video_sampling", None)
     frames, rate = values.whole("num_frames", None), values.number("fps", None)

@@ -119,7 +119,8 @@ def _videos(folder: Path, encoder: QwenViTConfig) -> dict[str, Any]:
             resized bicubically, or two ways to choose them.
     """
     where = f"{folder}: video processor"
-    given = {k: v for k, v in video_processor(folder).items() if v is not None}
+    found = video_processor(folder).items()
+    given = {k: v for k, v in found if v is not None or k.startswith("do_")}  # null: off
     values = Values(given, where)
     if values.text("video_processor_type", None) not in (None, "Qwen3VLVideoProcessor"):
         raise values.error("video_processor_type", "Qwen3VLVideoProcessor")

@@ -32,7 +32,8 @@ from vfjax.architectures.base import (
 from vfjax.architectures.boxes import NOWHERE, WHOLE, cells, cut
 from vfjax.architectures.pixel_shuffle import PixelShuffleConfig
 from vfjax.errors import InputError
-from vfjax.vision.images import ImageSpec, preprocess
+from vfjax.vision import native
+from vfjax.vision.images import ImageSpec, normalised, preprocess
 from vfjax.vision.video import Video
 
 Array = jax.Array
@@ -238,8 +239,13 @@ class Idefics(OneEncoder):
         yield image.resize((tile, tile), resample)
 
     def _frame(self, image: Image.Image) -> np.ndarray:
-        size = resized(image.size, min(self.film.edge if self.film else self.longest, LARGEST))
-        return preprocess(image.resize(size, self.images.resample), self.images)
+        tile, resample = self.images.size, self.images.resample
+        if self.film is None:
+            size = resized(image.size, self.longest)
+            return preprocess(image.resize(size, resample), self.images)
+        size = resized(image.size, min(self.film.edge, LARGEST))
+        small = native.resized(np.asarray(image), size, resample)  # by torch, as transformers
+        return normalised(native.resized(small, (tile, tile), resample), self.images)
 
     def build(self, *, rngs: nnx.Rngs) -> "IdeficsBranch":
         return IdeficsBranch(self, rngs=rngs)

@@ -5,6 +5,7 @@ video_processing_qwen2_vl.py. Pictures are resized by Pillow; videos, which tran
 torch alone, as torch resizes bytes.
 """
 
+import functools
 import math
 
 import numpy as np
@@ -12,7 +13,7 @@ from PIL import Image
 
 from vfjax.errors import InputError
 from vfjax.vision.images import ImageSpec, normalised
-from vfjax.vision.resize import bicubic
+from vfjax.vision.resize import bicubic, lanczos
 
 THINNEST = 200
 """A side may be so many times the other one."""
@@ -69,22 +70,33 @@ def picture(image: Image.Image, spec: ImageSpec) -> np.ndarray:
 
 
 def frame(image: Image.Image, size: tuple[int, int], spec: ImageSpec) -> np.ndarray:
-    """A video frame's values, float32[h, w, 3], resized to `size`, width and height."""
-    pixels = np.asarray(image)
+    """A video frame's values, float32[h, w, 3], resized to `size`; see `resized`."""
+    return normalised(resized(np.asarray(image), size, spec.resample), spec)
+
+
+def resized(pixels: np.ndarray, size: tuple[int, int], resample: int) -> np.ndarray:
+    """uint8[h, w, 3] to `size`, width and height, antialiased, as torch computes it on bytes.
+
+    Args:
+        pixels: uint8[h, w, 3].
+        size: width and height.
+        resample: 1 Lanczos, 3 bicubic.
+    """
+    assert resample in (1, 3)
+    weights = lanczos if resample == 1 else functools.partial(bicubic, antialias=True)
     for axis, target in ((1, size[0]), (0, size[1])):
         if pixels.shape[axis] != target:
-            pixels = _resized(pixels, axis, target)
-    return normalised(pixels, spec)
+            pixels = _weighted(pixels, axis, weights(pixels.shape[axis], target))
+    return pixels
 
 
-def _resized(pixels: np.ndarray, axis: int, target: int) -> np.ndarray:
-    """uint8[h, w, 3] bicubic, antialiased, along an axis, as torch computes it on bytes.
+def _weighted(pixels: np.ndarray, axis: int, weights: np.ndarray) -> np.ndarray:
+    """Weighted sums of bytes along an axis.
 
     Weights are whole multiples of the least power of two with which they fit 16 bits
     (aten/src/ATen/native/cpu/UpSampleKernel.cpp, _compute_index_ranges_int16_weights). The sums
     are exact in float64, whose product is a fast one.
     """
-    weights = bicubic(pixels.shape[axis], target, antialias=True)
     bits = 0
     while bits < 22 and int(0.5 + weights.max() * (1 << (bits + 1))) < 1 << 15:
         bits += 1

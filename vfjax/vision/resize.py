@@ -52,3 +52,12 @@ def bicubic(source: int, target: int, *, antialias: bool) -> np.ndarray:
     weights = np.zeros((target, source))
     np.add.at(weights, (np.arange(target)[:, None], taps.clip(0, source - 1)), kernel)
     return weights
+
+
+def lanczos(source: int, target: int) -> np.ndarray:
+    """Weights float64[target, source] of torch's antialiased Lanczos resize along one axis."""
+    scale = source / target
+    stretch = max(scale, 1.0)
+    at = (np.arange(source) - ((np.arange(target) + 0.5) * scale - 0.5)[:, None]) / stretch
+    weights = np.where(np.abs(at) < 3, np.sinc(at) * np.sinc(at / 3), 0.0)
+    return weights / weights.sum(axis=1, keepdims=True)

@@ -229,7 +229,11 @@ BAD = [
         {"text_config": {**TEXT, "rope_parameters": {"mrope_section": [2, 2]}}},
         "mrope_section: found [2, 2], expected three numbers",
     ),
-    ("config.json", {"video_token_id": 320}, "video_token_id: found 320, expected an id below 320"),
+    (
+        "config.json",
+        {"video_token_id": 320},
+        "video_token_id: found 320, expected 315, the tokenizer's id of <|video_pad|>",
+    ),
     (
         "config.json",
         {"vision_config": {**VISION, "model_type": "qwen2_vl_vision"}},
@@ -259,6 +263,11 @@ BAD = [
         "processor_config.json",
         {"video_processor": {"patch_size": 4, "crop": 8}},
         "crop: found 8, expected no such key",
+    ),
+    (
+        "processor_config.json",
+        {"video_processor": {"patch_size": 4, "do_rescale": None}},
+        "videos: do_rescale: found None, expected true",
     ),
 ]
 

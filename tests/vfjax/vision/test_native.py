@@ -38,14 +38,16 @@ def test_a_strip_is_refused():
         native.fit((9, 1801), spec(28, 3136, 1003520))
 
 
+@pytest.mark.parametrize(("resample", "mode"), [(1, "lanczos"), (3, "bicubic")])
 @pytest.mark.parametrize("size", [(56, 28), (644, 476), (84, 56), (112, 140), (504, 280)])
-def test_frames_are_resized_as_torch_resizes_bytes(size):
-    """Torchvision's resize of a uint8 tensor, bicubic, antialiased, is this call of torch."""
+def test_frames_are_resized_as_torch_resizes_bytes(size, resample, mode):
+    """Torchvision's resize of a uint8 tensor, antialiased, is this call of torch."""
     rng = np.random.default_rng(size)
     pixels = rng.integers(0, 256, (240, 330, 3), dtype=np.uint8)
     tensor = torch.from_numpy(pixels).permute(2, 0, 1)[None].contiguous()
-    expected = torch.nn.functional.interpolate(tensor, size[::-1], mode="bicubic", antialias=True)
-    found = native.frame(Image.fromarray(pixels), size, spec(28, 1, 1, rescale=1.0))
+    expected = torch.nn.functional.interpolate(tensor, size[::-1], mode=mode, antialias=True)
+    how = spec(28, 1, 1, rescale=1.0, resample=resample)
+    found = native.frame(Image.fromarray(pixels), size, how)
     np.testing.assert_array_equal(found, expected[0].permute(1, 2, 0).numpy())
 
 

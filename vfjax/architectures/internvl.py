@@ -96,11 +96,8 @@ class InternVL(OneEncoder):
                 grid = self.grid(each.size)
                 shown = tiling.grid_tiles(each, grid, tile, thumbnail=self.thumbnail)
                 parts += [first + np.arange(len(shown) * each_has), end]
-            if isinstance(each, Video) and self.images.convert != "drop":
-                # transformers resizes frames by torch alone, the authors by Pillow
-                views += [native.frame(view, (tile, tile), self.images) for view in shown]
-            else:
-                views += [preprocess(view, self.images) for view in shown]
+            view = native.view if isinstance(each, Video) else preprocess
+            views += [view(image, self.images) for image in shown]
             runs.append(Run.interleaved(parts))
         count = bucket(len(views)) if slots is None else slots * self.views
         inputs = Inputs(stacked(views, count, tile))

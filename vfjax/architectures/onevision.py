@@ -15,7 +15,7 @@ import numpy as np
 from vfjax.architectures.base import Inputs, Prepared, Rows, Run, Size, bucket, stacked
 from vfjax.architectures.boxes import NOWHERE, WHOLE, Box, canvas, cells, cut, frame, within
 from vfjax.architectures.llava_next import LlavaNext
-from vfjax.vision import tiling
+from vfjax.vision import native, tiling
 from vfjax.vision.images import preprocess
 from vfjax.vision.resize import bilinear
 from vfjax.vision.video import Video
@@ -56,7 +56,7 @@ class OneVision(LlavaNext):
             for each in row:
                 first = len(views)
                 if isinstance(each, Video):
-                    views += [preprocess(image, self.images) for image in each.frames]
+                    views += [native.view(image, self.images) for image in each.frames]
                     runs = [self._halved(k) for k in range(len(each.frames))]
                 elif lone:
                     grid = tiling.anyres_grid(each.size, self.pinpoints, self.images.size)

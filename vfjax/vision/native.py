@@ -12,7 +12,7 @@ import numpy as np
 from PIL import Image
 
 from vfjax.errors import InputError
-from vfjax.vision.images import ImageSpec, normalised
+from vfjax.vision.images import ImageSpec, normalised, preprocess
 from vfjax.vision.resize import bicubic, lanczos
 
 THINNEST = 200
@@ -72,6 +72,16 @@ def picture(image: Image.Image, spec: ImageSpec) -> np.ndarray:
 def frame(image: Image.Image, size: tuple[int, int], spec: ImageSpec) -> np.ndarray:
     """A video frame's values, float32[h, w, 3], resized to `size`; see `resized`."""
     return normalised(resized(np.asarray(image), size, spec.resample), spec)
+
+
+def view(image: Image.Image, spec: ImageSpec) -> np.ndarray:
+    """A video frame's values, float32[s, s, 3], where each frame is one view of a fixed size.
+
+    transformers resizes frames by torch alone; authors, whose way to convert is "drop", by Pillow.
+    """
+    if spec.convert == "drop":
+        return preprocess(image, spec)
+    return frame(image, (spec.size, spec.size), spec)
 
 
 def resized(pixels: np.ndarray, size: tuple[int, int], resample: int) -> np.ndarray:

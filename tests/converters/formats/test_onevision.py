@@ -60,9 +60,17 @@ def reference(theirs: Any, row: Sequence[int], images: list, film: Sequence | No
         ).pooler_output
         counts = [len(x) for x in features]
     if film is not None:
-        frames = transformers.SiglipImageProcessorPil(size={"height": 28, "width": 28})
-        pixels = frames(list(film), return_tensors="pt").pixel_values
-        inputs["pixel_values_videos"] = pixels[None]
+        # As its video processor, which needs torchvision, has them.
+        small = [
+            torch.nn.functional.interpolate(
+                torch.from_numpy(np.array(x)).permute(2, 0, 1)[None].contiguous(),
+                (28, 28),
+                mode="bicubic",
+                antialias=True,
+            )
+            for x in film
+        ]
+        inputs["pixel_values_videos"] = ((torch.cat(small) / 255 - 0.5) / 0.5)[None]
     rest, ids = iter(counts), []
     for token in row:
         if token == -200:

@@ -219,7 +219,7 @@ TRIALS = [
         for first in (False, True)
         for task, call in (
             ("load", "converters.load:read_model:0"),
-            ("generate", "vfjax.generate:_first:0"),
+            ("generate", "vfjax.generate:first_tokens:0"),
             ("fuse", "converters.fusion:write_folder:0" if first else "vfjax.processes:together:0"),
             ("train", "vfjax.train.loop:put:2"),
         )

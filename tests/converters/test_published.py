@@ -15,6 +15,7 @@ from converters.branches import joined
 from converters.export import targets
 from converters.load import Params, abstract, check, model_config
 from converters.params.table import restored
+from converters.positions import shared_llm
 from converters.registry import find
 from converters.source import Source
 from converters.towers import Tower, read_tower
@@ -270,9 +271,11 @@ def test_fusion(specs: Mapping[str, Any], tmp_path: Path, name: str):
     opened = {member.replace(".", "_"): open_source(tmp_path / member) for member in members}
     base = open_source(tmp_path / FUSIONS[name])
     check_family({"base": base.llm, **{member: s.llm for member, s in opened.items()}})
-    result = joined({"base": base, **opened}, list(opened), tmp_path / "fused", None)
+    everyone = {"base": base, **opened}
+    llm = shared_llm(everyone, list(opened))
+    result = joined(everyone, list(opened), tmp_path / "fused", None, llm)
     assert row(name, result) in MODELS.read_text().splitlines()
     own = [sum(math.prod(p.shape) for p in shapes(s).values()) for s in opened.values()]
-    llm = sum(math.prod(p.shape) for p in shapes(base).values())
+    shared = sum(math.prod(p.shape) for p in shapes(base).values())
     fused = sum(math.prod(p.shape) for p in shapes(result).values())
-    assert fused == sum(own) - (len(own) - 1) * llm
+    assert fused == sum(own) - (len(own) - 1) * shared

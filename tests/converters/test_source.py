@@ -211,12 +211,12 @@ def test_the_llm_has_none_of_the_keys_of_the_rest(folders: Path):
         (
             "llm",
             {"rope_parameters": None, "rope_scaling": {"type": "linear", "factor": 2.0}},
-            "config.json: rope_scaling: type: found 'linear', expected 'default', 'llama3'",
+            "config.json: rope_scaling: type: found 'linear', expected 'default', 'dynamic'",
         ),
         (
             "llm",
             {"rope_parameters": {"rope_type": "yarn", "rope_theta": 1e4, "factor": 4.0}},
-            "config.json: rope_parameters: rope_type: found 'yarn', expected 'default', 'llama3'",
+            "config.json: rope_parameters: rope_type: found 'yarn', expected 'default', 'dynamic'",
         ),
         (
             "llm",

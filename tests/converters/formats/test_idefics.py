@@ -221,7 +221,10 @@ def inputs_of(images: Sequence, prompt: str) -> Any:
     """A row as transformers' model takes it."""
     if images == [FILM]:
         text = prompt.replace(PICTURE, words_of(FILM, 2.0))
-        return {**MAKER.tokenizer([text], return_tensors="pt"), **frames_of(FILM)}
+        pixels = torch.from_numpy(frames_of(FILM))[None]
+        mask = torch.ones_like(pixels[:, :, 0], dtype=torch.bool)
+        seen = {"pixel_values": pixels, "pixel_attention_mask": mask}
+        return {**MAKER.tokenizer([text], return_tensors="pt"), **seen}
     return MAKER(**({"images": [images]} if images else {}), text=[prompt], return_tensors="pt")
 
 

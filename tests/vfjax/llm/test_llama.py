@@ -241,7 +241,7 @@ def test_rope_of_older_configs():
     assert old == new
     assert old.rope_scaling is not None
     assert TABLE.config({**LLAMA, "rope_scaling": None}).rope_theta == 10000.0
-    with pytest.raises(InputError, match="type: found 'linear', expected 'default', 'llama3'"):
+    with pytest.raises(InputError, match="found 'linear', expected 'default', 'dynamic', 'llama3'"):
         TABLE.config({**LLAMA, "rope_scaling": {"type": "linear", "factor": 2.0}})
 
 

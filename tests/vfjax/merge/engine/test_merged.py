@@ -8,6 +8,8 @@ from vfjax import InputError
 from vfjax.merge import METHODS, merge
 from vfjax.merge import tensors as lazy
 
+pytestmark = pytest.mark.usefixtures("optimised")
+
 
 @settings(max_examples=8)
 @given(st.data())

@@ -447,3 +447,14 @@ def published(model: transformers.PreTrainedModel) -> dict[str, torch.Tensor]:
 
 def write_json(path: Path, value: Mapping[str, Any]) -> None:
     path.write_text(json.dumps(value, indent=2))
+
+
+def changed(folder: Path, place: Path, file: str, changes: dict) -> Path:
+    """A folder of links to the files of `folder`, with other keys in one JSON file."""
+    place.mkdir()
+    for path in folder.iterdir():
+        (place / path.name).symlink_to(path)
+    whole = json.loads((folder / file).read_text()) | changes
+    (place / file).unlink()
+    write_json(place / file, whole)
+    return place

@@ -237,14 +237,3 @@ def authors_folder(path: Path, theirs: Any, llm: str, **config: Any) -> None:
     }
     write_json(path / "config.json", own | {"llm_config": text, "vision_config": vision} | config)
     port_tokenizer(path)
-
-
-def changed(folder: Path, place: Path, file: str, changes: dict) -> Path:
-    """Links to a folder's files, with other keys in one."""
-    place.mkdir()
-    for path in folder.iterdir():
-        (place / path.name).symlink_to(path)
-    whole = json.loads((folder / file).read_text()) | changes
-    (place / file).unlink()
-    write_json(place / file, whole)
-    return place

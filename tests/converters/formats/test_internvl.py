@@ -15,11 +15,10 @@ from hypothesis import strategies as st
 
 import converters
 import vfjax
-from tests.checkpoints import hf_llava_folder, llama_folder, make_llama, tuned, write_json
+from tests.checkpoints import changed, hf_llava_folder, llama_folder, make_llama, tuned, write_json
 from tests.internvl import (
     IMAGE,
     assert_close,
-    changed,
     picture,
     port_folder,
     reference,

@@ -15,13 +15,12 @@ import converters
 from converters import open_source
 from converters.inspect import inspect
 from converters.tokenizer import load_tokenizer
-from tests.checkpoints import write_json
+from tests.checkpoints import changed, write_json
 from tests.internvl import (
     IMAGE,
     VISION,
     assert_close,
     authors_folder,
-    changed,
     picture,
     port_folder,
     port_tokenizer,

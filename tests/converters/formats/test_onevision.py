@@ -18,6 +18,7 @@ from converters import open_source
 from tests.checkpoints import (
     LLAMA,
     NEXT_PINPOINTS,
+    changed,
     llama_folder,
     llava_next_folder,
     make_llama,
@@ -228,13 +229,7 @@ def test_the_authors_folder(port, tmp_path: Path):
     ],
 )
 def test_bad_ports(port, tmp_path: Path, file: str, changes: dict, message: str):
-    folder = tmp_path / "port"
-    folder.mkdir()
-    for path in port[0].iterdir():
-        (folder / path.name).symlink_to(path)
-    whole = json.loads((folder / file).read_text()) | changes
-    (folder / file).unlink()
-    write_json(folder / file, whole)
+    folder = changed(port[0], tmp_path / "port", file, changes)
     with pytest.raises(InputError) as error:
         converters.load(folder)
     assert message in str(error.value) and "\n" not in str(error.value)

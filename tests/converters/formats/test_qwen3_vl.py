@@ -17,7 +17,7 @@ import converters
 from converters.formats import qwen3_vl
 from converters.params import qwen
 from converters.values import Values
-from tests.checkpoints import write_json
+from tests.checkpoints import changed, write_json
 from tests.qwen3_vl import TEXT, VISION, config, open_port, process, video_processor
 from tests.qwen_vl import (
     FILM,
@@ -274,13 +274,7 @@ BAD = [
 
 @pytest.mark.parametrize(("file", "changes", "message"), BAD)
 def test_bad_folders(port: Port, tmp_path: Path, file: str, changes: dict, message: str):
-    folder = tmp_path / "port"
-    folder.mkdir()
-    for path in port.path.iterdir():
-        (folder / path.name).symlink_to(path)
-    whole = json.loads((folder / file).read_text()) | changes
-    (folder / file).unlink()
-    write_json(folder / file, whole)
+    folder = changed(port.path, tmp_path / "port", file, changes)
     with pytest.raises(InputError) as error:
         converters.load(folder)
     assert message in str(error.value) and "\n" not in str(error.value)

@@ -15,7 +15,7 @@ from safetensors.torch import load_file, save_file
 
 import converters
 from converters.inspect import inspect
-from tests.checkpoints import write_json
+from tests.checkpoints import changed, write_json
 from tests.qwen_vl import (
     COMMON,
     IMAGE,
@@ -243,13 +243,7 @@ def test_older_and_other_folders_are_the_same(port: Port, tmp_path: Path):
     indirect=["port"],
 )
 def test_bad_folders(port: Port, tmp_path: Path, file: str, changes: dict, message: str):
-    folder = tmp_path / "port"
-    folder.mkdir()
-    for path in port.path.iterdir():
-        (folder / path.name).symlink_to(path)
-    whole = json.loads((folder / file).read_text()) | changes
-    (folder / file).unlink()
-    write_json(folder / file, whole)
+    folder = changed(port.path, tmp_path / "port", file, changes)
     with pytest.raises(InputError) as error:
         converters.load(folder)
     assert message in str(error.value) and "\n" not in str(error.value)

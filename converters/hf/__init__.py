@@ -1,0 +1,31 @@
+"""Fused models in PyTorch: folders that `converters.fuse` writes, opened by transformers.
+
+Importing this registers the classes with transformers' Auto classes, so that
+`AutoModelForImageTextToText.from_pretrained(folder)` and `AutoProcessor.from_pretrained(folder)`
+open such a folder without code of its own. The numbers are vfjax's: each branch and the splice of
+its tokens are twins of `vfjax.architectures` and `vfjax.model`; towers and LLMs are transformers'.
+"""
+
+import importlib.util
+
+from vfjax import InputError
+
+if importlib.util.find_spec("torch") is None:
+    raise InputError(
+        "converters.hf",
+        found="no torch",
+        expected="PyTorch, which runs fused models in transformers",
+        fix="pip install 'vfjax[hf]'",
+    )
+
+from transformers import AutoConfig, AutoModelForImageTextToText
+
+from converters.hf.config import VisionFuseConfig
+from converters.hf.model import VisionFuseForConditionalGeneration
+
+AutoConfig.register("visionfuse", VisionFuseConfig, exist_ok=True)
+AutoModelForImageTextToText.register(
+    VisionFuseConfig, VisionFuseForConditionalGeneration, exist_ok=True
+)
+
+__all__ = ["VisionFuseConfig", "VisionFuseForConditionalGeneration"]

@@ -1,0 +1,122 @@
+"""Vision encoders as transformers' own modules, and how their hidden states are tapped."""
+
+import dataclasses
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+import transformers
+from torch import Tensor, nn
+
+from vfjax import InputError
+from vfjax.vision import encoders as own
+
+Tap = Callable[[nn.Module, Tensor, Sequence[int]], list[Tensor]]
+"""(module, pixels [n, h, w, 3], taps) -> the hidden states at the taps, prefix and all."""
+
+
+def hidden(module: nn.Module, pixels: Tensor, taps: Sequence[int], **more: bool) -> list[Tensor]:
+    """Hidden states of a module of transformers that is called with `pixel_values`.
+
+    Args:
+        module: the encoder.
+        pixels: float32[n, h, w, 3].
+        taps: indices into `hidden_states`.
+        more: arguments of the module.
+    """
+    images = pixels.permute(0, 3, 1, 2).to(next(module.parameters()).dtype)
+    states = module(images, output_hidden_states=True, return_dict=True, **more).hidden_states
+    return [states[tap] for tap in taps]
+
+
+@dataclasses.dataclass(frozen=True)
+class Kind:
+    """One kind of encoder.
+
+    Attributes:
+        build: vfjax's config -> transformers' module, whose names in a folder are its own.
+        tap: how it is called.
+    """
+
+    build: Callable[[Any], nn.Module]
+    tap: Tap = hidden
+
+
+def _vit(config: own.CLIPConfig | own.SigLIPConfig | own.DINOv2Config) -> dict[str, Any]:
+    """What all vision transformers' configs say by the same keys."""
+    return {
+        "hidden_size": config.width,
+        "num_hidden_layers": config.layers,
+        "num_attention_heads": config.heads,
+        "patch_size": config.patch,
+        "image_size": config.image_size,
+        "hidden_act": config.act,
+        "layer_norm_eps": config.eps,
+    }
+
+
+def _clip(config: own.CLIPConfig) -> nn.Module:
+    keys = {**_vit(config), "intermediate_size": config.mlp}
+    return transformers.CLIPVisionModel(transformers.CLIPVisionConfig(**keys))
+
+
+def _siglip(config: own.SigLIPConfig) -> nn.Module:
+    keys = {**_vit(config), "intermediate_size": config.mlp, "vision_use_head": False}
+    return transformers.SiglipVisionModel(transformers.SiglipVisionConfig(**keys))
+
+
+def _dinov2(config: own.DINOv2Config) -> nn.Module:
+    keys = {**_vit(config), "qkv_bias": config.qkv_bias, "use_swiglu_ffn": config.swiglu}
+    # SwiGLU's width is a multiple of 8 near two thirds of `mlp_ratio` times the width.
+    keys["mlp_ratio"] = round((1.5 if config.swiglu else 1) * config.mlp / config.width)
+    if config.registers:
+        keys["num_register_tokens"] = config.registers
+        return transformers.Dinov2WithRegistersModel(transformers.Dinov2WithRegistersConfig(**keys))
+    keys["use_mask_token"] = config.mask_token
+    return transformers.Dinov2Model(transformers.Dinov2Config(**keys))
+
+
+ENCODERS: dict[type, Kind] = {
+    own.CLIPConfig: Kind(_clip),
+    own.SigLIPConfig: Kind(_siglip),
+    own.DINOv2Config: Kind(_dinov2),
+}
+"""Class of vfjax's config -> its kind."""
+
+
+def register(config: type, kind: Kind) -> None:
+    """Adds a kind; raises ValueError for a second of one config's class."""
+    if ENCODERS.setdefault(config, kind) is not kind:
+        raise ValueError(f"another encoder is for {config.__name__}, too")
+
+
+def _kind(config: object) -> Kind:
+    if type(config) not in ENCODERS:
+        raise InputError(
+            "encoder",
+            found=f"{type(config).__name__}",
+            expected=f"one of {', '.join(sorted(kind.__name__ for kind in ENCODERS))}",
+            fix="run this model by converters.load, in JAX",
+        )
+    return ENCODERS[type(config)]
+
+
+def build(config: object) -> nn.Module:
+    """The module of an encoder's config.
+
+    Raises:
+        InputError: there is none in torch.
+    """
+    return _kind(config).build(config)
+
+
+def tapped(config: object, module: nn.Module, pixels: Tensor, taps: Sequence[int]) -> list[Tensor]:
+    """Hidden states [n, s, d] at the taps; see `vfjax.vision.encoders`.
+
+    Args:
+        config: of the module.
+        module: what `build` made.
+        pixels: float32[n, h, w, 3].
+        taps: see `vfjax.vision.encoders.vit.run`.
+    """
+    return _kind(config).tap(module, torch.as_tensor(pixels), taps)

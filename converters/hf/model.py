@@ -1,0 +1,362 @@
+"""A fused model in torch: branches whose tokens are spliced into one LLM of transformers.
+
+The twin of `vfjax.model`. Positions and masks are those of `vfjax.fusion.segments`; the LLM reads
+them as it reads anyone's, and decodes with its own cache.
+"""
+
+import dataclasses
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple, TypeAlias
+
+import torch
+import transformers
+from torch import Tensor, nn
+from torch.nn.functional import embedding
+from transformers import GenerationMixin, PreTrainedModel
+from transformers.masking_utils import create_masks_for_generate
+from transformers.modeling_outputs import CausalLMOutputWithPast
+
+from converters.hf import branch as contract
+from converters.hf.branch import Branch, Prompt, VisualTokens
+from converters.hf.config import VisionFuseConfig
+from converters.hf.segments import block, parallel, running
+
+Pictures = Mapping[str, Mapping[str, Any]]
+"""Branch -> what it is shown: the fields of its `Inputs`, and those of `vfjax.model.Batch.images`
+as "gather.indices", "gather.weights", "prompt.ids" and "prompt.mask"."""
+
+Mask: TypeAlias = "Tensor | dict[str, Tensor] | None"
+"""What an LLM of transformers takes as `attention_mask`: [b, t], [b, 1, t, s], or one a kind of its
+layers."""
+
+Llm = tuple[nn.Module, nn.Module]
+"""An LLM without its head, and its head."""
+
+LLMS: dict[str, Callable[[Any], Llm]] = {}
+"""`model_type` of an LLM's config -> how it is built where transformers has no causal LM of it."""
+
+ROWS = ("visual", "segments", "place", "steps")
+"""Arguments of `forward` with a value for each token of the prompt, and what stands at new text."""
+
+TEXT = {"visual": -1, "segments": 0, "place": 0, "steps": 1}
+"""What they are at text."""
+
+
+@dataclasses.dataclass
+class VisionFuseOutput(CausalLMOutputWithPast):
+    """What `VisionFuseForConditionalGeneration` gives.
+
+    Attributes:
+        attention_mask: of a prompt with pictures, int64[b, t] where something is read.
+        position_ids: of these int64[b, t] or [3, b, t], at the last token the row's last.
+    """
+
+    attention_mask: Tensor | None = None
+    position_ids: Tensor | None = None
+
+
+class Spliced(NamedTuple):
+    """A prompt as the LLM reads it.
+
+    Attributes:
+        embeds: [b, t, d].
+        mask: bool[b, t], False where nothing is read.
+        deep: [k, b, t, d], see `VisualTokens`; None: nothing.
+    """
+
+    embeds: Tensor
+    mask: Tensor
+    deep: Tensor | None
+
+
+class VisionFusePreTrainedModel(PreTrainedModel):
+    """What transformers knows of the class."""
+
+    config_class = VisionFuseConfig
+    base_model_prefix = "model"
+    input_modalities = ("image", "text")
+    supports_gradient_checkpointing = True
+    _supports_sdpa = True
+    _supports_flash_attn = True
+
+
+class VisionFuseForConditionalGeneration(VisionFusePreTrainedModel, GenerationMixin):
+    """K branches and one LLM; called with what `VisionFuseProcessor` gives."""
+
+    def __init__(self, config: VisionFuseConfig):
+        super().__init__(config)
+        own = config.vfjax()
+        self.model, self.lm_head = build_llm(config.text_config)
+        self.branches = nn.ModuleDict(
+            {b.name: contract.build(b.architecture, f"branch {b.name!r}") for b in own.branches}
+        )
+        self.scaled = {b.name: b.scaled for b in own.branches}
+        self._tied_weights_keys = {"lm_head.weight": "model.embed_tokens.weight"}
+        self._no_split_modules = list({type(each).__name__ for each in self.branches.values()})
+        self.post_init()
+
+    def lookup(self, ids: Tensor) -> Tensor:
+        """Rows [..., d] of the embedding table, not scaled."""
+        return embedding(ids, self.get_input_embeddings().weight)
+
+    def memory(self, name: str, pictures: Pictures) -> VisualTokens:
+        """A branch's visual tokens of all pictures as the LLM reads them.
+
+        Args:
+            name: of the branch.
+            pictures: see `Pictures`.
+        """
+        branch: Branch = self.branches[name]
+        table = self.get_input_embeddings()
+        shown = {
+            key: value.to(_device(branch, value)) if isinstance(value, Tensor) else value
+            for key, value in pictures[name].items()
+        }
+        prompt = None
+        if "prompt.ids" in shown:
+            prompt = Prompt(shown["prompt.ids"], shown["prompt.mask"])
+        memory = branch.visual_tokens(branch.encode(shown), self.lookup, prompt)
+        values = memory.values.to(table.weight.dtype)
+        if self.scaled[name]:
+            values = values * _scale(table, values)
+        memory = memory._replace(values=values)
+        if "gather.indices" not in shown:
+            return memory
+        return gathered(memory, shown["gather.indices"], shown.get("gather.weights"))
+
+    def visual_tokens(self, pictures: Pictures) -> VisualTokens:
+        """All branches' memories one after another."""
+        found = [self.memory(branch["name"], pictures) for branch in self.config.branches]
+        return joined(found, self.get_input_embeddings().weight.device)
+
+    def splice(
+        self, text: Tensor, mask: Tensor, visual: Tensor, pictures: Pictures | None
+    ) -> Spliced:
+        """Text embeddings with the visual tokens spliced in; see `vfjax.model.splice`.
+
+        Args:
+            text: [b, t, d].
+            mask: [b, t], 0 at padding.
+            visual: int64[b, t], see `vfjax.model.Batch`.
+            pictures: None or {} where no row has one.
+        """
+        mask, deep = mask.to(text.device).bool(), None
+        if pictures:
+            memory = self.visual_tokens(pictures)
+            visual = visual.to(text.device)
+            seen, at = visual >= 0, visual.clamp(min=0)
+            values = memory.values.to(text)
+            text = torch.where(seen[..., None], values[at], text)
+            mask = mask & (~seen | memory.keep.to(text.device)[at])
+            if memory.deep is not None:
+                read = (seen & mask)[..., None]
+                deep = torch.where(read, memory.deep.to(text)[:, at], 0)
+        return Spliced(torch.where(mask[..., None], text, 0), mask, deep)
+
+    def positions(
+        self, mask: Tensor, segments: Tensor, place: Tensor | None, steps: Tensor | None
+    ) -> Tensor:
+        """Where the tokens stand, int64[b, t], or [3, b, t] with `place`; 0 at what is not read."""
+        count = len(self.config.branches)
+        if count > 1 and self.config.positions == "parallel":
+            found = parallel(segments, mask, count, place, steps)
+        elif place is not None and steps is not None:
+            found = running(mask, place, steps)
+        else:
+            found = (mask.cumsum(1) - 1)[None]
+        found = torch.where(mask, found, 0)
+        return found if len(found) > 1 else found[0]
+
+    def forward(
+        self,
+        input_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        cache: transformers.Cache | None = None,
+        inputs_embeds: Tensor | None = None,
+        visual: Tensor | None = None,
+        segments: Tensor | None = None,
+        place: Tensor | None = None,
+        steps: Tensor | None = None,
+        pictures: Pictures | None = None,
+        labels: Tensor | None = None,
+        use_cache: bool | None = None,
+        logits_to_keep: int | Tensor = 0,
+        **kwargs: object,
+    ) -> VisionFuseOutput:
+        """Logits, and the loss of `labels`.
+
+        Args:
+            input_ids: int64[b, t], 0 at visual tokens.
+            attention_mask: [b, t], 0 at padding; None: there is none.
+            position_ids: None: by `config.positions`.
+            cache: transformers' cache; a prompt with pictures needs a new one.
+            inputs_embeds: in place of `input_ids`, [b, t, d].
+            visual: int64[b, t] number of the visual token that stands here, -1 at text; None: text
+                alone, or what goes on after a prompt.
+            segments: int64[b, t], see `vfjax.model.Batch`.
+            place: int64[b, t, 3], see `vfjax.model.Batch`.
+            steps: int64[b, t], see `vfjax.model.Batch`.
+            pictures: see `Pictures`.
+            labels: int64[b, t], -100 where nothing is learnt.
+            use_cache: whether to give a cache back.
+            logits_to_keep: last positions that logits are computed for, 0 for all.
+            kwargs: of the LLM and the loss.
+        """
+        if (input_ids is None) == (inputs_embeds is None):
+            raise ValueError("You must specify exactly one of input_ids or inputs_embeds")
+        text = self.get_input_embeddings()(input_ids) if inputs_embeds is None else inputs_embeds
+        out = VisionFuseOutput()
+        read: Mask = attention_mask
+        if visual is not None:
+            rows = {"visual": visual, "segments": segments, "place": place, "steps": steps}
+            rows = {k: _longer(x, text, TEXT[k]) for k, x in rows.items() if x is not None}
+            if attention_mask is None:
+                attention_mask = torch.ones(text.shape[:2], dtype=torch.long)
+            text, mask, deep = self.splice(text, attention_mask, rows.pop("visual"), pictures)
+            order = rows.get("segments", torch.zeros_like(mask, dtype=torch.long))
+            if position_ids is None:
+                position_ids = self.positions(mask, order, rows.get("place"), rows.get("steps"))
+            out.attention_mask, out.position_ids = mask.long(), position_ids
+            read = self._mask(text, mask, order, cache, position_ids)
+            if deep is not None:
+                kwargs["visual_pos_masks"] = mask
+                kwargs["deepstack_visual_embeds"] = [each[mask] for each in deep]
+        made = self.model(
+            inputs_embeds=text,
+            attention_mask=read,
+            position_ids=position_ids,
+            cache=cache,
+            use_cache=use_cache,
+            **kwargs,
+        )
+        keep = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
+        out.logits = self.lm_head(made.last_hidden_state[:, keep])
+        out.cache, out.hidden_states, out.attentions = (
+            made.cache,
+            made.hidden_states,
+            made.attentions,
+        )
+        if labels is not None:
+            size = self.config.text_config.vocab_size
+            out.loss = self.loss_function(out.logits, labels, vocab_size=size, **kwargs)
+        return out
+
+    def _mask(
+        self,
+        text: Tensor,
+        mask: Tensor,
+        segments: Tensor,
+        cache: transformers.Cache | None,
+        positions: Tensor,
+    ) -> Mask:
+        """What the LLM takes as `attention_mask` of a prompt."""
+        if self.config.mask != "block" or len(self.config.branches) < 2 or not segments.any():
+            return mask.long()
+        return create_masks_for_generate(
+            config=self.config.text_config,
+            inputs_embeds=text,
+            attention_mask=mask,
+            cache=cache,
+            position_ids=positions if positions.ndim == 2 else positions[0],
+            and_mask_function=block(segments),
+        )
+
+    def prepare_inputs_for_generation(
+        self, input_ids: Tensor, is_first_iteration: bool = False, **kwargs: object
+    ) -> dict[str, Any]:
+        """See transformers; pictures are read with the prompt alone, or again without a cache."""
+        prompt = is_first_iteration or not kwargs.get("use_cache", True)
+        own = {key: kwargs.pop(key) for key in (*ROWS, "pictures") if key in kwargs}
+        if not prompt or own.get("visual") is None:
+            return super().prepare_inputs_for_generation(
+                input_ids, is_first_iteration=is_first_iteration, **kwargs
+            )
+        mask = kwargs.pop("attention_mask", None)
+        kwargs.pop("position_ids", None)  # counted without pictures
+        made = super().prepare_inputs_for_generation(
+            input_ids, is_first_iteration=is_first_iteration, **kwargs
+        )
+        return {**made, **own, "attention_mask": mask, "position_ids": None}
+
+    def _update_model_kwargs_for_generation(
+        self,
+        outputs: VisionFuseOutput,
+        model_kwargs: dict[str, Any],
+        *args: object,
+        **kwargs: object,
+    ) -> dict[str, Any]:
+        """See transformers; new text stands after the row's last position of any axis."""
+        if outputs.attention_mask is not None and outputs.position_ids is not None:
+            positions = outputs.position_ids
+            last = positions.amax(tuple({0, positions.ndim - 1} - {positions.ndim - 2}))
+            positions = positions.clone()
+            positions[..., -1] = last
+            model_kwargs |= {"attention_mask": outputs.attention_mask, "position_ids": positions}
+        return super()._update_model_kwargs_for_generation(outputs, model_kwargs, *args, **kwargs)
+
+
+def build_llm(config: transformers.PreTrainedConfig) -> Llm:
+    """The LLM of a config."""
+    if config.model_type in LLMS:
+        return LLMS[config.model_type](config)
+    whole = transformers.AutoModelForCausalLM.from_config(config)
+    return whole.base_model, whole.get_output_embeddings()
+
+
+def gathered(memory: VisualTokens, indices: Tensor, weights: Tensor | None) -> VisualTokens:
+    """The memory with more tokens, made of others, behind it; see `vfjax`'s `Gather`."""
+
+    def more(x: Tensor) -> Tensor:
+        if weights is None:
+            made = x[..., indices, :].amax(-2)
+        else:
+            parts = (
+                weights[:, k, None] * x[..., indices[:, k], :].float()
+                for k in range(indices.shape[1])
+            )
+            made = sum(parts).to(x.dtype)
+        return torch.cat([x, made], dim=-2)
+
+    indices = indices.to(memory.values.device)
+    weights = None if weights is None else weights.to(memory.values.device)
+    keep = memory.keep[indices]
+    if weights is not None:
+        keep = keep | (weights == 0)
+    deep = None if memory.deep is None else more(memory.deep)
+    return VisualTokens(more(memory.values), torch.cat([memory.keep, keep.all(1)]), deep)
+
+
+def joined(memories: list[VisualTokens], device: torch.device) -> VisualTokens:
+    """One memory of all; what some add to more layers than others is zero in these."""
+    layers = max(0 if m.deep is None else len(m.deep) for m in memories)
+
+    def deep(memory: VisualTokens) -> Tensor:
+        zeros = memory.values.new_zeros((layers, *memory.values.shape))
+        if memory.deep is None:
+            return zeros
+        return torch.cat([memory.deep.to(zeros), zeros[len(memory.deep) :]])
+
+    return VisualTokens(
+        torch.cat([memory.values.to(device) for memory in memories]),
+        torch.cat([memory.keep.to(device) for memory in memories]),
+        torch.cat([deep(memory).to(device) for memory in memories], dim=1) if layers else None,
+    )
+
+
+def _device(module: nn.Module, value: Tensor) -> torch.device:
+    """Where a module computes; where the value is if its parameters are fetched as they're used."""
+    found = next(module.parameters()).device
+    return value.device if found.type == "meta" else found
+
+
+def _scale(table: nn.Module, values: Tensor) -> Tensor:
+    """What an LLM multiplies its embeddings with (Gemma), in the dtype of `values`."""
+    return torch.as_tensor(getattr(table, "embed_scale", 1.0)).to(values)
+
+
+def _longer(x: Tensor, text: Tensor, fill: int) -> Tensor:
+    """Rows [b, t', ...] of a prompt with text behind it, up to the t of [b, t, d] `text`."""
+    new = text.shape[1] - x.shape[1]
+    x = x.to(text.device)
+    return torch.cat([x, x.new_full((len(x), new, *x.shape[2:]), fill)], dim=1) if new else x

@@ -51,8 +51,12 @@ TEMPLATES = {"gemma": "gemma", "mixtral": "mistral_instruct_mgm", "mistral": "mi
 
 
 def read(hf: Values) -> MiningConfig:
-    """Sizes from the checkpoint's config."""
-    return MiningConfig(
+    """Sizes from the checkpoint's config.
+
+    Raises:
+        InputError: features that are not one a patch, to which nothing mined can be added.
+    """
+    made = MiningConfig(
         projector=projector(hf),
         width=hf.whole("width"),
         aux_width=hf.whole("aux_width"),
@@ -60,6 +64,14 @@ def read(hf: Values) -> MiningConfig:
         whole=hf.flag("whole"),
         combine=combine(hf),
     )
+    if made.combine.axis == "tokens" or made.combine.side:
+        raise InputError(
+            "config.json: mm_dense_connector_type",
+            found="tokens that are not one a patch, in patch info mining",
+            expected="one token a patch",
+            fix="use 'sci' or 'dci', without a side",
+        )
+    return made
 
 
 GRID = 16

@@ -49,6 +49,11 @@ CASES: dict[str, tuple[str, dict[str, Any], str]] = {
     "dci": ("dc_dci", HIDDEN, "found a connector that reads 50 channels, expected 3 x 32, the"),
     "mining": ("mgm_plain", HIDDEN, "reads 50 channels, expected 1 x "),
     "aux": ("mgm_plain", {"mm_hidden_size_aux": 7}, "reads 7 channels, expected 1 x "),
+    "mined": (
+        "mgm_plain",
+        {"mm_dense_connector_type": "sti", "mm_dense_connector_layers": 4},
+        "mm_dense_connector_type: found tokens that are not one a patch, in patch info mining",
+    ),
     "slime": ("slime_vicuna", HIDDEN, "found a connector that reads 50 channels, expected 1 x "),
     "separator": (
         "slime_vicuna",

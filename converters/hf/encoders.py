@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from vfjax import InputError
 from vfjax.vision import encoders as own
+from vfjax.vision.encoders.vit import Sizes
 
 Tap = Callable[[nn.Module, Tensor, Sequence[int]], list[Tensor]]
 """(module, pixels [n, h, w, 3], taps) -> the hidden states at the taps, prefix and all."""
@@ -42,7 +43,7 @@ class Kind:
     tap: Tap = hidden
 
 
-def _vit(config: own.CLIPConfig | own.SigLIPConfig | own.DINOv2Config) -> dict[str, Any]:
+def vit(config: Sizes) -> dict[str, Any]:
     """What all vision transformers' configs say by the same keys."""
     return {
         "hidden_size": config.width,
@@ -56,17 +57,17 @@ def _vit(config: own.CLIPConfig | own.SigLIPConfig | own.DINOv2Config) -> dict[s
 
 
 def _clip(config: own.CLIPConfig) -> nn.Module:
-    keys = {**_vit(config), "intermediate_size": config.mlp}
+    keys = {**vit(config), "intermediate_size": config.mlp}
     return transformers.CLIPVisionModel(transformers.CLIPVisionConfig(**keys))
 
 
 def _siglip(config: own.SigLIPConfig) -> nn.Module:
-    keys = {**_vit(config), "intermediate_size": config.mlp, "vision_use_head": False}
+    keys = {**vit(config), "intermediate_size": config.mlp, "vision_use_head": False}
     return transformers.SiglipVisionModel(transformers.SiglipVisionConfig(**keys))
 
 
 def _dinov2(config: own.DINOv2Config) -> nn.Module:
-    keys = {**_vit(config), "qkv_bias": config.qkv_bias, "use_swiglu_ffn": config.swiglu}
+    keys = {**vit(config), "qkv_bias": config.qkv_bias, "use_swiglu_ffn": config.swiglu}
     # SwiGLU's width is a multiple of 8 near two thirds of `mlp_ratio` times the width.
     keys["mlp_ratio"] = round((1.5 if config.swiglu else 1) * config.mlp / config.width)
     if config.registers:

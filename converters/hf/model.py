@@ -297,9 +297,12 @@ class VisionFuseForConditionalGeneration(VisionFusePreTrainedModel, GenerationMi
 
 
 def build_llm(config: transformers.PreTrainedConfig) -> Llm:
-    """The LLM of a config."""
+    """The LLM of a config; one that transformers has without a head gets one."""
     if config.model_type in LLMS:
         return LLMS[config.model_type](config)
+    if type(config) not in transformers.MODEL_FOR_CAUSAL_LM_MAPPING:
+        head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        return transformers.AutoModel.from_config(config), head
     whole = transformers.AutoModelForCausalLM.from_config(config)
     return whole.base_model, whole.get_output_embeddings()
 

@@ -77,7 +77,10 @@ class PixelShuffle(nnx.Module):
 
 
 def joined_patches(x: Array, factor: int) -> Array:
-    """Channels of each factor x factor patches, row by row: [n, s, d] -> [n, s', d * factor^2]."""
+    """Channels of each factor x factor patches, row by row: [n, s, d] -> [n, s', d * factor^2].
+
+    Of JAX, numpy or torch.
+    """
     n, tokens, d = x.shape
     side = math.isqrt(tokens) // factor
     y = x.reshape(n, side, factor, side, factor, d).swapaxes(2, 3)

@@ -88,16 +88,7 @@ def make(kind: str, seed: int = 5, **text: Any) -> Any:
 def write(path: Path, theirs: Any) -> Any:
     """The folder as transformers writes it; its tokenizer."""
     theirs.save_pretrained(path)
-    tokenizer_files(path)
-    engine = tokenizers.Tokenizer.from_file(str(path / "tokenizer.json"))
-    engine.add_special_tokens([f"<unused{i}>" for i in range(START - engine.get_vocab_size())])
-    engine.add_special_tokens([*MARKS, "<|im_start|>", "<|im_end|>"])
-    tokenizer = transformers.PreTrainedTokenizerFast(
-        tokenizer_object=engine, eos_token="<|im_end|>"
-    )
-    assert {token: tokenizer.convert_tokens_to_ids(token) for token in MARKS} == MARKS
-    tokenizer.chat_template = TEMPLATE
-    tokenizer.save_pretrained(path)
+    tokenizer = write_tokenizer(path)
     image = json.loads(image_processor().to_json_string())
     video = {k: v for k, v in image.items() if k != "image_processor_type"}
     video |= {"video_processor_type": "Qwen2VLVideoProcessor", "size": FILM}
@@ -109,6 +100,21 @@ def write(path: Path, theirs: Any) -> Any:
             "video_processor": video,
         },
     )
+    return tokenizer
+
+
+def write_tokenizer(path: Path) -> Any:
+    """Files of a tokenizer with the marks, and a chat template; the tokenizer."""
+    tokenizer_files(path)
+    engine = tokenizers.Tokenizer.from_file(str(path / "tokenizer.json"))
+    engine.add_special_tokens([f"<unused{i}>" for i in range(START - engine.get_vocab_size())])
+    engine.add_special_tokens([*MARKS, "<|im_start|>", "<|im_end|>"])
+    tokenizer = transformers.PreTrainedTokenizerFast(
+        tokenizer_object=engine, eos_token="<|im_end|>"
+    )
+    assert {token: tokenizer.convert_tokens_to_ids(token) for token in MARKS} == MARKS
+    tokenizer.chat_template = TEMPLATE
+    tokenizer.save_pretrained(path)
     return tokenizer
 
 

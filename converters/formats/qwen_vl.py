@@ -85,7 +85,7 @@ def describe(folder: Path, config: Values, towers: Towers) -> Source:
     if gated:
         connector["rate"] = own.number("tokens_per_second", 4)
     if images:
-        found, budget = _videos(folder, encoder.patch * encoder.merge)
+        found, budget = videos(folder, encoder.patch * encoder.merge)
         connector |= {"videos": found} | ({} if budget is None else {"budget": budget})
         for settings, what in ((images, "image"), (found, "video")):
             check_patches(settings, encoder, f"{folder}: {what} processor")
@@ -195,7 +195,7 @@ def video_processor(folder: Path) -> dict[str, Any]:
     return dict(found or {})
 
 
-def _videos(folder: Path, unit: int) -> tuple[dict[str, Any], int | None]:
+def videos(folder: Path, unit: int) -> tuple[dict[str, Any], int | None]:
     """How videos are prepared, and how many pixels one has at most, None for no limit.
 
     Raises:

@@ -1,7 +1,7 @@
 """Qwen2, Qwen2.5 and Qwen3 (transformers Qwen2ForCausalLM, Qwen3ForCausalLM).
 
 Qwen2-VL's and Qwen2.5-VL's LLMs are Qwen2s whose positions are of time, row and column; Qwen3-VL's
-is such a Qwen3.
+is such a Qwen3. LLaVA-OneVision-1.5's is a plain Qwen3 under another name.
 """
 
 import dataclasses
@@ -112,6 +112,34 @@ def qwen3_vl(hf: Values) -> LlamaConfig:
     return dataclasses.replace(made, rope_axes=axes)
 
 
+RICE_DEFAULTS = {
+    "hidden_size": 2560,
+    "intermediate_size": 9728,
+    "num_hidden_layers": 36,
+    "num_key_value_heads": 8,
+    "max_position_embeddings": 262144,
+    "rope_theta": 5000000.0,
+}
+"""Of LLaVAOneVision1_5_TextConfig, where they differ from Qwen3's."""
+
+
+def onevision15(hf: Values) -> LlamaConfig:
+    """A Qwen3; a rope of type "mrope" turns by one position there, too.
+
+    Raises:
+        InputError: as of `llama.decoder`.
+    """
+    hf = hf.over(RICE_DEFAULTS)
+    if found := dict(hf.mapping("rope_scaling", None) or {}):
+        kind = found.get("type", found.get("rope_type"))  # the older name counts
+        found.pop("type", None)
+        if kind == "mrope":
+            found.pop("mrope_section", None)
+            kind = "default"
+        hf = hf.put({"rope_scaling": {**found, "rope_type": kind}})
+    return qwen3(hf)
+
+
 QWEN3 = (
     *llama.TABLE.rules,
     Rule(llama.LAYER + "self_attn.q_norm.weight", "blocks/{}/attn/q_norm/scale"),
@@ -151,6 +179,15 @@ TABLES = (
         read=qwen3_vl,
         unused=UNUSED,
         architecture="Qwen3VLTextForCausalLM",  # there is a ...TextModel alone
+        plain="qwen3",
+        rules=QWEN3,
+    ),
+    dataclasses.replace(
+        llama.TABLE,
+        types=("LLaVAOneVision1_5_text",),
+        read=onevision15,
+        unused={**UNUSED, "image_token_id": ANY, "video_token_id": ANY},  # the whole model's count
+        architecture="LLaVAOneVision1_5_TextForCausalLM",  # there is a ..._TextModel alone
         plain="qwen3",
         rules=QWEN3,
     ),

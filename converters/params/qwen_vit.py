@@ -1,4 +1,7 @@
-"""Qwen-VL's vision towers (transformers models/qwen2_vl, models/qwen2_5_vl, models/qwen3_vl)."""
+"""Qwen-VL's vision towers (transformers models/qwen2_vl, models/qwen2_5_vl, models/qwen3_vl), RICE.
+
+The last is that of LLaVA-OneVision-1.5 (its ds/llavaonevision1_5/modeling_llavaonevision1_5.py).
+"""
 
 import dataclasses
 import math
@@ -98,6 +101,30 @@ def qwen3(hf: Values) -> QwenViTConfig:
     )
 
 
+DEFAULTS_RICE: dict[str, JSON] = {"depth": 24, "hidden_size": 1024}
+"""Of RiceConfig."""
+
+
+def rice(hf: Values) -> QwenViTConfig:
+    """From the keys of RiceConfig; a patch is of one frame whatever `temporal_patch_size` says.
+
+    The blocks' norms add 1e-5 whatever `layer_norm_eps` says, which is that of the other norms.
+
+    Raises:
+        InputError: as of `common`.
+    """
+    hf = hf.over(DEFAULTS_RICE)
+    return dataclasses.replace(
+        common(hf, "hidden_size"),
+        mlp=hf.whole("intermediate_size", 4096),
+        act=hf.activation("hidden_act", "gelu"),
+        time=1,
+        eps=1e-5,
+        classes=True,
+        pre_eps=hf.number("layer_norm_eps", 1e-5),
+    )
+
+
 def attention(part: str) -> tuple[Rule, ...]:
     """Rules of weights or biases; queries, keys and values are one tensor."""
     perm, name = ((1, 0), "kernel") if part == "weight" else (None, "bias")
@@ -110,12 +137,16 @@ def attention(part: str) -> tuple[Rule, ...]:
     )
 
 
-RULES = (
-    Rule("patch_embed.proj.weight", "patch", (1, 2, 3, 4, 0)),
+BLOCKS = (
     *norm(f"{BLOCK}norm1", "blocks/{}/norm1"),
     *norm(f"{BLOCK}norm2", "blocks/{}/norm2"),
     *attention("weight"),
     *attention("bias"),
+)
+RULES = (Rule("patch_embed.proj.weight", "patch", (1, 2, 3, 4, 0)), *BLOCKS)
+PLAIN = (
+    *dense(f"{BLOCK}mlp.fc1", "blocks/{}/mlp/fc1"),
+    *dense(f"{BLOCK}mlp.fc2", "blocks/{}/mlp/fc2"),
 )
 
 UNUSED: Unused = {
@@ -135,11 +166,7 @@ TABLES = (
         types=("qwen2_vl_vision",),
         read=qwen2,
         unused={**UNUSED, "hidden_size": ANY},  # the LLM's width
-        rules=(
-            *RULES,
-            *dense(f"{BLOCK}mlp.fc1", "blocks/{}/mlp/fc1"),
-            *dense(f"{BLOCK}mlp.fc2", "blocks/{}/mlp/fc2"),
-        ),
+        rules=(*RULES, *PLAIN),
         ignore=MERGER,
     ),
     Table(
@@ -164,6 +191,20 @@ TABLES = (
             Rule("pos_embed.weight", "table"),
             *dense(f"{BLOCK}mlp.linear_fc1", "blocks/{}/mlp/fc1"),
             *dense(f"{BLOCK}mlp.linear_fc2", "blocks/{}/mlp/fc2"),
+        ),
+        ignore=MERGER,
+    ),
+    Table(
+        types=("rice_vit",),
+        read=rice,
+        unused={**UNUSED, "embed_dim": ANY, "text_hidden_size": ANY},  # the last is the LLM's width
+        rules=(
+            Rule("patch_embed.proj.weight", "patch", (1, 2, 3, 0)),
+            Rule("class_embedding", "cls"),
+            Rule("class_pos_emb", "angles"),
+            *norm("pre_layernorm", "pre_norm"),
+            *BLOCKS,
+            *PLAIN,
         ),
         ignore=MERGER,
     ),

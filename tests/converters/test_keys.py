@@ -98,6 +98,7 @@ IN_FAMILIES = {
     *("ovis2", "ovis2_vision"),
     *("qwen2_vl_text", "qwen2_vl_vision", "qwen2_5_vl_text", "qwen2_5_vl_vision", "qwen_merger"),
     *("qwen3_vl_text", "qwen3_vl_vision", "qwen3_mergers"),
+    *("LLaVAOneVision1_5_text", "rice_vit", "rice_merger"),
 }
 """Tables of parts that transformers has in whole models alone: the tests of their formats compare
 those."""

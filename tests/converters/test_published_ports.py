@@ -13,6 +13,7 @@ from transformers.initialization import no_init_weights
 
 from converters import open_source
 from converters.load import check, model_config
+from tests import onevision15
 from tests.checkpoints import header_file, write_json
 from tests.converters.test_published import MODELS, row, shapes
 
@@ -394,6 +395,35 @@ def test_authors_onevision(tmp_path: Path, kind: str):
         "vision_tower_pretrained": None,
     }
     write_json(tmp_path / "config.json", {**text, **own})
+    header_file(tmp_path / "model.safetensors", {n: ("BF16", list(x)) for n, x in named.items()})
+    source = open_source(tmp_path)
+    params = shapes(source)
+    check(source, params)
+    assert sum(math.prod(p.shape) for p in params.values()) == sum(map(math.prod, named.values()))
+    (branch,) = model_config(source).branches
+    counts = [str(len(branch.architecture.regions(size))) for size in SIZES]
+    lines = MODELS.read_text().splitlines()
+    assert row(name, source) in lines
+    assert f"| {' | '.join([name, *counts])} |" in lines
+
+
+def test_onevision15(tmp_path: Path):
+    """LLaVA-OneVision-1.5's own code: Qwen3-8B and RICE, by the sizes that its authors give."""
+    name, llm = "LLaVA-OneVision-1.5-8B-Instruct", PORTS["InternVL3_5-8B-HF"]["text_config"]
+    text = {k: llm.get(k, v) for k, v in onevision15.TEXT.items()} | {
+        "model_type": "LLaVAOneVision1_5_text",
+        "layer_types": None,
+    }
+    sizes = {"depth": 24, "embed_dim": 1024, "hidden_size": 1024, "intermediate_size": 4096}
+    vision = {**onevision15.VISION, **sizes, "num_heads": 16, "patch_size": 14}
+    vision["text_hidden_size"] = text["hidden_size"]
+    named = onevision15.shapes(text, vision)
+    config = {**onevision15.CONFIG, "text_config": text, "vision_config": vision}
+    ids = {"image_token_id": 151655, "video_token_id": 151656}
+    write_json(tmp_path / "config.json", {**config, **ids, "vocab_size": text["vocab_size"]})
+    pixels = {"shortest_edge": 3136, "longest_edge": 1600 * 1600}
+    images = {**onevision15.IMAGES, "patch_size": 14, "size": pixels}
+    write_json(tmp_path / "preprocessor_config.json", images)
     header_file(tmp_path / "model.safetensors", {n: ("BF16", list(x)) for n, x in named.items()})
     source = open_source(tmp_path)
     params = shapes(source)

@@ -28,6 +28,7 @@ from vfjax.architectures.llava_next import LlavaNext
 from vfjax.architectures.mini_gemini import MiniGemini, MiningConfig
 from vfjax.architectures.mlp import MLPConfig
 from vfjax.architectures.onevision import OneVision
+from vfjax.architectures.onevision15 import OneVision15
 from vfjax.architectures.ovis2 import Ovis2, VocabularyConfig
 from vfjax.architectures.pixel_shuffle import PixelShuffleConfig
 from vfjax.architectures.qwen3_vl import DeepMergersConfig, Frames, Qwen3VL
@@ -59,6 +60,7 @@ __all__ = [
     "MiniGemini",
     "MiningConfig",
     "OneVision",
+    "OneVision15",
     "Ovis2",
     "Pictures",
     "PixelShuffleConfig",

@@ -7,6 +7,7 @@ that it stands in the text as a picture does. As transformers computes it (model
 
 import dataclasses
 import math
+from collections.abc import Sequence
 
 import jax
 import jax.numpy as jnp
@@ -117,8 +118,9 @@ class Qwen3VL(QwenVL):
     limit: int | None = None
     film: Frames = Frames()
 
-    def inputs(self, patches: Patches) -> PlacedPatches:
+    def inputs(self, patches: Patches, sizes: Sequence[int]) -> PlacedPatches:
         """Patches with their learned positions."""
+        del sizes
         own = {field.name: getattr(patches, field.name) for field in dataclasses.fields(patches)}
         indices, weights = stretched(own["place"], own["frames"], self.encoder.side)
         return PlacedPatches(**own, indices=indices, weights=weights)

@@ -166,7 +166,7 @@ class QwenVL:
         return native.most_units(self.images) + 2
 
     def prepare(self, rows: Rows, slots: int | None = None) -> Prepared:
-        """Inputs: see `Patches`; n is `length` of all patches. See `Architecture`."""
+        """Inputs: see `Patches`; n is `length` of all that the tower reads. See `Architecture`."""
         c = self.encoder
         parts: list[np.ndarray] = []  # of each frame, or several of a video, its patches
         places: list[np.ndarray] = []
@@ -187,21 +187,27 @@ class QwenVL:
             at = first + np.argsort(order) + tokens * np.arange(time)[:, None]
             runs.append(self.run(at.ravel(), (time, high, wide), each))
             first += time * tokens
-        total = sum(sizes)
-        n = length(total if slots is None else slots * native.most_units(self.images) * c.merge**2)
+        total, classes = sum(sizes), int(c.classes)
+        most = native.most_units(self.images) * c.merge**2
+        n = length(total + classes * len(sizes) if slots is None else slots * (most + classes))
         pixels = np.zeros((n, 3 * c.time * c.patch**2), np.float32)
         place = np.zeros((n, 2), np.int32)
         if parts:
             np.concatenate(parts, out=pixels[:total])
             place[:total] = np.concatenate(places)
-        reach = min(n, length(reached(sizes))) if slots is None else n
+        near = length(reached([size + classes for size in sizes])) if slots is None else n
         inputs = Patches(
-            pixels, place=place, frames=back(sizes, n), windows=back(windows, n), reach=reach
+            pixels,
+            place=place,
+            frames=back(sizes, n),
+            windows=back(windows, n),
+            reach=min(n, near),
         )
-        return Prepared(self.inputs(inputs), runs, n // c.merge**2)
+        return Prepared(self.inputs(inputs, sizes), runs, n // c.merge**2)
 
-    def inputs(self, patches: Patches) -> Patches:
-        """What the tower is told of the patches."""
+    def inputs(self, patches: Patches, sizes: Sequence[int]) -> Patches:
+        """What the tower is told of the patches; `sizes` of frames."""
+        del sizes
         return patches
 
     def _patches(self, media: Media) -> tuple[np.ndarray, Size]:

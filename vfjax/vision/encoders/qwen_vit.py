@@ -1,9 +1,10 @@
-"""The vision transformer of Qwen2-VL (arXiv 2409.12191), Qwen2.5-VL (2502.13923) and Qwen3-VL.
+"""The vision transformer of Qwen2-VL (arXiv 2409.12191), Qwen2.5-VL (2502.13923), Qwen3-VL, RICE.
 
 It reads pictures of any size, the patches of all in one sequence: positions are rotary, by row and
 column, and a patch sees its own picture or frame alone; in most of Qwen2.5-VL's layers its own
 window. Qwen3-VL (arXiv 2511.21631) adds learned positions, a square table that is stretched to each
-picture. As transformers computes it (models/qwen2_vl, models/qwen2_5_vl, models/qwen3_vl).
+picture. As transformers computes it (models/qwen2_vl, models/qwen2_5_vl, models/qwen3_vl). RICE
+(arXiv 2507.20025), of LLaVA-OneVision-1.5, has a class token before each frame.
 """
 
 import dataclasses
@@ -41,6 +42,9 @@ class QwenViTConfig:
         theta: base of the rotary positions.
         eps: what the norms add to a variance.
         side: of the table of learned positions; 0: there is none, nor a bias on patches.
+        classes: a class token stands before each frame, turned by learned angles, and a norm before
+            the first block (RICE); `time` is 1.
+        pre_eps: what that norm adds to a variance.
     """
 
     width: int
@@ -57,6 +61,8 @@ class QwenViTConfig:
     theta: float = 10000.0
     eps: float = 1e-6
     side: int = 0
+    classes: bool = False
+    pre_eps: float = 1e-5
 
     def build(self, *, rngs: nnx.Rngs) -> "QwenViT":
         return QwenViT(self, rngs=rngs)
@@ -72,8 +78,12 @@ class QwenViT(nnx.Module):
 
     def __init__(self, config: QwenViTConfig, *, rngs: nnx.Rngs):
         c = self.config = config
-        shape = (3, c.time, c.patch, c.patch, c.width)
-        self.patch = param(shape, (None, None, None, None, "embed"), rngs=rngs)
+        shape = (3, *([] if c.classes else [c.time]), c.patch, c.patch, c.width)
+        self.patch = param(shape, (*[None] * (len(shape) - 1), "embed"), rngs=rngs)
+        if c.classes:
+            self.cls = param((c.width,), ("embed",), rngs=rngs)
+            self.angles = param((1, c.width // c.heads // 2), (None, None), rngs=rngs)
+            self.pre_norm = layer_norm(c.width, c.pre_eps, rngs=rngs)
         if c.side:
             self.bias = param((c.width,), ("embed",), rngs=rngs)
             self.table = param((c.side**2, c.width), (None, "embed"), rngs=rngs)
@@ -89,8 +99,9 @@ class QwenViT(nnx.Module):
         windows: Array,
         reach: int,
         learned: tuple[Array, Array] | None = None,
+        kept: Array | None = None,
     ) -> list[Array]:
-        """Hidden states [1, n, width] at the taps.
+        """Hidden states [1, n, width] at the taps; of class tokens none, see `kept`.
 
         Args:
             pixels: float32[n, 3 * time * patch * patch], the patches of all frames, in each frame
@@ -103,6 +114,8 @@ class QwenViT(nnx.Module):
             reach: see `vfjax.nn.packed.packed`, of frames.
             learned: int32[n, k] and float32[n, k], of which rows of the table each patch's learned
                 position is the weighted sum.
+            kept: int32[n], of towers with class tokens, whose inputs have slots for these: where
+                each patch is among them; n where there is none.
 
         Raises:
             InputError: a tap outside the hidden states.
@@ -112,7 +125,12 @@ class QwenViT(nnx.Module):
         if learned is not None:
             x = x + self.bias[...]
             x = x + self.positions(*learned).astype(x.dtype)
-        cos, sin = self.rope(place)
+        angles = self.rope(place)
+        if kept is not None:
+            cls = jnp.ones(len(x), bool).at[kept].set(False, mode="drop")[:, None]
+            x = self.pre_norm(jnp.where(cls, self.cls[...], x))
+            angles = jnp.where(cls, self.angles[...].astype(jnp.float32), angles)
+        cos, sin = jnp.cos(angles), jnp.sin(angles)
         number = jnp.arange(len(x))
         wide = number + frames, reach
         near = number + windows, ROWS + 2 * (c.window * c.merge) ** 2
@@ -121,7 +139,8 @@ class QwenViT(nnx.Module):
             for i, block in enumerate(self.blocks)
             for starts, reach in [wide if self.whole(i) else near]
         ]
-        return [state[None] for state in run(blocks, x, taps)]
+        states = run(blocks, x, taps)
+        return [x[None] if kept is None else x.at[kept].get(mode="clip")[None] for x in states]
 
     def positions(self, indices: Array, weights: Array) -> Array:
         """Learned positions float32[n, width]; arguments as `learned` of a call."""
@@ -134,14 +153,13 @@ class QwenViT(nnx.Module):
         """Whether patches see their whole frame in a layer."""
         return not self.config.window or layer in self.config.full
 
-    def rope(self, place: Array) -> tuple[Array, Array]:
-        """Cosines and sines float32[n, h / 2] of rows and columns int32[n, 2]."""
+    def rope(self, place: Array) -> Array:
+        """Angles float32[n, h / 2] of rows and columns int32[n, 2]."""
         size = self.config.width // self.config.heads // 2
         power = np.arange(0, size, 2, dtype=np.float32) / np.float32(size)
         frequencies = np.float32(1) / np.float32(self.config.theta ** power.astype(np.float64))
         angles = place[..., None].astype(jnp.float32) * frequencies
-        angles = angles.reshape(len(place), -1)
-        return jnp.cos(angles), jnp.sin(angles)
+        return angles.reshape(len(place), -1)
 
 
 class Block(nnx.Module):

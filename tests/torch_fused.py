@@ -4,6 +4,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import jax
 import numpy as np
 import torch
 import transformers
@@ -14,7 +15,7 @@ from converters import hf
 from converters.hf.processor import tensors
 from tests.checkpoints import fused_folder, make_connector, make_llama, make_tower
 from vfjax.generate import generate_ids
-from vfjax.model import Batch, forward
+from vfjax.model import Batch
 
 BRANCHES: Mapping[str, Mapping[str, Any]] = {
     "clip": {"taps": (-2,), "drop": 1, "aspect": "pad"},
@@ -51,9 +52,17 @@ def open_in_torch(folder: Path, **config: Any) -> transformers.PreTrainedModel:
 
 @torch.no_grad()
 def logits_of(model: transformers.PreTrainedModel, batch: Batch) -> np.ndarray:
-    """Logits float32[k, vocab] of all real tokens of a batch."""
-    found = model(**(given := tensors(batch))).logits
-    return found[given["attention_mask"].bool()].float().numpy()
+    """Logits float32[k, vocab] of all tokens of a batch that are read."""
+    found = model(**(given := tensors(batch)))
+    mask = given["attention_mask"] if found.attention_mask is None else found.attention_mask
+    return found.logits[mask.bool()].float().numpy()
+
+
+@jax.jit
+def read(model: vfjax.Model, batch: Batch) -> tuple[jax.Array, jax.Array]:
+    """Logits float32[b, t, vocab], and bool[b, t] which tokens are read."""
+    hidden, mask, _ = model.read(batch)
+    return model.llm.logits(hidden), mask
 
 
 @torch.no_grad()
@@ -92,7 +101,8 @@ def assert_same(
     jax_model, processor = loaded
     for side in sides:
         batch = processor(images, input_ids=input_ids, padding=side)
-        expected = np.asarray(forward(jax_model, batch))[np.asarray(batch.mask)]
+        expected, mask = (np.asarray(x) for x in read(jax_model, batch))
+        expected = expected[mask]
         found = logits_of(model, batch)
         assert np.abs(found - expected).max() <= limit * np.abs(expected).max(), side
         if new:

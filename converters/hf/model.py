@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.nn.functional import embedding
 from transformers import GenerationMixin, PreTrainedModel
 from transformers.masking_utils import create_masks_for_generate
-from transformers.modeling_outputs import CausalLMOutputWithPast
+from transformers.modeling_outputs import CausalLMOutputWithPast, ModelOutput
 
 from converters.hf import branch as contract
 from converters.hf.branch import Branch, Prompt, VisualTokens
@@ -35,11 +35,8 @@ Llm = tuple[nn.Module, nn.Module]
 LLMS: dict[str, Callable[[Any], Llm]] = {}
 """`model_type` of an LLM's config -> how it is built where transformers has no causal LM of it."""
 
-ROWS = ("visual", "segments", "place", "steps")
-"""Arguments of `forward` with a value for each token of the prompt, and what stands at new text."""
-
-TEXT = {"visual": -1, "segments": 0, "place": 0, "steps": 1}
-"""What they are at text."""
+ROWS = {"visual": -1, "segments": 0, "place": 0, "steps": 1}
+"""Arguments of `forward` with a value for each token of a prompt -> that of text."""
 
 
 @dataclasses.dataclass
@@ -210,7 +207,7 @@ class VisionFuseForConditionalGeneration(VisionFusePreTrainedModel, GenerationMi
         read: Mask = attention_mask
         if visual is not None:
             rows = {"visual": visual, "segments": segments, "place": place, "steps": steps}
-            rows = {k: _longer(x, text, TEXT[k]) for k, x in rows.items() if x is not None}
+            rows = {k: _longer(x, text, ROWS[k]) for k, x in rows.items() if x is not None}
             if attention_mask is None:
                 attention_mask = torch.ones(text.shape[:2], dtype=torch.long)
             text, mask, deep = self.splice(text, attention_mask, rows.pop("visual"), pictures)
@@ -262,6 +259,19 @@ class VisionFuseForConditionalGeneration(VisionFusePreTrainedModel, GenerationMi
             and_mask_function=block(segments),
         )
 
+    def generate(self, inputs: Tensor | None = None, **kwargs: object) -> Tensor | ModelOutput:
+        """See transformers; rows that are padded on the right are first padded on the left."""
+        given: dict[str, Any] = {**kwargs, **({} if inputs is None else {"input_ids": inputs})}
+        mask = given.get("attention_mask")
+        if mask is not None and not mask[:, -1].all():
+            rows = {
+                k: given[k]
+                for k in ("input_ids", "inputs_embeds", "attention_mask", *ROWS)
+                if given.get(k) is not None
+            }
+            given |= to_the_right(rows, mask)
+        return super().generate(**given)
+
     def prepare_inputs_for_generation(
         self, input_ids: Tensor, is_first_iteration: bool = False, **kwargs: object
     ) -> dict[str, Any]:
@@ -305,6 +315,14 @@ def build_llm(config: transformers.PreTrainedConfig) -> Llm:
         return transformers.AutoModel.from_config(config), head
     whole = transformers.AutoModelForCausalLM.from_config(config)
     return whole.base_model, whole.get_output_embeddings()
+
+
+def to_the_right(rows: dict[str, Tensor], mask: Tensor) -> dict[str, Tensor]:
+    """Arrays [b, t, ...] whose rows end where [b, t] `mask` has their last token."""
+    t = mask.shape[1]
+    empty = mask.flip(1).long().argmax(1)
+    at = (torch.arange(t, device=mask.device)[None] - empty[:, None]) % t
+    return {key: x[torch.arange(len(x))[:, None], at.to(x.device)] for key, x in rows.items()}
 
 
 def gathered(memory: VisualTokens, indices: Tensor, weights: Tensor | None) -> VisualTokens:

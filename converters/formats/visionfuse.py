@@ -134,7 +134,9 @@ LAYOUTS = (
         lambda config: config.get("model_type") == "visionfuse",
         describe_fused,
         fused_prefixes,
-        unused=dict.fromkeys(("architectures", "dtype", "recipe", "torch_dtype"), ANY),
+        unused=dict.fromkeys(
+            ("architectures", "dtype", "recipe", "torch_dtype", "transformers_version"), ANY
+        ),
     ),
     Layout("llm", _is_llm, describe_llm, llm_names, unused={}),
 )

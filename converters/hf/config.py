@@ -1,13 +1,14 @@
 """A fused folder's config.json as transformers holds it."""
 
 import dataclasses
+import re
 from pathlib import Path
 from typing import Any
 
 from transformers import AutoConfig, PreTrainedConfig
 from transformers.configuration_utils import SubConfigSpec
 
-from converters.formats.visionfuse import LAYOUTS
+from converters.formats.visionfuse import LAYOUTS, fused_config
 from converters.load import model_config
 from converters.source import Source
 from converters.towers import Towers
@@ -70,4 +71,19 @@ class VisionFuseConfig(PreTrainedConfig):
         Raises:
             InputError: as `converters.load`.
         """
-        return model_config(self.source(self.name_or_path or ""))
+        return model_config(self.source(self.name_or_path))
+
+    def spare(self) -> set[str]:
+        """Patterns of tensors that a folder may have and that nothing reads."""
+        source = self.source(self.name_or_path)
+        found = set()
+        for part in source.components:
+            table, start = source.table(part), "" if part == "llm" else f"{part}."
+            rules = {re.escape(rule.source) for rule in table.rules if rule.optional}
+            found |= {rf"^{re.escape(start)}(?:{name})$" for name in {*table.ignore, *rules}}
+        return found
+
+    @classmethod
+    def of(cls, source: Source) -> "VisionFuseConfig":
+        """The config of an opened folder of any layout."""
+        return cls(**fused_config(source, {}), name_or_path=str(source.path))

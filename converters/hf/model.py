@@ -6,6 +6,7 @@ them as it reads anyone's, and decodes with its own cache.
 
 import dataclasses
 from collections.abc import Callable, Mapping
+from pathlib import Path
 from typing import Any, NamedTuple, TypeAlias
 
 import torch
@@ -16,10 +17,14 @@ from transformers import GenerationMixin, PreTrainedModel
 from transformers.masking_utils import create_masks_for_generate
 from transformers.modeling_outputs import CausalLMOutputWithPast, ModelOutput
 
+from converters.folder import open_source
 from converters.hf import branch as contract
 from converters.hf.branch import Branch, Prompt, VisualTokens
 from converters.hf.config import VisionFuseConfig
 from converters.hf.segments import block, parallel, running
+from converters.hf.state import is_fused, state_of
+from vfjax import InputError
+from vfjax.errors import counted
 
 Pictures = Mapping[str, Mapping[str, Any]]
 """Branch -> what it is shown: the fields of its `Inputs`, and those of `vfjax.model.Batch.images`
@@ -70,11 +75,12 @@ class VisionFusePreTrainedModel(PreTrainedModel):
     """What transformers knows of the class."""
 
     config_class = VisionFuseConfig
-    base_model_prefix = "model"
+    base_model_prefix = ""  # an LLM's own changes of names, as Mixtral's, are for its names alone
     input_modalities = ("image", "text")
     supports_gradient_checkpointing = True
     _supports_sdpa = True
     _supports_flash_attn = True
+    _keys_to_ignore_on_load_missing = [r"^lm_head\.bias$"]  # LLaVA's code around a Phi has none
 
 
 class VisionFuseForConditionalGeneration(VisionFusePreTrainedModel, GenerationMixin):
@@ -89,8 +95,49 @@ class VisionFuseForConditionalGeneration(VisionFusePreTrainedModel, GenerationMi
         )
         self.scaled = {b.name: b.scaled for b in own.branches}
         self._tied_weights_keys = {"lm_head.weight": "model.embed_tokens.weight"}
+        self._keys_to_ignore_on_load_unexpected = config.spare()
         self._no_split_modules = list({type(each).__name__ for each in self.branches.values()})
         self.post_init()
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        pretrained_model_name_or_path: str | Path | None = None,
+        *args: object,
+        output_loading_info: bool = False,
+        **kwargs: object,
+    ) -> PreTrainedModel:
+        """See transformers; also of one member's folder in any layout that `converters.load` reads.
+
+        Raises:
+            InputError: tensors that are missing, unknown or of another shape than by the config; of
+                a member's folder as `converters.load`.
+        """
+        path, given = pretrained_model_name_or_path, dict(kwargs)
+        if path is not None and not is_fused(path, given):
+            source = open_source(path)
+            config = VisionFuseConfig.of(source)
+            given |= {"config": config, "state_dict": state_of(source)}
+            path = None
+        lenient = given.pop("ignore_mismatched_sizes", False)
+        model, info = super().from_pretrained(
+            path, *args, output_loading_info=True, ignore_mismatched_sizes=True, **given
+        )
+        wrong = {
+            "missing": info["missing_keys"],
+            "unknown": info["unexpected_keys"],
+            "of another shape": () if lenient else info["mismatched_keys"],
+        }
+        for kind, found in wrong.items():
+            if found:
+                first = min(str(key if isinstance(key, str) else key[0]) for key in found)
+                raise InputError(
+                    f"{pretrained_model_name_or_path}: {first}",
+                    found=f"{counted(len(found), 'tensor')} {kind}",
+                    expected="each parameter's tensor and no other",
+                    fix="check that config.json belongs to these weights",
+                )
+        return (model, info) if output_loading_info else model
 
     def lookup(self, ids: Tensor) -> Tensor:
         """Rows [..., d] of the embedding table, not scaled."""

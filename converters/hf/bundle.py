@@ -28,6 +28,9 @@ JAX = {"jax", "flax"}
 IMPORTED = {"PIL", "numpy", "torch", "transformers", *sys.stdlib_module_names}
 """Packages that the file may import; within `try`, others too."""
 
+INSTEAD = {"converters.hf.reading": "converters.hf.written"}
+"""Modules -> those whose definitions of the same names take the place of theirs in the file."""
+
 ANY = Name("typing", "Any")
 """In annotations, in place of what the file lacks."""
 
@@ -54,16 +57,19 @@ def bundle(roots: Iterable[Name], others: Iterable[Name] = (), more: str = "") -
     """
     roots, others = list(roots), list(others)
     hidden: dict[Name, set[str]] = {ANY: set()}  # what is reached -> what it can't be called
-    todo = [*roots, *others]
+    todo, done = [*roots, *others], set[Name]()
     while todo:
         name = todo.pop()
-        hidden.setdefault(name, set())
-        if name.root not in OWN:
+        if name in done:
             continue
-        for read, around in reads(kept(name), owner(name)):
-            if read not in hidden and read not in todo:
-                todo.append(read)
-            hidden.setdefault(read, set()).update(around)
+        done.add(name)
+        hidden.setdefault(name, set())
+        if name.root in OWN:
+            found = reads(kept(name), owner(name))
+            for read, around in found:
+                hidden.setdefault(read, set()).update(around)
+            todo += [read for read, _ in found]
+            todo += [Name(name.module, each) for each in effects(owner(name))]
     called = named(hidden, roots)
     own = {name for name in hidden if name.root in OWN}
     parts = [HEAD, "\n".join(sorted(_import(name, called[name]) for name in hidden.keys() - own))]
@@ -86,6 +92,25 @@ def owner(name: Name) -> Module:
     return found
 
 
+def instead(name: str) -> Module | None:
+    """The module of a name in the file, see `INSTEAD`."""
+    return module(INSTEAD.get(name, name))
+
+
+def effects(home: Module) -> list[str]:
+    """Names of the statements of a module that are called for what they do.
+
+    Raises:
+        InputError: statements of another kind than definitions, imports and calls.
+    """
+    for each in home.body:
+        typed = isinstance(each, ast.If) and ast.unparse(each.test) == "TYPE_CHECKING"
+        text = isinstance(each, ast.Expr) and isinstance(each.value, ast.Constant)
+        if not (typed or text or defines(each) or isinstance(each, ast.Import | ast.ImportFrom)):
+            raise _refused(Name(home.name), ast.unparse(each).splitlines()[0], "definitions")
+    return home.effects
+
+
 def resolve(home: Module, attr: str) -> Name | None:
     """What a name in a module is, where it is defined; None: a builtin, or none that it has."""
     if attr in home.defined:
@@ -95,10 +120,10 @@ def resolve(home: Module, attr: str) -> Name | None:
     target = home.imported[attr]
     if target.root not in OWN:
         return target
-    whole = module(".".join(part for part in target if part))
+    whole = instead(".".join(part for part in target if part))
     if whole is not None:
         return Name(whole.name)
-    there = module(target.module)
+    there = instead(target.module)
     return None if there is None else resolve(there, target.attr)
 
 
@@ -239,9 +264,11 @@ def named(hidden: dict[Name, set[str]], roots: Iterable[Name]) -> dict[Name, str
     Raises:
         InputError: a root that can't.
     """
-    called: dict[Name, str] = {}
+    called = {name: "" for name in hidden if " " in name.attr}
     taken = set(dir(builtins))
-    rest = sorted(hidden.keys() - set(roots), key=lambda name: (name.root not in OWN, name))
+    rest = sorted(
+        hidden.keys() - called.keys() - set(roots), key=lambda name: (name.root not in OWN, name)
+    )
     for name in (*roots, *rest):
         *above, last = name.module.split(".")
         choices = [name.attr or last]
@@ -305,7 +332,9 @@ def _written(node: ast.stmt, home: Module, called: dict[Name, str]) -> str:
         def use(each: ast.Name | ast.Attribute, around: frozenset[str]) -> ast.expr:
             name, attr = read_of(home, each)
             if name is None:
-                return each
+                base = each.value if isinstance(each, ast.Attribute) else each
+                known = isinstance(base, ast.Name) and hasattr(builtins, base.id)
+                return each if known or lacking is None else ast.Name(lacking)
             if name not in called:
                 assert lacking is not None
                 return ast.Name(lacking)

@@ -33,7 +33,8 @@ class Module:
         name: as it is imported.
         path: its file.
         body: its statements.
-        defined: name -> the statement that defines it.
+        defined: name -> the statement that defines it; "line N" -> one that is called for what it
+            does, as for an entry in a registry.
         imported: name -> what it is elsewhere.
     """
 
@@ -47,6 +48,11 @@ class Module:
                 self.imported |= dict(imports(statement))
             for each in defines(statement):
                 self.defined[each] = statement
+
+    @property
+    def effects(self) -> list[str]:
+        """Names of the statements that are called for what they do."""
+        return [name for name in self.defined if " " in name]
 
 
 @functools.cache
@@ -79,9 +85,11 @@ def imports(statement: ast.Import | ast.ImportFrom) -> Iterator[tuple[str, Name]
 
 
 def defines(statement: ast.stmt) -> list[str]:
-    """Names that a statement of a module or class defines, imports aside."""
+    """Names that a statement of a module or class defines, imports aside; see `Module.defined`."""
     if isinstance(statement, ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef):
         return [statement.name]
+    if isinstance(statement, ast.Expr) and isinstance(statement.value, ast.Call):
+        return [f"line {statement.lineno}"]
     if isinstance(statement, ast.Assign):
         found = [node for target in statement.targets for node in ast.walk(target)]
     elif isinstance(statement, ast.AnnAssign):

@@ -77,8 +77,29 @@ def _dinov2(config: own.DINOv2Config) -> nn.Module:
     return transformers.Dinov2Model(transformers.Dinov2Config(**keys))
 
 
+def _dino(config: own.DINOConfig) -> nn.Module:
+    keys = {**vit(config), "intermediate_size": config.mlp, "qkv_bias": config.qkv_bias}
+    return transformers.ViTModel(transformers.ViTConfig(**keys), add_pooling_layer=False)
+
+
+def _resized(module: nn.Module, pixels: Tensor, taps: Sequence[int]) -> list[Tensor]:
+    """`hidden` of a module that takes pictures of other sizes only when told to."""
+    return hidden(module, pixels, taps, interpolate_pos_encoding=True)
+
+
+def _dinov3(config: own.DINOv3Config) -> nn.Module:
+    keys = {**vit(config), "intermediate_size": config.mlp, "use_gated_mlp": config.gated}
+    keys |= {"query_bias": config.q_bias, "key_bias": config.k_bias, "value_bias": config.v_bias}
+    keys |= {"proj_bias": config.out_bias, "mlp_bias": config.mlp_bias}
+    keys |= {"num_register_tokens": config.registers, "rope_theta": config.rope_theta}
+    keys["pos_embed_rescale"] = None  # in training alone
+    return transformers.DINOv3ViTModel(transformers.DINOv3ViTConfig(**keys))
+
+
 ENCODERS: dict[type, Kind] = {
     own.CLIPConfig: Kind(_clip),
+    own.DINOConfig: Kind(_dino, _resized),
+    own.DINOv3Config: Kind(_dinov3),
     own.SigLIPConfig: Kind(_siglip),
     own.DINOv2Config: Kind(_dinov2),
 }

@@ -18,14 +18,16 @@ if importlib.util.find_spec("torch") is None:
         fix="pip install 'vfjax[hf]'",
     )
 
-from transformers import AutoConfig, AutoModelForImageTextToText
+from transformers import AutoConfig, AutoModelForImageTextToText, AutoProcessor
 
 from converters.hf.config import VisionFuseConfig
 from converters.hf.model import VisionFuseForConditionalGeneration
+from converters.hf.processor import VisionFuseProcessor
 
 AutoConfig.register("visionfuse", VisionFuseConfig, exist_ok=True)
 AutoModelForImageTextToText.register(
     VisionFuseConfig, VisionFuseForConditionalGeneration, exist_ok=True
 )
+AutoProcessor.register(VisionFuseConfig, VisionFuseProcessor, exist_ok=True)
 
-__all__ = ["VisionFuseConfig", "VisionFuseForConditionalGeneration"]
+__all__ = ["VisionFuseConfig", "VisionFuseForConditionalGeneration", "VisionFuseProcessor"]

@@ -22,7 +22,9 @@ from converters.hf import branch as contract
 from converters.hf.branch import Branch, Prompt, VisualTokens
 from converters.hf.config import VisionFuseConfig
 from converters.hf.segments import block, parallel, running
-from converters.hf.state import is_fused, state_of
+from converters.hf.state import is_fused, small_files, state_of
+from converters.load import model_config
+from converters.processor import processor
 from vfjax import InputError
 from vfjax.errors import counted
 
@@ -109,11 +111,13 @@ class VisionFuseForConditionalGeneration(VisionFusePreTrainedModel, GenerationMi
     ) -> PreTrainedModel:
         """See transformers; also of one member's folder in any layout that `converters.load` reads.
 
+        Answers end at the stops of the folder's tokenizer and template, too.
+
         Raises:
             InputError: tensors that are missing, unknown or of another shape than by the config; of
                 a member's folder as `converters.load`.
         """
-        path, given = pretrained_model_name_or_path, dict(kwargs)
+        path, given, source = pretrained_model_name_or_path, dict(kwargs), None
         if path is not None and not is_fused(path, given):
             source = open_source(path)
             config = VisionFuseConfig.of(source)
@@ -137,6 +141,10 @@ class VisionFuseForConditionalGeneration(VisionFusePreTrainedModel, GenerationMi
                     expected="each parameter's tensor and no other",
                     fix="check that config.json belongs to these weights",
                 )
+        if path is not None:
+            source = model.config.source(small_files(path, given))
+        if source is not None and (stops := processor(source, model_config(source)).stops):
+            model.generation_config.eos_token_id = list(stops)
         return (model, info) if output_loading_info else model
 
     def lookup(self, ids: Tensor) -> Tensor:

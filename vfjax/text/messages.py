@@ -55,8 +55,42 @@ def tokenize(
         InputError: roles in another order, or a picture of the assistant; or what a folder's own
             template says.
     """
+    text, pictures = _rendered(processor, messages, variables)
+    return _ids(processor, text), pictures
+
+
+def render(
+    processor: Processor,
+    messages: Sequence[Message],
+    variables: Mapping[str, object] | None = None,
+    *,
+    answer: bool = True,
+) -> tuple[str, list[Picture]]:
+    """A conversation as a prompt of `processor(pictures, [prompt])`, and its pictures.
+
+    Arguments and errors as of `tokenize`, but `<image>` in a text is a picture's place, and so is
+    refused; and where no `answer` is to follow, the assistant may be last.
+    """
+    text, pictures = _rendered(processor, messages, variables, answer)
+    if _LITERAL in text:
+        raise InputError(
+            "messages",
+            found=f"{processor.image_token or IMAGE_TOKEN} in a text",
+            expected="pictures as parts of their own",
+            fix="leave it out of the text, or take the ids in place of the prompt",
+        )
+    return text, pictures
+
+
+def _rendered(
+    processor: Processor,
+    messages: Sequence[Message],
+    variables: Mapping[str, object] | None,
+    answer: bool = True,
+) -> tuple[str, list[Picture]]:
+    """A prompt with `_LITERAL` where people wrote the placeholder, and its pictures."""
     if processor.template == chat.CHAT_TEMPLATE:
-        return _own(processor, messages, variables)
+        return _own(processor, messages, variables, answer)
     rest = list(itertools.dropwhile(lambda m: m.role == "system", messages))
     system = messages[: len(messages) - len(rest)]
     turns: list[prompts.Turn] = []
@@ -73,19 +107,22 @@ def tokenize(
         else:
             raise _wrong(at, f"a message of {role!r}")
         at += len(said)
-    if not turns or turns[-1][1] is not None:
+    if not turns or (answer and turns[-1][1] is not None):
         raise _wrong(len(messages) - 1, "no question at the end")
     first = _words(system, 0, processor)
     if first:
         turns[0] = (f"{first}\n\n{turns[0][0]}", turns[0][1])
-    return _ids(processor, processor.render(turns)), pictures
+    return processor.render(turns), pictures
 
 
 def _own(
-    processor: Processor, messages: Sequence[Message], variables: Mapping[str, object] | None
-) -> tuple[list[int], list[Picture]]:
+    processor: Processor,
+    messages: Sequence[Message],
+    variables: Mapping[str, object] | None,
+    answer: bool,
+) -> tuple[str, list[Picture]]:
     """By the folder's own chat template."""
-    if not messages or messages[-1].role == "assistant":
+    if not messages or (answer and messages[-1].role == "assistant"):
         raise _wrong(len(messages) - 1, "no question at the end")
     said: chat.Messages = []
     pictures: list[Picture] = []
@@ -96,7 +133,7 @@ def _own(
             for part in message.parts
         ]
         said.append({**message.more, "role": message.role, "content": parts})
-    return _ids(processor, processor.render_messages(said, variables=variables)), pictures
+    return processor.render_messages(said, answer=answer, variables=variables), pictures
 
 
 def _ids(processor: Processor, text: str) -> list[int]:

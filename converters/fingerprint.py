@@ -4,6 +4,7 @@ import hashlib
 from pathlib import Path
 from typing import Any
 
+from converters.files import paths
 from converters.source import Source
 from vfjax import __version__
 
@@ -41,16 +42,12 @@ def fingerprint(source: Source, label: str = "") -> dict[str, Any]:
 
 def sampled(path: Path) -> str:
     """Some hex digits of SHA-256 of a file's size and bytes; of a large one's, of samples."""
-    size = path.stat().st_size
-    total = hashlib.sha256(str(size).encode())
-    with path.open("rb") as file:
-        if size <= WHOLE:
-            total.update(file.read())
-        else:
-            total.update(file.read(HEAD))
-            for i in range(BLOCKS):
-                file.seek(HEAD + (size - 2 * HEAD - BLOCK) * i // (BLOCKS - 1))
-                total.update(file.read(BLOCK))
-            file.seek(size - HEAD)
-            total.update(file.read())
+    size = paths.size(path)
+    total, spans = hashlib.sha256(str(size).encode()), [(0, size)]
+    if size > WHOLE:
+        starts = [HEAD + (size - 2 * HEAD - BLOCK) * i // (BLOCKS - 1) for i in range(BLOCKS)]
+        spans = [(0, HEAD), *((start, BLOCK) for start in starts), (size - HEAD, HEAD)]
+    for start, count in spans:
+        block = bytearray(count)
+        total.update(memoryview(block)[: paths.read_into(path, memoryview(block), start)])
     return total.hexdigest()[:16]

@@ -24,7 +24,8 @@ from converters.branches import (
 )
 from converters.chat import read_chat_template
 from converters.export import to_bytes
-from converters.files.checksums import audit, mapped, stat, unread
+from converters.files.checksums import audit, mapped, unread
+from converters.files.paths import stat
 from converters.files.shards import plan_shards
 from converters.files.writer import Content, stage_of, write_folder
 from converters.fingerprint import fingerprint, sampled
@@ -50,6 +51,7 @@ from converters.vocabulary import (
 )
 from converters.whole import Whole, merge_whole, with_tensors
 from vfjax import InputError, __version__
+from vfjax.atomic import findable
 from vfjax.merge import (
     METHODS,
     Account,
@@ -323,7 +325,7 @@ class Fusion:
     def facts(self) -> dict[str, Any]:
         """What several processes agree on before one of them merges, see `fingerprint`."""
         recipe = self.request.recipe
-        facts = {} if recipe is None else {"recipe": sampled(Path(recipe))}
+        facts = {} if recipe is None else {"recipe": sampled(findable(recipe))}
         for label, source in self.opened.items():
             if inner := self.inner.get(label):
                 facts |= {f"{label}: {name}": value for name, value in inner.facts().items()}

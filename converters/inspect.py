@@ -15,7 +15,7 @@ from converters.processor import processor
 from converters.registry import find
 from converters.towers import read_tower
 from vfjax.atomic import findable
-from vfjax.errors import counted
+from vfjax.errors import counted, shown
 from vfjax.sharding import nbytes
 from vfjax.text.chat import CHAT_TEMPLATE
 from vfjax.vision.images import ImageSpec
@@ -40,8 +40,9 @@ def inspect(
     Raises:
         InputError: what `converters.load`, or `load_encoder`, would say of it.
     """
-    if file := tower_file(findable(path)):
-        return _tower(Path(path), file)
+    path = findable(path)
+    if file := tower_file(path):
+        return shown(_tower(path, file))
     source = open_source(path, towers=towers, base=base)
     config = model_config(source)
     _, params = structure(config)
@@ -55,8 +56,8 @@ def inspect(
         + (", no head" if llm.headless else ""),
         f"base: {source.base or source.config.get('base_model') or 'not said in the checkpoint'}",
     ]
-    if (Path(path) / SETTINGS).is_file():
-        settings = read_settings(Path(path))
+    if (path / SETTINGS).is_file():
+        settings = read_settings(path)
         kind = "DoRA" if settings.get("use_dora") else "LoRA"
         updated = [
             x for part in source.parts.values() for x in part.values() if isinstance(x, Updated)
@@ -102,7 +103,7 @@ def inspect(
             f"{counted(len(source.unread), 'tensor')} not read, the tower's own folder is used "
             "instead: " + ", ".join(summary(source.unread))
         )
-    return "\n".join(lines)
+    return shown("\n".join(lines))
 
 
 def _pixels(images: ImageSpec) -> str:
@@ -125,10 +126,10 @@ def _tower(path: Path, file: str) -> str:
     rules = table.check({name: p.shape for name, p in params.items()}, tower.tensors, str(path))
     used = {one.source for name, r in rules.items() for one in r.each(params[name].shape)}
     size, left = sum(nbytes(tower.tensors[name]) for name in used), len(tower.tensors) - len(used)
-    shown = "with" if tower.preprocessor else "without"
+    given = "with" if tower.preprocessor else "without"
     return "\n".join(
         [
-            f"{path}: a vision tower alone, {shown} preprocessor_config.json; {TOWER}",
+            f"{path}: a vision tower alone, {given} preprocessor_config.json; {TOWER}",
             f"encoder: {tower.config['model_type']}, {_size(config)}, "
             + (f"{config.image_size} px" if hasattr(config, "image_size") else "any size"),
             f"encoder: {counted(len(used), 'tensor')} mapped, {size:,} bytes; "

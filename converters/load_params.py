@@ -13,6 +13,7 @@ import numpy as np
 from flax import nnx
 from jax.sharding import Mesh, NamedSharding
 
+from converters.files import paths
 from converters.files.reader import FileTensor, TorchTensor
 from converters.params.table import Rule
 from vfjax.merge import LazyTensor, aligned
@@ -34,6 +35,12 @@ TILE = 512
 LINE = 64
 """Bytes of a line of it."""
 
+AHEAD = 16 << 20
+"""Bytes of parameters that are read at a time, and at least two of them."""
+
+MANY = 64
+"""Parameters that are at most: where a read waits for a bucket, small ones do so together."""
+
 Spans = tuple[tuple[int, int], ...]
 """Of a shard, on each axis: the first index, and the one behind the last."""
 
@@ -53,7 +60,8 @@ def fill(
 
     Threads copy rows to where they lie in this process's shards, which become the arrays. Rows that
     no shard of this process has are not read, the others once. Besides the arrays the host holds a
-    block a thread and two parameters on their way to the devices; on CPU they are there already.
+    block a thread and, on their way to the devices, two parameters or `AHEAD` bytes of small ones;
+    on CPU they are there already.
 
     Args:
         params: by their paths; what they hold are shapes.
@@ -76,11 +84,17 @@ def fill(
         params[name] = params[name].replace(value)
         progress(value.nbytes)
 
-    with ThreadPoolExecutor(THREADS) as pool:
+    def ahead() -> int:
+        return sum(math.prod(params[name].shape) * 4 for name, _ in pending)
+
+    files = [
+        x.path for found, _ in tensors.values() for x in found.values() if isinstance(x, FileTensor)
+    ]
+    with ThreadPoolExecutor(paths.threads(files, THREADS)) as pool:
         for name, (sources, rule) in tensors.items():
             sharding = None if mesh is None else param_sharding(name, params[name], mesh, shard)
             pending.append((name, start(pool, sources, rule, params[name].shape, sharding)))
-            if len(pending) > 1:
+            while len(pending) > 1 and (len(pending) > MANY or ahead() > AHEAD):
                 finish()
         while pending:
             finish()

@@ -21,7 +21,7 @@ import numpy as np
 
 from converters.source import Source, tokenizer_class
 from converters.tokenizer import load_tokenizer, tokenizer_of
-from vfjax.atomic import JSON, UNFINISHED, read_json
+from vfjax.atomic import JSON, UNFINISHED, findable, read_json
 from vfjax.errors import counted
 from vfjax.merge import LazyTensor, Recipe, blocks
 from vfjax.merge.parse import fail, keys, mapping
@@ -68,9 +68,10 @@ def made_tokenizer(
     loaded = {label: tokenizer_of(source) for label, source in sources.items()}
     classes = {label: source.tokenizer for label, source in sources.items()}
     for label, folder in others.items():
-        file = Path(folder, "config.json")
+        place = findable(folder, "recipe")
+        file = place / "config.json"
         classes[label] = tokenizer_class(read_json(file)) if file.is_file() else {}
-        loaded[label] = load_tokenizer(Path(folder), classes[label])
+        loaded[label] = load_tokenizer(place, classes[label])
         if loaded[label] is None:
             fail(folder, "no tokenizer", "one, as the recipe names it", "correct the path")
     rows = {label: llm["model.embed_tokens.weight"].shape[0] for label, llm in llms.items()}

@@ -121,7 +121,7 @@ class Towers:
             return [findable(self.places[name], "towers")]
         findable(folder / name, f"{folder}: {slot}")
         last = name.rstrip("/").split("/")[-1]
-        out = [folder / slot, Path(name), folder / name, folder.parent / last]
+        out = [folder / slot, Path(name), folder / name, findable(folder.parent / last)]
         try:
             from huggingface_hub import snapshot_download
             from huggingface_hub.errors import HFValidationError, LocalEntryNotFoundError
@@ -134,7 +134,7 @@ class Towers:
 
 def own_tower(path: str | Path) -> Tower:
     """A tower of a folder of its own; errors as of `read_tower`."""
-    path = Path(path)
+    path = findable(path)
     return read_tower(path, next((f for f in KINDS if (path / f).is_file()), "config.json"))
 
 
@@ -147,7 +147,7 @@ def transformer_tower(path: str | Path) -> Tower:
     tower = own_tower(path)
     if not tower.preprocessor:
         raise InputError(
-            Path(path) / "preprocessor_config.json",
+            findable(path) / "preprocessor_config.json",
             found="no file",
             expected="how the encoder's pictures are prepared",
             fix="copy it from the published repository",

@@ -8,7 +8,7 @@ import os
 import shutil
 import stat
 import tempfile
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeAlias
 
@@ -22,6 +22,11 @@ MARK = ".vfjax"
 
 UNFINISHED: set[Path] = set()
 """What has a temporary name just now, for whoever must end the process at once to name it."""
+
+
+SCHEMES: dict[str, Callable[[str], Path]] = {}
+"""Start of a URL ("s3://") -> what returns the local path that stands for one; `converters` knows
+some."""
 
 
 def contents(path: str | os.PathLike[str]) -> bytes:
@@ -67,13 +72,16 @@ def findable(path: str | os.PathLike[str], where: object = "path") -> Path:
     """A path that can be looked up, whether there is something or not.
 
     Args:
-        path: as a user, or a file, names it.
+        path: as a user, or a file, names it; a URL of `SCHEMES`.
         where: what to call that in errors.
 
     Raises:
         InputError: a name that no file can have, links in a circle, or a folder that is closed to
-            us.
+            us; a URL whose server refuses.
     """
+    for start, fetched in SCHEMES.items():
+        if (text := str(path)).startswith(start):
+            return fetched(text)
     shown = cut(repr(os.fspath(path)))
     try:
         closed = not os.access(path, os.R_OK)

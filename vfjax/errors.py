@@ -9,6 +9,10 @@ PART = 230
 """Characters of each of its parts that are always said."""
 
 
+SHOWN: dict[str, str] = {}
+"""Start of a path -> what its user knows it by: a local folder may stand for one in a bucket."""
+
+
 class InputError(ValueError):
     """Something the user can mend: a path, a key, a shape, a foreign checkpoint.
 
@@ -52,7 +56,15 @@ def one_of(where: str, value: object, allowed: Collection[object]) -> Check:
 
 def _said(part: object) -> str:
     """Its text; what no file can hold, as the halves of characters, escaped."""
-    return str(part).encode(errors="backslashreplace").decode()
+    return shown(str(part).encode(errors="backslashreplace").decode())
+
+
+def shown(text: object) -> str:
+    """Text whose paths are called what their user calls them."""
+    out = str(text)
+    for path, name in SHOWN.items():
+        out = out.replace(path, name)
+    return out
 
 
 def _ends(text: str, most: int) -> str:

@@ -16,8 +16,9 @@ from typing import Any
 
 import numpy as np
 
+from converters.files import paths
+from converters.files.paths import stat
 from converters.files.reader import read_file
-from converters.files.writer import sha256
 from converters.load import check, model_config, structure
 from converters.params.table import restored
 from converters.source import Source
@@ -31,15 +32,6 @@ from vfjax.merge.tensors import (
     has_nonfinite,
     nonfinite_error,
 )
-
-Stat = tuple[int, int, int, int]
-"""Size, times of the last change of the content and of the inode in nanoseconds, inode."""
-
-
-def stat(path: Path) -> Stat:
-    """What tells whether a file has changed."""
-    found = path.stat()
-    return found.st_size, found.st_mtime_ns, found.st_ctime_ns, found.st_ino
 
 
 def mapped(source: Source, export: str = "model") -> dict[str, Tensors]:
@@ -113,25 +105,26 @@ def audit(
     known = _load()
     # A file is remembered by its real path and read by its own: the suffix says what it is, and
     # what a link of the hub's cache leads to has none.
-    paths = {str(path.resolve()): path for path in files.values()}
+    named = {paths.name(path): path for path in files.values()}
     todo = {}
-    for real, path in paths.items():
+    for real, path in named.items():
         entry = known.get(real)
         if not (entry and entry["stat"] == list(stat(path)) and (entry["sha256"] or not checksums)):
             todo[real] = stat(path)
-    with ThreadPoolExecutor(max(1, min(len(todo), os.cpu_count() or 1))) as pool:
-        entries = list(pool.map(lambda real: _look(paths[real], checksums), todo))
+    several = paths.threads(list(named.values()), os.cpu_count() or 1)
+    with ThreadPoolExecutor(max(1, min(len(todo), several))) as pool:
+        entries = list(pool.map(lambda real: _look(named[real], checksums), todo))
     for (real, before), entry in zip(todo.items(), entries, strict=True):
         known[real] = {"stat": list(before), **entry}
     if todo:
         _save(known)
     for label, path in files.items():
-        for name, count in known[str(path.resolve())]["nonfinite"].items():
+        for name, count in known[paths.name(path)]["nonfinite"].items():
             error = nonfinite_error(f"{path}: {name}", read_file(path)[name], count)
             if name not in (skip or {}).get(label, ()):
                 raise error
             warnings.warn(f"{str(error).partition(',')[0]}; nothing reads it", stacklevel=2)
-    return {label: known[str(p.resolve())]["sha256"] for label, p in files.items() if checksums}
+    return {label: known[paths.name(p)]["sha256"] for label, p in files.items() if checksums}
 
 
 def _look(path: Path, checksums: bool) -> dict[str, Any]:
@@ -143,7 +136,7 @@ def _look(path: Path, checksums: bool) -> dict[str, Any]:
                 has_nonfinite(np.asarray(tensor[rows])) for rows in blocks(tensor.shape)
             ):
                 nonfinite[name] = count_nonfinite(tensor)
-        return {"sha256": sha256(path) if checksums else None, "nonfinite": nonfinite}
+        return {"sha256": paths.sha256(path) if checksums else None, "nonfinite": nonfinite}
     except OSError as error:
         raise InputError(
             path,
@@ -176,7 +169,8 @@ def _save(known: Mapping[str, JSON]) -> None:
     part = _cache().with_name(f".sources-{os.getpid()}.tmp")
     try:
         part.parent.mkdir(parents=True, exist_ok=True)
-        part.write_text(json.dumps({p: e for p, e in known.items() if Path(p).is_file()}, indent=1))
+        there = {p: e for p, e in known.items() if paths.is_url(p) or Path(p).is_file()}
+        part.write_text(json.dumps(there, indent=1))
         part.replace(_cache())
     except OSError:
         part.unlink(missing_ok=True)

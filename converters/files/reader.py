@@ -7,7 +7,6 @@ their header. They are not mapped: a shard that shrinks under us ends in an erro
 import dataclasses
 import json
 import math
-import os
 import re
 import struct
 from collections.abc import Iterator, Mapping, Sequence
@@ -19,6 +18,7 @@ import ml_dtypes
 import numpy as np
 from safetensors import SafetensorError, safe_open
 
+from converters.files import paths
 from vfjax import InputError
 from vfjax.atomic import findable, read_json
 from vfjax.errors import cut
@@ -77,21 +77,13 @@ class FileTensor:
             return np.empty(shape, self.dtype)
         count = size * self.dtype.itemsize
         flat = aligned(size, self.dtype)
-        file = os.open(self.path, os.O_RDONLY)
-        try:
-            done = 0
-            while done < count:
-                read = os.preadv(file, [flat.view(np.uint8).data[done:]], offset + done)
-                if not read:
-                    raise InputError(
-                        self.path,
-                        found=f"{self.path.stat().st_size} bytes",
-                        expected=f"{offset + count}",
-                        fix="the file was cut short; copy it again",
-                    )
-                done += read
-        finally:
-            os.close(file)
+        if paths.read_into(self.path, flat.view(np.uint8).data, offset) < count:
+            raise InputError(
+                self.path,
+                found=f"{paths.size(self.path)} bytes",
+                expected=f"{offset + count}",
+                fix="the file was cut short; copy it again",
+            )
         return flat.reshape(shape)
 
 
@@ -205,18 +197,20 @@ def read_file(path: Path) -> dict[str, Stored]:
 
 def _safetensors(path: Path) -> Iterator[tuple[str, Stored]]:
     try:
-        with safe_open(path, framework="numpy"):
-            pass
+        with (
+            paths.header(path) as start,
+            safe_open(start, framework="numpy"),
+            start.open("rb") as f,
+        ):
+            (size,) = struct.unpack("<Q", f.read(8))
+            header = json.loads(f.read(size))
     except (SafetensorError, OSError) as error:
         raise InputError(
             path,
-            found=f"{path.stat().st_size} bytes that are no safetensors file ({error})",
+            found=f"{paths.size(path)} bytes that are no safetensors file ({error})",
             expected="a whole safetensors file",
             fix="download it again",
         ) from error
-    with path.open("rb") as file:
-        (size,) = struct.unpack("<Q", file.read(8))
-        header = json.loads(file.read(size))
     header.pop("__metadata__", None)
     for name, entry in header.items():
         if entry["dtype"] not in DTYPES:
@@ -242,6 +236,7 @@ def _bad_dtype(where: str, dtype: str) -> InputError:
 
 
 def _torch(path: Path) -> Iterator[tuple[str, Stored]]:
+    path = paths.whole(path)
     try:
         import torch
     except ImportError as error:

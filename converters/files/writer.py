@@ -207,12 +207,6 @@ def _lock(out: Path, stage: Path) -> int:
         os.close(handle)  # another run removed this one at its end
 
 
-def sha256(path: str | os.PathLike[str]) -> str:
-    """Hex SHA-256 of a file."""
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
-
-
 def _check_paths(out: Path, paths: list[str]) -> None:
     for i, path in enumerate(paths):
         pure = PurePosixPath(path)

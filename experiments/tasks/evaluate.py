@@ -15,7 +15,7 @@ from tqdm import tqdm
 import converters
 from converters.export import to_bytes
 from converters.files.checksums import audit_source
-from converters.files.writer import sha256
+from converters.files.paths import sha256
 from experiments.tasks.common import FAMILY, check_config, load, named, required
 from vfjax import InputError
 from vfjax.atomic import replacing

@@ -18,8 +18,9 @@ from hypothesis import strategies as st
 from transformers import AutoModelForCausalLM, LlamaConfig
 
 from converters.files import writer
+from converters.files.paths import sha256
 from converters.files.reader import DTYPES, read_weights
-from converters.files.writer import sha256, write_folder
+from converters.files.writer import write_folder
 from vfjax import InputError
 from vfjax.merge import merge
 from vfjax.merge import tensors as lazy

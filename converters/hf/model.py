@@ -14,7 +14,7 @@ import transformers
 from torch import Tensor, nn
 from torch.nn.functional import embedding
 from transformers import GenerationMixin, PreTrainedModel
-from transformers.masking_utils import create_masks_for_generate
+from transformers.masking_utils import create_causal_mask
 from transformers.modeling_outputs import CausalLMOutputWithPast, ModelOutput
 
 from converters.folder import open_source
@@ -305,7 +305,7 @@ class VisionFuseForConditionalGeneration(VisionFusePreTrainedModel, GenerationMi
         """What the LLM takes as `attention_mask` of a prompt."""
         if self.config.mask != "block" or len(self.config.branches) < 2 or not segments.any():
             return mask.long()
-        return create_masks_for_generate(
+        return create_causal_mask(
             config=self.config.text_config,
             inputs_embeds=text,
             attention_mask=mask,

@@ -2,11 +2,16 @@
 
 from pathlib import Path
 
+import numpy as np
 import torch
 
+import converters
 from tests import qwen3_vl, qwen_vl
+from tests.pairs import AFTER, BEFORE, fuse_pair
 from tests.qwen_vl import picture
 from tests.torch_branch import assert_close, assert_learns, show
+from tests.torch_fused import greedy, logits_of, open_in_torch
+from vfjax.model import forward
 
 
 def test_pictures(tmp_path: Path) -> None:
@@ -23,3 +28,29 @@ def test_pictures(tmp_path: Path) -> None:
         shown.deep, torch.stack([torch.cat(list(each)) for each in expected.deepstack_features])
     )
     assert_learns(shown)
+
+
+def test_beside_a_member_with_one_position(tmp_path: Path) -> None:
+    """InternVL3.5 and Qwen3-VL on one Qwen3: what is generated is the likeliest in vfjax, too.
+
+    Two pictures, rows of other lengths, padded on either side; new text behind the longest branch.
+    """
+    fuse_pair("internvl3_5", tmp_path)
+    how = {"positions": "parallel", "mask": "block"}
+    model, processor = converters.load(tmp_path / "out", **how)
+    processor.lengths = (256,)  # one compilation
+    theirs = open_in_torch(tmp_path / "out", **how)
+    image = picture(61, 47)
+    media = [[image, picture(120, 90)], [image], []]
+    rows = [[*BEFORE, *[-200] * count, *AFTER] for count in (2, 1, 0)]
+    made = {}
+    for side in ("right", "left"):
+        made[side] = greedy(theirs, processor(media, input_ids=rows, padding=side), 30)
+    assert made["right"] == made["left"]
+    whole = [row + new for row, new in zip(rows, made["left"], strict=True)]
+    batch = processor(media, input_ids=whole, padding="left")
+    expected = np.asarray(forward(model, batch))
+    found = logits_of(theirs, batch)
+    mask = np.asarray(batch.mask)
+    assert np.abs(found - expected[mask]).max() <= 1e-4 * np.abs(expected[mask]).max()
+    assert expected[:, -31:-1].argmax(-1).tolist() == made["left"]

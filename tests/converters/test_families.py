@@ -13,6 +13,7 @@ from safetensors.numpy import load_file
 import converters
 import vfjax
 from converters.verify import verify
+from tests.torch_fused import greedy, logits_of, open_in_torch
 from vfjax import InputError, Model
 from vfjax.atomic import read_json
 
@@ -87,8 +88,11 @@ def test_members_of_several_kinds_read_as_one(fused: Path, shared: Path):
 
 
 def test_a_batch_of_kinds_equals_its_rows(fused: Path):
+    """In transformers, too."""
     model, processor = converters.load(fused, dtype="float32")
-    together = vfjax.generate_ids(model, processor(pictures(), input_ids=ROWS), max_new_tokens=6)
+    batch = processor(pictures(), input_ids=ROWS)
+    together = vfjax.generate_ids(model, batch, max_new_tokens=6)
+    assert greedy(open_in_torch(fused), batch, 6) == together
     for i, row in enumerate(ROWS):
         batch = processor(pictures()[i : i + 1] if -200 in row else None, input_ids=[row])
         assert vfjax.generate_ids(model, batch, max_new_tokens=6) == [together[i]]
@@ -156,8 +160,9 @@ def test_pair_equals_an_assembly_of_recorded_stages(shared: Path, pair: Path, se
     batch = processor([picture], input_ids=[ids])
     _, mask = jax.jit(Model.embed)(model, batch)
     found = np.asarray(vfjax.forward(model, batch))[np.asarray(mask)]
-    assert found.shape == expected.shape
-    assert np.abs(found - expected).max() <= 2e-4
+    for logits in (found, logits_of(open_in_torch(pair), batch)):
+        assert logits.shape == expected.shape
+        assert np.abs(logits - expected).max() <= 2e-4
 
 
 def test_whose_embeddings_the_router_reads(shared: Path, pair: Path, tmp_path: Path):

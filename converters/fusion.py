@@ -25,9 +25,10 @@ from converters.branches import (
 from converters.chat import read_chat_template
 from converters.export import to_bytes
 from converters.files.checksums import audit, mapped, unread
-from converters.files.paths import stat
+from converters.files.output import stage_of
+from converters.files.paths import stand_in, stat
 from converters.files.shards import plan_shards
-from converters.files.writer import Content, stage_of, write_folder
+from converters.files.writer import Content, write_folder
 from converters.fingerprint import fingerprint, sampled
 from converters.folder import assigned, open_source, settled
 from converters.formats.visionfuse import arranged, fused_config
@@ -103,7 +104,7 @@ class Fusion:
         elif "weights" in getattr(METHODS.get(request.method), "params", ()):
             even = {"weights": (1 / len(request.members),) * len(request.members)}
             request = dataclasses.replace(request, params={**even, **(request.params or {})})
-        self.request, self.out = request, Path(request.out)
+        self.request, self.out = request, stand_in(request.out)
         base = request.base
         opened = {
             name: self.inner[name].source()

@@ -10,7 +10,8 @@ from typing import ParamSpec, TypeVar
 
 from jax.typing import DTypeLike
 
-from converters.files.writer import check_new
+from converters.files.output import check_new
+from converters.files.paths import stand_in
 from converters.vocabulary import BASE
 from vfjax import InputError
 from vfjax.atomic import JSON
@@ -78,7 +79,7 @@ def by_name(function: Callable[P, R]) -> Callable[P, R]:
 
 def check_request(request: Request) -> None:
     """Raises InputError for an argument that is wrong whatever the members hold."""
-    members, out = request.members, Path(request.out)
+    members, out = request.members, stand_in(request.out)
     if not isinstance(members, Mapping):
         raise InputError(
             "members",

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from converters import registry
+from converters.files.paths import nearby
 from converters.files.reader import has_weights, read_config, read_weights
 from converters.params.table import rename
 from converters.preprocessor import read_preprocessor
@@ -121,7 +122,7 @@ class Towers:
             return [findable(self.places[name], "towers")]
         findable(folder / name, f"{folder}: {slot}")
         last = name.rstrip("/").split("/")[-1]
-        out = [folder / slot, Path(name), folder / name, findable(folder.parent / last)]
+        out = [folder / slot, Path(name), folder / name, nearby(folder.parent / last)]
         try:
             from huggingface_hub import snapshot_download
             from huggingface_hub.errors import HFValidationError, LocalEntryNotFoundError

@@ -8,9 +8,10 @@ from pathlib import Path
 import fsspec
 import pytest
 from gcp_storage_emulator.server import create_server
+from moto.s3.models import s3_backends
 from moto.server import ThreadedMotoServer
 
-from converters.files import paths
+from converters.files import buckets
 
 BUCKET = "weights"
 
@@ -27,6 +28,7 @@ def serving(*schemes: str) -> Iterator[None]:
             server = ThreadedMotoServer("127.0.0.1", port=0, verbose=False)
             server.start()
             stack.callback(server.stop)
+            stack.callback(s3_backends.reset)
             patch.setenv("AWS_ENDPOINT_URL", "http://{}:{}".format(*server.get_host_and_port()))
             fsspec.filesystem("s3").mkdir(BUCKET)
         if "gs" in schemes:
@@ -42,16 +44,23 @@ def serving(*schemes: str) -> Iterator[None]:
 
 def forget() -> None:
     """The next one asks the environment where buckets are."""
-    paths.store.cache_clear()
-    for scheme in paths.KINDS:
+    buckets.store.cache_clear()
+    for scheme in buckets.KINDS:
         fsspec.get_filesystem_class(scheme).clear_instance_cache()
 
 
 def put(folder: Path, url: str) -> str:
     """Copies a folder into a bucket."""
     scheme, _, name = url.partition("://")
-    files = paths.file_system(scheme, url)
+    files = buckets.file_system(scheme, url)
     for path in folder.rglob("*"):
         if path.is_file():
             files.put_file(str(path), f"{name}/{path.relative_to(folder)}")
     return url
+
+
+def read(url: str) -> dict[str, bytes]:
+    """Path below a URL -> bytes, of all objects there."""
+    scheme, _, name = url.partition("://")
+    files = buckets.file_system(scheme, url)
+    return {path.removeprefix(f"{name}/"): files.cat_file(path) for path in files.find(name)}

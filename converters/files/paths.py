@@ -4,16 +4,11 @@ A local folder stands for one in a bucket. Configs and tokenizers are copied to 
 libraries that want paths; weights are empty files there, whose bytes are read from the bucket where
 they are asked for. So all that reads folders knows local paths only, and opens weights by the
 functions here.
-
-fsspec's file systems (s3fs, gcsfs: extras, and what Orbax has of buckets) list, copy and write;
-TensorStore reads byte ranges.
 """
 
 import contextlib
-import dataclasses
 import functools
 import hashlib
-import logging
 import os
 import posixpath
 import tempfile
@@ -21,25 +16,25 @@ from collections import deque
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
+from converters.files.buckets import (
+    KINDS,
+    Object,
+    Range,
+    asking,
+    described,
+    file_system,
+    is_url,
+    read_range,
+    split,
+)
 from vfjax import InputError
 from vfjax.atomic import SCHEMES, UNFINISHED
-from vfjax.errors import SHOWN, cut
+from vfjax.errors import SHOWN
 
 if TYPE_CHECKING:
     import fsspec
-    import tensorstore
-
-KINDS = {"gs": "gcs", "s3": "s3"}
-"""Scheme of a URL -> TensorStore's driver, and the extra that its bucket needs."""
-
-PACKAGES = {"gs": "gcsfs", "s3": "s3fs"}
-
-LOGIN = {
-    "gs": "run gcloud auth application-default login, or set GOOGLE_APPLICATION_CREDENTIALS",
-    "s3": "run aws configure, or set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY",
-}
 
 COPIED = (".jinja", ".json", ".jsonl", ".model", ".txt", ".yaml", ".yml")
 """Endings of files that are copied with their folder; others wait until they are asked for."""
@@ -52,24 +47,6 @@ PIECE = 4 << 20
 
 REQUESTS = 8
 """That wait for a bucket at a time."""
-
-RETRIES = {"max_retries": 8, "initial_delay": "500ms", "max_delay": "10s"}
-"""Of a request that a busy server refuses; half a minute in all."""
-
-
-@dataclasses.dataclass(frozen=True)
-class Object:
-    """A file in a bucket.
-
-    Attributes:
-        url: its whole name.
-        size: bytes.
-        stamp: what its bucket says of this version of it.
-    """
-
-    url: str
-    size: int
-    stamp: str
 
 
 @functools.cache
@@ -91,25 +68,24 @@ _OBJECTS: dict[Path, Object] = {}
 """Local path of a bucket's file -> what it stands for."""
 
 
-def is_url(path: str | os.PathLike[str]) -> bool:
-    """Whether it names something in a bucket."""
-    return str(path).startswith(tuple(f"{scheme}://" for scheme in KINDS))
-
-
-def split(url: str) -> tuple[str, str, str]:
-    """A URL's scheme, bucket and key.
+def stand_in(path: str | os.PathLike[str]) -> Path:
+    """The path itself, or the local one that stands for a URL; nothing is looked up.
 
     Raises:
-        InputError: it has no bucket, or its key leads out of it.
+        InputError: a URL that names nothing in a bucket.
     """
-    scheme, _, rest = url.partition("://")
-    bucket, _, key = rest.partition("/")
-    key = key.rstrip("/")
-    if not bucket or key and any(part in ("", ".", "..") for part in key.split("/")):
-        raise InputError(
-            url, found="no name in a bucket", expected=f"{scheme}://BUCKET/FOLDER", fix="correct it"
-        )
-    return scheme, bucket, key
+    if not is_url(path):
+        return Path(path)
+    scheme, bucket, key = split(str(path))
+    return _root() / scheme / bucket / key
+
+
+def url_of(path: Path) -> str:
+    """The URL that a local path stands for, "" if there is none."""
+    for start, scheme in SHOWN.items():
+        if str(path).startswith(start) and scheme.removesuffix("://") in KINDS:
+            return scheme + posixpath.normpath(str(path).removeprefix(start))
+    return ""
 
 
 def local(url: str) -> Path:
@@ -122,15 +98,12 @@ def local(url: str) -> Path:
         InputError: no such bucket, no credentials, the package that reads it is not installed, a
             server that refuses, or a folder that is not written whole.
     """
-    for prefix, shown in SHOWN.items():
-        if url.startswith(prefix):
-            url = shown + posixpath.normpath(url.removeprefix(prefix))
+    place = stand_in(url) if is_url(url) else Path(os.path.normpath(url))
+    url = url_of(place)
     scheme, bucket, key = split(url)
-    url = f"{scheme}://{bucket}/{key}".rstrip("/")
-    files = file_system(scheme, url)
-    with _asking(url):
-        found = files.find(f"{bucket}/{key}".rstrip("/"), detail=True)
-    place, start = _root() / scheme / bucket / key, f"{bucket}/{key}".rstrip("/")
+    files, start = file_system(scheme, url), url.partition("://")[2]
+    with asking(url):
+        found = files.find(start, detail=True)
     inside = {name: entry for name, entry in found.items() if name.startswith(start + "/")}
     inside = {name: entry for name, entry in inside.items() if not name.endswith("/")}
     if any(name.endswith("/" + UNWRITTEN) for name in inside):
@@ -143,20 +116,23 @@ def local(url: str) -> Path:
     wanted = {place.joinpath(*name[len(start) + 1 :].split("/")): x for name, x in inside.items()}
     if not wanted and start in found:
         wanted = {place: found[start]}
-    with _asking(url):
-        _settle(place, {path: _object(scheme, x) for path, x in wanted.items()}, files)
+    with asking(url):
+        _settle(place, {path: described(scheme, x) for path, x in wanted.items()}, files)
     return place
 
 
+def nearby(path: Path) -> Path:
+    """The path; if it is one beside what stands for a bucket's folder, with what that has there.
+
+    Where the bucket does not say, there is nothing.
+    """
+    with contextlib.suppress(InputError):
+        if url_of(path):
+            local(str(path))
+    return path
+
+
 SCHEMES |= {f"{scheme}://": local for scheme in KINDS}
-
-
-def _object(scheme: str, entry: dict[str, Any]) -> Object:
-    """What a listing says of a file."""
-    name, size = entry["name"], int(entry["size"] or 0)
-    split(f"{scheme}://{name}")
-    stamp = [str(entry.get(key)) for key in ("ETag", "etag", "generation", "LastModified", "mtime")]
-    return Object(f"{scheme}://{name}", size, " ".join(stamp))
 
 
 def _settle(place: Path, wanted: dict[Path, Object], files: "fsspec.AbstractFileSystem") -> None:
@@ -173,9 +149,14 @@ def _settle(place: Path, wanted: dict[Path, Object], files: "fsspec.AbstractFile
         path.write_bytes(b"")
         _OBJECTS[path] = wanted[path]
     copied = [path for path in todo if path.suffix in COPIED]
-    with ThreadPoolExecutor(REQUESTS) as pool:
-        for _ in pool.map(lambda path: _copy(path, files), copied):
-            pass
+    try:
+        with ThreadPoolExecutor(REQUESTS) as pool:
+            for _ in pool.map(lambda path: _copy(path, files), copied):
+                pass
+    except BaseException:
+        for path in copied:  # which are copied again, if this is tried again
+            _OBJECTS.pop(path, None)
+        raise
 
 
 def _copy(path: Path, files: "fsspec.AbstractFileSystem") -> None:
@@ -193,7 +174,7 @@ def whole(path: Path) -> Path:
     """
     what = _OBJECTS.get(path)
     if what is not None and path.stat().st_size != what.size:
-        with _asking(what.url):
+        with asking(what.url):
             _copy(path, file_system(what.url.partition(":")[0], what.url))
     return path
 
@@ -227,8 +208,8 @@ def stat(path: Path) -> tuple[int, int, int, int]:
         found = path.stat()
         return found.st_size, found.st_mtime_ns, found.st_ctime_ns, found.st_ino
     scheme, _, key = what.url.partition("://")
-    with _asking(what.url):
-        now = _object(scheme, file_system(scheme, what.url).info(key))
+    with asking(what.url):
+        now = described(scheme, file_system(scheme, what.url).info(key))
     digest = hashlib.sha256(now.stamp.encode()).digest()
     return now.size, 0, 0, int.from_bytes(digest[:6])
 
@@ -294,123 +275,3 @@ def header(path: Path) -> Iterator[Path]:
         yield part
     finally:
         part.unlink(missing_ok=True)
-
-
-@dataclasses.dataclass(frozen=True)
-class Range:
-    """Bytes on their way."""
-
-    what: Object
-    count: int
-    future: "tensorstore.Future[tensorstore.KvStore.ReadResult]"
-
-    def result(self) -> bytes:
-        """Waits for them.
-
-        Raises:
-            InputError: the object has changed since it was opened, or as `local`.
-        """
-        with _asking(self.what.url):
-            found = self.future.result()
-        if found.state != "value" or len(found.value) != self.count:
-            raise _changed(self.what)
-        if _GENERATIONS.setdefault(self.what, found.stamp.generation) != found.stamp.generation:
-            raise _changed(self.what)
-        return found.value
-
-
-_GENERATIONS: dict[Object, bytes] = {}
-
-
-def _changed(what: Object) -> InputError:
-    return InputError(
-        what.url,
-        found="an object that changed while it was read",
-        expected="the same until the end",
-        fix="wait until it is whole, then run again",
-    )
-
-
-def read_range(what: Object, start: int, stop: int) -> Range:
-    """Starts to read the bytes from `start` to `stop` of an object."""
-    scheme, bucket, key = split(what.url)
-    with _asking(what.url):
-        future = store(scheme, bucket).read(key, byte_range=slice(start, stop))
-    return Range(what, stop - start, future)
-
-
-@functools.cache
-def store(scheme: str, bucket: str) -> "tensorstore.KvStore":
-    """TensorStore's view of a bucket, at the endpoint that fsspec's file system uses."""
-    import tensorstore
-
-    spec: dict[str, Any] = {"driver": KINDS[scheme], "bucket": bucket}
-    spec["context"] = {f"{KINDS[scheme]}_request_retries": RETRIES}
-    if scheme == "s3":
-        meta = file_system(scheme, bucket).s3.meta
-        if "amazonaws.com" not in meta.endpoint_url:
-            spec |= {"endpoint": meta.endpoint_url, "aws_region": meta.region_name or "us-east-1"}
-        if "AWS_ACCESS_KEY_ID" in os.environ:  # else it looks for files first, and says so
-            spec["aws_credentials"] = {"type": "environment"}
-    return tensorstore.KvStore.open(spec).result()
-
-
-def file_system(scheme: str, url: str) -> "fsspec.AbstractFileSystem":
-    """Fsspec's file system of a scheme.
-
-    Raises:
-        InputError: its package is not installed.
-    """
-    if host := os.environ.get("STORAGE_EMULATOR_HOST"):  # gcsfs' variable, and TensorStore's
-        os.environ.setdefault("TENSORSTORE_GCS_HTTP_URL", host)
-        os.environ.setdefault("GCSFS_EXPERIMENTAL_ZB_HNS_SUPPORT", "false")
-    log = logging.getLogger(PACKAGES[scheme])  # gcsfs shows a stack for what is a line here
-    log.setLevel(log.level or logging.CRITICAL)
-    try:
-        import fsspec
-
-        return fsspec.filesystem(scheme, use_listings_cache=False)
-    except ImportError as error:
-        raise InputError(
-            url,
-            found=f"no {PACKAGES[scheme]} to read it with",
-            expected=PACKAGES[scheme],
-            fix=f"pip install 'vfjax[{KINDS[scheme]}]'",
-        ) from error
-
-
-@contextlib.contextmanager
-def _asking(url: str) -> Iterator[None]:
-    """Turns what a bucket and its libraries refuse into InputErrors."""
-    try:
-        yield
-    except InputError:
-        raise
-    except Exception as error:  # of botocore, aiohttp, google.auth, TensorStore, the system
-        raise _refusal(url, error) from error
-
-
-def _refusal(url: str, error: Exception) -> InputError:
-    scheme, bucket, _ = split(url)
-    kind, text = type(error).__name__, f"{error} {error.__cause__ or ''}"
-    said = cut(text, 150)
-    if isinstance(error, FileNotFoundError):
-        return InputError(
-            url, found=f"no bucket {bucket}", expected="one that exists", fix="check its name"
-        )
-    if "Credentials" in kind or kind == "RefreshError":
-        return InputError(url, found="no credentials", expected="a login", fix=LOGIN[scheme])
-    if any(word in text for word in ("SlowDown", "reduce your request rate", "429", "503")):
-        return InputError(
-            url,
-            found=f"a server that is too busy ({said})",
-            expected="an answer after several tries",
-            fix="run it again later",
-        )
-    if isinstance(error, PermissionError) or any(x in text for x in ("401", "403", "Forbidden")):
-        return InputError(
-            url, found=f"no access ({said})", expected="leave to read it", fix=LOGIN[scheme]
-        )
-    return InputError(
-        url, found=f"{kind}: {said}", expected="an answer", fix="check name, network and login"
-    )

@@ -1,14 +1,11 @@
 """Streaming, atomic writer of model folders: safetensors under Hugging Face's file names."""
 
 import contextlib
-import hashlib
-import io
 import os
-import shutil
 import signal
 import threading
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import Executor, Future, ThreadPoolExecutor
 from pathlib import Path, PurePosixPath
 from types import EllipsisType
@@ -16,9 +13,10 @@ from types import EllipsisType
 import jax
 import numpy as np
 
+from converters.files.output import Stage, check_new, open_stage
+from converters.files.paths import stand_in, whole
 from converters.files.shards import Shard, index, join, plan_shards
 from vfjax import InputError
-from vfjax.atomic import UNFINISHED, claim, empty, lock
 from vfjax.merge import LazyTensor, blocks
 
 Content = bytes | Path | Callable[[], bytes]
@@ -43,10 +41,11 @@ def write_folder(
     Threads read blocks of tensors ahead of the writing, so memory is bounded by a few blocks.
     Everything goes to a folder beside `out` (`.NAME.part`), is synced to disk, then renamed. On an
     error, SIGTERM or SIGHUP that folder is removed; a killed run leaves it, where nothing loads it,
-    and a later one removes it or goes on with it.
+    and a later one removes it or goes on with it. In a bucket a mark does so, see
+    `converters.files.output`.
 
     Args:
-        out: folder to make; its parents are made too.
+        out: folder to make, or its URL; its parents are made too.
         weights: sub-folder ("" for `out` itself) -> name -> tensor. Each gets `model.safetensors`,
             or `model-00001-of-0000N.safetensors` and `model.safetensors.index.json`.
         files: path in `out` -> bytes, a file to copy, or a function that returns the bytes, called
@@ -65,7 +64,7 @@ def write_folder(
             there is a killed run to resume but of other tensors; during the work if writing fails
             or a tensor is not of the shape and dtype that it claims.
     """
-    out = Path(out)
+    out = stand_in(out)
     check_new(out)
     shards = plan_shards(weights, shard_bytes, metadata)
     others = list((files or {}).items())
@@ -75,28 +74,23 @@ def write_folder(
             others.append((join(folder, "model.safetensors.index.json"), index(group)))
     _check_paths(out, [*(shard.path for shard in shards), *(path for path, _ in others)])
     sizes = sum(_size(source) for _, source in others)
-    with _ending(), _stage(out, shards, key, resume) as stage:
-        root = stage / out.name  # a folder in it, as nothing there looks like a checkpoint's name
-        done = {shard.path for shard in shards if (root / shard.path).is_file()}
+    with _ending(), open_stage(out, shards, key, resume) as stage:
+        done = {shard.path for shard in shards if stage.has(shard.path, shard.size)}
         todo = [shard for shard in shards if shard.path not in done]
-        _check_room(out, sum(shard.size for shard in todo) + sizes)
+        stage.check_room(sum(shard.size for shard in todo) + sizes)
         _keep_freed_memory()
         pool = ThreadPoolExecutor(THREADS)
         try:
             for shard in shards:
                 if shard.path not in done:
-                    _write_shard(root / shard.path, out / shard.path, shard, pool, progress)
+                    _write_shard(stage, shard, pool, progress)
                 elif progress:
                     progress(shard.size - len(shard.header))
         finally:  # of an error, without waiting for what is being read
             pool.shutdown(wait=False, cancel_futures=True)
-        for path, source in others:
-            _write_file(root / path, out / path, source() if callable(source) else source)
-        with _writing(out):
-            for made in [*root.rglob("*"), root]:
-                sync(made)
-            root.rename(out)
-            sync(out.parent)
+        for path, source in sorted(others, key=lambda item: item[0] == "config.json"):
+            _write_file(stage, path, source() if callable(source) else source)
+        stage.finish()
 
 
 class Ended(KeyboardInterrupt):
@@ -128,85 +122,6 @@ def _ending() -> Iterator[None]:
             signal.signal(each, signal.SIG_DFL)
 
 
-@contextlib.contextmanager
-def _stage(out: Path, shards: Iterable[Shard], key: str, resume: bool) -> Iterator[Path]:
-    """The folder beside `out` that is written to, locked; removed at the end, if there is one, but
-    not after Ctrl-C or a signal with `resume`.
-    """
-    stage = stage_of(out)
-    digest = hashlib.sha256(key.encode())
-    for shard in shards:
-        digest.update(shard.path.encode() + shard.header)
-    made = [folder for folder in (out.parent, *out.parent.parents) if not folder.exists()]
-    handle = _lock(out, stage)
-    try:
-        check_new(out)  # which another run may have written since
-        found = stage / "key"
-        if resume and found.is_file() and found.read_text() != digest.hexdigest():
-            made = []  # what was found is left as it is
-            raise InputError(
-                out,
-                found="a killed run of another recipe, or of sources that have changed since",
-                expected="the same",
-                fix=f"run it without resume, or remove {stage}",
-            )
-        try:
-            with _writing(out):
-                if not resume or not found.is_file():
-                    empty(stage)
-                found.write_text(digest.hexdigest())
-                (stage / out.name).mkdir(exist_ok=True)
-            UNFINISHED.add(stage)
-            yield stage
-        except BaseException as error:
-            if resume and isinstance(error, KeyboardInterrupt):
-                error.add_note(f"{stage} keeps what is whole; the same command goes on from there")
-            else:
-                shutil.rmtree(stage, ignore_errors=True)
-            raise
-        shutil.rmtree(stage, ignore_errors=True)
-    finally:
-        UNFINISHED.discard(stage)
-        os.close(handle)
-        if not out.exists():
-            for folder in made:
-                with contextlib.suppress(OSError):
-                    folder.rmdir()
-
-
-def stage_of(out: Path) -> Path:
-    """The folder beside `out` that is written to before it takes that name."""
-    return out.parent / f".{out.name}.part"
-
-
-def check_new(out: Path) -> None:
-    """Raises InputError if something, be it a link to nowhere, has this name."""
-    if os.path.lexists(out):
-        raise InputError(
-            out,
-            found="an existing path",
-            expected="a new folder",
-            fix="remove it or choose another",
-        )
-
-
-def _lock(out: Path, stage: Path) -> int:
-    """The stage folder, claimed and opened; closing it gives the lock back."""
-    while True:
-        with _writing(out):
-            claim(stage)
-            handle = os.open(stage, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW)
-        try:
-            lock(handle, out)
-        except InputError:
-            os.close(handle)
-            raise
-        with contextlib.suppress(FileNotFoundError):
-            if os.path.samestat(os.fstat(handle), os.lstat(stage)):
-                return handle
-        os.close(handle)  # another run removed this one at its end
-
-
 def _check_paths(out: Path, paths: list[str]) -> None:
     for i, path in enumerate(paths):
         pure = PurePosixPath(path)
@@ -229,18 +144,6 @@ def _size(source: Content) -> int:
     return source.stat().st_size
 
 
-def _check_room(out: Path, need: int) -> None:
-    near = next(folder for folder in out.absolute().parents if folder.exists())
-    free = shutil.disk_usage(near).free
-    if free < need:
-        raise InputError(
-            out,
-            found=f"{free:,} bytes free",
-            expected=f"{need:,}",
-            fix="free some space or choose another output",
-        )
-
-
 def _keep_freed_memory() -> None:
     """Has glibc keep freed blocks for the next ones.
 
@@ -250,64 +153,21 @@ def _keep_freed_memory() -> None:
     np.empty((32 << 20) - (64 << 10), np.uint8)
 
 
-@contextlib.contextmanager
-def _writing(path: Path, need: int = 0) -> Iterator[None]:
-    """Turns the system's refusals into InputErrors."""
-    try:
-        yield
-    except OSError as error:
-        raise InputError(
-            path,
-            found=f"{error.strerror or error} while writing",
-            expected=f"permission, and room for {need:,} bytes" if need else "permission and room",
-            fix="free some space or choose another output",
-        ) from error
-
-
 def _write_shard(
-    path: Path,
-    where: Path,
-    shard: Shard,
-    pool: Executor,
-    progress: Callable[[int], object] | None,
+    stage: Stage, shard: Shard, pool: Executor, progress: Callable[[int], object] | None
 ) -> None:
-    with _writing(where, shard.size):
-        path.parent.mkdir(parents=True, exist_ok=True)
-        part = path.with_name(path.name + ".part")
-        with part.open("wb", buffering=0) as file:
-            write_all(file, memoryview(shard.header))
-            for data in _read_ahead(pool, shard.tensors):
-                write_all(file, data)
-                if progress:
-                    progress(data.nbytes)
-        sync(part)
-        part.rename(path)  # which says that it is whole
+    with stage.file(shard.path, shard.size) as write:
+        write(memoryview(shard.header))
+        for data in _read_ahead(pool, shard.tensors):
+            write(data)
+            if progress:
+                progress(data.nbytes)
 
 
-def write_all(file: io.RawIOBase, data: memoryview) -> None:
-    """Unbuffered, so that a refused write is not tried again when the file is closed."""
-    while data:
-        data = data[file.write(data) :]
-
-
-def _write_file(path: Path, where: Path, source: bytes | Path) -> None:
-    with _writing(where, _size(source)):
-        path.parent.mkdir(parents=True, exist_ok=True)
-        part = path.with_name(path.name + ".part")
-        if isinstance(source, bytes):
-            part.write_bytes(source)
-        else:
-            shutil.copyfile(source, part)
-        part.rename(path)
-
-
-def sync(path: Path) -> None:
-    """Waits until a file or folder is on the disk."""
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
+def _write_file(stage: Stage, path: str, source: bytes | Path) -> None:
+    data = source if isinstance(source, bytes) else whole(source).read_bytes()
+    with stage.file(path, len(data)) as write:
+        write(memoryview(data))
 
 
 def _read_ahead(pool: Executor, tensors: Mapping[str, LazyTensor]) -> Iterator[memoryview]:

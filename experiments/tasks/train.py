@@ -12,7 +12,7 @@ from flax import nnx
 from ml_collections import ConfigDict
 
 import converters
-from converters.files.writer import check_new
+from converters.files.output import check_new
 from experiments.tasks.common import required
 from vfjax import InputError, Model, Processor
 from vfjax.atomic import refuse_link

@@ -17,7 +17,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers import AutoModelForCausalLM, LlamaConfig
 
-from converters.files import writer
+from converters.files import output, writer
 from converters.files.paths import sha256
 from converters.files.reader import DTYPES, read_weights
 from converters.files.writer import write_folder
@@ -88,7 +88,7 @@ def test_any_tensors_give_the_bytes_of_the_library(tmp_path_factory, layout):
     }
     out = tmp_path_factory.mktemp("any") / "out"
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(writer, "sync", lambda path: None)  # slow, and not what is tested
+        patch.setattr(output, "sync", lambda path: None)  # slow, and not what is tested
         write_folder(out, {"": {name: Lazy(array) for name, array in tensors.items()}})
     expected = safetensors.numpy.save(tensors, {"format": "pt"})
     assert (out / "model.safetensors").read_bytes() == expected
@@ -229,10 +229,10 @@ def test_sha256(tmp_path):
 def test_all_is_on_the_disk_before_the_rename(tmp_path, monkeypatch):
     out = tmp_path / "out"
     synced = []
-    monkeypatch.setattr(writer, "sync", lambda path: synced.append((path.name, out.exists())))
+    monkeypatch.setattr(output, "sync", lambda path: synced.append((path.name, out.exists())))
     write_folder(out, {"": some(), "tower": some()}, files={"config.json": b"{}"})
-    shards = ["model.safetensors", "model.safetensors"]
-    files = ["config.json", *shards, "out", "tower", *(f"{shard}.part" for shard in shards)]
+    inner = ["config.json", "model.safetensors", "model.safetensors"]
+    files = [*inner, "out", "tower", *(f"{name}.part" for name in inner)]
     assert sorted(synced[:-1]) == sorted((name, False) for name in files)
     assert synced[-1] == (tmp_path.name, True)
 
@@ -278,7 +278,7 @@ def test_too_little_room_is_said_before_any_work(tmp_path):
 @pytest.mark.parametrize("nth", [1, 2, 4])
 def test_a_full_disk_leaves_nothing(tmp_path, monkeypatch, code, nth):
     calls = 0
-    write = writer.write_all
+    write = output.write_all
 
     def failing(file, data):
         nonlocal calls
@@ -287,7 +287,7 @@ def test_a_full_disk_leaves_nothing(tmp_path, monkeypatch, code, nth):
             raise OSError(code, os.strerror(code))
         write(file, data)
 
-    monkeypatch.setattr(writer, "write_all", failing)
+    monkeypatch.setattr(output, "write_all", failing)
     monkeypatch.setattr(lazy, "BLOCK", 10)
     message = f"out/model.safetensors: found {os.strerror(code)} while writing, expected .* bytes"
     with pytest.raises(InputError, match=message):

@@ -7,7 +7,7 @@ is. A new family is a file beside this one, which `converters.hf.branch.build` f
 
 import importlib
 import pkgutil
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
 
@@ -100,6 +100,53 @@ def all_of(features: Tensor) -> VisualTokens:
     """A memory of all tokens [n, s, d], a picture after another."""
     flat = features.flatten(0, 1)
     return VisualTokens(flat, torch.ones(len(flat), dtype=torch.bool, device=flat.device))
+
+
+def gathered(memory: VisualTokens, indices: Tensor, weights: Tensor | None) -> VisualTokens:
+    """The memory with more tokens, made of others, behind it.
+
+    Args:
+        memory: of m tokens.
+        indices: int64[k, p], see `vfjax.architectures.base.Gather`.
+        weights: float32[k, p]; None takes the largest of the values.
+    """
+
+    def more(x: Tensor) -> Tensor:
+        if weights is None:
+            made = x[..., indices, :].amax(-2)
+        else:
+            parts = (
+                weights[:, k, None] * x[..., indices[:, k], :].float()
+                for k in range(indices.shape[1])
+            )
+            made = sum(parts).to(x.dtype)
+        return torch.cat([x, made], dim=-2)
+
+    indices = indices.to(memory.values.device)
+    weights = None if weights is None else weights.to(memory.values.device)
+    keep = memory.keep[indices]
+    if weights is not None:
+        keep = keep | (weights == 0)
+    deep = None if memory.deep is None else more(memory.deep)
+    return VisualTokens(more(memory.values), torch.cat([memory.keep, keep.all(1)]), deep)
+
+
+def joined(memories: Sequence[VisualTokens]) -> VisualTokens:
+    """One memory of all; what some add to more layers than others is zero in these."""
+    device = memories[0].values.device
+    layers = max(0 if m.deep is None else len(m.deep) for m in memories)
+
+    def deep(memory: VisualTokens) -> Tensor:
+        zeros = memory.values.new_zeros((layers, *memory.values.shape))
+        if memory.deep is None:
+            return zeros
+        return torch.cat([memory.deep.to(zeros), zeros[len(memory.deep) :]])
+
+    return VisualTokens(
+        torch.cat([memory.values.to(device) for memory in memories]),
+        torch.cat([memory.keep.to(device) for memory in memories]),
+        torch.cat([deep(memory).to(device) for memory in memories], dim=1) if layers else None,
+    )
 
 
 BRANCHES: dict[str, type[Branch]] = {}

@@ -19,7 +19,7 @@ from transformers.modeling_outputs import CausalLMOutputWithPast, ModelOutput
 
 from converters.folder import open_source
 from converters.hf import branch as contract
-from converters.hf.branch import Branch, Prompt, VisualTokens
+from converters.hf.branch import Branch, Prompt, VisualTokens, gathered, joined
 from converters.hf.config import VisionFuseConfig
 from converters.hf.segments import block, parallel, running
 from converters.hf.state import is_fused, small_files, state_of
@@ -148,8 +148,12 @@ class VisionFuseForConditionalGeneration(VisionFusePreTrainedModel, GenerationMi
         return (model, info) if output_loading_info else model
 
     def lookup(self, ids: Tensor) -> Tensor:
-        """Rows [..., d] of the embedding table, not scaled."""
-        return embedding(ids, self.get_input_embeddings().weight)
+        """Rows [..., d] of the embedding table, not scaled, where the ids are."""
+        table = self.get_input_embeddings()
+        if table.weight.device.type == "meta":  # fetched when it is called
+            rows = table(ids)
+            return rows / _scale(table, rows)
+        return embedding(ids.to(table.weight.device), table.weight).to(ids.device)
 
     def memory(self, name: str, pictures: Pictures) -> VisualTokens:
         """A branch's visual tokens of all pictures as the LLM reads them.
@@ -177,9 +181,8 @@ class VisionFuseForConditionalGeneration(VisionFusePreTrainedModel, GenerationMi
         return gathered(memory, shown["gather.indices"], shown.get("gather.weights"))
 
     def visual_tokens(self, pictures: Pictures) -> VisualTokens:
-        """All branches' memories one after another."""
-        found = [self.memory(branch["name"], pictures) for branch in self.config.branches]
-        return joined(found, self.get_input_embeddings().weight.device)
+        """All branches' memories one after another, where the first is."""
+        return joined([self.memory(branch["name"], pictures) for branch in self.config.branches])
 
     def splice(
         self, text: Tensor, mask: Tensor, visual: Tensor, pictures: Pictures | None
@@ -197,12 +200,13 @@ class VisionFuseForConditionalGeneration(VisionFusePreTrainedModel, GenerationMi
             memory = self.visual_tokens(pictures)
             visual = visual.to(text.device)
             seen, at = visual >= 0, visual.clamp(min=0)
-            values = memory.values.to(text)
+            memory = VisualTokens(*(x if x is None else x.to(text.device) for x in memory))
+            values = memory.values.to(text.dtype)
             text = torch.where(seen[..., None], values[at], text)
-            mask = mask & (~seen | memory.keep.to(text.device)[at])
+            mask = mask & (~seen | memory.keep[at])
             if memory.deep is not None:
                 read = (seen & mask)[..., None]
-                deep = torch.where(read, memory.deep.to(text)[:, at], 0)
+                deep = torch.where(read, memory.deep.to(text.dtype)[:, at], 0)
         return Spliced(torch.where(mask[..., None], text, 0), mask, deep)
 
     def positions(
@@ -305,6 +309,15 @@ class VisionFuseForConditionalGeneration(VisionFusePreTrainedModel, GenerationMi
         """What the LLM takes as `attention_mask` of a prompt."""
         if self.config.mask != "block" or len(self.config.branches) < 2 or not segments.any():
             return mask.long()
+        kind = self.config.text_config._attn_implementation
+        if "flash" in (kind or ""):
+            raise InputError(
+                "attn_implementation",
+                found=repr(kind),
+                expected="'sdpa' or 'eager': with mask 'block', who sees whom is no triangle",
+                fix="load the model with one of these",
+            )
+        # Of the whole prompt, within a sliding window too: `vfjax`'s context ends where that does.
         return create_causal_mask(
             config=self.config.text_config,
             inputs_embeds=text,
@@ -380,46 +393,6 @@ def to_the_right(rows: dict[str, Tensor], mask: Tensor) -> dict[str, Tensor]:
     return {key: x[torch.arange(len(x))[:, None], at.to(x.device)] for key, x in rows.items()}
 
 
-def gathered(memory: VisualTokens, indices: Tensor, weights: Tensor | None) -> VisualTokens:
-    """The memory with more tokens, made of others, behind it; see `vfjax`'s `Gather`."""
-
-    def more(x: Tensor) -> Tensor:
-        if weights is None:
-            made = x[..., indices, :].amax(-2)
-        else:
-            parts = (
-                weights[:, k, None] * x[..., indices[:, k], :].float()
-                for k in range(indices.shape[1])
-            )
-            made = sum(parts).to(x.dtype)
-        return torch.cat([x, made], dim=-2)
-
-    indices = indices.to(memory.values.device)
-    weights = None if weights is None else weights.to(memory.values.device)
-    keep = memory.keep[indices]
-    if weights is not None:
-        keep = keep | (weights == 0)
-    deep = None if memory.deep is None else more(memory.deep)
-    return VisualTokens(more(memory.values), torch.cat([memory.keep, keep.all(1)]), deep)
-
-
-def joined(memories: list[VisualTokens], device: torch.device) -> VisualTokens:
-    """One memory of all; what some add to more layers than others is zero in these."""
-    layers = max(0 if m.deep is None else len(m.deep) for m in memories)
-
-    def deep(memory: VisualTokens) -> Tensor:
-        zeros = memory.values.new_zeros((layers, *memory.values.shape))
-        if memory.deep is None:
-            return zeros
-        return torch.cat([memory.deep.to(zeros), zeros[len(memory.deep) :]])
-
-    return VisualTokens(
-        torch.cat([memory.values.to(device) for memory in memories]),
-        torch.cat([memory.keep.to(device) for memory in memories]),
-        torch.cat([deep(memory).to(device) for memory in memories], dim=1) if layers else None,
-    )
-
-
 def _device(module: nn.Module, value: Tensor) -> torch.device:
     """Where a module computes; where the value is if its parameters are fetched as they're used."""
     found = next(module.parameters()).device
@@ -434,5 +407,12 @@ def _scale(table: nn.Module, values: Tensor) -> Tensor:
 def _longer(x: Tensor, text: Tensor, fill: int) -> Tensor:
     """Rows [b, t', ...] of a prompt with text behind it, up to the t of [b, t, d] `text`."""
     new = text.shape[1] - x.shape[1]
+    if new < 0:
+        raise InputError(
+            "visual",
+            found=f"{x.shape[1]} tokens a row, for {text.shape[1]} of input_ids",
+            expected="a whole prompt, pictures and all, and an empty cache",
+            fix="pass the prompt again without a cache, and no prefill_chunk_size",
+        )
     x = x.to(text.device)
     return torch.cat([x, x.new_full((len(x), new, *x.shape[2:]), fill)], dim=1) if new else x

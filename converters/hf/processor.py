@@ -194,7 +194,7 @@ class VisionFuseProcessor(ProcessorMixin):
 
         The folder's own template is rendered as transformers does. A named template (of authors'
         layouts that have none) opens the answer after a question, whatever
-        `add_generation_prompt`; it has no tools, documents and variables.
+        `add_generation_prompt`; it has no tools, documents and variables, and ends what was said.
 
         Args:
             conversation: messages, or several of these; parts are `{"type": "text", "text": ...}`,
@@ -204,7 +204,7 @@ class VisionFuseProcessor(ProcessorMixin):
             tools: see transformers.
             documents: see transformers.
             add_generation_prompt: whether an answer is to follow.
-            continue_final_message: not here.
+            continue_final_message: see transformers.
             tokenize: gives ids in place of texts.
             return_dict: of `tokenize`, with all that the model is called with.
             return_tensors: "pt", what there is.
@@ -221,16 +221,17 @@ class VisionFuseProcessor(ProcessorMixin):
         options: dict[str, Any] = {key: variables.pop(key) for key in names if key in variables}
         options |= {"return_tensors": return_tensors, **(processor_kwargs or {})}
         given = {"tools": tools, "documents": documents, **variables}
+        given |= {"continue_final_message": continue_final_message or None}
         given = {key: value for key, value in given.items() if value is not None}
         own = self.vfjax
         if chat_template is not None:
             own = dataclasses.replace(own, template=CHAT_TEMPLATE, chat_template=chat_template)
-        if continue_final_message or (given and own.template != CHAT_TEMPLATE):
+        if given and own.template != CHAT_TEMPLATE:
             raise InputError(
                 "apply_chat_template",
-                found="continue_final_message" if continue_final_message else ", ".join(given),
-                expected="what the folder's template has",
-                fix="leave it out",
+                found=", ".join(given),
+                expected=f"none of it: template {own.template!r} has no variables",
+                fix="leave it out, or name a chat_template",
             )
         prompts, pictures = list[str](), list[list[Picture]]()
         for row in rows:

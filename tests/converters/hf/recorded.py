@@ -37,7 +37,11 @@ def assert_recorded(case: Path, place: Path) -> None:
         place: where a fused folder of this one member is made.
     """
     converters.fuse({"m": case}, place, method="passthrough", family=False)
-    model, process = opened(place)
+    assert_as_recorded(*opened(place), case)
+
+
+def assert_as_recorded(model: transformers.PreTrainedModel, process: Processor, case: Path) -> None:
+    """See `assert_recorded`; of a model in torch and what makes its batches."""
     inputs, outputs = (load_file(case / f"{x}.safetensors") for x in ("inputs", "outputs"))
     samples = {name.split(".")[0] for name in outputs}
     for sample in sorted(samples - {"batch"}):

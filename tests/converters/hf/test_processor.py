@@ -91,6 +91,8 @@ def test_own_template(pair: Path, tmp_path: Path) -> None:
         )[0],
     ):
         assert found == expected == "user: <image>What?\nassistant:!"
+    begun = [*ASKED, {"role": "assistant", "content": "It is"}]
+    assert processor.apply_chat_template(begun, continue_final_message=True).endswith(": It is")
     processor.save_pretrained(out := tmp_path / "out")
     assert AutoProcessor.from_pretrained(out).chat_template == TEMPLATE
     assert json.loads((out / "config.json").read_text())["template"] == "chat_template"

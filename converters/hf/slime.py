@@ -25,6 +25,29 @@ from converters.hf.llava import Projector
 from vfjax import architectures
 
 
+class Attention(nn.Module):
+    """`nn.MultiheadAttention` under its names, [n, s, d] queries and [n, t, d] keys and values.
+
+    torch's own reads the weight of `out_proj` without calling it: weights that are fetched when a
+    module is called (`device_map` with "cpu" or "disk") would be missed.
+    """
+
+    def __init__(self, width: int, heads: int):
+        super().__init__()
+        self.heads = heads
+        self.in_proj_weight = nn.Parameter(torch.zeros(3 * width, width))
+        self.in_proj_bias = nn.Parameter(torch.zeros(3 * width))
+        self.out_proj = nn.Linear(width, width)
+
+    def forward(self, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+        weights, biases = self.in_proj_weight.chunk(3), self.in_proj_bias.chunk(3)
+        q, k, v = (
+            F.linear(x, w, b).unflatten(-1, (self.heads, -1)).transpose(1, 2)
+            for x, w, b in zip((query, key, value), weights, biases, strict=True)
+        )
+        return self.out_proj(F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2))
+
+
 class Resampler(nn.Module):
     """Queries that read a grid of tokens once: [n, grid * grid, width] -> [n, queries, width].
 
@@ -38,13 +61,12 @@ class Resampler(nn.Module):
         self.query = nn.Parameter(torch.zeros(queries, width))
         self.pos_embed = nn.Parameter(torch.zeros(queries, width), requires_grad=False)
         self.ln_q, self.ln_kv, self.ln_post = (nn.LayerNorm(width, eps=1e-6) for _ in range(3))
-        self.attn = nn.MultiheadAttention(width, max(1, width // 128), batch_first=True)
+        self.attn = Attention(width, max(1, width // 128))
 
     def forward(self, x: Tensor) -> Tensor:
         x = self.ln_kv(x)
         query = (self.ln_q(self.query) + self.pos_embed).expand(len(x), -1, -1)
-        y, _ = self.attn(query, x + self.key_positions(), x, need_weights=False)
-        return self.ln_post(y)
+        return self.ln_post(self.attn(query, x + self.key_positions(), x))
 
     def key_positions(self) -> Tensor:
         """The table [grid * grid, width] at the keys' grid."""

@@ -18,10 +18,12 @@ if importlib.util.find_spec("torch") is None:
         fix="pip install 'vfjax[hf]'",
     )
 
-from transformers import AutoConfig, AutoModelForImageTextToText, AutoProcessor
+from transformers import AutoConfig, AutoModel, AutoModelForImageTextToText, AutoProcessor
 
 from converters.hf.config import VisionFuseConfig
+from converters.hf.internlm2 import InternLM2Config, InternLM2Model
 from converters.hf.model import VisionFuseForConditionalGeneration
+from converters.hf.onevision15 import OneVision15TextConfig, OneVision15TextModel
 from converters.hf.processor import VisionFuseProcessor
 
 AutoConfig.register("visionfuse", VisionFuseConfig, exist_ok=True)
@@ -29,5 +31,13 @@ AutoModelForImageTextToText.register(
     VisionFuseConfig, VisionFuseForConditionalGeneration, exist_ok=True
 )
 AutoProcessor.register(VisionFuseConfig, VisionFuseProcessor, exist_ok=True)
+
+# LLMs that transformers lacks, or has under another name.
+for config, model in (
+    (InternLM2Config, InternLM2Model),
+    (OneVision15TextConfig, OneVision15TextModel),
+):
+    AutoConfig.register(config.model_type, config, exist_ok=True)
+    AutoModel.register(config, model, exist_ok=True)
 
 __all__ = ["VisionFuseConfig", "VisionFuseForConditionalGeneration", "VisionFuseProcessor"]

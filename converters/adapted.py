@@ -12,7 +12,6 @@ from typing import Final
 
 from converters.adapter_config import (
     MERGE,
-    SETTINGS,
     TRAIN,
     kept_whole,
     parameter_targeted,
@@ -21,7 +20,8 @@ from converters.adapter_config import (
     targeted,
     token_numbers,
 )
-from converters.adapters import ADAPTER, Contents
+from converters.adapters import Contents
+from converters.files.names import ADAPTER, SETTINGS
 from converters.lora import LoRATensor, Part, RowsReplaced, Shifted, Transposed, factors_fit
 from converters.params.table import Names, Place, placed, rename
 from vfjax import InputError

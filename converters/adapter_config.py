@@ -11,11 +11,10 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TypedDict, TypeVar, cast
 
+from converters.files.names import SETTINGS
 from vfjax import InputError
 from vfjax.atomic import read_json
 from vfjax.errors import cut
-
-SETTINGS = "adapter_config.json"
 
 Number = TypeVar("Number", int, float)
 

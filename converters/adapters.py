@@ -11,16 +11,15 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from converters.adapter_config import SETTINGS, Settings, read_settings
+from converters.adapter_config import Settings, read_settings
+from converters.files import hub
+from converters.files.names import ADAPTER, EXTRA, PROJECTOR, SETTINGS
 from converters.files.reader import Stored, has_weights, read_config, read_weights
 from converters.towers import Towers
 from converters.values import Values
 from vfjax import InputError
-from vfjax.atomic import findable, read_json
+from vfjax.atomic import read_json
 from vfjax.merge import LazyTensor, check_family
-
-ADAPTER, EXTRA, PROJECTOR = "adapter_model", "non_lora_trainables", "mm_projector"
-"""Stems of weights files."""
 
 EMBEDDINGS = re.compile(r".*\bembed_tokens\.([a-z_.]+\.)?(?<!lora_[AB]\.)weight")
 """Names in an adapter's file of a whole embedding."""
@@ -82,12 +81,26 @@ def read(path: Path, base: str | Path | None, towers: Towers) -> Contents:
     return Contents(path, config, home, dict(below), files, found, settings, added)
 
 
-def named_base(path: str | Path, towers: Mapping[str, str | Path] | None = None) -> Path | None:
-    """The base that a folder's configs name, if it needs one and that is found."""
-    path = findable(path)
+def named_base(
+    path: str | Path, towers: Mapping[str, str | Path] | None = None, *, local: bool = False
+) -> Path | None:
+    """The base that a folder's configs name, if it needs one and that is found.
+
+    Args:
+        path: the folder, or its name on the hub.
+        towers: where it may be.
+        local: of a base on the hub take what is in the cache.
+
+    Raises:
+        InputError: as `hub.folder`; a base that the hub refuses.
+    """
+    path = hub.folder(path)
     if not path.is_dir() or not is_part(path):
         return None
-    return _look(path, _base_name(path), Towers(towers or {}))
+    try:
+        return _look(path, _base_name(path), Towers(towers or {}), local=local)
+    except hub.Absent:
+        return None
 
 
 def is_part(path: Path) -> bool:
@@ -123,10 +136,15 @@ def _base(path: Path, base: str | Path | None, towers: Towers) -> Path:
     Raises:
         InputError: it is not there.
     """
-    name = _base_name(path)
-    found = findable(base, "base") if base is not None else _look(path, name, towers)
+    name, why = _base_name(path), ""
+    try:
+        found = hub.folder(base, "base") if base is not None else _look(path, name, towers)
+    except hub.Absent as error:
+        if base is not None:
+            raise
+        found, why = None, f", the hub ({error.found})"
     if found is None or not found.is_dir():
-        places = ", ".join(map(str, towers.candidates(path, name, "base"))) if name else ""
+        places = ", ".join(map(str, towers.candidates(path, name, "base"))) + why if name else ""
         kind = "a LoRA adapter" if (path / SETTINGS).is_file() else "a projector"
         raise InputError(
             f"{path}: base model {name!r}",
@@ -139,10 +157,17 @@ def _base(path: Path, base: str | Path | None, towers: Towers) -> Path:
     return found
 
 
-def _look(path: Path, name: str, towers: Towers) -> Path | None:
-    revision = read_settings(path).get("revision")
-    places = towers.candidates(path, name, "base", revision) if name else []
-    return next((p for p in places if (p / "config.json").is_file() and has_weights(p)), None)
+def _look(path: Path, name: str, towers: Towers, *, local: bool = False) -> Path | None:
+    """The base's folder, on the disk or else of the hub; None if it is nowhere."""
+    for place in towers.candidates(path, name, "base") if name else ():
+        if (place / "config.json").is_file() and has_weights(place):
+            return place
+    repo = hub.parse(name) if name not in towers.places else None
+    if repo is None:
+        return None
+    if revision := read_settings(path).get("revision"):
+        repo = dataclasses.replace(repo, revision=revision)
+    return hub.fetch(repo, f"{path}: base model {name!r}", local=local)
 
 
 def _check_base(path: Path, base: Path, below: dict[str, Any], own: dict[str, Any]) -> None:

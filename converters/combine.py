@@ -1,6 +1,7 @@
 """A fusion loaded from its members' folders, in any of its modes, with nothing written between."""
 
 import dataclasses
+import math
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
@@ -9,7 +10,8 @@ from jax.sharding import Mesh
 from jax.typing import DTypeLike
 
 from converters.fingerprint import fingerprint
-from converters.fusion import Fusion, open_member
+from converters.folder import open_members
+from converters.fusion import Fusion
 from converters.load import float_dtype, read_llm, read_model
 from converters.request import Request, by_name, check_request
 from converters.vocabulary import BASE
@@ -99,7 +101,7 @@ def load_fused(  # noqa: D417  (`fuse` has the others)
     _check_used(request, mode)
     if mode == "logits":
         return _side_by_side(request, mesh, progress)
-    with agreeing("load_fused", processes := owners(mesh)) as facts:
+    with agreeing("load_fused", processes := owners(mesh), patience=math.inf) as facts:
         fusion = Fusion(request)
         facts |= fusion.facts() if len(processes) > 1 else {}
         facts |= {"mode": mode}
@@ -134,8 +136,8 @@ def _side_by_side(
     """All members as they are."""
     check_request(request)
     dtype = float_dtype(request.dtype)
-    with agreeing("load_fused", processes := owners(mesh)) as facts:
-        sources = {name: open_member(path, request) for name, path in request.members.items()}
+    with agreeing("load_fused", processes := owners(mesh), patience=math.inf) as facts:
+        sources = open_members(request.members, request.base, request.towers)
         for name, source in sources.items() if len(processes) > 1 else ():
             facts |= fingerprint(source, name)
     loaded = [read_model(source, mesh, dtype, progress) for source in sources.values()]

@@ -1,6 +1,7 @@
 """A new multimodal model: an LLM, one or two vision encoders, a connector yet to be trained."""
 
 import dataclasses
+import math
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal
@@ -63,7 +64,8 @@ def create(
     Args:
         llm: folder of a causal LM, or of any supported multimodal model, whose LLM is taken.
             Vocabulary, tokenizer and generation_config.json are its too.
-        encoder: Hugging Face folder of a vision encoder, with preprocessor_config.json.
+        encoder: Hugging Face folder of a vision encoder, with preprocessor_config.json. This, `llm`
+            and `aux` may be names on the hub, too, see `converters.load`.
         connector: {"kind": ..., **options}. "mlp" is LLaVA's, "sti", "sci" and "dci" are Dense
             Connector's: `projector`, "linear" or "mlpNx_gelu" ("mlp2x_gelu"); `select`, the tap of
             the plain feature (-2); `side`, tokens a side of the efficient "sci" and "dci". "comm"
@@ -95,7 +97,7 @@ def create(
     """
     dtype = float_dtype(dtype)
     check([one_of("init", init, ("torch", "flax"))], fix="choose one")
-    with agreeing("create", members := owners(mesh)) as facts:
+    with agreeing("create", members := owners(mesh), patience=math.inf) as facts:
         source = describe(llm, encoder, connector, aux=aux, template=template, aspect=aspect)
         if len(members) > 1:
             facts |= fingerprint(source) | {"seed": seed, "init": init, "dtype": str(dtype)}

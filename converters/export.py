@@ -13,9 +13,10 @@ import numpy as np
 from flax import nnx
 from jax.experimental import multihost_utils
 
+from converters.files.names import PROCESSOR_FILES, TOKENIZER_FILES
 from converters.files.reader import read_file
 from converters.files.writer import Content, write_folder
-from converters.load import TOKENIZER_FILES, Params, flatten, part_of
+from converters.load import Params, flatten, part_of
 from converters.origin import Origin, origin_of
 from converters.params.table import Rule, restored
 from converters.registry import find
@@ -89,14 +90,6 @@ def export(
         shard_bytes=shard_bytes,
         progress=progress,
     )
-
-
-PROCESSOR_FILES = (
-    "preprocessor_config.json",
-    "processor_config.json",
-    "video_preprocessor_config.json",
-)
-"""Files that say how pictures and videos are prepared."""
 
 
 def config_files(origin: Origin, dtype: np.dtype) -> dict[str, Content]:

@@ -2,17 +2,18 @@
 
 import dataclasses
 from collections.abc import Container, Iterable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from converters import adapters
 from converters.adapted import completed
+from converters.files import hub
 from converters.files.others import TOWER, no_model
 from converters.params.table import Place, placed
 from converters.source import LAYOUTS, TEMPLATE, Layout, Source, is_tower, layout_of
 from converters.towers import Prefixes, Tensors, Tower, Towers, pairs
 from converters.values import Values
 from vfjax import InputError
-from vfjax.atomic import findable
 from vfjax.errors import counted, cut
 from vfjax.merge import LazyTensor, equal
 
@@ -28,7 +29,8 @@ def open_source(
 
     Args:
         path: a folder with config.json and weights, or one that holds a LoRA adapter or a projector
-            for a base LLM.
+            for a base LLM; or `org/name[@revision]`, see `hub.folder`. So too of `towers` and
+            `base`.
         towers: name of a vision tower in config.json -> the folder where it is; so too of the base.
         tower_source: see `Towers.source`.
         base: folder of that base LLM, in place of the one that the configs name; a folder that is
@@ -36,9 +38,10 @@ def open_source(
 
     Raises:
         InputError: no such folder, a config of no known layout, unreadable weights, a vision tower
-            or base that is nowhere to be found, or tensors that don't fit the base.
+            or base that is nowhere to be found, or tensors that don't fit the base; or the hub
+            refuses one of them.
     """
-    path = findable(path)
+    path = hub.folder(path)
     if not path.is_dir() or not adapters.is_part(path) and not (path / "config.json").exists():
         raise no_model(path)
     places = Towers(towers or {}, tower_source)
@@ -75,6 +78,47 @@ def open_source(
         tied = source.config_of("llm").tied
         tensors = completed(contents, layout.prefixes(source), tied=tied)
     return settled(assigned(source, layout, tensors, tower_source))
+
+
+def open_members(
+    members: Mapping[str, str | Path],
+    base: str | Path | None = None,
+    towers: Mapping[str, str | Path] | None = None,
+    below: Mapping[str, str] | None = None,
+) -> dict[str, Source]:
+    """Several folders in normal form, by name; those on the hub are downloaded side by side.
+
+    Args:
+        members: name -> folder, or name on the hub.
+        base: what completes those that lack a base, and whose own is nowhere; or is on the hub
+            alone: one that is given is not worth a download.
+        towers: see `open_source`.
+        below: name -> the LLM that an adapter is put on, whatever it was trained on.
+
+    Raises:
+        InputError: see `open_source`; a whole checkpoint where an adapter should be.
+    """
+
+    def one(path: str | Path, under: str | None) -> Source:
+        path = hub.folder(path)
+        own = under or adapters.named_base(path, towers, local=base is not None)
+        source = open_source(path, towers=towers, base=own or base)
+        if under is not None and source.base is None:
+            raise InputError(
+                f"{under}+{path}",
+                found="a whole checkpoint behind the +",
+                expected="an adapter",
+                fix="name one of the two",
+            )
+        return source
+
+    remote = sum(hub.parse(path) is not None for path in members.values())
+    pool = ThreadPoolExecutor(max(1, remote))
+    try:
+        tasks = {n: pool.submit(one, path, (below or {}).get(n)) for n, path in members.items()}
+        return {name: task.result() for name, task in tasks.items()}
+    finally:  # of an error, or Ctrl-C, without waiting for what is still downloaded
+        pool.shutdown(wait=False, cancel_futures=True)
 
 
 def assigned(
@@ -164,6 +208,8 @@ def _held(source: Source, places: Sequence[Place], tower_source: str) -> Source:
             held[part] = _as_deep(source, part, towers.pop(part), places)
             branch, name = source.encoders[part]
             branches[branch.name] = branches[branch.name].with_encoder(name, held[part].config)
+        elif tower.repo is not None:
+            towers[part] = tower.whole(f"{source.path}: {part}")
         elif not tower.tensors:
             raise InputError(
                 f"{source.path}: {part}",
@@ -195,7 +241,7 @@ def _reads_own(
     part: str, tower: Tower, there: Container[str], tuned: Container[str], tower_source: str
 ) -> bool:
     """Whether the checkpoint's own copy of a tower is read; `there` is what it holds."""
-    if part in there and not tower.tensors:  # only the checkpoint has it
+    if part in there and not tower.tensors and tower.repo is None:  # only the checkpoint has it
         return True
     if tower_source != "auto":
         return tower_source == "checkpoint"

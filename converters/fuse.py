@@ -45,8 +45,9 @@ def fuse(
     were: for NaN, infinities and SHA-256.
 
     Args:
-        members: name -> folder, in the order in which their visual tokens will be read; plain LLMs
-            among them add to the merged LLM alone.
+        members: name -> folder, or name on the hub (`org/name[@revision]`, see `converters.load`),
+            in the order in which their visual tokens will be read; plain LLMs among them add to the
+            merged LLM alone. `base`, `towers` and models of a `recipe` may be on the hub, too.
         out: folder to make.
         base: folder of the LLM that all members were fine-tuned from; members that are adapters or
             projectors are completed from the LLM that they name, or else from this one.

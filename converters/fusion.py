@@ -12,7 +12,6 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-from converters.adapters import named_base
 from converters.alike import check_llm_alone
 from converters.branches import (
     Tensors,
@@ -24,13 +23,14 @@ from converters.branches import (
 )
 from converters.chat import read_chat_template
 from converters.export import to_bytes
+from converters.files import hub
 from converters.files.checksums import audit, mapped, unread
 from converters.files.output import stage_of
 from converters.files.paths import stand_in, stat
 from converters.files.shards import plan_shards
 from converters.files.writer import Content, write_folder
 from converters.fingerprint import fingerprint, sampled
-from converters.folder import assigned, open_source, settled
+from converters.folder import assigned, open_members, open_source, settled
 from converters.formats.visionfuse import arranged, fused_config
 from converters.mergekit import Yaml, read_yaml
 from converters.model_card import CARD, PLOT, Listed, by_layer, card, plot
@@ -66,20 +66,6 @@ from vfjax.text.chat import CHAT_TEMPLATE
 LOG = logging.getLogger(__name__)
 
 
-def open_member(path: str | Path, request: Request, below: str | None = None) -> Source:
-    """A member, completed from the LLM `below` it, or that it names, or else from the base."""
-    base = below or named_base(path, request.towers) or request.base
-    source = open_source(path, towers=request.towers, base=base)
-    if below is not None and source.base is None:
-        raise InputError(
-            f"{below}+{path}",
-            found="a whole checkpoint behind the +",
-            expected="an adapter",
-            fix="name one of the two",
-        )
-    return source
-
-
 class Fusion:
     """A request with its sources opened and its tensors planned; nothing is read but headers."""
 
@@ -106,11 +92,11 @@ class Fusion:
             request = dataclasses.replace(request, params={**even, **(request.params or {})})
         self.request, self.out = request, stand_in(request.out)
         base = request.base
+        outer = {name: path for name, path in request.members.items() if name not in self.inner}
+        found = open_members(outer, request.base, request.towers, below)
         opened = {
-            name: self.inner[name].source()
-            if name in self.inner
-            else open_member(path, request, below.get(name))
-            for name, path in request.members.items()
+            name: self.inner[name].source() if name in self.inner else found[name]
+            for name in request.members
         }
         self.base = None if recipe is None else recipe.base
         if base is not None:
@@ -400,7 +386,7 @@ class Fusion:
         self._check_unchanged()
         sources = {
             label: Listed(
-                source.path.name,
+                hub.named(source.path) or source.path.name,
                 {n: digests.get(f"{label}/{n}") for n in self._weight_files(label)},
             )
             for label, source in self.opened.items()
@@ -426,11 +412,27 @@ class Fusion:
                 label: {name: digests[f"{label}/{name}"] for name in self._weight_files(label)}
                 for label in self.opened
             }
+        if repositories := self._repositories():
+            record["repositories"] = repositories
         if self.vocabulary:
             record["vocabulary"] = self.vocabulary
         if self.whole is not None and self.whole.kept:
             record["kept"] = self.whole.kept
         return record | {"seed": request.seed, "vfjax": __version__}
+
+    def _repositories(self) -> dict[str, str]:
+        """Label of a source, as of its files -> `org/name@commit`, of those from the hub."""
+        out: dict[str, str] = {}
+        for label, source in self.opened.items():
+            if inner := self.inner.get(label):
+                out |= {f"{label}/{name}": x for name, x in inner._repositories().items()}
+                continue
+            places = {label: source.path, f"{label}/base": source.base}
+            places |= {f"{label}/{part}": tower.path for part, tower in source.towers.items()}
+            found = {name: hub.named(path) for name, path in places.items() if path is not None}
+            own = found[label]
+            out |= {k: x for k, x in found.items() if x is not None and (k == label or x != own)}
+        return out
 
     def _tokenizers(self) -> list[str]:
         """Whose tokenizer is looked for first: for a model the members', for an LLM the base's.

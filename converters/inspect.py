@@ -5,7 +5,9 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from converters.adapter_config import SETTINGS, read_settings
+from converters.adapter_config import read_settings
+from converters.files import hub
+from converters.files.names import SETTINGS
 from converters.files.others import TOWER
 from converters.folder import open_source
 from converters.load import check, check_depth, model_config, structure, tower_file
@@ -14,7 +16,6 @@ from converters.params.table import Layered, restored
 from converters.processor import processor
 from converters.registry import find
 from converters.towers import read_tower
-from vfjax.atomic import findable
 from vfjax.errors import counted, shown
 from vfjax.sharding import nbytes
 from vfjax.text.chat import CHAT_TEMPLATE
@@ -33,14 +34,14 @@ def inspect(
     """A few lines: layout, LLM, base if known, branches, tensors mapped and not.
 
     Args:
-        path: a folder that `converters.load` reads, or a vision tower's.
+        path: a folder that `converters.load` reads, or a vision tower's; or a name of the hub.
         base: folder of the LLM that an adapter or a projector at `path` is for.
         towers: name of a vision tower in config.json -> the folder where it is.
 
     Raises:
         InputError: what `converters.load`, or `load_encoder`, would say of it.
     """
-    path = findable(path)
+    path = hub.folder(path)
     if file := tower_file(path):
         return shown(_tower(path, file))
     source = open_source(path, towers=towers, base=base)
@@ -76,7 +77,9 @@ def inspect(
             for name, encoder in seen.encoders.items()
         ]
         own = [source.towers.get(parts.part(name)) for name in seen.encoders]
-        folders = dict.fromkeys(str(tower.path) if tower else "this folder" for tower in own)
+        folders = dict.fromkeys(
+            str(tower.path) if tower and tower.path else "this folder" for tower in own
+        )
         lines.append(
             f"branch {branch.name}: {' and '.join(encoders)}, "
             f"{_pixels(seen.images)}, "

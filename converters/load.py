@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import math
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol, TypeVar
@@ -12,6 +13,8 @@ from flax import nnx
 from jax.sharding import Mesh
 from jax.typing import DTypeLike
 
+from converters.files import hub
+from converters.files.names import KINDS
 from converters.fingerprint import fingerprint
 from converters.folder import open_source
 from converters.formats.visionfuse import arranged
@@ -21,11 +24,11 @@ from converters.params.table import FLOATS, Layered, Rule, Table
 from converters.preprocessor import from_preprocessor
 from converters.processor import processor
 from converters.registry import find
-from converters.source import TOKENIZERS, Branch, Source, is_tower
-from converters.towers import KINDS, read_tower
+from converters.source import Branch, Source, is_tower
+from converters.towers import read_tower
 from vfjax import InputError, Model, Processor
 from vfjax.architectures import Architecture
-from vfjax.atomic import findable, read_json
+from vfjax.atomic import read_json
 from vfjax.errors import counted
 from vfjax.fusion.prune import Prune
 from vfjax.llm import Llama, LlamaConfig
@@ -44,19 +47,6 @@ Module_co = TypeVar("Module_co", bound=nnx.Module, covariant=True)
 
 Params = dict[str, nnx.Variable]
 """Parameter path, joined by "/" -> the parameter."""
-
-TOKENIZER_FILES = (
-    *TOKENIZERS,
-    "tokenizer_config.json",
-    "special_tokens_map.json",
-    "added_tokens.json",
-    "vocab.json",
-    "merges.txt",
-    "chat_template.jinja",
-    "chat_template.json",
-    "generation_config.json",
-)
-"""Files that travel with a language model."""
 
 
 def load(
@@ -78,7 +68,9 @@ def load(
     """Any supported checkpoint folder as a model on the devices, and its processor.
 
     Args:
-        path: an upstream or Hugging Face LLaVA, a fused folder, or a plain causal LM.
+        path: an upstream or Hugging Face LLaVA, a fused folder, or a plain causal LM; or
+            `org/name[@revision]` on the Hugging Face hub, where no folder has that name: the files
+            that are read are downloaded into its cache. So too of `towers` and `base`.
         mesh: where parameters are sharded (`vfjax.sharding.make_mesh`); None: the default device.
             Its processes first agree on what they read: configs, headers, samples of weights.
         dtype: of the parameters; None keeps the stored ones.
@@ -96,11 +88,11 @@ def load(
         progress: called with the bytes of each tensor as it arrives.
 
     Raises:
-        InputError: the folder cannot be read whole and exactly (see `open_source`), an argument is
-            none of its choices, or processes disagree.
+        InputError: the folder cannot be read whole and exactly (see `open_source`), the hub refuses
+            it, an argument is none of its choices, or processes disagree.
     """
     dtype = float_dtype(dtype)
-    with agreeing("load", members := owners(mesh)) as facts:
+    with agreeing("load", members := owners(mesh), patience=math.inf) as facts:  # of downloads
         source = open_source(path, towers=towers, tower_source=tower_source, base=base)
         source = arranged(source, positions, mask)
         if len(members) > 1:
@@ -158,13 +150,13 @@ def read_llm(
 def load_encoder(
     path: str | Path, *, mesh: Mesh | None = None, dtype: DTypeLike | None = None
 ) -> nnx.Module:
-    """A vision encoder from its own Hugging Face folder (config.json and weights).
+    """A vision encoder from its own Hugging Face folder (config.json and weights), or of the hub.
 
     Raises:
         InputError: no table for it, tensors that don't fit it, or a `dtype` that parameters don't
             have.
     """
-    path, dtype = findable(path), float_dtype(dtype)
+    path, dtype = hub.folder(path), float_dtype(dtype)
     tower = read_tower(path, tower_file(path) or "config.json")
     table = find(tower.config, str(path))
     config = table.config(tower.config, str(path))

@@ -12,6 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 import yaml
 
+from converters.files import hub
 from converters.files.reader import first_line
 from converters.vocabulary import BASE
 from vfjax import InputError
@@ -51,7 +52,7 @@ class Yaml:
 
 @dataclasses.dataclass(frozen=True)
 class Reference:
-    """A model of a YAML: a folder, or a folder with an adapter on it."""
+    """A model of a YAML: a folder or a name on the hub, or one of them with an adapter on it."""
 
     path: str
     lora: str | None = None
@@ -60,10 +61,11 @@ class Reference:
 def read_yaml(path: str | Path) -> Yaml:
     """Reads a mergekit YAML file as it is.
 
-    Models are folders, from the working directory: "folder", "folder+adapter", or mergekit's
-    mappings; a revision behind @ says nothing of a folder. A file of several documents is what
-    mergekit-multi takes: models are named by the `name` of other documents, too, and the result is
-    that of the document without a name, or else of the one that no other names.
+    Models are folders, from the working directory, or where there is none `org/name` on the hub:
+    "model", "model+adapter", or mergekit's mappings; a revision behind @ says nothing of a folder.
+    A file of several documents is what mergekit-multi takes: models are named by the `name` of
+    other documents, too, and the result is that of the document without a name, or else of the one
+    that no other names.
 
     Args:
         path: the file.
@@ -211,14 +213,20 @@ def _reference(where: str, given: object) -> Reference:
 
 
 def _path(where: str, given: object) -> str:
-    """The folder of mergekit's ModelPath, "folder@revision" or a mapping."""
+    """The model of mergekit's ModelPath, "folder@revision" or a mapping.
+
+    A folder has no revision: it is kept for the hub.
+    """
+    revision: object = ""
     if isinstance(given, Mapping):
-        parse.keys(where, given, ("path", "revision"))
-        given = given.get("path")
+        asked = parse.keys(where, given, ("path", "revision"))
+        given, revision = asked.get("path"), asked.get("revision") or ""
     elif isinstance(given, str) and not findable(given, where).exists():
-        given = given.partition("@")[0]
-    if not isinstance(given, str) or not given:
-        parse.fail(where, repr(given), "a folder", "correct it")
+        given, _, revision = given.partition("@")
+    if not isinstance(given, str) or not given or not isinstance(revision, str):
+        parse.fail(where, repr(given), "a folder, or a name on the hub", "correct it")
+    if revision and hub.parse(given) and not findable(given, where).exists():
+        return f"{given}@{revision}"
     return given
 
 
@@ -291,7 +299,9 @@ def _kind(where: str, key: object, value: object) -> str | None:
 
 
 def _label(reference: Reference, taken: set[str]) -> str:
-    name = Path(reference.lora or reference.path).name
+    path = reference.lora or reference.path
+    repo = hub.parse(path)
+    name = Path(repo.name if repo else path).name
     name = re.sub(r"[^A-Za-z0-9_-]", "-", name) or "model"
     number = 2
     label = name

@@ -10,17 +10,11 @@ from pathlib import Path
 from typing import Any, Literal
 
 from converters import registry
+from converters.files.names import PAIR, TOKENIZERS
 from converters.params.table import Names, Table
 from converters.towers import Prefixes, Tensors, Tower, Towers
 from converters.values import Unused, Values
 from vfjax.atomic import JSON
-
-TOKENIZERS = ("tokenizer.json", "tokenizer.model")
-"""Files that hold a vocabulary."""
-
-PAIR = ("vocab.json", "merges.txt")
-"""Files that hold one together, where transformers 4 wrote a Qwen's or GPT-2's with
-`use_fast=False`."""
 
 TEMPLATE = "mm_prompt_template"
 """Key of config.json, ours: prompt template of a model that was not trained with its layout's."""

@@ -7,8 +7,9 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
+from converters.files.names import TOKENIZERS
 from converters.files.reader import first_line
-from converters.source import TOKENIZERS, Source, has_tokenizer
+from converters.source import Source, has_tokenizer
 from vfjax import InputError
 from vfjax.atomic import read_json, temporary
 from vfjax.errors import cut

@@ -19,9 +19,10 @@ from typing import TYPE_CHECKING, Any
 import jax.numpy as jnp
 import numpy as np
 
+from converters.files import hub
 from converters.source import Source, tokenizer_class
 from converters.tokenizer import load_tokenizer, tokenizer_of
-from vfjax.atomic import JSON, UNFINISHED, findable, read_json
+from vfjax.atomic import JSON, UNFINISHED, read_json
 from vfjax.errors import counted
 from vfjax.merge import LazyTensor, Recipe, blocks
 from vfjax.merge.parse import fail, keys, mapping
@@ -67,13 +68,13 @@ def made_tokenizer(
         return None
     loaded = {label: tokenizer_of(source) for label, source in sources.items()}
     classes = {label: source.tokenizer for label, source in sources.items()}
-    for label, folder in others.items():
-        place = findable(folder, "recipe")
-        file = place / "config.json"
+    for label, named in others.items():
+        folder = hub.folder(named, "recipe", weights=False)
+        file = folder / "config.json"
         classes[label] = tokenizer_class(read_json(file)) if file.is_file() else {}
-        loaded[label] = load_tokenizer(place, classes[label])
+        loaded[label] = load_tokenizer(folder, classes[label])
         if loaded[label] is None:
-            fail(folder, "no tokenizer", "one, as the recipe names it", "correct the path")
+            fail(named, "no tokenizer", "one, as the recipe names it", "correct the path")
     rows = {label: llm["model.embed_tokens.weight"].shape[0] for label, llm in llms.items()}
     made = Vocabulary(recipe, loaded, rows)
     made.tokenizer = classes[made.start]

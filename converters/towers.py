@@ -6,6 +6,8 @@ from pathlib import Path
 from typing import Any
 
 from converters import registry
+from converters.files import hub
+from converters.files.names import KINDS, PREPROCESSOR, SLOT
 from converters.files.paths import nearby
 from converters.files.reader import has_weights, read_config, read_weights
 from converters.params.table import rename
@@ -19,18 +21,10 @@ from vfjax.merge import LazyTensor
 Tensors = dict[str, LazyTensor]
 Prefixes = tuple[tuple[str, str], ...]
 
-KINDS = {
-    "config.json": ("model", "pytorch_model"),
-    "open_clip_config.json": ("open_clip_model", "open_clip_pytorch_model", "model"),
-}
-"""Config file of a tower's folder -> stems of its weights files; ours are called "model"."""
-
-PREPROCESSOR = "preprocessor_config.json"
-
 
 def slot_of(encoder: str) -> str:
     """Name of an encoder's folder inside a checkpoint, and stem of its files there."""
-    return "vision_tower" if encoder == "encoder" else f"vision_tower_{encoder}"
+    return SLOT if encoder == "encoder" else f"{SLOT}_{encoder}"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -46,6 +40,7 @@ class Tower:
         json: its configuration files as they are, by name; empty for a published tower.
         prefixes: the (prefix in the folder, prefix in the table) pairs they were read by.
         places: where it was looked for in vain, if only its published configs are known.
+        repo: where its weights are on the hub, while its configs alone were downloaded.
     """
 
     config: dict[str, Any]
@@ -57,6 +52,11 @@ class Tower:
     json: dict[str, dict[str, Any]] = dataclasses.field(default_factory=dict)
     prefixes: Prefixes = ()
     places: str = ""
+    repo: hub.Repo | None = None
+
+    def whole(self, where: str) -> "Tower":
+        """The tower with its weights, which the hub is asked for; errors as `hub.fetch`."""
+        return self if self.repo is None else own_tower(hub.fetch(self.repo, where))
 
 
 SOURCES = ("auto", "checkpoint", "hub")
@@ -79,7 +79,7 @@ class Towers:
     def __post_init__(self) -> None:
         check([one_of("tower_source", self.source, SOURCES)], fix="choose one")
 
-    def find(self, folder: Path, name: str, slot: str = "vision_tower") -> Tower:
+    def find(self, folder: Path, name: str, slot: str = SLOT) -> Tower:
         """The tower of a checkpoint folder.
 
         Args:
@@ -88,10 +88,11 @@ class Towers:
             slot: stem of the tower's files, and name of its folder, inside `folder`.
 
         Returns:
-            The tower; without tensors if only its config is there, or it is a published one.
+            The tower; without tensors if only its config is there, or it is a published one, or on
+            the hub, see `Tower.whole`.
 
         Raises:
-            InputError: it is nowhere, or unreadable.
+            InputError: it is nowhere, or unreadable, or the hub refuses it.
         """
         for config in KINDS:
             if name not in self.places and (folder / f"{slot}_{config}").is_file():
@@ -101,6 +102,16 @@ class Towers:
                 if (path / config).is_file():
                     return read_tower(path, config, weights=has_weights(path, stems))
         places = ", ".join(map(str, self.candidates(folder, name, slot)))
+        repo = hub.parse(name) if name not in self.places else None
+        if repo is not None:
+            where = f"{folder}: vision tower {name!r}"
+            try:
+                path = hub.fetch(repo, where, weights=False)
+            except hub.Absent as error:
+                places += f", the hub ({error.found})"
+            else:
+                config = next((x for x in KINDS if (path / x).is_file()), "config.json")
+                return dataclasses.replace(read_tower(path, config, weights=False), repo=repo)
         for table in registry.TABLES.values() if name not in self.places else ():
             if known := table.published.get(name.rstrip("/").split("/")[-1]):
                 return Tower(dict(known.config), dict(known.preprocessor), places=places)
@@ -111,31 +122,22 @@ class Towers:
             fix=f"put it there, or pass towers={{{name!r}: folder}}",
         )
 
-    def candidates(
-        self, folder: Path, name: str, slot: str, revision: str | None = None
-    ) -> list[Path]:
-        """Folders in which the tower, or a base LLM, is looked for, in this order.
+    def candidates(self, folder: Path, name: str, slot: str) -> list[Path]:
+        """Folders in which the tower, or a base LLM, is looked for, in this order, before the hub.
 
-        In the hub's cache it is that of a revision, by default the main one.
+        Raises:
+            InputError: as `hub.folder`, of the place in which alone it is.
         """
         if name in self.places:
-            return [findable(self.places[name], "towers")]
+            return [hub.folder(self.places[name], "towers")]
         findable(folder / name, f"{folder}: {slot}")
         last = name.rstrip("/").split("/")[-1]
-        out = [folder / slot, Path(name), folder / name, nearby(folder.parent / last)]
-        try:
-            from huggingface_hub import snapshot_download
-            from huggingface_hub.errors import HFValidationError, LocalEntryNotFoundError
-
-            out.append(Path(snapshot_download(name, revision=revision, local_files_only=True)))
-        except (HFValidationError, LocalEntryNotFoundError):
-            pass
-        return out
+        return [folder / slot, Path(name), folder / name, nearby(folder.parent / last)]
 
 
 def own_tower(path: str | Path) -> Tower:
-    """A tower of a folder of its own; errors as of `read_tower`."""
-    path = findable(path)
+    """A tower of a folder of its own, or of the hub; errors as of `read_tower` and `hub.folder`."""
+    path = hub.folder(path)
     return read_tower(path, next((f for f in KINDS if (path / f).is_file()), "config.json"))
 
 
@@ -143,7 +145,7 @@ def transformer_tower(path: str | Path) -> Tower:
     """A vision transformer's own folder.
 
     Raises:
-        InputError: it has no preprocessor_config.json or no tokens, or see `read_tower`.
+        InputError: it has no preprocessor_config.json or no tokens, or see `own_tower`.
     """
     tower = own_tower(path)
     if not tower.preprocessor:

@@ -9,6 +9,7 @@ import jax
 import numpy as np
 from safetensors.numpy import load_file
 
+from converters.files import hub
 from converters.folder import open_source
 from converters.load import load
 from converters.source import Source
@@ -80,6 +81,10 @@ MARKS = ("case.json", "config.json")
 """Files that a case has; a folder with neither was not meant as one."""
 
 
+CASE = ("case.json", "inputs.safetensors", "outputs.safetensors")
+"""What it must hold."""
+
+
 def verify(case: str | Path) -> list[Row]:
     """Runs a recorded case by the path that users run: the processor, `Model` and `generate_ids`.
 
@@ -88,13 +93,13 @@ def verify(case: str | Path) -> list[Row]:
 
     Args:
         case: a checkpoint folder that also holds case.json, inputs.safetensors and
-            outputs.safetensors.
+            outputs.safetensors; or such a repository, `org/name[@revision]`, of the hub.
 
     Raises:
         InputError: the folder is no such case or cannot be loaded.
     """
-    case = Path(case)
-    for name in ("case.json", "inputs.safetensors", "outputs.safetensors"):
+    case = hub.folder(case, "case", more=CASE)
+    for name in CASE:
         if not (case / name).is_file():
             raise InputError(
                 case / name, found="no file", expected="a recorded case", fix="check the path"

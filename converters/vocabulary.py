@@ -5,7 +5,7 @@ from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 
 from converters import registry
-from converters.load import TOKENIZER_FILES
+from converters.files.names import TOKENIZER_FILES
 from converters.params.table import Table
 from converters.source import Branch, Source, has_tokenizer
 from converters.tokenizer import tokenizer_of

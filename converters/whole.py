@@ -15,9 +15,9 @@ from converters.alike import LLM, check_alike, check_modules, llms_beside, modul
 from converters.branches import first_seeing
 from converters.chat import read_chat_template
 from converters.export import config_files, folder_of
+from converters.files.names import TOKENIZER_FILES
 from converters.files.writer import Content
 from converters.folder import assigned, settled
-from converters.load import TOKENIZER_FILES
 from converters.mergekit import LISTS
 from converters.origin import from_source
 from converters.params.table import FLOATS, rename

@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-from converters.adapter_config import SETTINGS
+from converters.files.names import SETTINGS
 from converters.files.reader import has_weights
 from vfjax import InputError
 

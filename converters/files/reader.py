@@ -9,7 +9,7 @@ import json
 import math
 import re
 import struct
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from types import EllipsisType
 from typing import Any
@@ -45,6 +45,8 @@ DTYPES: dict[str, np.dtype] = {
 
 LARGEST = 1 << 59
 """Elements of an array that numpy can address, of the widest dtype."""
+
+INDEX = ".index.json"
 
 STEMS = ("model", "pytorch_model")
 """Names of a checkpoint's weights files, without their ending."""
@@ -132,36 +134,54 @@ def read_weights(folder: Path, stems: Sequence[str] = STEMS) -> dict[str, Stored
         InputError: no weights, not a safetensors file, a shard that is truncated, absent or outside
             the folder, or an index that disagrees with its shards.
     """
-    names = _names(stems)
-    for name in names:  # in the order of transformers' from_pretrained
-        if (path := folder / name).is_file():
-            return read_file(path)
-        if (index := folder / f"{name}.index.json").is_file():
-            return _sharded(index)
-    raise InputError(
-        folder,
-        found="no weights",
-        expected=" or ".join(names) + ", or their .index.json",
-        fix="check the path, or download the missing files",
-    )
+    name = weights_file(lambda name: (folder / name).is_file(), stems)
+    if name is None:
+        raise InputError(
+            folder,
+            found="no weights",
+            expected=" or ".join(_names(stems)) + ", or their .index.json",
+            fix="check the path, or download the missing files",
+        )
+    return _sharded(folder / name) if name.endswith(INDEX) else read_file(folder / name)
 
 
 def has_weights(folder: Path, stems: Sequence[str] = STEMS) -> bool:
     """Whether `read_weights` has something to read."""
-    ends = ("", ".index.json")
-    return any((folder / (name + end)).is_file() for name in _names(stems) for end in ends)
+    return weights_file(lambda name: (folder / name).is_file(), stems) is not None
+
+
+def weights_file(there: Callable[[str], bool], stems: Sequence[str] = STEMS) -> str | None:
+    """Which of a folder's files its weights are read from, or which index; None if there is none.
+
+    Args:
+        there: whether the folder has a file of this name.
+        stems: see `read_weights`.
+    """
+    # in the order of transformers' from_pretrained
+    names = (name + end for name in _names(stems) for end in ("", INDEX))
+    return next(filter(there, names), None)
 
 
 def _names(stems: Sequence[str]) -> list[str]:
     return [stem + end for end in (".safetensors", ".bin") for stem in stems]
 
 
-def _sharded(index: Path) -> dict[str, Stored]:
+def weight_map(index: Path) -> dict[str, str]:
+    """Tensor -> shard, of an index.
+
+    Raises:
+        InputError: it says none.
+    """
     places = read_json(index).get("weight_map")
     if not isinstance(places, dict) or not all(isinstance(x, str) for x in places.values()):
         raise InputError(
             index, found="no weight_map", expected="tensor -> shard", fix="download it again"
         )
+    return places
+
+
+def _sharded(index: Path) -> dict[str, Stored]:
+    places = weight_map(index)
     shards: dict[str, Mapping[str, Stored]] = {}
     for shard in sorted(set(places.values())):
         if "/" in shard:

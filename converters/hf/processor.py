@@ -18,10 +18,11 @@ from torch import Tensor
 from transformers import BatchFeature, ProcessorMixin
 from transformers.image_utils import load_image
 
+from converters.files.names import TOKENIZER_FILES
 from converters.folder import open_source
 from converters.hf.config import VisionFuseConfig
 from converters.hf.state import is_fused, small_files
-from converters.load import TOKENIZER_FILES, model_config
+from converters.load import model_config
 from converters.processor import processor
 from vfjax import InputError, Processor, Video, open_video
 from vfjax.architectures.base import Inputs

@@ -12,7 +12,7 @@ from huggingface_hub import snapshot_download
 from torch import Tensor
 from transformers import PreTrainedConfig
 
-from converters.load import TOKENIZER_FILES
+from converters.files.names import TOKENIZER_FILES
 from converters.source import Source
 
 HUB = ("cache_dir", "force_download", "local_files_only", "revision", "token")

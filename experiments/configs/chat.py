@@ -7,7 +7,7 @@ def get_config() -> ConfigDict:
     return ConfigDict(
         {
             "task": "chat",
-            "model": config_dict.placeholder(str),  # any supported folder, such as a fused one
+            "model": config_dict.placeholder(str),  # any supported folder, or org/name on the hub
             # ("folder", ...) or ("name=folder", ...), shown before `model`; with no model and no
             # member: the shipped clip and dino, and their fusion
             "members": (),

@@ -11,7 +11,8 @@ def get_config() -> ConfigDict:
     return ConfigDict(
         {
             "task": "fuse",
-            # ("folder", ...) or ("name=folder", ...): the order in which their tokens are read.
+            # ("folder", ...) or ("name=folder", ...): the order in which their tokens are read; a
+            # folder may be org/name[@revision] on the hub, here as everywhere.
             "members": (),
             "base": config_dict.placeholder(str),  # the LLM that all were fine-tuned from
             "output": config_dict.placeholder(str),  # default: WORKDIR/fused

@@ -7,7 +7,7 @@ def get_config() -> ConfigDict:
     return ConfigDict(
         {
             "task": "generate",
-            "model": config_dict.placeholder(str),  # any supported folder, fused or not
+            "model": config_dict.placeholder(str),  # any supported folder or name on the hub
             "image": config_dict.placeholder(str),  # one picture; none asks about text alone
             "video": config_dict.placeholder(str),  # in place of a picture
             "frames": 8,  # taken from the video

@@ -7,7 +7,7 @@ def get_config() -> ConfigDict:
     return ConfigDict(
         {
             "task": "serve",
-            "model": config_dict.placeholder(str),  # any supported folder, fused or not
+            "model": config_dict.placeholder(str),  # any supported folder or name on the hub
             "name": config_dict.placeholder(str),  # that requests give; default: the folder's
             "host": "127.0.0.1",  # address that it listens at
             "port": 8000,  # 0: any free one

@@ -9,6 +9,7 @@ from ml_collections import ConfigDict
 from tqdm import tqdm
 
 import converters
+from converters.files import hub
 from vfjax import InputError, Model, Processor, Prune
 from vfjax.errors import check
 from vfjax.sharding import make_mesh
@@ -20,13 +21,17 @@ FAMILY = Path(__file__).resolve().parents[1] / "family" / "models"
 def named(key: str, items: Sequence[str]) -> dict[str, str]:
     """("name=folder", "folder", ...) -> name -> folder; a bare folder is named by its last part.
 
+    Of a name on the hub that is without the revision.
+
     Raises:
         InputError: two have the same name.
     """
     out: dict[str, str] = {}
     for item in items:
         name, equals, folder = item.rpartition("=")
-        name = name if equals else folder.rstrip("/").split("/")[-1].replace(".", "-")
+        repo = hub.parse(folder)
+        last = (repo.name if repo else folder.rstrip("/")).split("/")[-1]
+        name = name if equals else last.replace(".", "-")
         if name in out:
             raise InputError(
                 f"config.{key}",

@@ -14,6 +14,7 @@ from tqdm import tqdm
 
 import converters
 from converters.export import to_bytes
+from converters.files import hub
 from converters.files.checksums import audit_source
 from converters.files.paths import sha256
 from experiments.tasks.common import FAMILY, check_config, load, named, required
@@ -92,7 +93,7 @@ def answer(
             log.join(workdir, header, {q.id: config.constant for q in questions})
         return header
     check_pictures(questions)
-    folder = Path(config.model) if config.model else shipped(workdir)
+    folder = hub.folder(config.model, "config.model") if config.model else shipped(workdir)
     source = converters.open_source(folder, towers=named("towers", config.towers))
     sums = audit_source(source)
     model, processor = load(config, folder)
@@ -160,8 +161,12 @@ def shipped(workdir: Path) -> Path:
 
 
 def model_id(folder: Path) -> str:
-    """A model's name, as LLaVA has it: the last part of its path, two if that is a checkpoint's."""
-    *_, above, last = ("", *folder.resolve().parts)
+    """A model's name, as LLaVA has it: the last part of its path, two if that is a checkpoint's.
+
+    Of one from the hub it is the repository's.
+    """
+    repository = (hub.named(folder) or "").partition("@")[0]
+    *_, above, last = ("", *(Path(repository) if repository else folder.resolve()).parts)
     return f"{above}_{last}" if last.startswith("checkpoint-") else last
 
 

@@ -5,6 +5,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from converters import open_source
+from converters.files import hub
 from converters.load import model_config as config_of
 from vfjax import InputError
 from vfjax.architectures import (
@@ -146,12 +147,12 @@ BRANCHES: dict[str, Callable[[int], BranchConfig]] = {
 
 
 def model_config(name: str) -> ModelConfig:
-    """The config of "branch+branch@llm", or of a checkpoint's folder.
+    """The config of "branch+branch@llm", or of a checkpoint's folder or name on the hub.
 
     Raises:
         InputError: an unknown branch or LLM; a folder that `converters.load` does not read.
     """
-    if Path(name).is_dir():
+    if Path(name).is_dir() or hub.parse(name):
         return config_of(open_source(name))
     branches, at, llm = name.partition("@")
     names = [(llm, list(LLMS)), *((b, list(BRANCHES)) for b in branches.split("+"))]
@@ -160,8 +161,8 @@ def model_config(name: str) -> ModelConfig:
             raise InputError(
                 "config.model",
                 found=repr(part if at else name),
-                expected=f"a folder, or branch+branch@llm, of {', '.join(BRANCHES)} and "
-                f"{', '.join(LLMS)}",
+                expected="a folder, a name on the hub, or branch+branch@llm, of "
+                f"{', '.join(BRANCHES)} and {', '.join(LLMS)}",
                 fix="correct it",
             )
     config = LLMS[llm]

@@ -325,8 +325,9 @@ def test_bases_that_are_not_there(llm: nn.Module, base: Path, tmp_path: Path):
     assert line(folder) == (
         f"{folder}: base model 'someone/base': found a LoRA adapter without it, "
         "expected a whole checkpoint in one of: "
-        f"{folder}/base, someone/base, {folder}/someone/base, {tmp_path}/base; "
-        "put it there, or pass base=FOLDER, or towers={'someone/base': FOLDER}"
+        f"{folder}/base, someone/base, {folder}/someone/base, {tmp_path}/base, the hub "
+        "(no folder, and nothing of it in the hub's cache, with HF_HUB_OFFLINE set); put it there, "
+        "or pass base=FOLDER, or towers={'someone/base': FOLDER}"
     )
     assert "found no folder nowhere" in line(folder, base="nowhere")
     projector_folder(tmp_path / "projector", llm)

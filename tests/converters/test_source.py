@@ -116,15 +116,15 @@ def test_a_tower_is_looked_for_where_it_was_said_to_be_alone(folders: Path, tmp_
 
 
 def test_a_tower_that_is_nowhere(folders: Path, tmp_path: Path):
-    folder = copy(folders, "up", tmp_path)
-    shutil.rmtree(folder / "vision_tower")
+    shutil.rmtree((folder := copy(folders, "up", tmp_path)) / "vision_tower")
     edit(folder / "config.json", mm_vision_tower="someone/beit")
     with pytest.raises(InputError) as error:
         open_source(folder)
+    places = f"{folder}/vision_tower, someone/beit, {folder}/someone/beit, {tmp_path}/beit, the hub"
     assert str(error.value) == (
         f"{folder}: vision tower 'someone/beit': found none, expected a Hugging Face folder in one "
-        f"of: {folder}/vision_tower, someone/beit, {folder}/someone/beit, {tmp_path}/beit; put it "
-        "there, or pass towers={'someone/beit': folder}"
+        f"of: {places} (no folder, and nothing of it in the hub's cache, with HF_HUB_OFFLINE set); "
+        "put it there, or pass towers={'someone/beit': folder}"
     )
 
 

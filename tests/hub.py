@@ -23,6 +23,9 @@ from huggingface_hub import constants
 
 Files = dict[str, bytes]
 
+ABSENT = "the hub (no folder, and nothing of it in the hub's cache, with HF_HUB_OFFLINE set)"
+"""Of a list of places, in tests, where nothing is downloaded."""
+
 
 def files_of(folder: Path) -> Files:
     found = (path for path in folder.rglob("*") if path.is_file())

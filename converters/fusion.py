@@ -25,6 +25,7 @@ from converters.chat import read_chat_template
 from converters.export import to_bytes
 from converters.files import hub
 from converters.files.checksums import audit, mapped, unread
+from converters.files.gguf import quantised
 from converters.files.output import stage_of
 from converters.files.paths import stand_in, stat
 from converters.files.shards import plan_shards
@@ -388,6 +389,7 @@ class Fusion:
             label: Listed(
                 hub.named(source.path) or source.path.name,
                 {n: digests.get(f"{label}/{n}") for n in self._weight_files(label)},
+                quantised(x for part in source.parts.values() for x in part.values()),
             )
             for label, source in self.opened.items()
         }

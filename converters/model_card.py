@@ -29,10 +29,23 @@ def by_layer(accounts: Iterable[tuple[str, str, Account]]) -> dict[str, Account]
 
 @dataclasses.dataclass(frozen=True)
 class Listed:
-    """A folder that was merged: its name, and each weights file's SHA-256, None if not taken."""
+    """A folder that was merged.
+
+    Attributes:
+        path: its name.
+        files: each weights file's SHA-256, None if not taken.
+        quantised: how its tensors were, those that were.
+    """
 
     path: str
     files: Mapping[str, str | None]
+    quantised: tuple[str, ...] = ()
+
+    def __str__(self) -> str:
+        if not self.quantised:
+            return f"`{self.path}`"
+        kinds = ", ".join(self.quantised)
+        return f"`{self.path}`, quantised ({kinds}): what was merged are the values left by that"
 
 
 def card(
@@ -55,7 +68,7 @@ def card(
     head = {"library_name": "vfjax", "tags": ["vfjax", "merge", *(["visionfuse"] if fused else [])]}
     lines = ["---", *(f"{key}: {json.dumps(value)}" for key, value in head.items()), "---", ""]
     lines += ["# Merged model", "", "Made by vfjax from", ""]
-    lines += [f"- `{label}`: `{source.path}`" for label, source in sources.items()]
+    lines += [f"- `{label}`: {source}" for label, source in sources.items()]
     shown = {key: value for key, value in recipe.items() if key != "vocabulary"}
     lines += ["", "## Recipe", "", "```json", json.dumps(shown, indent=2), "```", ""]
     if vocabulary := recipe.get("vocabulary"):

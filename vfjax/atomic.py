@@ -29,6 +29,10 @@ SCHEMES: dict[str, Callable[[str], Path]] = {}
 some."""
 
 
+FOLDERS: dict[str, Callable[[Path], Path]] = {}
+"""Ending of a file that stands for a folder (".gguf") -> what returns the folder."""
+
+
 def contents(path: str | os.PathLike[str]) -> bytes:
     """The bytes of a regular file; pipes and devices, which may never end, are not opened.
 
@@ -72,12 +76,12 @@ def findable(path: str | os.PathLike[str], where: object = "path") -> Path:
     """A path that can be looked up, whether there is something or not.
 
     Args:
-        path: as a user, or a file, names it; a URL of `SCHEMES`.
+        path: as a user, or a file, names it; a URL of `SCHEMES`, a file of `FOLDERS`.
         where: what to call that in errors.
 
     Raises:
         InputError: a name that no file can have, links in a circle, or a folder that is closed to
-            us; a URL whose server refuses.
+            us; a URL whose server refuses; a file of `FOLDERS` that can't be read.
     """
     for start, fetched in SCHEMES.items():
         if (text := str(path)).startswith(start):
@@ -97,6 +101,8 @@ def findable(path: str | os.PathLike[str], where: object = "path") -> Path:
         raise InputError(
             where, found=f"{shown}, which may not be read", expected="a folder", fix="open it to us"
         )
+    if stat.S_ISREG(mode) and (opened := FOLDERS.get(Path(path).suffix)):
+        return opened(Path(path))
     return Path(path)
 
 

@@ -7,7 +7,6 @@ from converters.files.reader import has_weights
 from vfjax import InputError
 
 TOWER = "converters.load_encoder reads it, and towers= takes it for that of a model"
-GGUF = "GGUF is not supported yet: take the repository that it was made from"
 TOKENIZERS = ("tokenizer.json", "tokenizer.model", "tokenizer_config.json", "vocab.json")
 
 
@@ -20,8 +19,6 @@ def no_model(path: Path) -> InputError:
 def _alone(path: Path) -> tuple[str, str]:
     if not path.exists():
         return "no folder", "check the path"
-    if path.suffix == ".gguf":
-        return "a GGUF file", GGUF
     return "a file", f"pass its folder, {path.parent}"
 
 
@@ -30,7 +27,7 @@ def _in_folder(path: Path) -> tuple[str, str]:
     if not names:
         return "an empty folder", "download the checkpoint into it"
     if file := next((name for name in names if name.endswith(".gguf")), None):
-        return f"GGUF weights, {file}", GGUF
+        return f"GGUF weights, {file}", f"pass the file, {path / file}"
     if "open_clip_config.json" in names:
         return "a vision tower, of OpenCLIP", TOWER
     if has_weights(path):

@@ -18,7 +18,7 @@ import ml_dtypes
 import numpy as np
 from safetensors import SafetensorError, safe_open
 
-from converters.files import paths
+from converters.files import gguf, paths
 from vfjax import InputError
 from vfjax.atomic import findable, read_json
 from vfjax.errors import cut
@@ -119,7 +119,7 @@ class TorchTensor:
         return part.numpy().copy()
 
 
-Stored = FileTensor | TorchTensor
+Stored = FileTensor | TorchTensor | gguf.GGUFTensor
 """A tensor in a file."""
 
 
@@ -163,7 +163,7 @@ def weights_file(there: Callable[[str], bool], stems: Sequence[str] = STEMS) -> 
 
 
 def _names(stems: Sequence[str]) -> list[str]:
-    return [stem + end for end in (".safetensors", ".bin") for stem in stems]
+    return [stem + end for end in (".safetensors", ".bin", ".gguf") for stem in stems]
 
 
 def weight_map(index: Path) -> dict[str, str]:
@@ -212,6 +212,8 @@ def _sharded(index: Path) -> dict[str, Stored]:
 
 def read_file(path: Path) -> dict[str, Stored]:
     """The tensors of one weights file, none of them read yet; errors as `read_weights`."""
+    if path.suffix == ".gguf":
+        return dict(gguf.read_tensors(path))
     return dict(_safetensors(path) if path.suffix == ".safetensors" else _torch(path))
 
 

@@ -214,7 +214,7 @@ def _llama3(header: Header, theta: float, size: int) -> dict[str, Any]:
     return {"rope_type": "llama3", "factor": round(factor, 4), **LLAMA3}
 
 
-def tensor_names(header: Header, config: Mapping[str, JSON]) -> dict[str, tuple[str, int, float]]:
+def tensor_names(header: Header, config: Mapping[str, Any]) -> dict[str, tuple[str, int, float]]:
     """HF name of each tensor -> its name in the file, heads and what to take off it.
 
     See `converters.files.gguf.GGUFTensor` for the last two.
@@ -225,7 +225,7 @@ def tensor_names(header: Header, config: Mapping[str, JSON]) -> dict[str, tuple[
     package = gguf.package(header.path)
     kind = header.values["general.architecture"]
     arch = next(x for x, name in package.MODEL_ARCH_NAMES.items() if name == kind)
-    layers = int(config["num_hidden_layers"])
+    layers = config["num_hidden_layers"]
     known = package.get_tensor_name_map(arch, layers)
     heads = {
         "attn_q": config["num_attention_heads"] * (kind == "llama"),
@@ -250,7 +250,7 @@ def tensor_names(header: Header, config: Mapping[str, JSON]) -> dict[str, tuple[
     return out
 
 
-def _names(config: Mapping[str, JSON], layers: int) -> Iterator[str]:
+def _names(config: Mapping[str, Any], layers: int) -> Iterator[str]:
     """Names that a checkpoint of the model may have."""
     for rule in find(config, "config.json").rules:
         if "{}" in rule.source:

@@ -91,7 +91,7 @@ class _Bytes:
         return self.data[self.at - size : self.at]
 
     def number(self, form: str) -> Any:  # of a `struct` format
-        return struct.unpack(f"<{form}", self.take(struct.calcsize(f"<{form}")))[0]
+        return struct.unpack(f"<{form}", self.take(struct.calcsize(f"<{form}")).data)[0]
 
     def text(self) -> str:
         found = bytes(self.take(self.number("Q")))

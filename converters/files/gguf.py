@@ -22,7 +22,7 @@ import numpy as np
 
 from converters.files import paths
 from vfjax import InputError
-from vfjax.atomic import FOLDERS, UNFINISHED
+from vfjax.atomic import FOLDERS, JSON, UNFINISHED
 from vfjax.errors import SHOWN, cut
 
 MAGIC = b"GGUF"
@@ -90,7 +90,8 @@ class _Bytes:
         self.at += size
         return self.data[self.at - size : self.at]
 
-    def number(self, form: str) -> Any:  # of a `struct` format
+    def number(self, form: str) -> int:
+        """A number in a `struct` format; a float, or True or False, in theirs."""
         return struct.unpack(f"<{form}", self.take(struct.calcsize(f"<{form}")).data)[0]
 
     def text(self) -> str:
@@ -100,7 +101,7 @@ class _Bytes:
         except UnicodeDecodeError:  # a vocabulary may hold halves of letters
             return found.decode(errors="replace")
 
-    def value(self, kind: int, depth: int = 0) -> Any:  # as the format's types
+    def value(self, kind: int, depth: int = 0) -> JSON:
         if kind == TEXT:
             return self.text()
         if kind != ARRAY:

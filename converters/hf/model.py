@@ -5,7 +5,7 @@ them as it reads anyone's, and decodes with its own cache.
 """
 
 import dataclasses
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple, TypeAlias
 
@@ -38,9 +38,6 @@ layers."""
 
 Llm = tuple[nn.Module, nn.Module]
 """An LLM without its head, and its head."""
-
-LLMS: dict[str, Callable[[Any], Llm]] = {}
-"""`model_type` of an LLM's config -> how it is built where transformers has no causal LM of it."""
 
 ROWS = {"visual": -1, "segments": 0, "place": 0, "steps": 1}
 """Arguments of `forward` with a value for each token of a prompt -> that of text."""
@@ -327,6 +324,15 @@ class VisionFuseForConditionalGeneration(VisionFusePreTrainedModel, GenerationMi
             and_mask_function=block(segments),
         )
 
+    @staticmethod
+    def create_masks_for_generate(config: VisionFuseConfig, **given: object) -> Tensor:
+        """See transformers; one for all layers, as Qwen3-VL's text model alone takes it.
+
+        Its config may say kinds of layers, as other classes' of the base do.
+        """
+        read = ("inputs_embeds", "attention_mask", "cache", "position_ids")
+        return create_causal_mask(config=config.text_config, **{key: given[key] for key in read})
+
     def generate(self, inputs: Tensor | None = None, **kwargs: object) -> Tensor | ModelOutput:
         """See transformers; rows that are padded on the right are first padded on the left."""
         given: dict[str, Any] = {**kwargs, **({} if inputs is None else {"input_ids": inputs})}
@@ -376,8 +382,6 @@ class VisionFuseForConditionalGeneration(VisionFusePreTrainedModel, GenerationMi
 
 def build_llm(config: transformers.PreTrainedConfig) -> Llm:
     """The LLM of a config; one that transformers has without a head gets one."""
-    if config.model_type in LLMS:
-        return LLMS[config.model_type](config)
     if type(config) not in transformers.MODEL_FOR_CAUSAL_LM_MAPPING:
         head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
         return transformers.AutoModel.from_config(config), head

@@ -47,6 +47,9 @@ def test_beside_a_member_with_one_position(tmp_path: Path) -> None:
     for side in ("right", "left"):
         made[side] = greedy(theirs, processor(media, input_ids=rows, padding=side), 30)
     assert made["right"] == made["left"]
+    batch = processor(media, input_ids=rows, padding="left")
+    static = greedy(theirs, batch, 8, cache_implementation="static")
+    assert static == [row[:8] for row in made["left"]]
     whole = [row + new for row, new in zip(rows, made["left"], strict=True)]
     batch = processor(media, input_ids=whole, padding="left")
     expected = np.asarray(forward(model, batch))

@@ -8,13 +8,18 @@ its tokens are twins of `vfjax.architectures` and `vfjax.model`; towers and LLMs
 
 import importlib.util
 
+import transformers
+
 from vfjax import InputError
 
-if importlib.util.find_spec("torch") is None:
+if importlib.util.find_spec("torch") is None or tuple(
+    int(part) for part in transformers.__version__.split(".")[:2]
+) < (5, 24):
     raise InputError(
         "converters.hf",
-        found="no torch",
-        expected="PyTorch, which runs fused models in transformers",
+        found=f"transformers {transformers.__version__}"
+        + " without torch" * (importlib.util.find_spec("torch") is None),
+        expected="PyTorch, and transformers 5.24, whose models are called with `cache`, or later",
         fix="pip install 'vfjax[hf]'",
     )
 

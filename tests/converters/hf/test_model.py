@@ -1,13 +1,16 @@
 """Fused folders in transformers against vfjax on the same folder."""
 
+import importlib.util
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+import transformers
 from safetensors.torch import load_file, save_file
 
 import converters
+from converters import hf
 from converters.hf import VisionFuseForConditionalGeneration, branch
 from tests.checkpoints import reference_logits, upstream_llava_folder
 from tests.torch_fused import assert_same, logits_of, open_in_torch, picture, toy_folder
@@ -85,3 +88,13 @@ def test_architecture_that_torch_lacks(pair: Path, monkeypatch: pytest.MonkeyPat
     open_in_torch(pair)
     monkeypatch.delitem(branch.BRANCHES, "Llava")
     assert "branch 'clip': found architecture Llava" in refused(pair)
+
+
+def test_missing_extra(monkeypatch: pytest.MonkeyPatch) -> None:
+    """One line, of torch and of a transformers that calls its models in another way."""
+    monkeypatch.setattr(transformers, "__version__", "5.23.1")
+    with pytest.raises(InputError, match="found transformers 5.23.1, .*pip install 'vfjax.hf.'"):
+        importlib.reload(hf)
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(InputError, match="found transformers 5.23.1 without torch"):
+        importlib.reload(hf)

@@ -16,6 +16,7 @@ from jax.experimental import multihost_utils
 from converters.files.names import PROCESSOR_FILES, TOKENIZER_FILES
 from converters.files.reader import read_file
 from converters.files.writer import Content, write_folder
+from converters.folder import open_source
 from converters.load import Params, flatten, part_of
 from converters.origin import Origin, origin_of
 from converters.params.table import Rule, restored
@@ -33,6 +34,7 @@ def export(
     like: Model | None = None,
     shard_bytes: float = 5e9,
     progress: Callable[[int], object] | None = None,
+    remote_code: bool = False,
 ) -> None:
     """Writes a model in the layout and under the names that it was loaded from.
 
@@ -49,10 +51,13 @@ def export(
             `nnx.merge` and `jax.tree.map` make them.
         shard_bytes: largest size of a weights file.
         progress: called with the number of bytes after each write.
+        remote_code: add the code with which transformers runs a fused folder without vfjax, by
+            `trust_remote_code=True`; needs torch. See `converters.hf.remote.add_code`.
 
     Raises:
         InputError: `out` exists, the model was not loaded or has int8 weights, the folder it came
             from is gone or has other tensors now, or the disk fills up; nothing is left then.
+            `remote_code` of a folder that is not a fused one, or where torch lacks a branch.
     """
     origin = origin_of(model if like is None else like)
     if any(x.dtype == np.int8 for x in jax.tree.leaves(nnx.state(model))):
@@ -69,6 +74,10 @@ def export(
             expected="the checkpoint that the model was loaded from, for its tokenizer files",
             fix="put it back",
         )
+    if remote_code:
+        from converters.hf import remote  # torch, which takes seconds
+
+        remote.check(open_source(origin.home))
     params = _on_hosts(flatten(nnx.split(model)[1]))
     if jax.process_index():
         return
@@ -90,6 +99,8 @@ def export(
         shard_bytes=shard_bytes,
         progress=progress,
     )
+    if remote_code:
+        remote.add_code(out)
 
 
 def config_files(origin: Origin, dtype: np.dtype) -> dict[str, Content]:

@@ -10,6 +10,7 @@ from converters.folder import open_source
 from converters.fusion import Fusion
 from converters.request import Request, by_name
 from converters.source import Source
+from vfjax import InputError
 from vfjax.atomic import JSON
 
 
@@ -38,6 +39,7 @@ def fuse(
     account: bool = True,
     progress: Callable[[int], object] | None = None,
     resume: bool = False,
+    remote_code: bool = False,
 ) -> Source:
     """Fuses MLLMs of one family (VisionFuse, arXiv 2412.01289) and writes the result.
 
@@ -94,6 +96,9 @@ def fuse(
         account: count what the members did to the base, for MERGE.md.
         progress: called with the number of bytes after each write.
         resume: go on where a killed run of the same request stopped, if there is one.
+        remote_code: add the code with which transformers runs the folder without vfjax, by
+            `trust_remote_code=True`; needs torch. See `converters.hf.remote.add_code`, which adds
+            it to a folder that is there.
 
     Returns:
         The fused folder, opened.
@@ -101,8 +106,15 @@ def fuse(
     Raises:
         InputError: members of different families, unreadable folders, wrong arguments, NaN in a
             source, a source that changes meanwhile, `out` exists, disk full; nothing is left at
-            `out` then.
+            `out` then. `remote_code` where torch lacks a branch, or no branches are written.
     """
+    if remote_code and export != "model":
+        raise InputError(
+            "remote_code",
+            found=f"export={export!r}",
+            expected="a model with branches, which transformers has no code for",
+            fix="leave remote_code out: transformers reads the folder as it is",
+        )
     request = Request(
         members,
         out,
@@ -125,7 +137,14 @@ def fuse(
         checksums=checksums,
         account=account,
     )
-    Fusion(request).write(progress, resume)
+    fusion = Fusion(request)
+    if remote_code:
+        from converters.hf import remote  # torch, which takes seconds
+
+        remote.check(fusion.result)
+    fusion.write(progress, resume)
+    if remote_code:
+        remote.add_code(out)
     return open_source(out)
 
 

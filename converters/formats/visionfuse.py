@@ -128,15 +128,19 @@ def _is_llm(config: Mapping[str, JSON]) -> bool:
     return table is not None and bool(table.architecture)
 
 
+UNUSED = (
+    *("architectures", "dtype", "recipe", "torch_dtype", "transformers_version"),
+    *("auto_map", "plain"),  # of folders with code, which says the same (`converters.hf.remote`)
+)
+"""Keys of a fused folder's config.json without effect here."""
+
 LAYOUTS = (
     Layout(
         "visionfuse",
         lambda config: config.get("model_type") == "visionfuse",
         describe_fused,
         fused_prefixes,
-        unused=dict.fromkeys(
-            ("architectures", "dtype", "recipe", "torch_dtype", "transformers_version"), ANY
-        ),
+        unused=dict.fromkeys(UNUSED, ANY),
     ),
     Layout("llm", _is_llm, describe_llm, llm_names, unused={}),
 )

@@ -7,6 +7,7 @@ its tokens are twins of `vfjax.architectures` and `vfjax.model`; towers and LLMs
 """
 
 import importlib.util
+import pkgutil
 
 import transformers
 
@@ -26,23 +27,15 @@ if importlib.util.find_spec("torch") is None or tuple(
 from transformers import AutoConfig, AutoModel, AutoModelForImageTextToText, AutoProcessor
 
 from converters.hf.config import VisionFuseConfig
-from converters.hf.internlm2 import InternLM2Config, InternLM2Model
 from converters.hf.model import VisionFuseForConditionalGeneration
-from converters.hf.onevision15 import OneVision15TextConfig, OneVision15TextModel
 from converters.hf.processor import VisionFuseProcessor
 
 AutoConfig.register("visionfuse", VisionFuseConfig, exist_ok=True)
-AutoModelForImageTextToText.register(
-    VisionFuseConfig, VisionFuseForConditionalGeneration, exist_ok=True
-)
+for auto in (AutoModel, AutoModelForImageTextToText):  # lmms-eval asks the first for all models
+    auto.register(VisionFuseConfig, VisionFuseForConditionalGeneration, exist_ok=True)
 AutoProcessor.register(VisionFuseConfig, VisionFuseProcessor, exist_ok=True)
 
-# LLMs that transformers lacks, or has under another name.
-for config, model in (
-    (InternLM2Config, InternLM2Model),
-    (OneVision15TextConfig, OneVision15TextModel),
-):
-    AutoConfig.register(config.model_type, config, exist_ok=True)
-    AutoModel.register(config, model, exist_ok=True)
+for found in pkgutil.iter_modules(__path__):  # families and LLMs register themselves
+    importlib.import_module(f"{__name__}.{found.name}")
 
 __all__ = ["VisionFuseConfig", "VisionFuseForConditionalGeneration", "VisionFuseProcessor"]

@@ -2,13 +2,10 @@
 
 A `Branch` is made of the same frozen config as the JAX module of its family. Its parameters have
 the names that they have in a fused folder under `branches.NAME.`, so that a folder is loaded as it
-is. A new family is a file beside this one, which `converters.hf.branch.build` finds by looking.
+is. A new family is a file beside this one, which `converters.hf` imports by looking.
 """
 
-import importlib
-import pkgutil
 from collections.abc import Callable, Mapping, Sequence
-from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
 
 import torch
@@ -174,8 +171,8 @@ def register(*names: str) -> Callable[[Class], Class]:
     return add
 
 
-def build(architecture: Architecture, where: str) -> Branch:
-    """The branch of an architecture.
+def kind_of(architecture: Architecture, where: str) -> type[Branch]:
+    """The class of an architecture's branch.
 
     Args:
         architecture: a config of `vfjax.architectures`.
@@ -184,14 +181,17 @@ def build(architecture: Architecture, where: str) -> Branch:
     Raises:
         InputError: there is none in torch.
     """
-    for found in pkgutil.iter_modules([str(Path(__file__).parent)]):
-        importlib.import_module(f"{__package__}.{found.name}")
-    kind = type(architecture).__name__
-    if kind not in BRANCHES:
+    name = type(architecture).__name__
+    if name not in BRANCHES:
         raise InputError(
             where,
-            found=f"architecture {kind}",
+            found=f"architecture {name}",
             expected=f"one that converters.hf has: {', '.join(sorted(BRANCHES))}",
             fix="run this model by converters.load, in JAX",
         )
-    return BRANCHES[kind](architecture)
+    return BRANCHES[name]
+
+
+def build(architecture: Architecture, where: str) -> Branch:
+    """The branch of an architecture; arguments and errors as of `kind_of`."""
+    return kind_of(architecture, where)(architecture)

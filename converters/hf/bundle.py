@@ -25,7 +25,7 @@ OWN = {"vfjax", "converters"}
 JAX = {"jax", "flax"}
 """Packages of what is left out."""
 
-IMPORTED = {"PIL", "numpy", "torch", "transformers", *sys.stdlib_module_names}
+IMPORTED = {"PIL", "huggingface_hub", "numpy", "torch", "transformers", *sys.stdlib_module_names}
 """Packages that the file may import; within `try`, others too."""
 
 INSTEAD = {"converters.hf.reading": "converters.hf.written"}
@@ -55,7 +55,7 @@ def bundle(roots: Iterable[Name], others: Iterable[Name] = (), more: str = "") -
         InputError: what is reached uses JAX as a whole, imports another package, or is written in
             a way that can't be moved to another module.
     """
-    roots, others = list(roots), list(others)
+    roots, others = list(dict.fromkeys(roots)), list(others)
     hidden: dict[Name, set[str]] = {ANY: set()}  # what is reached -> what it can't be called
     todo, done = [*roots, *others], set[Name]()
     while todo:
@@ -173,7 +173,7 @@ def reads(node: ast.stmt, home: Module) -> Reads:
             found.append((name, around))
         return each
 
-    Names(use, annotate).visit(copy.deepcopy(node))
+    Names(use, annotate).visit(node)  # which stays as it is, but for quotes in annotations
     tried = {id(x) for each in ast.walk(node) if isinstance(each, ast.Try) for x in ast.walk(each)}
     for each in ast.walk(node):
         if not isinstance(each, ast.Import | ast.ImportFrom):

@@ -4,7 +4,7 @@ The twin of `vfjax.llm.internlm2`.
 """
 
 from torch import Tensor, nn
-from transformers import Cache, LlamaConfig, LlamaModel
+from transformers import AutoConfig, AutoModel, Cache, LlamaConfig, LlamaModel
 from transformers.activations import ACT2FN
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
@@ -104,3 +104,7 @@ class InternLM2Model(LlamaModel):
         super().__init__(config)
         self.layers = nn.ModuleList(Layer(config, i) for i in range(config.num_hidden_layers))
         self.post_init()
+
+
+AutoConfig.register(InternLM2Config.model_type, InternLM2Config, exist_ok=True)
+AutoModel.register(InternLM2Config, InternLM2Model, exist_ok=True)

@@ -17,14 +17,12 @@ from transformers import GenerationMixin, PreTrainedModel
 from transformers.masking_utils import create_causal_mask
 from transformers.modeling_outputs import CausalLMOutputWithPast, ModelOutput
 
-from converters.folder import open_source
 from converters.hf import branch as contract
+from converters.hf import reading
 from converters.hf.branch import Branch, Prompt, VisualTokens, gathered, joined
 from converters.hf.config import VisionFuseConfig
 from converters.hf.segments import block, parallel, running
-from converters.hf.state import is_fused, small_files, state_of
-from converters.load import model_config
-from converters.processor import processor
+from converters.hf.state import small_files
 from vfjax import InputError
 from vfjax.errors import counted
 
@@ -94,7 +92,7 @@ class VisionFuseForConditionalGeneration(VisionFusePreTrainedModel, GenerationMi
         )
         self.scaled = {b.name: b.scaled for b in own.branches}
         self._tied_weights_keys = {"lm_head.weight": "model.embed_tokens.weight"}
-        self._keys_to_ignore_on_load_unexpected = config.spare()
+        self._keys_to_ignore_on_load_unexpected = reading.spare(config)
         self._no_split_modules = list({type(each).__name__ for each in self.branches.values()})
         self.post_init()
 
@@ -114,11 +112,10 @@ class VisionFuseForConditionalGeneration(VisionFusePreTrainedModel, GenerationMi
             InputError: tensors that are missing, unknown or of another shape than by the config; of
                 a member's folder as `converters.load`.
         """
-        path, given, source = pretrained_model_name_or_path, dict(kwargs), None
-        if path is not None and not is_fused(path, given):
-            source = open_source(path)
-            config = VisionFuseConfig.of(source)
-            given |= {"config": config, "state_dict": state_of(source)}
+        path, given = pretrained_model_name_or_path, dict(kwargs)
+        member = None if path is None else reading.member(path, given)
+        if member is not None:
+            given |= {"config": VisionFuseConfig(**member.config), "state_dict": member.state()}
             path = None
         lenient = given.pop("ignore_mismatched_sizes", False)
         model, info = super().from_pretrained(
@@ -138,10 +135,11 @@ class VisionFuseForConditionalGeneration(VisionFusePreTrainedModel, GenerationMi
                     expected="each parameter's tensor and no other",
                     fix="check that config.json belongs to these weights",
                 )
+        own = member and member.processor
         if path is not None:
-            source = model.config.source(small_files(path, given))
-        if source is not None and (stops := processor(source, model_config(source)).stops):
-            model.generation_config.eos_token_id = list(stops)
+            own = reading.processor_of(model.config, small_files(path, given))
+        if own is not None and own.stops:
+            model.generation_config.eos_token_id = list(own.stops)
         return (model, info) if output_loading_info else model
 
     def lookup(self, ids: Tensor) -> Tensor:

@@ -8,7 +8,7 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import linear
-from transformers import Qwen3Config, Qwen3Model
+from transformers import AutoConfig, AutoModel, Qwen3Config, Qwen3Model
 from transformers.modeling_outputs import BaseModelOutput
 from transformers.models.qwen2_vl.configuration_qwen2_vl import Qwen2VLVisionConfig
 from transformers.models.qwen2_vl.modeling_qwen2_vl import (
@@ -121,3 +121,7 @@ class OneVision15TextModel(Qwen3Model):
     """Embeddings -> hidden states."""
 
     config_class = OneVision15TextConfig
+
+
+AutoConfig.register(OneVision15TextConfig.model_type, OneVision15TextConfig, exist_ok=True)
+AutoModel.register(OneVision15TextConfig, OneVision15TextModel, exist_ok=True)

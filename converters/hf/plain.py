@@ -28,12 +28,14 @@ def to_plain(value: object, where: str) -> JSON:
         return {CLASS: type(value).__name__, **given}
     if isinstance(value, tuple):
         return [to_plain(each, f"{where}[{i}]") for i, each in enumerate(value)]
+    if isinstance(value, Mapping) and all(isinstance(k, str) and k != CLASS for k in value):
+        return {key: to_plain(each, f"{where}.{key}") for key, each in value.items()}
     if value is None or type(value) in (bool, int, float, str):
         return value  # type: ignore[return-value]
     raise InputError(
         where,
         found=type(value).__name__,
-        expected="numbers, texts, tuples and dataclasses",
+        expected="numbers, texts, tuples, mappings and dataclasses",
         fix="keep it in one of these",
     )
 
@@ -66,7 +68,9 @@ def from_plain(value: JSON, classes: Mapping[str, type], where: str) -> object:
         return tuple(from_plain(each, classes, f"{where}[{i}]") for i, each in enumerate(value))
     if not isinstance(value, Mapping):
         return value
-    name = value.get(CLASS)
+    if CLASS not in value:
+        return {key: from_plain(each, classes, f"{where}.{key}") for key, each in value.items()}
+    name = value[CLASS]
     if not isinstance(name, str) or name not in classes:
         raise _error(where, f"class {name!r}", f"one of {', '.join(sorted(classes))}")
     own = classes[name]
@@ -87,6 +91,8 @@ def fits(value: object, kind: object) -> bool:
     origin, args = typing.get_origin(kind), typing.get_args(kind)
     if origin in (typing.Union, types.UnionType):
         return any(fits(value, each) for each in args)
+    if isinstance(value, dict):
+        return origin is Mapping
     if origin is typing.Literal:
         return value in args
     if origin is tuple:

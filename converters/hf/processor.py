@@ -19,11 +19,9 @@ from transformers import BatchFeature, ProcessorMixin
 from transformers.image_utils import load_image
 
 from converters.files.names import TOKENIZER_FILES
-from converters.folder import open_source
+from converters.hf import reading
 from converters.hf.config import VisionFuseConfig
-from converters.hf.state import is_fused, small_files
-from converters.load import model_config
-from converters.processor import processor
+from converters.hf.state import small_files
 from vfjax import InputError, Processor, Video, open_video
 from vfjax.architectures.base import Inputs
 from vfjax.errors import cut
@@ -74,13 +72,11 @@ class VisionFuseProcessor(ProcessorMixin):
             InputError: as `converters.load`.
         """
         path = pretrained_model_name_or_path
-        if is_fused(path, kwargs):
-            config = VisionFuseConfig.from_pretrained(folder := small_files(path, kwargs))
-            source = config.source(folder)
-        else:
-            source = open_source(Path(path))
-            config = VisionFuseConfig.of(source)
-        return cls(processor(source, model_config(source)), config, source.home)
+        if member := reading.member(path, kwargs):
+            return cls(member.processor, VisionFuseConfig(**member.config), member.home)
+        folder = small_files(path, kwargs)
+        config = VisionFuseConfig.from_pretrained(folder)
+        return cls(reading.processor_of(config, folder), config, folder)
 
     def save_pretrained(
         self, save_directory: str | os.PathLike[str], push_to_hub: bool = False, **kwargs: object
@@ -132,6 +128,8 @@ class VisionFuseProcessor(ProcessorMixin):
         images: Picture | Sequence[Picture | Sequence[Picture]] | None = None,
         text: str | Sequence[str] | None = None,
         videos: Sequence[Video] | Video | None = None,
+        audio: Sequence[object] | None = None,
+        audios: Sequence[object] | None = None,
         *,
         padding_side: str = "left",
         padding: bool | str = True,
@@ -146,6 +144,8 @@ class VisionFuseProcessor(ProcessorMixin):
                 (`vfjax.Video`) stand among them at their placeholders.
             text: prompts with an `<image>` (or the folder's image token) at each picture or video.
             videos: in place of `images`.
+            audio: nothing; evaluators pass an empty list.
+            audios: nothing.
             padding_side: on which short rows are filled.
             padding: rows are as long as the longest; "longest" says the same.
             truncation: whether `max_length` cuts.
@@ -156,11 +156,17 @@ class VisionFuseProcessor(ProcessorMixin):
             InputError: as `vfjax.Processor`; another `padding` or kind of tensors; images and
                 videos apart, whose order in the text is not known; no text.
         """
+        shown: list[object] = [
+            given
+            for given in (images, videos)
+            if given is not None and not (isinstance(given, list | tuple) and not given)
+        ]
         for where, found, ok in (
             ("padding", padding, padding in (True, False, "longest")),
             ("return_tensors", return_tensors, return_tensors in ("pt", None)),
             ("text", text, text is not None),
-            ("videos", "images, too", images is None or videos is None),
+            ("videos", "images, too", len(shown) < 2),
+            ("audio", "sounds", not audio and not audios),
         ):
             if not ok:
                 raise InputError(
@@ -171,8 +177,9 @@ class VisionFuseProcessor(ProcessorMixin):
                     fix="change the argument",
                 )
         prompts = [text] if isinstance(text, str) else list(text or ())
-        shown = images if videos is None else videos
-        media: Any = shown if shown is None or isinstance(shown, list | tuple) else [shown]
+        media: Any = shown[0] if shown else None
+        if media is not None and not isinstance(media, list | tuple):
+            media = [media]
         most = max_length if truncation else None
         return tensors(self.vfjax(media, prompts, padding=padding_side, truncate=most))
 

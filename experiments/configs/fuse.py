@@ -41,5 +41,6 @@ def get_config() -> ConfigDict:
             "account": True,  # what the members did to the base, in MERGE.md
             "dry_run": False,  # read headers, say what would be written
             "resume": False,  # go on with a killed run
+            "remote_code": False,  # add code, so that transformers needs no vfjax (needs torch)
         }
     )

@@ -52,8 +52,8 @@ def fuse(config: ConfigDict, workdir: Path) -> None:
     with together("fuse"):
         if jax.process_index() == 0:
             with bar("fuse") as progress:
-                resume = config.resume
-                source = converters.fuse(members, out, progress=progress, resume=resume, **options)
+                options |= {"resume": config.resume, "remote_code": config.remote_code}
+                source = converters.fuse(members, out, progress=progress, **options)
     if source is None:
         return
     weights = params.get("weights")

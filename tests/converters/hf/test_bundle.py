@@ -1,11 +1,10 @@
-"""One file of the host's code: without JAX and vfjax it makes the same arrays."""
+"""One file of all families' code: without JAX and vfjax it makes the same arrays."""
 
 import dataclasses
-import inspect
 import json
-import subprocess
 import sys
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import numpy as np
@@ -13,6 +12,8 @@ import pytest
 import transformers
 
 from converters import open_source
+from converters.hf import remote
+from converters.hf.branch import BRANCHES
 from converters.hf.bundle import bundle
 from converters.hf.names import Name
 from converters.hf.plain import classes_of, from_plain, to_plain
@@ -83,44 +84,38 @@ def made(processor_class: Any, config: Any) -> dict[str, Any]:
     return arrays(processor([pictures, []], input_ids=rows, padding="left"))
 
 
-ELSEWHERE = """
-import dataclasses, importlib.util, json, sys
-sys.modules |= dict.fromkeys(("jax", "flax", "vfjax", "converters"))
-from typing import Any
-import numpy as np
-spec = importlib.util.spec_from_file_location("modeling_visionfuse", sys.argv[1])
-module = importlib.util.module_from_spec(spec)
-sys.modules[spec.name] = module
-spec.loader.exec_module(module)
-{code}
-for name, given in json.load(open(sys.argv[2])).items():
-    config = module.from_plain(given, vars(module), "model")
-    assert module.to_plain(config, "model") == given
-    np.savez(f"{{sys.argv[3]}}/{{name}}", **made(module.Processor, config))
-"""
-
-
-def test_the_same_arrays_without_jax(configs: dict[str, ModelConfig], tmp_path: Path):
+def test_the_same_arrays_without_jax(
+    configs: dict[str, ModelConfig], monkeypatch: pytest.MonkeyPatch
+):
     own: dict[str, type] = {}
     for config in configs.values():
         own |= classes_of(config)
-    used = (Processor, *own.values(), from_plain, to_plain)
-    text = bundle(Name(each.__module__, each.__name__) for each in used)
+    used = (Processor, *own.values(), from_plain, to_plain, *remote.AUTO.values())
+    roots, twins = (
+        [Name(each.__module__, each.__name__) for each in group]
+        for group in (used, BRANCHES.values())
+    )
+    text = bundle(roots, twins)
     assert {len(own) > 25, "register_dataclass" in text, "nnx" in text} == {True, False}
-    (tmp_path / "bundle.py").write_text(text)
+    expected = {name: made(Processor, config) for name, config in configs.items()}
     plain = {name: to_plain(config, "model") for name, config in configs.items()}
-    write_json(tmp_path / "plain.json", plain)
-    code = "\n\n".join(map(inspect.getsource, (arrays, Words, made)))
-    script = ELSEWHERE.format(code=code)
-    command = [sys.executable, "-c", script, "bundle.py", "plain.json", "."]
-    subprocess.run(command, cwd=tmp_path, check=True)
-    for name, config in configs.items():
-        with np.load(tmp_path / f"{name}.npz") as found:
-            expected = made(Processor, config)
-            assert set(found) == set(expected) and len(found.files) > 4, name
-            for key, value in expected.items():
-                assert found[key].dtype == value.dtype, (name, key)
-                np.testing.assert_array_equal(found[key], value, err_msg=f"{name}{key}")
+
+    for name in ("jax", "flax", "vfjax", "converters"):
+        monkeypatch.setitem(sys.modules, name, None)  # type: ignore[arg-type]
+    module = ModuleType("modeling_visionfuse")
+    monkeypatch.setitem(sys.modules, module.__name__, module)
+    exec(compile(text, f"{module.__name__}.py", "exec"), vars(module))
+    for name, given in plain.items():
+        config = module.from_plain(given, vars(module), "model")
+        assert module.to_plain(config, "model") == given
+        found = made(module.Processor, config)
+        assert set(found) == set(expected[name]) and len(found) > 4, name
+        for key, value in expected[name].items():
+            assert found[key].dtype == value.dtype, (name, key)
+            np.testing.assert_array_equal(found[key], value, err_msg=f"{name}{key}")
+    assert {name: kind.__module__ for name, kind in module.BRANCHES.items()} == dict.fromkeys(
+        BRANCHES, module.__name__
+    )
 
 
 @pytest.mark.parametrize(

@@ -1,10 +1,12 @@
 """LLaVA-OneVision's folders as transformers writes them, for tests."""
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 import transformers
 from PIL import Image
 
@@ -67,3 +69,38 @@ def port_folder(path: Path, llm: Any = None) -> transformers.LlavaOnevisionForCo
 def picture(width: int, height: int) -> Image.Image:
     rng = np.random.default_rng((width, height))
     return Image.fromarray(rng.integers(0, 256, (height, width, 3), dtype=np.uint8))
+
+
+@torch.no_grad()
+def reference(theirs: Any, row: Sequence[int], images: list, film: Sequence | None) -> np.ndarray:
+    """Transformers' logits of one row; -200 at each of its pictures, -201 at a video."""
+    inputs: dict[str, Any] = {}
+    counts = []
+    if images:
+        inputs = dict(image_processor()([images], return_tensors="pt"))
+        features = theirs.model.get_image_features(
+            inputs["pixel_values"], inputs["image_sizes"], batch_num_images=[len(images)]
+        ).pooler_output
+        counts = [len(x) for x in features]
+    if film is not None:
+        # As its video processor, which needs torchvision, has them.
+        small = [
+            torch.nn.functional.interpolate(
+                torch.from_numpy(np.array(x)).permute(2, 0, 1)[None].contiguous(),
+                (28, 28),
+                mode="bicubic",
+                antialias=True,
+            )
+            for x in film
+        ]
+        inputs["pixel_values_videos"] = ((torch.cat(small) / 255 - 0.5) / 0.5)[None]
+    rest, ids = iter(counts), []
+    for token in row:
+        if token == -200:
+            ids += [IMAGE] * next(rest)
+        elif token == -201:
+            assert film is not None
+            ids += [VIDEO] * (4 * len(film) + 1)
+        else:
+            ids.append(token)
+    return theirs(input_ids=torch.tensor([ids]), **inputs).logits[0].numpy()

@@ -2,7 +2,6 @@
 
 import json
 import shutil
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -30,12 +29,11 @@ from tests.checkpoints import (
 )
 from tests.onevision import (
     GRIDS,
-    IMAGE,
-    VIDEO,
-    image_processor,
     picture,
     port_folder,
+    reference,
 )
+from tests.torch_fused import logits_of, open_in_torch
 from vfjax import InputError, Model, Video
 from vfjax.model import forward
 
@@ -47,41 +45,6 @@ def port(tmp_path_factory) -> tuple[Path, Any, Model, Any]:
     model, processor = converters.load(path)
     processor.lengths = (320,)  # one compilation
     return path, theirs, model, processor
-
-
-@torch.no_grad()
-def reference(theirs: Any, row: Sequence[int], images: list, film: Sequence | None) -> np.ndarray:
-    """Transformers' logits of one row; -200 at each of its pictures, -201 at a video."""
-    inputs: dict[str, Any] = {}
-    counts = []
-    if images:
-        inputs = dict(image_processor()([images], return_tensors="pt"))
-        features = theirs.model.get_image_features(
-            inputs["pixel_values"], inputs["image_sizes"], batch_num_images=[len(images)]
-        ).pooler_output
-        counts = [len(x) for x in features]
-    if film is not None:
-        # As its video processor, which needs torchvision, has them.
-        small = [
-            torch.nn.functional.interpolate(
-                torch.from_numpy(np.array(x)).permute(2, 0, 1)[None].contiguous(),
-                (28, 28),
-                mode="bicubic",
-                antialias=True,
-            )
-            for x in film
-        ]
-        inputs["pixel_values_videos"] = ((torch.cat(small) / 255 - 0.5) / 0.5)[None]
-    rest, ids = iter(counts), []
-    for token in row:
-        if token == -200:
-            ids += [IMAGE] * next(rest)
-        elif token == -201:
-            assert film is not None
-            ids += [VIDEO] * (4 * len(film) + 1)
-        else:
-            ids.append(token)
-    return theirs(input_ids=torch.tensor([ids]), **inputs).logits[0].numpy()
 
 
 def assert_close(found: np.ndarray, expected: np.ndarray, what: object = "") -> None:
@@ -266,7 +229,10 @@ def test_bad_authors_folders(port, tmp_path: Path, changes: dict, message: str):
 
 
 def test_fused_with_other_members_of_a_base(tmp_path: Path):
-    """Beside LLaVA-NeXT's tiles and a text expert; each branch's tokens are its member's own."""
+    """Beside LLaVA-NeXT's tiles and a text expert; each branch's tokens are its member's own.
+
+    In transformers, too.
+    """
     base = make_llama(0, model_type="qwen2")
     llama_folder(tmp_path / "base", llm=base)
     llama_folder(tmp_path / "text", llm=tuned(base, 1))
@@ -291,5 +257,6 @@ def test_fused_with_other_members_of_a_base(tmp_path: Path):
         memory = np.asarray(tokens(alone, mine.images).values)
         own.append(memory[mine.visual[mine.visual >= 0]])
     np.testing.assert_allclose(of, np.concatenate(own), rtol=0, atol=1e-5)
-    assert np.isfinite(np.asarray(forward(model, batch))[batch.mask]).all()
+    expected = np.asarray(forward(model, batch))[batch.mask]
+    assert_close(logits_of(open_in_torch(tmp_path / "out"), batch), expected)
     assert LLAMA["vocab_size"] == model.config.llm.vocab and NEXT_PINPOINTS != GRIDS

@@ -13,11 +13,13 @@ import numpy as np
 from flax import nnx
 from jax.experimental import multihost_utils
 
-from converters.files.names import PROCESSOR_FILES, TOKENIZER_FILES
+from converters.files.names import PROCESSOR_FILES, README, TOKENIZER_FILES
+from converters.files.push import check_push, push
 from converters.files.reader import read_file
 from converters.files.writer import Content, write_folder
 from converters.folder import open_source
 from converters.load import Params, flatten, part_of
+from converters.model_card import readme
 from converters.origin import Origin, origin_of
 from converters.params.table import Rule, restored
 from converters.registry import find
@@ -25,6 +27,7 @@ from converters.towers import Prefixes, slot_of
 from vfjax import InputError, Model
 from vfjax.atomic import JSON
 from vfjax.merge import LazyTensor
+from vfjax.processes import together
 
 
 def export(
@@ -35,6 +38,8 @@ def export(
     shard_bytes: float = 5e9,
     progress: Callable[[int], object] | None = None,
     remote_code: bool = False,
+    push_to_hub: str | None = None,
+    private: bool | None = None,
 ) -> None:
     """Writes a model in the layout and under the names that it was loaded from.
 
@@ -53,11 +58,16 @@ def export(
         progress: called with the number of bytes after each write.
         remote_code: add the code with which transformers runs a fused folder without vfjax, by
             `trust_remote_code=True`; needs torch. See `converters.hf.remote.add_code`.
+        push_to_hub: `org/name` on the Hugging Face hub, where the folder is sent to, too, with a
+            model card, in one commit.
+        private: whether that is made so that others do not see it; None: as the account has it.
 
     Raises:
         InputError: `out` exists, the model was not loaded or has int8 weights, the folder it came
             from is gone or has other tensors now, or the disk fills up; nothing is left then.
-            `remote_code` of a folder that is not a fused one, or where torch lacks a branch.
+            `remote_code` of a folder that is not a fused one, or where torch lacks a branch. No
+            login, or one that may not write to `push_to_hub`, before anything is done; or the hub
+            refuses it then: `out` is whole.
     """
     origin = origin_of(model if like is None else like)
     if any(x.dtype == np.int8 for x in jax.tree.leaves(nnx.state(model))):
@@ -78,6 +88,11 @@ def export(
         from converters.hf import remote  # torch, which takes seconds
 
         remote.check(open_source(origin.home))
+    repo = None
+    if push_to_hub is not None:
+        with together("push_to_hub"):
+            if jax.process_index() == 0:
+                repo = check_push(push_to_hub, out, private)
     params = _on_hosts(flatten(nnx.split(model)[1]))
     if jax.process_index():
         return
@@ -92,15 +107,16 @@ def export(
     }
     for folder, name, tensor in _spare(origin, weights):
         weights[folder][name] = tensor
-    write_folder(
-        out,
-        weights,
-        files=config_files(origin, np.dtype(params["llm/embedding"].dtype)),
-        shard_bytes=shard_bytes,
-        progress=progress,
-    )
+    files = config_files(origin, np.dtype(params["llm/embedding"].dtype))
+    if repo is not None:
+        recipe = origin.config.get("recipe")
+        merge = recipe if origin.kind == "fused" and isinstance(recipe, Mapping) else None
+        files[README] = readme(repo.name, origin.kind, origin.made_of, merge, remote_code)
+    write_folder(out, weights, files=files, shard_bytes=shard_bytes, progress=progress)
     if remote_code:
         remote.add_code(out)
+    if repo is not None:
+        push(Path(out), repo, private)
 
 
 def config_files(origin: Origin, dtype: np.dtype) -> dict[str, Content]:

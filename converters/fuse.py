@@ -6,6 +6,7 @@ from typing import Any
 
 from jax.typing import DTypeLike
 
+from converters.files.push import check_push, push
 from converters.folder import open_source
 from converters.fusion import Fusion
 from converters.request import Request, by_name
@@ -40,6 +41,8 @@ def fuse(
     progress: Callable[[int], object] | None = None,
     resume: bool = False,
     remote_code: bool = False,
+    push_to_hub: str | None = None,
+    private: bool | None = None,
 ) -> Source:
     """Fuses MLLMs of one family (VisionFuse, arXiv 2412.01289) and writes the result.
 
@@ -99,6 +102,9 @@ def fuse(
         remote_code: add the code with which transformers runs the folder without vfjax, by
             `trust_remote_code=True`; needs torch. See `converters.hf.remote.add_code`, which adds
             it to a folder that is there.
+        push_to_hub: `org/name` on the Hugging Face hub, where the folder is sent to, too, with a
+            model card, in one commit.
+        private: whether that is made so that others do not see it; None: as the account has it.
 
     Returns:
         The fused folder, opened.
@@ -106,7 +112,9 @@ def fuse(
     Raises:
         InputError: members of different families, unreadable folders, wrong arguments, NaN in a
             source, a source that changes meanwhile, `out` exists, disk full; nothing is left at
-            `out` then. `remote_code` where torch lacks a branch, or no branches are written.
+            `out` then. `remote_code` where torch lacks a branch, or no branches are written. Before
+            anything is read, a login that may not write to `push_to_hub`; but if the hub refuses it
+            in the end, `out` is whole.
     """
     if remote_code and export != "model":
         raise InputError(
@@ -137,14 +145,18 @@ def fuse(
         checksums=checksums,
         account=account,
     )
+    repo = None if push_to_hub is None else check_push(push_to_hub, out, private)
     fusion = Fusion(request)
     if remote_code:
         from converters.hf import remote  # torch, which takes seconds
 
         remote.check(fusion.result)
-    fusion.write(progress, resume)
+    readme = None if repo is None else fusion.readme(repo.name, remote_code)
+    fusion.write(progress, resume, readme)
     if remote_code:
         remote.add_code(out)
+    if repo is not None:
+        push(Path(out), repo, private)
     return open_source(out)
 
 

@@ -26,6 +26,7 @@ from converters.export import to_bytes
 from converters.files import hub
 from converters.files.checksums import audit, mapped, unread
 from converters.files.gguf import quantised
+from converters.files.names import README
 from converters.files.output import stage_of
 from converters.files.paths import stand_in, stat
 from converters.files.shards import plan_shards
@@ -34,7 +35,7 @@ from converters.fingerprint import fingerprint, sampled
 from converters.folder import assigned, open_members, open_source, settled
 from converters.formats.visionfuse import arranged, fused_config
 from converters.mergekit import Yaml, read_yaml
-from converters.model_card import CARD, PLOT, Listed, by_layer, card, plot
+from converters.model_card import CARD, PLOT, Listed, by_layer, card, plot, readme
 from converters.params.table import restored
 from converters.plan import Part, layers_of, llm_config, merge_parts
 from converters.positions import compared, shared_llm
@@ -208,8 +209,13 @@ class Fusion:
         whole = self.request.export == "model" and label in self.request.members
         return parts if whole else {"llm": parts["llm"]}
 
-    def write(self, progress: Callable[[int], object] | None, resume: bool) -> None:
-        """Reads the sources, writes the folder."""
+    def write(
+        self, progress: Callable[[int], object] | None, resume: bool, readme: bytes | None = None
+    ) -> None:
+        """Reads the sources, writes the folder; with a card for the hub, if there is one.
+
+        The other arguments are those of `converters.fuse`.
+        """
         request = self.request
         self._check_stage()
         self._say()
@@ -226,6 +232,8 @@ class Fusion:
         }
         if self._counted() and request.account and find_spec("matplotlib"):
             files[PLOT] = lambda: plot(self._rows, self._tuned)
+        if readme is not None:
+            files[README] = readme
         write_folder(
             self.out,
             by_folder(self.weights),
@@ -235,6 +243,12 @@ class Fusion:
             key=self._key(),
             resume=resume,
         )
+
+    def readme(self, name: str, remote_code: bool) -> bytes:
+        """The card for the hub, see `model_card.readme`."""
+        kind = "llm" if self.request.export == "llm" else self.result.kind
+        folders = [source.path for source in self.opened.values()]
+        return readme(name, kind, folders, self._record({}), remote_code)
 
     def _check_stage(self) -> None:
         stage = stage_of(self.out.absolute()).resolve()

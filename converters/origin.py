@@ -34,6 +34,8 @@ class Origin:
         spare: component -> name of a tensor that its model may lack -> the file that has it, or,
             of one that is in no file, the tensor.
         created: see `Source.created`.
+        kind: see `Source.kind`.
+        made_of: folders that it was read from.
     """
 
     home: Path
@@ -45,6 +47,8 @@ class Origin:
     held: Mapping[str, Mapping[str, Mapping[str, JSON]]]
     spare: Mapping[str, Mapping[str, Path | LazyTensor]]
     created: bool
+    kind: str
+    made_of: tuple[Path, ...]
 
 
 def remember(model: Model, source: Source) -> None:
@@ -58,6 +62,7 @@ def from_source(source: Source) -> Origin:
         {p: _sorted(t.json or tower_files(t.config, t.preprocessor)) for p, t in found.items()}
         for found in (source.towers, source.held)
     )
+    towers_of = (tower.path for tower in source.towers.values() if source.created)
     return Origin(
         home=source.home,
         base=source.base,
@@ -71,6 +76,8 @@ def from_source(source: Source) -> Origin:
             for part, tensors in source.spare.items()
         },
         created=source.created,
+        kind=source.kind,
+        made_of=tuple(path for path in (source.path, source.base, *towers_of) if path is not None),
     )
 
 

@@ -158,6 +158,14 @@ class Source:
         return self.base
 
     @property
+    def kind(self) -> Literal["llm", "transformers", "authors", "fused"]:
+        """Whose code the folder is for; "llm" is transformers', too."""
+        if not self.branches:
+            return "llm"
+        ported = all(branch.code == "transformers" for branch in self.branches)
+        return "fused" if self.layout == "visionfuse" else "transformers" if ported else "authors"
+
+    @property
     def generation(self) -> Path:
         """generation_config.json: of an adapter its base's, which transformers and PEFT read."""
         return (self.base or self.path) / "generation_config.json"

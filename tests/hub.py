@@ -103,9 +103,9 @@ class Hub:
 class Refused(Exception):
     """An answer that is an error: status, X-Error-Code, X-Error-Message."""
 
-    def __init__(self, status: int, code: str = "", message: str = ""):
+    def __init__(self, status: int, code: str = "", message: str = "", body: bytes = b""):
         super().__init__(status)
-        self.status = status
+        self.status, self.body = status, body
         self.headers = {"X-Error-Code": code, "X-Error-Message": message}
 
 
@@ -134,7 +134,7 @@ def handler(hub: Hub) -> type[BaseHTTPRequestHandler]:
                     raise Refused(fault)
                 status, headers, data = self.found(path, ranged)
             except Refused as error:
-                status, headers, data = error.status, error.headers, b""
+                status, headers, data = error.status, error.headers, error.body
                 fault = None
             self.send_response(status)
             for name, value in {"Content-Length": str(len(data)), **headers}.items():
@@ -259,7 +259,8 @@ def handler(hub: Hub) -> type[BaseHTTPRequestHandler]:
             name = f"{asked.get('organization') or 'me'}/{asked['name']}"
             self.writes(name)
             if name in hub.repositories:
-                raise Refused(409, "", "You already created this model repo")
+                body = json.dumps({"url": f"{hub.url}/{name}"}).encode()
+                raise Refused(409, "", "You already created this model repo", body)
             private = bool(asked.get("private") or asked.get("visibility") == "private")
             hub.repositories[name] = Repository({}, {}, private=private)
             hub.repositories[name].add("main", {".gitattributes": b""})

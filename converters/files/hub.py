@@ -226,8 +226,14 @@ def _shards(home: Path, name: str) -> list[str]:
     return [f"{inner}/{x}" if inner else x for x in sorted(set(weight_map(home / name).values()))]
 
 
-def asked(repo: Repo, where: str, call: Callable[[], Result]) -> Result:
+def asked(repo: Repo, where: str, call: Callable[[], Result], more: str = "") -> Result:
     """What a call of huggingface_hub returns; it is repeated while the hub is busy.
+
+    Args:
+        repo: what it is about.
+        where: what to call that in errors.
+        call: what is called.
+        more: what else to do if it fails.
 
     Raises:
         InputError: it is refused, see `fetch`.
@@ -238,7 +244,7 @@ def asked(repo: Repo, where: str, call: Callable[[], Result]) -> Result:
         except Exception as error:  # of several libraries, which share no class
             status, said = _answer(error)
             if pause is None or status not in BUSY:
-                raise refusal(repo, where, error) from error
+                raise refusal(repo, where, error, more) from error
             seconds = min(float(said) if said.isdigit() else pause, LONGEST)
             LOG.warning("%s: the hub is busy (%s), asked again in %g s", repo, status, seconds)
             time.sleep(seconds)
@@ -254,8 +260,8 @@ def _answer(error: BaseException | None) -> tuple[int, str]:
     return 0, ""
 
 
-def refusal(repo: Repo, where: str, error: Exception) -> InputError:
-    """What to tell a user of an error of huggingface_hub."""
+def refusal(repo: Repo, where: str, error: Exception, more: str = "") -> InputError:
+    """What to tell a user of an error of huggingface_hub; arguments as of `asked`."""
     from huggingface_hub import constants, errors, get_token
 
     page = f"{constants.ENDPOINT}/{repo.name}"
@@ -306,9 +312,10 @@ def refusal(repo: Repo, where: str, error: Exception) -> InputError:
             found, expected = f"{error.strerror} in {constants.HF_HUB_CACHE}", "room for it"
             fix = "free some space, or set HF_HOME to a folder on another disk"
         case _:
-            found = f"a download that broke off ({type(error).__name__}: {first_line(error)})"
+            found = f"a transfer that broke off ({type(error).__name__}: {first_line(error)})"
             expected = "all of it"
             fix = "run it again; files that are whole are kept"
+    fix = "; ".join(filter(None, (fix, more)))
     return (Absent if absent else InputError)(where, found=found, expected=expected, fix=fix)
 
 

@@ -42,5 +42,7 @@ def get_config() -> ConfigDict:
             "dry_run": False,  # read headers, say what would be written
             "resume": False,  # go on with a killed run
             "remote_code": False,  # add code, so that transformers needs no vfjax (needs torch)
+            "push_to_hub": config_dict.placeholder(str),  # org/name: sent to the hub, too
+            "private": config_dict.placeholder(bool),  # there; default: as the account has it
         }
     )

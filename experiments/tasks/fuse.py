@@ -52,7 +52,8 @@ def fuse(config: ConfigDict, workdir: Path) -> None:
     with together("fuse"):
         if jax.process_index() == 0:
             with bar("fuse") as progress:
-                options |= {"resume": config.resume, "remote_code": config.remote_code}
+                keys = ("resume", "remote_code", "push_to_hub", "private")
+                options |= {key: config[key] for key in keys}
                 source = converters.fuse(members, out, progress=progress, **options)
     if source is None:
         return
@@ -60,6 +61,8 @@ def fuse(config: ConfigDict, workdir: Path) -> None:
     terms = ", ".join(members if weights is None else map(_term, weights, members))
     what = f"recipe {config.recipe}" if config.recipe else f"{config.method} of {terms}"
     print(f"{out}: {what}, template {source.template}")
+    if config.push_to_hub:
+        print(f"{config.push_to_hub} on the hub has it, too")
     print(f"{out / 'MERGE.md'} says what was merged; python -m converters inspect {out}")
 
 

@@ -4,6 +4,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import accelerate
 import numpy as np
 import torch
 from torch import Tensor
@@ -24,12 +25,14 @@ class Shown(NamedTuple):
         given: what it was shown.
         values: [m, d] of its tokens, in the order of reading.
         deep: [k, m, d] of them; None: nothing.
+        at: int64[m], where they are in the memory.
     """
 
     branch: Branch
     given: dict[str, Any]
     values: Tensor
     deep: Tensor | None
+    at: Tensor
 
 
 def show(folder: Path, media: Sequence[Any]) -> Shown:
@@ -53,10 +56,9 @@ def show(folder: Path, media: Sequence[Any]) -> Shown:
     given = tensors(batch)["pictures"][ours.name]
     tokens = made.eval().visual_tokens(made.encode(given), torch.zeros(9, 32).__getitem__)
     assert len(tokens.values) == len(tokens.keep) == batch.sizes[0] and tokens.keep.all()
-    at = batch.visual[batch.visual >= 0]
-    return Shown(
-        made, given, tokens.values[at], None if tokens.deep is None else tokens.deep[:, at]
-    )
+    at = torch.from_numpy(batch.visual[batch.visual >= 0]).long()
+    deep = None if tokens.deep is None else tokens.deep[:, at]
+    return Shown(made, given, tokens.values[at], deep, at)
 
 
 def assert_close(found: Tensor, expected: Tensor) -> None:
@@ -66,10 +68,15 @@ def assert_close(found: Tensor, expected: Tensor) -> None:
     torch.testing.assert_close(found, expected, rtol=0, atol=limit)
 
 
-def assert_learns(shown: Shown) -> None:
-    """Gradients reach every parameter of the branch."""
+def assert_usable(shown: Shown) -> None:
+    """Gradients reach every parameter, and weights may be elsewhere until a module is called."""
     total = shown.values.square().sum()
     if shown.deep is not None:
         total = total + shown.deep.square().sum()
     total.backward()
     assert all(p.grad is not None and p.grad.any() for p in shown.branch.parameters())
+    accelerate.cpu_offload(shown.branch, torch.device("cpu"))
+    assert all(p.is_meta for p in shown.branch.parameters())
+    states = shown.branch.encode(shown.given)
+    found = shown.branch.visual_tokens(states, torch.zeros(9, 32).__getitem__)
+    assert torch.equal(found.values[shown.at], shown.values)

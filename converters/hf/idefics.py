@@ -27,8 +27,8 @@ def tower(config: IdeficsConfig) -> nn.Module:
 def normed(module: nn.Module, pixels: Tensor, taps: Sequence[int]) -> list[Tensor]:
     """The last hidden state behind the last norm, which is all that is read."""
     assert tuple(taps) == (-1,)
-    at = next(module.parameters())
-    return [module(pixels.permute(0, 3, 1, 2).to(at.device, at.dtype)).last_hidden_state]
+    images = pixels.permute(0, 3, 1, 2).to(next(module.parameters()).dtype)
+    return [module(images).last_hidden_state]
 
 
 encoders.register(IdeficsConfig, encoders.Kind(tower, normed))

@@ -39,8 +39,8 @@ def port(config: InternViTConfig) -> nn.Module:
 
 def tapped(module: nn.Module, pixels: Tensor, taps: Sequence[int]) -> list[Tensor]:
     """Hidden states at the taps; -1 is behind the last norm, where there is one."""
-    at = next(module.parameters())
-    seen = module(pixels.permute(0, 3, 1, 2).to(at.device, at.dtype), output_hidden_states=True)
+    images = pixels.permute(0, 3, 1, 2).to(next(module.parameters()).dtype)
+    seen = module(images, output_hidden_states=True)
     return [seen.last_hidden_state if tap == -1 else seen.hidden_states[tap] for tap in taps]
 
 

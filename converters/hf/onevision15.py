@@ -7,7 +7,6 @@ from collections.abc import Mapping
 
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import linear
 from transformers import AutoConfig, AutoModel, Qwen3Config, Qwen3Model
 from transformers.modeling_outputs import BaseModelOutput
 from transformers.models.qwen2_vl.configuration_qwen2_vl import Qwen2VLVisionConfig
@@ -66,8 +65,9 @@ class Rice(Qwen2VLPreTrainedModel):
             kept: int[m], the slots of the patches.
         """
         del grid
-        kernel = self.patch_embed["proj"].weight
-        x = linear(pixels.to(kernel.dtype), kernel.flatten(1))
+        side = self.config.patch_size
+        patches = pixels.reshape(-1, 3, side, side).to(self.class_embedding.dtype)
+        x = self.patch_embed["proj"](patches).flatten(1)
         classes = torch.ones(len(x), 1, dtype=torch.bool, device=x.device)
         classes[kept] = False
         x = self.pre_layernorm(torch.where(classes, self.class_embedding, x))

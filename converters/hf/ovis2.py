@@ -46,7 +46,8 @@ class Vocabulary(nn.Module):
         """All views' tokens of [n, s * s, d], the marks behind them: [m, dout]."""
         blocks = joined_patches(state, self.config.stride)
         shares = self.shares(self.head_norm(self.head_linear(blocks)))
-        words, marks = self.table.weight.split([shares.shape[-1], self.config.marks])
+        table = self.table(torch.arange(self.config.words, device=state.device))
+        words, marks = table.split([shares.shape[-1], self.config.marks])
         return torch.cat([(shares @ words).flatten(0, 1), marks])
 
     def shares(self, logits: Tensor) -> Tensor:

@@ -88,17 +88,16 @@ class QwenVL(Branch):
             inputs: see `vfjax.architectures.qwen_vl.Patches`.
             more: of each patch, what the tower is told besides.
         """
-        at = next(self.encoder.parameters())
         told = {"place": inputs["place"], **more}
         n = patches(inputs["frames"], self.architecture.encoder.merge)
-        told = {name: x[:n].to(at.device) for name, x in told.items()}
+        told = {name: x[:n] for name, x in told.items()}
         told["position_ids"] = told.pop("place")
-        told["cu_seqlens"] = bounds(inputs["frames"][:n]).to(at.device)
+        told["cu_seqlens"] = bounds(inputs["frames"][:n])
         if self.architecture.encoder.window:  # patches are in the order of the windows already
-            told["cu_window_seqlens"] = bounds(inputs["windows"][:n]).to(at.device)
+            told["cu_window_seqlens"] = bounds(inputs["windows"][:n])
             tokens = n // self.architecture.encoder.merge**2
-            told["window_index"] = torch.arange(tokens, device=at.device)
-        return self.encoder(inputs["pixels"][:n].to(at.device), None, **told)
+            told["window_index"] = torch.arange(tokens, device=inputs["frames"].device)
+        return self.encoder(inputs["pixels"][:n], None, **told)
 
     def filled(self, state: Tensor, inputs: Inputs) -> Tensor:
         """[1, n, width] of the states of the first patches, zero behind them."""

@@ -7,7 +7,7 @@ import torch
 
 from tests.idefics import make_folder, make_processor
 from tests.internvl import picture
-from tests.torch_branch import assert_close, assert_learns, show
+from tests.torch_branch import assert_close, assert_usable, show
 
 
 @pytest.mark.parametrize("family", ["idefics3", "smolvlm"])
@@ -20,4 +20,4 @@ def test_tiles(family: str, tmp_path: Path) -> None:
     pixels = given["pixel_values"], given["pixel_attention_mask"]
     expected = theirs.model.get_image_features(*pixels).pooler_output
     assert_close(shown.values, torch.cat(list(expected)).reshape(-1, 32))
-    assert_learns(shown)
+    assert_usable(shown)

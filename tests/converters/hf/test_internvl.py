@@ -9,7 +9,7 @@ import transformers
 
 from converters.hf.internvl import AuthorsTower
 from tests.internvl import VISION, authors_folder, picture, port_folder
-from tests.torch_branch import assert_close, assert_learns, show
+from tests.torch_branch import assert_close, assert_usable, show
 
 RMS = {"use_qk_norm": False, "norm_type": "rms_norm", "attention_bias": False}
 
@@ -28,7 +28,7 @@ def test_port(tmp_path: Path, vision: dict[str, Any], layer: int) -> None:
     expected = theirs.model.get_image_features(pixels).pooler_output
     assert_close(shown.values, torch.cat(list(expected)).reshape(-1, 32))
     if layer == -1:
-        assert_learns(shown)
+        assert_usable(shown)
 
 
 @pytest.mark.parametrize(
@@ -52,4 +52,4 @@ def test_authors(tmp_path: Path, config: dict[str, Any]) -> None:
     assert len(shown.values) in (7 * 4, 7 * 9)
     assert_close(shown.values, expected[: len(shown.values)])
     if not config:
-        assert_learns(shown)
+        assert_usable(shown)

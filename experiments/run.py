@@ -32,6 +32,7 @@ import jax
 from absl import app, flags, logging
 from ml_collections import ConfigDict, config_flags
 
+from converters.files.paths import working
 from experiments.values import check_values
 from vfjax import InputError, __version__, processes
 
@@ -155,7 +156,8 @@ def main(argv: Sequence[str]) -> None:
         # One process asks JAX for nothing: a plan says how many devices stand for GPUs.
         with processes.agreeing(config.task, (0,) if alone else None) as facts:
             facts |= {"vfjax": __version__, "jax": jax.__version__} | flat("config", config)
-        task.run(config, Path(WORKDIR.value))
+        with working(WORKDIR.value, write=alone or not jax.process_index()) as folder:
+            task.run(config, folder)
         signals.ready.clear()
     except KeyboardInterrupt as error:
         number = error.args[0] if error.args else signal.SIGINT

@@ -10,7 +10,7 @@ import stat
 import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, TypeAlias
+from typing import Any, NamedTuple, TypeAlias
 
 from vfjax.errors import InputError, cut
 
@@ -24,9 +24,29 @@ UNFINISHED: set[Path] = set()
 """What has a temporary name just now, for whoever must end the process at once to name it."""
 
 
-SCHEMES: dict[str, Callable[[str], Path]] = {}
-"""Start of a URL ("s3://") -> what returns the local path that stands for one; `converters` knows
-some."""
+class Store(NamedTuple):
+    """What has files elsewhere, for which local ones stand.
+
+    Attributes:
+        local: URL, or path of a local folder that stands for one -> that folder, as it is now.
+        read: local file -> the bytes of what it stands for.
+        publish: copies a local file to where what it stands for should be.
+    """
+
+    local: Callable[[str], Path]
+    read: Callable[[Path], bytes]
+    publish: Callable[[Path], None]
+
+
+STORES: dict[str, Store] = {}
+"""Start of a URL ("s3://"), or of the local paths that stand for some -> its store; `converters`
+knows some."""
+
+
+def store_of(path: str | os.PathLike[str]) -> Store | None:
+    """What has the file; None for a file of its own."""
+    text = str(path)
+    return next((store for start, store in STORES.items() if text.startswith(start)), None)
 
 
 FOLDERS: dict[str, Callable[[Path], Path]] = {}
@@ -45,7 +65,8 @@ def contents(path: str | os.PathLike[str]) -> bytes:
         raise OSError(errno.EINVAL, f"no name of a file ({error})") from None
     if not stat.S_ISREG(mode):
         raise OSError(errno.EINVAL, "a folder" if stat.S_ISDIR(mode) else "no regular file")
-    return Path(path).read_bytes()
+    store = store_of(path)
+    return Path(path).read_bytes() if store is None else store.read(Path(path))
 
 
 def read_json(path: Path, fix: str = "download it again") -> dict[str, Any]:
@@ -76,16 +97,15 @@ def findable(path: str | os.PathLike[str], where: object = "path") -> Path:
     """A path that can be looked up, whether there is something or not.
 
     Args:
-        path: as a user, or a file, names it; a URL of `SCHEMES`, a file of `FOLDERS`.
+        path: as a user, or a file, names it; a URL of `STORES`, a file of `FOLDERS`.
         where: what to call that in errors.
 
     Raises:
         InputError: a name that no file can have, links in a circle, or a folder that is closed to
             us; a URL whose server refuses; a file of `FOLDERS` that can't be read.
     """
-    for start, fetched in SCHEMES.items():
-        if (text := str(path)).startswith(start):
-            return fetched(text)
+    if store := store_of(path):
+        path = store.local(str(path))
     shown = cut(repr(os.fspath(path)))
     try:
         closed = not os.access(path, os.R_OK)
@@ -108,7 +128,8 @@ def findable(path: str | os.PathLike[str], where: object = "path") -> Path:
 
 @contextlib.contextmanager
 def replacing(file: Path) -> Iterator[Path]:
-    """A temporary file beside `file`, which takes its name if the block ends well.
+    """A temporary file beside `file`, which takes its name, in its `Store` too, if the block ends
+    well.
 
     Raises:
         InputError: the temporary file's name is taken by a link or folder.
@@ -122,9 +143,16 @@ def replacing(file: Path) -> Iterator[Path]:
     try:
         yield part
         os.replace(part, file)
+        publish(file)
     finally:
         part.unlink(missing_ok=True)
         UNFINISHED.discard(part)
+
+
+def publish(file: Path) -> None:
+    """Copies a file to where what it stands for should be, if it stands for something."""
+    if store := store_of(file):
+        store.publish(file)
 
 
 @contextlib.contextmanager

@@ -27,7 +27,7 @@ from jax._src.lib import _jax
 from jax.experimental import multihost_utils
 from jax.sharding import Mesh
 
-from vfjax.errors import InputError, cut
+from vfjax.errors import InputError, cut, shown
 
 Facts = dict[str, Any]
 """What must be the same on all processes: JSON values under the names that a user knows."""
@@ -115,7 +115,8 @@ def agreeing(
     Args:
         what: they are doing.
         members: the processes, by number; None: all.
-        folder: one that they must share; it is made.
+        folder: one that they must share; it is made. One that stands for a bucket's is another on
+            each; they must have the same name for it.
         patience: seconds that they wait for one another, where one may have work of its own.
 
     Raises:
@@ -124,6 +125,8 @@ def agreeing(
     """
     members = tuple(range(jax.process_count()) if members is None else members)
     facts: Facts = {}
+    if folder is not None and (name := shown(folder)) != str(folder):
+        facts, folder = {"working folder": name}, None
     if len(members) == 1:
         yield facts
         return

@@ -30,7 +30,7 @@ from converters.files.buckets import (
     split,
 )
 from vfjax import InputError
-from vfjax.atomic import SCHEMES, UNFINISHED
+from vfjax.atomic import STORES, UNFINISHED, Store
 from vfjax.errors import SHOWN
 
 if TYPE_CHECKING:
@@ -59,7 +59,7 @@ def _root() -> Path:
     for scheme in KINDS:
         prefix = f"{root / scheme}{os.sep}"
         SHOWN[prefix] = f"{scheme}://"
-        SCHEMES[prefix] = local
+        STORES[prefix] = STORE
     return root
 
 
@@ -106,18 +106,22 @@ def local(url: str) -> Path:
         found = files.find(start, detail=True)
     inside = {name: entry for name, entry in found.items() if name.startswith(start + "/")}
     inside = {name: entry for name, entry in inside.items() if not name.endswith("/")}
-    if any(name.endswith("/" + UNWRITTEN) for name in inside):
+    unfinished = [x.removesuffix(UNWRITTEN) for x in inside if x.endswith(f"/{UNWRITTEN}")]
+    if f"{start}/" in unfinished:
         raise InputError(
             url,
             found="a folder that is still written, or whose writing was killed",
             expected="a whole one",
             fix="wait for it, or write it again",
         )
+    inside = {name: x for name, x in inside.items() if not name.startswith(tuple(unfinished))}
     wanted = {place.joinpath(*name[len(start) + 1 :].split("/")): x for name, x in inside.items()}
     if not wanted and start in found:
         wanted = {place: found[start]}
     with asking(url):
         _settle(place, {path: described(scheme, x) for path, x in wanted.items()}, files)
+    if start in found:
+        whole(place)
     return place
 
 
@@ -132,7 +136,69 @@ def nearby(path: Path) -> Path:
     return path
 
 
-SCHEMES |= {f"{scheme}://": local for scheme in KINDS}
+def contents(path: Path) -> bytes:
+    """The bytes of a file, which are not kept on the disk; raises InputError as `local`."""
+    what = _OBJECTS.get(path)
+    if what is None or _is_copied(path, what):
+        return path.read_bytes()
+    scheme, _, name = what.url.partition("://")
+    with asking(what.url):
+        return bytes(file_system(scheme, what.url).cat_file(name))
+
+
+def publish(path: Path) -> None:
+    """Copies a local file to its bucket; raises InputError as `local`."""
+    url = url_of(path)
+    scheme, _, name = url.partition("://")
+    with asking(url):
+        file_system(scheme, url).put_file(str(path), name)
+    _OBJECTS.pop(path, None)
+    _PUBLISHED[path] = _version(path)
+
+
+def _is_copied(path: Path, what: Object) -> bool:
+    """Whether a local file has what it stands for, or was changed since."""
+    version = _version(path)
+    return version[0] == what.size or version != _PUBLISHED.get(path)
+
+
+def _version(path: Path) -> tuple[int, int]:
+    found = path.stat()
+    return found.st_size, found.st_mtime_ns
+
+
+@contextlib.contextmanager
+def working(path: str | os.PathLike[str], write: bool = True) -> Iterator[Path]:
+    """A folder to work in: of a bucket's URL the local one that stands for it.
+
+    At the end of the block all files that are new there, or have changed, are copied to the bucket.
+
+    Args:
+        path: the folder, or its URL.
+        write: whether this process copies them.
+
+    Raises:
+        InputError: as `local`.
+    """
+    if not is_url(path):
+        yield Path(path)
+        return
+    place = local(str(path))
+    place.mkdir(parents=True, exist_ok=True)
+    try:
+        yield place
+    finally:
+        for file in sorted(place.rglob("*")) if write else ():
+            hidden = any(part.startswith(".") for part in file.relative_to(place).parts)
+            if file.is_file() and not hidden and _PUBLISHED.get(file) != _version(file):
+                publish(file)
+
+
+_PUBLISHED: dict[Path, tuple[int, int]] = {}
+"""Local file -> its size and time when it was last as in its bucket."""
+
+STORE = Store(local, contents, publish)
+STORES |= {f"{scheme}://": STORE for scheme in KINDS}
 
 
 def _settle(place: Path, wanted: dict[Path, Object], files: "fsspec.AbstractFileSystem") -> None:
@@ -147,7 +213,7 @@ def _settle(place: Path, wanted: dict[Path, Object], files: "fsspec.AbstractFile
     for path in todo:
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_bytes(b"")
-        _OBJECTS[path] = wanted[path]
+        _OBJECTS[path], _PUBLISHED[path] = wanted[path], _version(path)
     copied = [path for path in todo if path.suffix in COPIED]
     try:
         with ThreadPoolExecutor(REQUESTS) as pool:
@@ -164,6 +230,7 @@ def _copy(path: Path, files: "fsspec.AbstractFileSystem") -> None:
     part = path.with_name(path.name + ".part")
     files.get_file(name, str(part))
     part.replace(path)
+    _PUBLISHED[path] = _version(path)
 
 
 def whole(path: Path) -> Path:
@@ -173,7 +240,7 @@ def whole(path: Path) -> Path:
         InputError: as `local`.
     """
     what = _OBJECTS.get(path)
-    if what is not None and path.stat().st_size != what.size:
+    if what is not None and not _is_copied(path, what):
         with asking(what.url):
             _copy(path, file_system(what.url.partition(":")[0], what.url))
     return path

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 from converters.files.hub import Absent, Repo, asked, parse
 from converters.files.reader import INDEX
 from vfjax import InputError
-from vfjax.atomic import SCHEMES
+from vfjax.atomic import STORES
 
 if TYPE_CHECKING:
     pass
@@ -37,7 +37,7 @@ def check_push(name: str, out: str | Path, private: bool | None = None) -> Repo:
         raise InputError(
             WHERE, found=repr(name), expected="'org/name'", fix="name a repository of models"
         )
-    if str(out).startswith(tuple(SCHEMES)):
+    if str(out).startswith(tuple(STORES)):
         raise InputError(
             WHERE,
             found=f"a folder in a bucket, {out}, to send",

@@ -10,6 +10,7 @@ from ml_collections import ConfigDict
 
 import converters
 from converters.export import to_bytes
+from converters.files.paths import stand_in
 from experiments.family import encoders, scenes
 from experiments.tasks.common import FAMILY, check_config, named
 from experiments.tasks.evaluate import MEMBERS, shipped
@@ -18,7 +19,7 @@ from vfjax import InputError, Model
 from vfjax import analysis as look
 from vfjax.analysis import draw
 from vfjax.analysis.report import Section, write
-from vfjax.atomic import JSON, replacing
+from vfjax.atomic import JSON, findable, replacing
 from vfjax.eval.data import read_lines
 from vfjax.vision.images import open_image
 
@@ -39,7 +40,7 @@ def run(config: ConfigDict, workdir: Path) -> None:
     if family:
         folders = {name: str(FAMILY / name) for name in MEMBERS} | {"fused": str(shipped(workdir))}
     asked = pictures(config) if config.data else questions(config, workdir)
-    seen = {who: watch(config, Path(folder), asked) for who, folder in folders.items()}
+    seen = {who: watch(config, stand_in(folder), asked) for who, folder in folders.items()}
     record: dict[str, Any] = {
         "models": folders,
         "pictures": len({a.picture for a in asked}),
@@ -65,7 +66,7 @@ def run(config: ConfigDict, workdir: Path) -> None:
 
 def pictures(config: ConfigDict) -> list[Asked]:
     """Pictures of `config.data`, by name."""
-    path = Path(config.data)
+    path = findable(config.data)
     files = [path] if path.is_file() else sorted(path.glob("*"))
     files = [f for f in files if f.suffix.lower() in SUFFIXES][: config.pictures]
     if not files:

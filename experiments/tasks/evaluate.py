@@ -16,10 +16,10 @@ import converters
 from converters.export import to_bytes
 from converters.files import hub
 from converters.files.checksums import audit_source
-from converters.files.paths import sha256
+from converters.files.paths import sha256, stand_in
 from experiments.tasks.common import FAMILY, check_config, load, named, required
 from vfjax import InputError
-from vfjax.atomic import replacing
+from vfjax.atomic import findable, replacing
 from vfjax.errors import counted
 from vfjax.eval import (
     Benchmark,
@@ -49,7 +49,7 @@ def run(config: ConfigDict, workdir: Path) -> None:
     required(config, "data")
     _check(config)
     with agreeing("evaluate", folder=workdir) as facts:
-        data = Data(Path(config.data), Path(config.images) if config.images else None)
+        data = Data(stand_in(config.data), stand_in(config.images) if config.images else None)
         questions = read(benchmark, data, config.options, config.limit)
         header: log.Header = {"benchmark": config.benchmark, "questions": digest(questions)}
         facts |= header
@@ -276,11 +276,12 @@ def compare(
     header: log.Header,
 ) -> dict[str, Any]:
     """Differences to another model's answers to the same questions."""
-    other, texts = log.read(Path(config.against))
+    against = findable(config.against)
+    other, texts = log.read(against)
     same = ("benchmark", "questions")
-    log.check(Path(config.against), {k: other.get(k) for k in same}, {k: header[k] for k in same})
+    log.check(against, {k: other.get(k) for k in same}, {k: header[k] for k in same})
     answered(questions, texts, config.against)
-    theirs = scored(config, benchmark, questions, texts, other, Path(config.against).parent)
+    theirs = scored(config, benchmark, questions, texts, other, against.parent)
     clusters = [q.cluster for q in questions]
     return {
         "model": other["model"],

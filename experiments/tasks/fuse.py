@@ -7,11 +7,12 @@ import jax
 from ml_collections import ConfigDict
 
 import converters
+from converters.files.paths import stand_in
 from converters.fusion import Fusion
 from converters.request import Request
 from experiments.tasks.common import bar, named, required
 from vfjax import InputError
-from vfjax.errors import counted
+from vfjax.errors import counted, shown
 from vfjax.processes import agreeing, together
 
 KEYS = [
@@ -36,7 +37,7 @@ def fuse(config: ConfigDict, workdir: Path) -> None:
     params = {key: value for key, value in config.params.to_dict().items() if value is not None}
     if not config.recipe and config.weights:
         params["weights"] = tuple(config.weights)
-    out = Path(config.output or workdir / "fused")
+    out = stand_in(config.output or workdir / "fused")
     options: dict[str, Any] = {key: config[key] for key in KEYS}
     if not config.recipe:
         options |= {"method": config.method, "params": params, "rules": config.rules}
@@ -60,10 +61,11 @@ def fuse(config: ConfigDict, workdir: Path) -> None:
     weights = params.get("weights")
     terms = ", ".join(members if weights is None else map(_term, weights, members))
     what = f"recipe {config.recipe}" if config.recipe else f"{config.method} of {terms}"
-    print(f"{out}: {what}, template {source.template}")
+    name = shown(out)
+    print(f"{name}: {what}, template {source.template}")
     if config.push_to_hub:
         print(f"{config.push_to_hub} on the hub has it, too")
-    print(f"{out / 'MERGE.md'} says what was merged; python -m converters inspect {out}")
+    print(f"{name}/MERGE.md says what was merged; python -m converters inspect {name}")
 
 
 def _term(weight: object, member: str) -> str:
@@ -79,7 +81,7 @@ def show(out: Path, found: dict[str, Any]) -> None:
     size = sum(found["files"].values())
     seconds = found["parameters"] * 1e-9 * max(NANOSECONDS.get(m, 20) for m in found["methods"])
     for name, count in found["files"].items():
-        print(f"{out / name}: {count / 1e9:.3f} GB")
+        print(f"{shown(out / name)}: {count / 1e9:.3f} GB")
     methods = ", ".join(f"{count} by {name}" for name, count in found["methods"].items())
     count = counted(found["tensors"], "tensor")
     print(f"{count}, {found['parameters']:,} parameters; merged: {methods}")

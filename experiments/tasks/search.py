@@ -17,6 +17,7 @@ from ml_collections import ConfigDict
 import converters
 from converters.export import to_bytes
 from converters.files.checksums import audit_source
+from converters.files.paths import stand_in
 from experiments.family import scenes
 from experiments.tasks.common import FAMILY, check_config, named, required
 from experiments.tasks.evaluate import MEMBERS
@@ -94,7 +95,7 @@ def _check(config: ConfigDict) -> None:
 
 def questions(config: ConfigDict, benchmark: Benchmark) -> tuple[list[Question], list[Question]]:
     """A benchmark's questions in two parts that share no cluster: to search on, to score on."""
-    data = Data(Path(config.data), Path(config.images) if config.images else None)
+    data = Data(stand_in(config.data), stand_in(config.images) if config.images else None)
     found = read(benchmark, data, {**benchmark.options, **config.options}, config.limit)
     check_pictures(found)
     out = apart([q.cluster for q in found], config.held_out, config.seed)

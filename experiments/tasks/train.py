@@ -17,7 +17,7 @@ from experiments.tasks.common import required
 from vfjax import InputError, Model, Processor
 from vfjax.atomic import refuse_link
 from vfjax.data import Batches, Conversations
-from vfjax.errors import counted
+from vfjax.errors import counted, shown
 from vfjax.model import ModelConfig
 from vfjax.processes import agreeing, together
 from vfjax.sharding import make_mesh, mesh_of, row_shards
@@ -71,7 +71,7 @@ def run(config: ConfigDict, workdir: Path) -> None:
         done.append(name)
     if config.report and jax.process_index() == 0:
         report(workdir / "train_report.png", folders)
-    print(f"{folders[done[-1]] / 'model'}: trained; python -m converters inspect it")
+    print(f"{shown(folders[done[-1]] / 'model')}: trained; python -m converters inspect it")
 
 
 def ordered(config: ConfigDict) -> list[str]:

@@ -1,4 +1,4 @@
-"""A stage's state on disk: Orbax, asynchronous, each process its shards."""
+"""A stage's state on disk, or in a bucket: Orbax, asynchronous, each process its shards."""
 
 import json
 import os
@@ -9,7 +9,7 @@ import jax
 from orbax.checkpoint import v1 as ocp
 
 from vfjax.atomic import lock, read_json, refuse_link, replacing
-from vfjax.errors import InputError
+from vfjax.errors import InputError, shown
 from vfjax.train.optim import named
 from vfjax.train.step import State
 
@@ -38,6 +38,13 @@ class Checkpoints:
                 no config: Orbax would remove them.
         """
         self.folder = folder
+        if shown(folder).startswith("s3://"):
+            raise InputError(
+                folder,
+                found="a bucket of S3",
+                expected="a folder, or a bucket of Google's (gs://): Orbax writes states there",
+                fix="pass another --workdir",
+            )
         for path in (folder, *folder.glob("*")):
             refuse_link(path)
         odd = (
@@ -61,7 +68,7 @@ class Checkpoints:
                 raise
         decisions, latest = ocp.training.save_decision_policies, ocp.training.preservation_policies
         self.files = ocp.training.Checkpointer(
-            folder.absolute(),
+            shown(folder.absolute()),
             save_decision_policy=decisions.FixedIntervalPolicy(1),
             preservation_policy=latest.LatestN(keep),
         )

@@ -18,6 +18,7 @@ from flax import nnx
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jax.typing import DTypeLike
 
+from vfjax.atomic import publish
 from vfjax.errors import InputError, counted, require
 from vfjax.model import Batch, Model
 from vfjax.processes import agreeing, preempted
@@ -142,6 +143,7 @@ def fit(
             stop = stop_requested(done)
             if stop or done == optim.steps or done % options.save_every == 0:
                 pending.flush()  # a loss that is not finite is found before it is saved
+                pending.publish()
                 states.save(done, state)
             if stop:
                 break
@@ -281,9 +283,14 @@ class _Pending:
             ]
             self.record.write(numbers, sum(known) if known else None)
 
+    def publish(self) -> None:
+        if self.record is not None:
+            publish(self.record.path)
+
     def close(self) -> None:
         if self.record is not None:
             self.record.close()
+            self.publish()
 
 
 def _check(step: int, row: Mapping[str, float]) -> None:

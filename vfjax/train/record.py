@@ -100,7 +100,7 @@ class Record:
         kept = [row for row in read(file) if row["step"] <= start] if file.is_file() else []
         with replacing(file) as part:
             part.write_text("".join(json.dumps(row) + "\n" for row in kept))
-        self.file = file.open("a")
+        self.path, self.file = file, file.open("a")
 
     def write(self, rows: Sequence[dict[str, float]], flops: float | None) -> None:
         """Keeps consecutive steps' values, each with its 1-based "step", and prints their means.

@@ -5,6 +5,7 @@ read as pictures, one after another; of the visual tokens of a frame, each few a
 """
 
 import dataclasses
+import io
 import os
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
@@ -12,6 +13,7 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
+from vfjax.atomic import contents, store_of
 from vfjax.errors import InputError, counted
 from vfjax.vision.images import Source, open_image
 from vfjax.vision.tiling import frame_indices
@@ -147,7 +149,8 @@ def _decode(path: str | os.PathLike[str]) -> Iterator[tuple[Any, Any]]:
     if not os.path.isfile(name):
         raise InputError(name, found="no file", expected="a video", fix="check the path")
     try:
-        with av.open(name, metadata_errors="replace") as container:
+        data = name if store_of(path) is None else io.BytesIO(contents(path))
+        with av.open(data, "r", metadata_errors="replace") as container:
             if not container.streams.video:
                 raise InputError(
                     name, found="no pictures", expected="a video stream", fix="check the file"

@@ -1,19 +1,29 @@
 """Folders in buckets, on moto's S3 server and a GCS emulator on this machine."""
 
+import json
+import shutil
+
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
+from PIL import Image
 
 import converters
 from converters.files import buckets, paths
+from converters.files.paths import working
 from converters.files.reader import read_weights
 from converters.fingerprint import sampled
 from converters.inspect import inspect
-from tests.buckets import BUCKET, put
+from tests.buckets import BUCKET, put, read
 from tests.checkpoints import llama_folder
 from vfjax import InputError
+from vfjax.atomic import contents, replacing
+from vfjax.data import Conversations
+from vfjax.errors import shown
 from vfjax.sharding import make_mesh
+from vfjax.train.checkpoint import Checkpoints
 
 pytestmark = pytest.mark.usefixtures("servers")
 
@@ -80,3 +90,61 @@ def test_a_cut_file_in_a_bucket(folder):
         files.pipe_file(f"{BUCKET}/cut/llama/model.safetensors", data)
         with pytest.raises(InputError, match=f"{url}/model.safetensors: found {len(data)} bytes"):
             converters.load(url)
+
+
+@pytest.mark.parametrize("scheme", ["s3", "gs"])
+def test_what_a_run_leaves_in_its_folder_is_in_the_bucket(scheme):
+    url = f"{scheme}://{BUCKET}/work"
+    with working(url) as place:
+        with replacing(place / "stage" / "settings.json") as part:
+            part.parent.mkdir()
+            part.write_text("[1]")
+        assert read(url) == {"stage/settings.json": b"[1]"}
+        (place / "log.txt").write_text("a line\n")
+    with working(url, write=False) as place:
+        assert contents(place / "log.txt") == b"a line\n"
+        (place / "other.txt").write_text("of a process that copies nothing")
+    with pytest.raises(RuntimeError), working(url) as place:
+        assert not (place / "other.txt").exists()
+        with (place / "log.txt").open("a") as file:
+            file.write("more\n")
+        raise RuntimeError
+    assert read(url) == {"stage/settings.json": b"[1]", "log.txt": b"a line\nmore\n"}
+    assert shown(place / "log.txt") == f"{url}/log.txt"
+
+
+def test_training_data_in_a_bucket(tmp_path):
+    turns = [{"from": "human", "value": "<image>\n?"}, {"from": "gpt", "value": "!"}]
+    rows = [{"id": i, "image": f"{i}.png", "conversations": turns} for i in range(2)]
+    (tmp_path / "rows.json").write_text(json.dumps(rows))
+    for i in range(2):
+        Image.new("RGB", (4, 3), (i, 2, 3)).save(tmp_path / f"{i}.png")
+    url = put(tmp_path, f"s3://{BUCKET}/data")
+    data = Conversations(f"{url}/rows.json", url)
+    files = [sample.pictures[0] for sample in data]
+    assert [contents(file) for file in files] == [(tmp_path / f.name).read_bytes() for f in files]
+    assert [file.stat().st_size for file in files] == [0, 0]
+    rows[0]["image"] = "none.png"
+    (tmp_path / "rows.json").write_text(json.dumps(rows))
+    put(tmp_path, url)
+    with pytest.raises(InputError, match=f"^{url}/rows.json row 0 "):
+        Conversations(f"{url}/rows.json", url)
+
+
+def test_states_are_kept_in_buckets_of_google_alone(tmp_path):
+    """A state is read back by another process, which has another local folder."""
+    with working(f"gs://{BUCKET}/states") as place, Checkpoints(place / "a", {"x": 1}) as states:
+        states.save(3, {"x": jnp.arange(4.0)})
+        states.wait()
+    shutil.rmtree(place)
+    with working(f"gs://{BUCKET}/states") as place:
+        with pytest.raises(InputError, match=f"^gs://{BUCKET}/states/a/config.json: x: found 1"):
+            Checkpoints(place / "a", {"x": 2})
+        with Checkpoints(place / "a", {"x": 1}) as states:
+            assert states.step == 3
+            assert states.restore({"x": jnp.zeros(4)})["x"].tolist() == [0, 1, 2, 3]
+    with (
+        working(f"s3://{BUCKET}/states") as place,
+        pytest.raises(InputError, match=f"^s3://{BUCKET}/states/a: found a bucket of S3"),
+    ):
+        Checkpoints(place / "a", {})

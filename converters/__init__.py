@@ -6,6 +6,10 @@ adapters and projectors with `base=`. Write it back, in the layout it came in:
     model, processor = converters.load("path/to/llava-1.5")
     converters.export(model, "path/to/new-folder")
 
+In another layout, transformers' or that of LLaVA's authors, from the folder itself:
+
+    converters.export("path/to/llava-1.5", "path/to/llava-1.5-hf", layout="hf")
+
 Fuse members of one family, into a folder or with nothing written between; first say what would be:
 
     members = {"a": "path/to/member-a", "b": "path/to/member-b"}
@@ -27,8 +31,8 @@ Look at parts: a vision encoder alone, or what a folder holds, from its headers 
     source = converters.open_source("path/to/llava-1.5")
     print(source.layout, source.llm["model_type"], [branch.name for branch in source.branches])
 
-On the command line: `python -m converters inspect|verify`. `help(converters.load)` and the like say
-all about one name.
+On the command line: `python -m converters inspect|verify|export`. `help(converters.load)` and the
+like say all about one name.
 """
 # ruff: noqa: E402, F401  (readers need what is registered; without `__all__` help() is short)
 

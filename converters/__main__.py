@@ -1,4 +1,4 @@
-"""`python -m converters inspect|verify`."""
+"""`python -m converters inspect|verify|export`."""
 
 import argparse
 import io
@@ -6,6 +6,7 @@ import os
 import shutil
 import signal
 import sys
+import warnings
 from typing import NoReturn
 
 from vfjax import InputError
@@ -18,10 +19,36 @@ def main() -> int:
     verbs = parser.add_subparsers(dest="verb", required=True)
     look = verbs.add_parser("inspect", help="say what a checkpoint folder is (headers only)")
     look.add_argument("path")
-    look.add_argument("--base", help="folder of the model that an adapter or projector is for")
-    look.add_argument(
-        "--towers", nargs="+", type=_pair, default=[], metavar="NAME=FOLDER", help="where they are"
+    made = verbs.add_parser(
+        "export",
+        help="write a model's folder in another layout",
+        description="Writes a LLaVA-1.5, LLaVA-1.6 or LLaVA-OneVision in another layout, block by "
+        "block. The new folder answers as the old one; what its layout cannot say is refused.",
+        epilog="examples:\n"
+        "  python -m converters export llava-v1.5-7b llava-v1.5-7b-hf --layout=hf\n"
+        "  python -m converters export llava-v1.6-vicuna-7b out --layout=hf \\\n"
+        "      --towers openai/clip-vit-large-patch14-336=clip\n"
+        "  python -m converters export llava-onevision-hf llava-onevision --layout=llava",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
+    made.add_argument("path", help="the model's folder")
+    made.add_argument("out", help="folder to make")
+    made.add_argument(
+        "--layout",
+        required=True,
+        choices=("hf", "llava"),
+        help="hf: transformers'; llava: that of LLaVA's authors",
+    )
+    for verb in (look, made):
+        verb.add_argument("--base", help="folder of the model that an adapter or projector is for")
+        verb.add_argument(
+            "--towers",
+            nargs="+",
+            type=_pair,
+            default=[],
+            metavar="NAME=FOLDER",
+            help="where they are",
+        )
     same = verbs.add_parser("verify", help="compare with recorded outputs of other code")
     same.add_argument("case", nargs="+")
     args = parser.parse_args()
@@ -30,6 +57,16 @@ def main() -> int:
             from converters.inspect import inspect
 
             print(inspect(args.path, towers=dict(args.towers), base=args.base), flush=True)
+            return 0
+        if args.verb == "export":
+            from converters.export import export
+
+            with warnings.catch_warnings(record=True) as notes:
+                warnings.simplefilter("always", UserWarning)
+                towers = dict(args.towers)
+                export(args.path, args.out, layout=args.layout, towers=towers, base=args.base)
+            for note in notes:
+                print(f"note: {note.message}", file=sys.stderr)
             return 0
         from converters.verify import run
 

@@ -1,10 +1,13 @@
 """The chat template of a folder."""
 
+import json
+from collections.abc import Sequence
 from pathlib import Path
 
 from vfjax import InputError
 from vfjax.atomic import contents, read_json
 from vfjax.errors import cut
+from vfjax.text.prompts import Template
 
 FILES = ("chat_template.json", "chat_template.jinja", "tokenizer_config.json")
 """Files that may hold one, beside processor_config.json."""
@@ -52,3 +55,78 @@ def read_chat_template(folder: Path) -> str:
         if found is not None:
             return found
     return ""
+
+
+def jinja(template: Template, tokens: Sequence[str]) -> str:
+    """A named prompt template as Jinja, for transformers' messages of texts and pictures.
+
+    As `vfjax.text.messages` has it: system texts stand before the first question, pictures first in
+    their message unless they stand between texts, one part a line. Roles in another order, and an
+    answer that the template cannot hold, are errors of the template.
+
+    Args:
+        template: one of `vfjax.text.prompts.TEMPLATES`.
+        tokens: what stands for a picture and, if there are two, for a video.
+    """
+    visual = dict(zip(("image", "video"), tokens, strict=False))
+    words = {"head": template.head, "middle": template.middle, "again": template.again}
+    answer = "{{- raise_exception('this template holds no answers') -}}"
+    if template.tail is not None:
+        space, tail = _literal(template.space), _literal(template.tail)
+        answer = f"{{{{- {space} + ns.text + {tail} -}}}}"
+    said = {key: _literal(text) for key, text in words.items()}
+    return _JINJA % {**said, "answer": answer, "visual": _literal(visual)}
+
+
+def _literal(value: object) -> str:
+    """A text, or texts by name, as Jinja has it."""
+    return json.dumps(value, ensure_ascii=False)
+
+
+_JINJA = """{%%- set ns = namespace(system='', text='', runs=0, last='', said=false, role='') -%%}
+{%%- set visual = %(visual)s -%%}
+{{- %(head)s -}}
+{%%- for message in messages -%%}
+  {%%- set ns.text = '' -%%}
+  {%%- if message['content'] is string -%%}
+    {%%- set ns.text = message['content'] -%%}
+  {%%- else -%%}
+    {%%- set ns.runs = 0 -%%}
+    {%%- set ns.last = '' -%%}
+    {%%- for part in message['content'] -%%}
+      {%%- if part['type'] != 'text' and part['type'] not in visual -%%}
+        {{- raise_exception('no part of a message is of type ' + part['type']) -}}
+      {%%- endif -%%}
+      {%%- if part['type'] == 'text' and ns.last != 'text' -%%}
+        {%%- set ns.runs = ns.runs + 1 -%%}
+      {%%- endif -%%}
+      {%%- set ns.last = part['type'] -%%}
+    {%%- endfor -%%}
+    {%%- if ns.runs < 2 -%%}
+      {%%- for part in message['content'] if part['type'] in visual -%%}
+        {%%- set ns.text = ns.text + visual[part['type']] + '\n' -%%}
+      {%%- endfor -%%}
+    {%%- endif -%%}
+    {%%- for part in message['content'] if part['type'] == 'text' or ns.runs > 1 -%%}
+      {%%- set said = part['text'] if part['type'] == 'text' else visual[part['type']] -%%}
+      {%%- set ns.text = ns.text + said + '\n' -%%}
+    {%%- endfor -%%}
+    {%%- set ns.text = ns.text[:-1] -%%}
+  {%%- endif -%%}
+  {%%- if message['role'] == 'system' and ns.role in ['', 'system'] -%%}
+    {%%- set more = not loop.last and messages[loop.index]['role'] == 'system' -%%}
+    {%%- set ns.system = ns.system + ns.text + ('\n' if more else '\n\n') -%%}
+  {%%- elif message['role'] == 'user' and ns.role != 'user' -%%}
+    {{- (%(again)s if ns.said else ns.system) + ns.text -}}
+    {%%- set ns.said = true -%%}
+    {%%- if not loop.last or add_generation_prompt -%%}
+      {{- %(middle)s -}}
+    {%%- endif -%%}
+  {%%- elif message['role'] == 'assistant' and ns.role == 'user' -%%}
+    %(answer)s
+  {%%- else -%%}
+    {{- raise_exception('roles are: system, then user and assistant in turn') -}}
+  {%%- endif -%%}
+  {%%- set ns.role = message['role'] -%%}
+{%%- endfor -%%}
+"""

@@ -14,7 +14,7 @@ from jax.typing import DTypeLike
 
 from converters.fingerprint import fingerprint
 from converters.folder import open_source
-from converters.formats.llava import prompt_template
+from converters.formats.llava import UPSTREAM, prompt_template
 from converters.formats.visionfuse import fused_config
 from converters.load import flatten, float_dtype, model_config, read_model
 from converters.params.table import FLOATS
@@ -32,12 +32,6 @@ from vfjax.processes import agreeing, owners
 from vfjax.text.chat import CHAT_TEMPLATE
 from vfjax.text.prompts import get_template
 from vfjax.vision.encoders.vit import resolve_taps
-
-UPSTREAM = {
-    "llama": ("llava_llama", "LlavaLlamaForCausalLM"),
-    "mistral": ("llava_mistral", "LlavaMistralForCausalLM"),
-}
-"""LLM -> `model_type` and class of LLaVA's code around it."""
 
 
 def create(

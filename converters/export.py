@@ -1,6 +1,7 @@
 """A model back to checkpoint files, by the same tables, read the other way."""
 
 import json
+import math
 import threading
 from collections.abc import Callable, Container, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -18,12 +19,21 @@ from converters.files.push import check_push, push
 from converters.files.reader import read_file
 from converters.files.writer import Content, write_folder
 from converters.folder import open_source
-from converters.load import Params, flatten, part_of
+from converters.layouts import Files, relaid, written_as
+from converters.load import (
+    Params,
+    check,
+    flatten,
+    model_config,
+    part_of,
+    structure,
+)
 from converters.model_card import readme
-from converters.origin import Origin, origin_of
+from converters.origin import Origin, from_source, origin_of
 from converters.params.table import Rule, restored
 from converters.registry import find
-from converters.towers import Prefixes, slot_of
+from converters.source import Source
+from converters.towers import Prefixes, Tensors, slot_of
 from vfjax import InputError, Model
 from vfjax.atomic import JSON
 from vfjax.merge import LazyTensor
@@ -31,17 +41,20 @@ from vfjax.processes import together
 
 
 def export(
-    model: Model,
+    model: Model | str | Path,
     out: str | Path,
     *,
+    layout: str | None = None,
     like: Model | None = None,
+    towers: Mapping[str, str | Path] | None = None,
+    base: str | Path | None = None,
     shard_bytes: float = 5e9,
     progress: Callable[[int], object] | None = None,
     remote_code: bool = False,
     push_to_hub: str | None = None,
     private: bool | None = None,
 ) -> None:
-    """Writes a model in the layout and under the names that it was loaded from.
+    """Writes a model in the layout and under the names that it was loaded from, or in another.
 
     A tower that was read from a folder of its own is written to `vision_tower/` (a second one to
     `vision_tower_aux/`) inside `out`, where `converters.load` finds it; one that the checkpoint
@@ -49,11 +62,24 @@ def export(
     not read, are copied from the folder that it came from. On several processes only the first
     writes.
 
+    Another layout is transformers' ("hf": LlavaForConditionalGeneration, LlavaNext, LlavaOnevision)
+    or that of LLaVA's authors ("llava"). The new folder answers as the old one; what its layout
+    cannot say is refused, and what its code does otherwise in a detail is warned of. Pictures are
+    opened as each code opens them: transformers turns a file as its EXIF data say and lays what is
+    transparent on white, the authors do neither. Where torchvision is installed, transformers
+    resizes by it unless `AutoProcessor.from_pretrained` is told backend="pil"; then pixels are the
+    authors' to the byte. An embedding without a row for `<image>` is made longer, and shorter on
+    the way back.
+
     Args:
-        model: made by `converters.load`; its parameters may have changed.
+        model: made by `converters.load`; its parameters may have changed. With `layout` also a
+            folder, which is then read block by block.
         out: folder to make.
+        layout: "hf" or "llava"; None: the one that the model came in.
         like: the model that was loaded, where `model` is another object of its structure, as
             `nnx.merge` and `jax.tree.map` make them.
+        towers: of a folder, see `load`.
+        base: of a folder, see `load`.
         shard_bytes: largest size of a weights file.
         progress: called with the number of bytes after each write.
         remote_code: add the code with which transformers runs a fused folder without vfjax, by
@@ -64,10 +90,58 @@ def export(
 
     Raises:
         InputError: `out` exists, the model was not loaded or has int8 weights, the folder it came
-            from is gone or has other tensors now, or the disk fills up; nothing is left then.
-            `remote_code` of a folder that is not a fused one, or where torch lacks a branch. No
-            login, or one that may not write to `push_to_hub`, before anything is done; or the hub
-            refuses it then: `out` is whole.
+            from is gone or has other tensors now, `layout` has no words for the model, or the disk
+            fills up; nothing is left then. `remote_code` of a folder that is not a fused one, or
+            where torch lacks a branch. No login, or one that may not write to `push_to_hub`, before
+            anything is done; or the hub refuses it then: `out` is whole.
+    """
+    if remote_code and (layout is not None or not isinstance(model, Model)):
+        raise InputError(
+            "remote_code",
+            found=f"True, and layout {layout!r}",
+            expected="one of them: other layouts are of classes that transformers has",
+            fix="leave one out",
+        )
+    if isinstance(model, Model):
+        source, origin = None, _origin(model, like)
+    else:
+        source = open_source(model, towers=towers, base=base)
+        origin = from_source(source)
+    if remote_code:
+        from converters.hf import remote  # torch, which takes seconds
+
+        remote.check(open_source(origin.home))
+    repo = None
+    if push_to_hub is not None:
+        with together("push_to_hub"):
+            if jax.process_index() == 0:
+                repo = check_push(push_to_hub, out, private)
+    params = _on_hosts(flatten(nnx.split(model)[1])) if isinstance(model, Model) else {}
+    if jax.process_index():
+        return
+    if source is not None:
+        weights, files = _relaid(source, layout or "", _tensors(source))
+    elif layout is not None and not written_as(origin.source, layout):
+        weights, files = _relaid(origin.source, layout, _exported(origin, params))
+    else:
+        weights = _as_it_came(origin, params)
+        files = config_files(origin, np.dtype(params["llm/embedding"].dtype))
+    if repo is not None:
+        recipe = origin.config.get("recipe")
+        merge = recipe if origin.kind == "fused" and isinstance(recipe, Mapping) else None
+        files[README] = readme(repo.name, origin.kind, origin.made_of, merge, remote_code)
+    write_folder(out, weights, files=files, shard_bytes=shard_bytes, progress=progress)
+    if remote_code:
+        remote.add_code(out)
+    if repo is not None:
+        push(Path(out), repo, private)
+
+
+def _origin(model: Model, like: Model | None) -> Origin:
+    """The checkpoint of a model that can be written.
+
+    Raises:
+        InputError: it was not loaded or has int8 weights, or the folder that it came from is gone.
     """
     origin = origin_of(model if like is None else like)
     if any(x.dtype == np.int8 for x in jax.tree.leaves(nnx.state(model))):
@@ -84,18 +158,11 @@ def export(
             expected="the checkpoint that the model was loaded from, for its tokenizer files",
             fix="put it back",
         )
-    if remote_code:
-        from converters.hf import remote  # torch, which takes seconds
+    return origin
 
-        remote.check(open_source(origin.home))
-    repo = None
-    if push_to_hub is not None:
-        with together("push_to_hub"):
-            if jax.process_index() == 0:
-                repo = check_push(push_to_hub, out, private)
-    params = _on_hosts(flatten(nnx.split(model)[1]))
-    if jax.process_index():
-        return
+
+def _as_it_came(origin: Origin, params: Params) -> dict[str, dict[str, LazyTensor]]:
+    """Sub-folder -> name -> tensor, in the layout that the model came in."""
     parts: dict[str, dict[str, list[tuple[nnx.Variable, Rule]]]] = {"": {}}
     for name, (rule, prefixes, folder) in targets(origin, params).items():
         target = parts.setdefault(folder, {})
@@ -107,16 +174,43 @@ def export(
     }
     for folder, name, tensor in _spare(origin, weights):
         weights[folder][name] = tensor
-    files = config_files(origin, np.dtype(params["llm/embedding"].dtype))
-    if repo is not None:
-        recipe = origin.config.get("recipe")
-        merge = recipe if origin.kind == "fused" and isinstance(recipe, Mapping) else None
-        files[README] = readme(repo.name, origin.kind, origin.made_of, merge, remote_code)
-    write_folder(out, weights, files=files, shard_bytes=shard_bytes, progress=progress)
-    if remote_code:
-        remote.add_code(out)
-    if repo is not None:
-        push(Path(out), repo, private)
+    return weights
+
+
+def _tensors(source: Source) -> dict[str, Tensors]:
+    """Component -> its tensors that a model reads, of an opened folder."""
+    params = structure(model_config(source))[1]
+    return {
+        part: {
+            one.source: source.parts[part][one.source]
+            for name, rule in rules.items()
+            for one in rule.each(params[name].shape)
+        }
+        for part, rules in check(source, params).items()
+    }
+
+
+def _exported(origin: Origin, params: Params) -> dict[str, Tensors]:
+    """Component -> its tensors, of a model's parameters."""
+    pieces: dict[str, dict[str, list[tuple[nnx.Variable, Rule]]]] = {}
+    for name, (rule, _, _) in targets(origin, params).items():
+        found = pieces.setdefault(part_of(name)[0], {})
+        for one in rule.each(params[name].shape):
+            found.setdefault(one.source, []).append((params[name], one))
+    return {p: {n: _Exported(x) for n, x in tensors.items()} for p, tensors in pieces.items()}
+
+
+def _relaid(
+    source: Source, layout: str, tensors: Mapping[str, Tensors]
+) -> tuple[dict[str, dict[str, LazyTensor]], dict[str, Content]]:
+    """Weights and files of `relaid`; config.json names the dtype of the largest tensor."""
+    weights, found = relaid(source, layout, tensors)
+    dtype = max(weights.values(), key=lambda tensor: math.prod(tensor.shape)).dtype
+    config = found["config.json"]
+    assert not isinstance(config, bytes)
+    texts: Files = {**found, "config.json": with_dtype(config, dtype)}
+    files = {name: x if isinstance(x, bytes) else to_bytes(x) for name, x in texts.items()}
+    return {"": weights}, dict[str, Content](files)
 
 
 def config_files(origin: Origin, dtype: np.dtype) -> dict[str, Content]:

@@ -36,6 +36,7 @@ class Origin:
         created: see `Source.created`.
         kind: see `Source.kind`.
         made_of: folders that it was read from.
+        source: its normal form, without tensors.
     """
 
     home: Path
@@ -49,6 +50,7 @@ class Origin:
     created: bool
     kind: str
     made_of: tuple[Path, ...]
+    source: Source
 
 
 def remember(model: Model, source: Source) -> None:
@@ -78,7 +80,16 @@ def from_source(source: Source) -> Origin:
         created=source.created,
         kind=source.kind,
         made_of=tuple(path for path in (source.path, source.base, *towers_of) if path is not None),
+        source=_without_tensors(source),
     )
+
+
+def _without_tensors(source: Source) -> Source:
+    towers, held = (
+        {p: dataclasses.replace(t, tensors={}, spare={}) for p, t in found.items()}
+        for found in (source.towers, source.held)
+    )
+    return dataclasses.replace(source, parts={}, spare={}, towers=towers, held=held)
 
 
 def _sorted(files: Mapping[str, JSON]) -> dict[str, Any]:

@@ -218,6 +218,25 @@ def from_preprocessor(
     )
 
 
+def image_settings(images: ImageSpec) -> dict[str, Any]:
+    """Settings of an image processor of transformers', without its name."""
+    squash = images.resize == "squash"
+    edges = ("height", "width") if squash else ("shortest_edge",)
+    return {
+        "do_convert_rgb": True,
+        "do_resize": True,
+        "size": dict.fromkeys(edges, images.edge),
+        "resample": images.resample,
+        "do_center_crop": not squash or images.size != images.edge,
+        "crop_size": dict.fromkeys(("height", "width"), images.size),
+        "do_rescale": True,
+        "rescale_factor": images.rescale,
+        "do_normalize": True,
+        "image_mean": list(images.mean),
+        "image_std": list(images.std),
+    }
+
+
 NATIVE = "Qwen2(_5_)?VLImageProcessor(Fast|Pil)?"
 """Image processors that keep a picture about its size, a pattern."""
 

@@ -5,7 +5,7 @@ folder is read into it; `converters.folder` does so.
 """
 
 import dataclasses
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -14,7 +14,9 @@ from converters.files.names import PAIR, TOKENIZERS
 from converters.params.table import Names, Table
 from converters.towers import Prefixes, Tensors, Tower, Towers
 from converters.values import Unused, Values
+from vfjax.architectures import Architecture
 from vfjax.atomic import JSON
+from vfjax.model import ModelConfig
 
 TEMPLATE = "mm_prompt_template"
 """Key of config.json, ours: prompt template of a model that was not trained with its layout's."""
@@ -204,6 +206,47 @@ class Source:
         return files
 
 
+KEEP = "keep the layout that it has: this cannot be said in the other"
+"""What to do about a model that another layout has no words for."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Written:
+    """A model in the words of a layout, without weights and tokenizer.
+
+    Attributes:
+        config: config.json.
+        prefixes: component -> (prefix in the folder, prefix in the component's table), the first
+            that fits.
+        files: other JSON files, by their paths in the folder.
+    """
+
+    config: Mapping[str, Any]
+    prefixes: Mapping[str, Prefixes]
+    files: Mapping[str, Mapping[str, Any]]
+
+
+@dataclasses.dataclass(frozen=True)
+class Writer:
+    """How a model that was read from another layout is written in this one.
+
+    What a layout cannot say need not be looked for: what was written is read again and compared,
+    see `converters.layouts`.
+
+    Attributes:
+        kind: how `converters.export` calls the layout; several have one name, for each what its
+            class computes.
+        architectures: what that is.
+        write: (the model's normal form, its config, the ids of `tokens`) -> what is written.
+        tokens: what its tokenizer must have for pictures and videos, the former first.
+    """
+
+    kind: Literal["hf", "llava"]
+    architectures: tuple[type[Architecture], ...]
+    write: Callable[[Source, ModelConfig, Sequence[int]], Written]
+    tokens: tuple[str, ...] = ()
+
+
 @dataclasses.dataclass(frozen=True)
 class Layout:
     """How one kind of folder is read.
@@ -217,6 +260,7 @@ class Layout:
         unused: keys of config.json, outside its sections, that are known to have no effect on what
             is computed here.
         general: other layouts that match come first.
+        writer: how models of other layouts are written in this one, if they can be.
     """
 
     name: str
@@ -225,6 +269,7 @@ class Layout:
     prefixes: Callable[[Source], Names]
     unused: Unused
     general: bool = False
+    writer: Writer | None = None
 
     def open(self, path: Path, config: Mapping[str, JSON], towers: Towers) -> Source:
         """The normal form of a folder, without tensors.

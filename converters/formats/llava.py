@@ -7,19 +7,30 @@ A folder is read as the code that its config.json is for reads it; transformers'
 import ast
 import contextlib
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from converters import registry
 from converters.params.mlp import MERGES
 from converters.params.table import LM, Names
-from converters.source import Branch, Layout, New, Source
-from converters.towers import Prefixes, Tower, Towers
+from converters.preprocessor import image_settings
+from converters.source import KEEP, Branch, Layout, New, Source, Writer, Written
+from converters.towers import PREPROCESSOR, Prefixes, Tower, Towers
 from converters.values import ANY, DEEPEST, Unused, Values
+from vfjax import InputError
+from vfjax.architectures import Llava, LlavaNext, ProjectorConfig
+from vfjax.model import ModelConfig
+from vfjax.vision.images import ImageSpec
 
 MODELS = {"llava": "llama", "llava_llama": "llama", "llava_mistral": "mistral"}
 """Upstream's `model_type` -> its LLM's."""
+
+UPSTREAM = {
+    "llama": ("llava_llama", "LlavaLlamaForCausalLM"),
+    "mistral": ("llava_mistral", "LlavaMistralForCausalLM"),
+}
+"""`model_type` of an LLM -> upstream's, and its class."""
 
 OWN = (
     "architectures",
@@ -217,8 +228,129 @@ def upstream_names(source: Source) -> Names:
     )
 
 
+def write(source: Source, model: ModelConfig, ids: Sequence[int]) -> Written:
+    """A LLaVA-1.5 or 1.6 as its authors' folder; see `converters.source.Writer`.
+
+    The tower is in the checkpoint, which its code reads where it was tuned, and so said to be; its
+    configs are beside.
+
+    Raises:
+        InputError: an LLM of another type than the authors'.
+    """
+    del ids  # pictures have no token
+    made: Any = model.branches[0].architecture  # a Llava or LlavaNext
+    kind = source.llm["model_type"]
+    if kind not in UPSTREAM:
+        raise InputError(
+            f"{source.path}: llm",
+            found=f"an LLM of type {kind!r}",
+            expected=f"one of {', '.join(UPSTREAM)}, for which LLaVA's code has a class",
+            fix=KEEP,
+        )
+    name, architecture = UPSTREAM[kind]
+    config: dict[str, Any] = {
+        "architectures": [architecture],
+        "model_type": name,
+        "image_aspect_ratio": "pad" if made.images.aspect == "pad" else "square",
+        "unfreeze_mm_vision_tower": True,
+    }
+    if pinpoints := getattr(made, "pinpoints", ()):
+        config["image_aspect_ratio"] = "anyres"
+        config["image_grid_pinpoints"] = [list(point) for point in pinpoints]
+        config["mm_patch_merge_type"] = made.merge
+    return write_upstream(source, model, made.connector, config)
+
+
+def write_upstream(
+    source: Source,
+    model: ModelConfig,
+    connector: ProjectorConfig,
+    own: Mapping[str, Any],
+) -> Written:
+    """What the authors' folders of several families have in common.
+
+    Args:
+        source: the model's normal form.
+        model: its config.
+        connector: of the only branch.
+        own: keys of config.json that are the family's.
+
+    Raises:
+        InputError: several layers are read of the tower.
+    """
+    branch, combine = source.branches[0], connector.combine
+    if len(combine.taps) > 1:
+        raise InputError(
+            f"{source.path}: {branch.part('connector')}",
+            found=f"hidden states {', '.join(map(str, combine.taps))} of the tower",
+            expected="one, as LLaVA's mm_vision_select_layer says",
+            fix=KEEP,
+        )
+    projector, encoder = connector.projector, model.branches[0].architecture.encoders["encoder"]
+    deep = "linear" if projector.layers == 1 else f"mlp{projector.layers}x_gelu"
+    tower = source.table(branch.part("encoder"))
+    config = {
+        **_before_5(source.llm),
+        "hidden_size": model.llm.width,
+        "mm_hidden_size": encoder.width,
+        "mm_projector_type": deep,
+        "mm_vision_select_feature": "patch" if combine.drop else "cls_patch",
+        "mm_vision_select_layer": combine.taps[0],
+        "mm_vision_tower": branch.encoder.get("_name_or_path") or "vision_tower",
+        "tie_word_embeddings": model.llm.tied,
+        "use_mm_proj": True,
+        **own,
+    }
+    shown = "vision_model." if ("vision_model.", "") in tower.prefixes else ""
+    lone = (("model.mm_projector.", "0."),) if projector.layers == 1 else ()
+    return Written(
+        config,
+        prefixes={
+            "llm": (("", ""),),
+            branch.part("encoder"): ((f"model.vision_tower.vision_tower.{shown}", ""),),
+            branch.part("connector"): (
+                ("model.image_newline", "image_newline"),
+                *lone,
+                ("model.mm_projector.", ""),
+            ),
+        },
+        files={
+            "vision_tower/config.json": {**branch.encoder, "model_type": tower.types[0]},
+            f"vision_tower/{PREPROCESSOR}": tower_settings(model.branches[0].architecture.images),
+        },
+    )
+
+
+def tower_settings(images: ImageSpec) -> dict[str, Any]:
+    """preprocessor_config.json of a tower whose pictures are prepared so."""
+    kind = "Siglip" if images.resize == "squash" and images.size == images.edge else "CLIP"
+    return {**image_settings(images), "image_processor_type": f"{kind}ImageProcessor"}
+
+
+def _before_5(llm: Mapping[str, Any]) -> dict[str, Any]:
+    """An LLM's config with the keys of transformers 4, which the authors' code runs with."""
+    out = {key: value for key, value in llm.items() if key != "rope_parameters"}
+    rotary = dict(llm.get("rope_parameters") or {})
+    if rotary and not out.get("rope_scaling"):
+        if (theta := rotary.pop("rope_theta", None)) is not None:
+            out["rope_theta"] = theta
+        scaled = rotary.get("rope_type", "default") != "default"
+        out["rope_scaling"] = rotary if scaled else None
+    if "dtype" in out:
+        out["torch_dtype"] = out.pop("dtype")
+    return out
+
+
 LAYOUTS = (
-    Layout("llava", is_upstream, describe_upstream, upstream_names, unused=UNUSED, general=True),
+    Layout(
+        "llava",
+        is_upstream,
+        describe_upstream,
+        upstream_names,
+        unused=UNUSED,
+        general=True,
+        writer=Writer("llava", (Llava, LlavaNext), write),
+    ),
 )
 
 

@@ -1,13 +1,25 @@
 """Transformers' folders of LLaVA-1.6 (LlavaNext)."""
 
 import dataclasses
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
-from converters.formats.port import HF, describe_hf, hf_names
-from converters.source import Layout, Source
-from converters.towers import Towers
+from converters.formats.port import (
+    HF,
+    class_names,
+    describe_hf,
+    hf_names,
+    write_port,
+)
+from converters.preprocessor import image_settings
+from converters.source import KEEP, Layout, Source, Writer, Written
+from converters.towers import PREPROCESSOR, Towers
 from converters.values import Values
 from vfjax import InputError
+from vfjax.architectures import LlavaNext
+from vfjax.model import ModelConfig
+from vfjax.text.prompts import IMAGE_TOKEN
 
 
 def describe_next(path: Path, config: Values, towers: Towers) -> Source:
@@ -51,6 +63,33 @@ PINPOINTS = [[336, 672], [672, 336], [672, 672], [1008, 336], [336, 1008]]
 """The default of LlavaNextConfig."""
 
 
+def write(source: Source, model: ModelConfig, ids: Sequence[int]) -> Written:
+    """A LLaVA-1.6 as LlavaNextForConditionalGeneration's folder; see `converters.source.Writer`.
+
+    Its pinpoints stand in the order of the model's, so that of canvases that suit a picture equally
+    the same one is taken.
+
+    Raises:
+        InputError: tiles that are put together otherwise, or as `write_port`.
+    """
+    made: Any = model.branches[0].architecture  # a LlavaNext
+    if made.merge != "spatial_unpad":
+        raise InputError(
+            f"{source.path}: mm_patch_merge_type",
+            found=repr(made.merge),
+            expected="'spatial_unpad', as LlavaNextForConditionalGeneration puts tiles together",
+            fix=KEEP,
+        )
+    written = write_port(source, model, ids, "LlavaNext", "llava_next", made.connector)
+    pinpoints = [[height, width] for width, height in made.pinpoints]
+    images = {**image_settings(made.images), "do_pad": True, "image_grid_pinpoints": pinpoints}
+    return dataclasses.replace(
+        written,
+        config={**written.config, "image_grid_pinpoints": pinpoints},
+        files={**written.files, PREPROCESSOR: {**images, **class_names("LlavaNext")}},
+    )
+
+
 LAYOUTS = (
     Layout(
         "llava-next-hf",
@@ -58,5 +97,6 @@ LAYOUTS = (
         describe_next,
         hf_names,
         unused={**HF, "use_image_newline_parameter": (True,)},
+        writer=Writer("hf", (LlavaNext,), write, (IMAGE_TOKEN,)),
     ),
 )

@@ -8,7 +8,7 @@ to whole tokens. The authors' tower is SigLIP without its last layer.
 import dataclasses
 import math
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -21,12 +21,25 @@ from converters.formats.llava import (
     upstream_source,
     upstream_tower,
 )
-from converters.formats.port import HF, hf_names, port_parts, port_source
+from converters.formats.port import (
+    HF,
+    class_names,
+    hf_names,
+    port_parts,
+    port_source,
+    write_port,
+)
 from converters.params import mlp
 from converters.params.table import Table
-from converters.preprocessor import IDLE, PROCESSOR, defaulted, read_preprocessor
-from converters.source import Layout, Made, New, Source
-from converters.towers import Prefixes, Towers
+from converters.preprocessor import (
+    IDLE,
+    PROCESSOR,
+    defaulted,
+    image_settings,
+    read_preprocessor,
+)
+from converters.source import KEEP, Layout, Made, New, Source, Writer, Written
+from converters.towers import PREPROCESSOR, Prefixes, Towers
 from converters.values import ANY, REQUIRED, Unused, Values
 from vfjax import InputError
 from vfjax.architectures import ProjectorConfig
@@ -34,6 +47,8 @@ from vfjax.architectures.base import PatchEncoder
 from vfjax.architectures.onevision import OneVision
 from vfjax.atomic import JSON, read_json
 from vfjax.errors import cut
+from vfjax.model import ModelConfig
+from vfjax.text.prompts import IMAGE_TOKEN
 from vfjax.vision.images import ImageSpec
 
 VIEWS = 1000
@@ -336,6 +351,89 @@ def _same(one: object, other: object) -> bool:
     return one == other
 
 
+def write_hf(source: Source, model: ModelConfig, ids: Sequence[int]) -> Written:
+    """A LLaVA-OneVision as LlavaOnevisionForConditionalGeneration's folder; see `Writer`.
+
+    Raises InputError as `converters.formats.port.write_port`.
+    """
+    made: Any = model.branches[0].architecture  # a OneVision
+    family = "LlavaOnevision"
+    written = write_port(source, model, ids, family, "llava_onevision", made.connector)
+    pinpoints = [[height, width] for width, height in made.pinpoints]
+    images = image_settings(made.images)
+    for key in ("crop_size", "do_center_crop"):
+        del images[key]
+    aspect, select = f"anyres_max_{made.most}", written.config["vision_feature_select_strategy"]
+    processor = {
+        "processor_class": f"{family}Processor",
+        "image_token": IMAGE_TOKEN,
+        "num_image_tokens": made.side**2 + made.connector.combine.drop,
+        "video_token": VIDEO_TOKEN,
+        "vision_aspect_ratio": aspect,
+        "vision_feature_select_strategy": select,
+    }
+    own = {"do_pad": True, "image_grid_pinpoints": pinpoints, **class_names(family)}
+    video = {"video_processor_type": f"{family}VideoProcessor"}
+    return dataclasses.replace(
+        written,
+        config={
+            **written.config,
+            "image_grid_pinpoints": pinpoints,
+            "video_token_index": ids[1],
+            "vision_aspect_ratio": aspect,
+        },
+        files={
+            "processor_config.json": processor,
+            PREPROCESSOR: {**images, **own},
+            "video_preprocessor_config.json": {**images, **video},
+        },
+    )
+
+
+VIDEO_TOKEN = "<video>"
+
+
+def write(source: Source, model: ModelConfig, ids: Sequence[int]) -> Written:
+    """A LLaVA-OneVision as its authors' folder; see `converters.source.Writer`.
+
+    Their code drops the last layer of a SigLIP and reads the one before it: the tower's config says
+    one layer more than there are.
+
+    Raises:
+        InputError: an LLM of another type than Qwen2, or a tower of which other layers are read.
+    """
+    del ids  # pictures have no token
+    made: Any = model.branches[0].architecture  # a OneVision
+    kind = source.llm["model_type"]
+    if kind != "qwen2":
+        raise InputError(
+            f"{source.path}: llm",
+            found=f"an LLM of type {kind!r}",
+            expected="qwen2, for which the authors' code has a class",
+            fix=KEEP,
+        )
+    config = {
+        "architectures": ["LlavaQwenForCausalLM"],
+        "model_type": "llava_qwen",
+        "image_aspect_ratio": f"anyres_max_{made.most}",
+        "image_grid_pinpoints": [list(point) for point in made.pinpoints],
+        "mm_newline_position": "one_token",
+        "mm_patch_merge_type": "spatial_unpad",
+        "mm_spatial_pool_mode": "bilinear",
+        "mm_spatial_pool_stride": 2,
+        "mm_tunable_parts": "mm_vision_tower,mm_mlp_adapter,mm_language_model",
+    }
+    written = llava.write_upstream(source, model, made.connector, config)
+    tower = written.files[TOWER]
+    if dense_connector.is_siglip(tower):
+        deeper = {**tower, "num_hidden_layers": made.encoder.layers + 1}
+        return dataclasses.replace(written, files={**written.files, TOWER: deeper})
+    return written
+
+
+TOWER = "vision_tower/config.json"
+
+
 def is_upstream(config: Mapping[str, JSON]) -> bool:
     """Whether a config.json is of LLaVA-NeXT's code around Qwen2, which some call "llava"."""
     named = config.get("architectures") == ["LlavaQwenForCausalLM"]
@@ -350,6 +448,7 @@ LAYOUTS = (
         describe,
         upstream_names,
         unused=UNUSED,
+        writer=Writer("llava", (OneVision,), write),
     ),
     Layout(
         "llava-onevision-hf",
@@ -362,5 +461,6 @@ LAYOUTS = (
             "video_token_id": ANY,
             "video_token_index": ANY,
         },
+        writer=Writer("hf", (OneVision,), write_hf, (IMAGE_TOKEN, VIDEO_TOKEN)),
     ),
 )

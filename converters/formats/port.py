@@ -3,7 +3,8 @@
 Upstream pads pictures of LLaVA-1.5 with their mean colour; the port crops them.
 """
 
-from collections.abc import Mapping
+import dataclasses
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -11,12 +12,15 @@ from converters import registry
 from converters.chat import read_chat_template
 from converters.formats.llava import prompt_template
 from converters.params.table import Names
-from converters.preprocessor import from_preprocessor, read_preprocessor
-from converters.source import Branch, Layout, Source, tokenizer_class
-from converters.towers import Towers
+from converters.preprocessor import from_preprocessor, image_settings, read_preprocessor
+from converters.source import KEEP, Branch, Layout, Source, Writer, Written, tokenizer_class
+from converters.towers import PREPROCESSOR, Towers
 from converters.values import ANY, PRETRAINED, Unused, Values
 from vfjax import InputError
+from vfjax.architectures import Llava, ProjectorConfig
 from vfjax.atomic import read_json
+from vfjax.errors import counted
+from vfjax.model import ModelConfig
 from vfjax.text.chat import CHAT_TEMPLATE
 from vfjax.text.prompts import IMAGE_TOKEN
 
@@ -252,6 +256,121 @@ def port_names(source: Source, *own: tuple[str, str, str]) -> Names:
     )
 
 
+def write(source: Source, model: ModelConfig, ids: Sequence[int]) -> Written:
+    """A LLaVA-1.5 as LlavaForConditionalGeneration's folder; see `converters.source.Writer`.
+
+    Its image processor pads as the authors' code does: do_pad.
+
+    Raises:
+        InputError: what is read of the tower, or the projector, is none of the class's.
+    """
+    made: Any = model.branches[0].architecture  # a Llava
+    written = write_port(source, model, ids, "Llava", "llava", made.connector)
+    images = {**image_settings(made.images), "do_pad": made.images.aspect == "pad"}
+    return dataclasses.replace(
+        written, files={**written.files, PREPROCESSOR: {**images, **class_names("Llava")}}
+    )
+
+
+def class_names(family: str) -> dict[str, str]:
+    """What preprocessor_config.json says of a family's processors."""
+    return {
+        "image_processor_type": f"{family}ImageProcessor",
+        "processor_class": f"{family}Processor",
+    }
+
+
+def write_port(
+    source: Source,
+    model: ModelConfig,
+    ids: Sequence[int],
+    family: str,
+    kind: str,
+    connector: ProjectorConfig,
+) -> Written:
+    """What the ports of LLaVA's families have in common; without preprocessor_config.json.
+
+    Args:
+        source: the model's normal form.
+        model: its config.
+        ids: the picture token's first.
+        family: how the names of its classes begin.
+        kind: its `model_type`.
+        connector: of the only branch.
+
+    Raises:
+        InputError: what is read of the tower, or the projector, is none of the class's.
+    """
+    branch = source.branches[0]
+    encoder: Any = model.branches[0].architecture.encoders["encoder"]  # with patches on a grid
+    where, combine, projector = (
+        f"{source.path}: {branch.part('connector')}",
+        connector.combine,
+        connector.projector,
+    )
+    if projector.layers != 2:
+        raise InputError(
+            where,
+            found=f"a projector of {counted(projector.layers, 'layer')}",
+            expected=f"two, as {family}ForConditionalGeneration has",
+            fix=KEEP,
+        )
+    if combine.axis != "channels" or combine.side or any(group[1:] for group in combine.groups):
+        raise InputError(
+            where,
+            found="a Dense Connector: means of layers, or tokens of several",
+            expected=f"hidden states side by side, as {family}ForConditionalGeneration reads",
+            fix=KEEP,
+        )
+    taps = [group[0] for group in combine.groups]
+    select = "default" if combine.drop else "full"
+    table, tower = source.table("llm"), source.table(branch.part("encoder"))
+    config = {
+        "architectures": [f"{family}ForConditionalGeneration"],
+        "model_type": kind,
+        "image_token_index": ids[0],
+        "multimodal_projector_bias": projector.bias,
+        "projector_hidden_act": projector.act,
+        "text_config": {**source.llm, "architectures": [table.architecture]},
+        "tie_word_embeddings": model.llm.tied,
+        "vision_config": {
+            **branch.encoder,
+            **tower_name(source),
+            "model_type": tower.types[0],
+            **({"vision_use_head": False} if tower.types[0] == "siglip_vision_model" else {}),
+        },
+        "vision_feature_layer": taps if taps[1:] else taps[0],
+        "vision_feature_select_strategy": select,
+    }
+    shown = "vision_model." if ("vision_model.", "") in tower.prefixes else ""
+    processor = {
+        "processor_class": f"{family}Processor",
+        "image_token": IMAGE_TOKEN,
+        "num_additional_image_tokens": encoder.prefix,
+        "patch_size": encoder.patch,
+        "vision_feature_select_strategy": select,
+    }
+    return Written(
+        config,
+        prefixes={
+            "llm": (("language_model.model.", "model."), ("language_model.lm_head.", "lm_head.")),
+            branch.part("encoder"): ((f"vision_tower.{shown}", ""),),
+            branch.part("connector"): (
+                ("multi_modal_projector.linear_1.", "0."),
+                ("multi_modal_projector.linear_2.", "2."),
+                ("image_newline", "image_newline"),
+            ),
+        },
+        files={"processor_config.json": processor},
+    )
+
+
+def tower_name(source: Source) -> dict[str, str]:
+    """What the authors' config.json calls the tower, where transformers keeps such names."""
+    name = source.config.get("mm_vision_tower")
+    return {"_name_or_path": name} if isinstance(name, str) and not Path(name).is_absolute() else {}
+
+
 LAYOUTS = (
     Layout(
         "llava-hf",
@@ -259,5 +378,6 @@ LAYOUTS = (
         describe_hf,
         hf_names,
         unused=HF,
+        writer=Writer("hf", (Llava,), write, (IMAGE_TOKEN,)),
     ),
 )

@@ -204,12 +204,19 @@ def _held(source: Source, places: Sequence[Place], tower_source: str) -> Source:
     towers, held = dict(source.towers), {}
     branches = {branch.name: branch for branch in source.branches}
     for part, tower in source.towers.items():
-        if _reads_own(part, tower, there, source.tuned, tower_source):
+        own = _reads_own(part, tower, there, source.tuned, tower_source)
+        if tower.repo is not None and not own:
+            try:
+                towers[part] = tower.whole(f"{source.path}: {part}")
+                continue
+            except hub.Absent:  # without a network only the checkpoint has it
+                if part not in there:
+                    raise
+                own = True
+        if own:
             held[part] = _as_deep(source, part, towers.pop(part), places)
             branch, name = source.encoders[part]
             branches[branch.name] = branches[branch.name].with_encoder(name, held[part].config)
-        elif tower.repo is not None:
-            towers[part] = tower.whole(f"{source.path}: {part}")
         elif not tower.tensors:
             raise InputError(
                 f"{source.path}: {part}",

@@ -184,7 +184,7 @@ def dry_run(
     checksums: bool = True,
     account: bool = True,
 ) -> dict[str, Any]:
-    """What `fuse` would do with the same arguments; reads headers only.
+    """What `fuse` would do with the same arguments; reads headers only, of files on a disk.
 
     Returns:
         "files", name -> bytes; "tensors", how many; "parameters"; "read", bytes of the sources;

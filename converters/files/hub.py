@@ -66,7 +66,7 @@ _NAME = re.compile(rf"({_PART}/{_PART})(?:@(.+))?", re.ASCII)
 
 
 class Absent(InputError):
-    """What is on no disk, and cannot be had from the hub; `found` says why."""
+    """What is on no disk, or not whole, and cannot be had from the hub; `found` says why."""
 
     def __init__(self, where: object, *, found: str, expected: object, fix: str):
         super().__init__(where, found=found, expected=expected, fix=fix)
@@ -149,7 +149,7 @@ def fetch(
         more: patterns of other files that are needed.
 
     Raises:
-        Absent: there is no such repository, or neither a network nor a copy.
+        Absent: there is no such repository, or neither a network nor a whole copy.
         InputError: it is gated, has no such revision, no weights that are read here or lacks one
             of their files; the hub does not answer, or the disk is full.
     """
@@ -185,7 +185,9 @@ def fetch(
             where,
             found=f"weights in {other[0]} alone" if other else "no weights",
             expected="safetensors, or .bin, as transformers names them",
-            fix="take the repository that it was made from",
+            fix=f"hf download {repo.name} {other[0]}, and name that file"
+            if other and other[0].endswith(".gguf")
+            else "take the repository that it was made from",
         )
     if indices := [glob.escape(name) for name in chosen if name.endswith(INDEX)]:
         get(indices)
@@ -289,6 +291,7 @@ def refusal(repo: Repo, where: str, error: Exception, more: str = "") -> InputEr
             found, expected = "a file of its list that it lacks", "all of them"
             fix = "take another revision, or tell its authors"
         case errors.IncompleteSnapshotError():
+            absent = True
             found = "a part of it in the cache, of a download that was broken off"
             expected = "all of it, or a network"
             fix = f"run it again with a network, and without HF_HUB_OFFLINE, or hf download {repo}"

@@ -1,5 +1,6 @@
 """Models by their names on the hub, from a server on loopback and from its cache."""
 
+import ast
 import errno
 import json
 import os
@@ -26,6 +27,8 @@ from tests.adapters import peft_folder
 from tests.checkpoints import write_json
 from tests.hub import Account, Hub, serving
 from vfjax import InputError
+
+QUICK = {"account": False}
 
 
 @pytest.fixture(scope="module")
@@ -84,12 +87,14 @@ def test_a_fusion_by_names(
     Then the same from the cache alone.
     """
     towers = {"org/clip": models / "clip"}
-    converters.fuse(members(models), tmp_path / "local", base=models / "base", towers=towers)
+    converters.fuse(
+        members(models), tmp_path / "local", base=models / "base", towers=towers, **QUICK
+    )
     plan = converters.dry_run(members("org"), tmp_path / "out", base="org/base")
-    converters.fuse(members("org"), tmp_path / "out", base="org/base")
+    converters.fuse(members("org"), tmp_path / "out", base="org/base", **QUICK)
     asked = len(server.asked)
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
-    converters.fuse(members("org"), tmp_path / "again", base="org/base")
+    converters.fuse(members("org"), tmp_path / "again", base="org/base", **QUICK)
     assert len(server.asked) == asked
     local, out, again = (files_of(tmp_path / name) for name in ("local", "out", "again"))
     assert out == again
@@ -145,8 +150,10 @@ def test_only_what_is_read_is_downloaded(server: Hub, models: Path, tmp_path: Pa
     assert len(found) == 3  # two shards and their index
 
 
-def test_a_towers_weights_that_the_checkpoint_has(server: Hub, models: Path, tmp_path: Path):
-    """Are not downloaded where its own are read."""
+def test_a_towers_weights_that_the_checkpoint_has(
+    server: Hub, models: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    """Are not downloaded where its own are read, as they are without a network."""
     folder = shutil.copytree(models / "two", tmp_path / "two")
     tower = checkpoints.load_file(folder / "vision_tower" / "model.safetensors")
     tensors = torch.load(folder / "pytorch_model.bin")
@@ -157,7 +164,10 @@ def test_a_towers_weights_that_the_checkpoint_has(server: Hub, models: Path, tmp
     write_json(folder / "config.json", {**config, "mm_vision_tower": "org/clip"})
     open_source(folder, tower_source="checkpoint")
     assert "model.safetensors" not in server.fetched("org/clip")
-    open_source(folder)
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    assert open_source(folder).towers == {}
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+    assert hub.named(open_source(folder).towers["branches.clip.encoder"].path)
     assert "model.safetensors" in server.fetched("org/clip")
 
 
@@ -210,6 +220,21 @@ def test_models_of_a_mergekit_yaml(server: Hub, models: Path, tmp_path: Path):
     assert not (tmp_path / "out" / "org").exists()
 
 
+def test_the_library_is_imported_late():
+    """Which takes half a second: by functions, and for types."""
+    files = [x for x in Path(converters.__file__).parent.rglob("*.py") if x.parent.name != "hf"]
+    for file in files:
+        tree = ast.parse(file.read_text())
+        names = [
+            alias.name if isinstance(node, ast.Import) else node.module
+            for node in tree.body
+            if isinstance(node, ast.Import | ast.ImportFrom)
+            for alias in node.names
+        ]
+        assert not [name for name in names if str(name).startswith("huggingface_hub")], file
+    assert len(files) > 60
+
+
 def test_a_folder_of_the_name_comes_first(
     server: Hub, models: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
@@ -244,7 +269,7 @@ def test_a_download_that_was_broken_off(server: Hub, monkeypatch: pytest.MonkeyP
     second = f"GET /org/one/resolve/{sha(server, 'one')}/pytorch_model-00002"
     server.faults += [(second, 0)] * 9
     line = refused("org/one")
-    assert "a download that broke off" in line and line.endswith("files that are whole are kept")
+    assert "a transfer that broke off" in line and line.endswith("files that are whole are kept")
     server.faults.clear()
     with monkeypatch.context() as patch:
         patch.setattr(constants, "HF_HUB_OFFLINE", True)

@@ -13,7 +13,7 @@ import re
 import time
 from collections.abc import Callable, Collection, Iterator, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import Any, TypeVar
 
 from converters.files.names import (
     ADAPTER,
@@ -31,9 +31,6 @@ from converters.files.reader import INDEX, first_line, weight_map, weights_file
 from vfjax import InputError
 from vfjax.atomic import findable
 from vfjax.errors import SHOWN
-
-if TYPE_CHECKING:
-    from huggingface_hub import HfApi
 
 LOG = logging.getLogger(__name__)
 
@@ -153,13 +150,13 @@ def fetch(
         InputError: it is gated, has no such revision, no weights that are read here or lacks one
             of their files; the hub does not answer, or the disk is full.
     """
-    import huggingface_hub
+    from huggingface_hub import HfApi, constants, errors, get_cached_repo_tree, snapshot_download
 
     def ask(call: Callable[[], Result]) -> Result:
         return asked(repo, where, call)
 
-    local = local or huggingface_hub.constants.HF_HUB_OFFLINE
-    api: HfApi = huggingface_hub.HfApi(library_name="vfjax")
+    local = local or constants.HF_HUB_OFFLINE
+    api = HfApi(library_name="vfjax")
     revision = ask(
         lambda: api.resolve_revision(repo.name, revision=repo.revision, local_files_only=local)
     )
@@ -167,16 +164,16 @@ def fetch(
     def get(patterns: Collection[str]) -> Path:
         options: dict[str, Any] = {"revision": revision, "local_files_only": local}
         options |= {"allow_patterns": list(patterns), "library_name": "vfjax"}
-        return Path(ask(lambda: huggingface_hub.snapshot_download(repo.name, **options)))
+        return Path(ask(lambda: snapshot_download(repo.name, **options)))
 
     home = get((*TEXTS, *more))
     SHOWN[str(home)] = f"{repo.name}@{home.name}"
     if not weights:
         return home
     try:
-        tree = huggingface_hub.get_cached_repo_tree(repo.name, revision=revision)
+        tree = get_cached_repo_tree(repo.name, revision=revision)
         names = {file.path for file in tree}
-    except huggingface_hub.errors.CachedRepoTreeNotFoundError:  # an older cache
+    except errors.CachedRepoTreeNotFoundError:  # an older cache
         names = {path.relative_to(home).as_posix() for path in home.rglob("*")}
     chosen = list(_weights(names))
     if not chosen:

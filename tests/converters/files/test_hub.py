@@ -5,7 +5,8 @@ import errno
 import json
 import os
 import shutil
-import threading
+import subprocess
+import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -279,14 +280,18 @@ def test_a_download_that_was_broken_off(server: Hub, monkeypatch: pytest.MonkeyP
     assert server.fetched("org/one") == ["pytorch_model-00002-of-00002.bin"]
 
 
-def test_threads_and_processes_download_a_file_once(server: Hub):
-    """By huggingface_hub's lock of the file."""
-    threads = [threading.Thread(target=hub.folder, args=("org/base",)) for _ in range(4)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    assert server.fetched("org/base").count("model.safetensors") == 1
+def test_processes_download_a_file_once(server: Hub):
+    """By huggingface_hub's lock of the file; as users start them."""
+    code = "from converters.files import hub; print(hub.named(hub.folder('org/base')))"
+    own = {"HF_ENDPOINT": server.url, "HF_HUB_CACHE": constants.HF_HUB_CACHE, "HF_HUB_OFFLINE": "0"}
+    command = [sys.executable, "-c", code]
+    both = [
+        subprocess.Popen(command, env={**os.environ, **own}, stdout=subprocess.PIPE, text=True)
+        for _ in range(2)
+    ]
+    assert [each.communicate()[0] for each in both] == [f"org/base@{sha(server, 'base')}\n"] * 2
+    files = server.fetched("org/base")
+    assert "model.safetensors" in files and len(files) == len({*files})
 
 
 def sha(server: Hub, name: str) -> str:

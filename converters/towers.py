@@ -199,10 +199,20 @@ def tower_files(
     config: Mapping[str, JSON], preprocessor: Mapping[str, JSON]
 ) -> dict[str, dict[str, Any]]:
     """The JSON files of a folder for a tower of these."""
-    if config["model_type"] == "open_clip_convnext":
+    if str(config["model_type"]).startswith(OPEN_CLIP):
         vision = {key: value for key, value in config.items() if key != "model_type"}
         return {"open_clip_config.json": {"model_cfg": {"vision_cfg": vision}}}
     return {"config.json": dict(config), PREPROCESSOR: dict(preprocessor)}
+
+
+OPEN_CLIP = "open_clip_"
+"""How the `model_type` of a tower of OpenCLIP's begins; its files have none."""
+
+
+def open_clip_type(vision: Mapping[str, JSON]) -> str:
+    """`model_type` of a tower by its `vision_cfg`."""
+    siglip = "siglip" in str(vision.get("timm_model_name"))
+    return OPEN_CLIP + ("siglip" if siglip else "convnext")
 
 
 def vision_config(config: Mapping[str, JSON], where: str) -> dict[str, Any]:
@@ -216,7 +226,8 @@ def vision_config(config: Mapping[str, JSON], where: str) -> dict[str, Any]:
         values.section("model_cfg").mapping("vision_cfg")
         values.done({"preprocess_cfg": ANY})
         values = values.section("model_cfg")
-        found = {"model_type": "open_clip_convnext", **values.mapping("vision_cfg")}
+        found = {"model_type": "", **values.mapping("vision_cfg")}
+        found["model_type"] = open_clip_type(found)
     elif "vision_config" in config:
         kind = values.text("model_type", None)
         found = {"model_type": kind, **values.mapping("vision_config")}

@@ -24,6 +24,7 @@ from vfjax.architectures.base import (
     VisualTokens,
 )
 from vfjax.errors import InputError
+from vfjax.fusion.deep import Deep, deep
 from vfjax.fusion.prune import Groups, Prune, pruned
 from vfjax.fusion.segments import check_arrangement, parallel, running
 from vfjax.llm import Cache, LlamaConfig
@@ -202,10 +203,15 @@ class Model(nnx.Module):
         """All branches' memories one after another."""
         return _concatenate(self.memories(images))
 
+    def deep(self, batch: Batch, mask: Array, memories: Sequence[VisualTokens]) -> Deep | None:
+        """What the visual tokens are given within the LLM; see `vfjax.fusion.deep`."""
+        branches = [self.branches[branch.name] for branch in self.config.branches]
+        return deep(jnp.asarray(batch.visual), mask, memories, branches[: len(memories)])
+
     def embed(self, batch: Batch) -> tuple[Array, Array]:
         """Text embeddings with the visual tokens spliced in, and where something is read."""
         text = self.llm.embed(jnp.asarray(batch.tokens))
-        x, mask, _ = splice(text, batch, self.memories(batch.images))
+        x, mask = splice(text, batch, self.memories(batch.images))
         return x, mask
 
     def read(self, batch: Batch, cache: Cache | None = None) -> tuple[Array, Array, Cache | None]:
@@ -217,7 +223,9 @@ class Model(nnx.Module):
             `batch.read`, and rows are filled from the left.
         """
         text = self.llm.embed(jnp.asarray(batch.tokens))
-        x, mask, deep = splice(text, batch, self.memories(batch.images))
+        memories = self.memories(batch.images)
+        x, mask = splice(text, batch, memories)
+        more = self.deep(batch, mask, memories)
         segments = jnp.asarray(batch.segments)
         positions, count = None, len(self.config.branches)
         apart = count > 1 and self.config.mask == "block"
@@ -226,10 +234,10 @@ class Model(nnx.Module):
         elif batch.place is not None and batch.steps is not None:
             positions = running(mask, jnp.asarray(batch.place), jnp.asarray(batch.steps))
         if self.config.prune is not None and batch.groups is not None:
-            x, mask, segments, positions, deep = pruned(
-                self.config.prune, batch.groups, self.llm, apart, x, mask, segments, positions, deep
+            x, mask, segments, positions, more = pruned(
+                self.config.prune, batch.groups, self.llm, apart, x, mask, segments, positions, more
             )
-        hidden, cache = self.llm(x, mask, cache, positions, segments if apart else None, deep)
+        hidden, cache = self.llm(x, mask, cache, positions, segments if apart else None, more)
         return hidden, mask, cache
 
     def __call__(self, batch: Batch) -> Array:
@@ -255,9 +263,7 @@ class Model(nnx.Module):
         return self.llm.logits(hidden[:, 0]), read
 
 
-def splice(
-    text: Array, batch: Batch, memories: Sequence[VisualTokens]
-) -> tuple[Array, Array, Array | None]:
+def splice(text: Array, batch: Batch, memories: Sequence[VisualTokens]) -> tuple[Array, Array]:
     """Text embeddings with the visual tokens spliced in.
 
     LLaVA's prepare_inputs_labels_for_multimodal (llava/model/llava_arch.py).
@@ -268,34 +274,24 @@ def splice(
         memories: one a branch; none where no row has a picture.
 
     Returns:
-        [b, t, d] embeddings, zero where nothing is read; bool[b, t], where something is:
-        `batch.mask` without the visual tokens that a connector leaves out; and [k, b, t, d], what
-        is added after the LLM's first k layers, None where nothing is.
+        [b, t, d] embeddings, zero where nothing is read; and bool[b, t], where something is:
+        `batch.mask` without the visual tokens that a connector leaves out.
     """
-    x, mask, deep = text, jnp.asarray(batch.mask), None
+    x, mask = text, jnp.asarray(batch.mask)
     if memories:
         memory = _concatenate(memories)
         visual = jnp.asarray(batch.visual)
         at, seen = jnp.maximum(visual, 0), (visual >= 0)[..., None]
         x = jnp.where(seen, memory.values[at], x)
         mask &= (visual < 0) | memory.keep[at]
-        if memory.deep is not None:
-            deep = jnp.where(seen & mask[..., None], memory.deep[:, at], 0).astype(x.dtype)
-    return jnp.where(mask[..., None], x, 0), mask, deep
+    return jnp.where(mask[..., None], x, 0), mask
 
 
 def _concatenate(memories: Sequence[VisualTokens]) -> VisualTokens:
-    """One memory of all; what some add to more layers than others is zero in these."""
-    layers = max(0 if m.deep is None else len(m.deep) for m in memories)
-
-    def deep(memory: VisualTokens) -> Array:
-        zeros = jnp.zeros((layers, *memory.values.shape), memory.values.dtype)
-        return zeros if memory.deep is None else zeros.at[: len(memory.deep)].set(memory.deep)
-
+    """One memory of all, without what they are given within the LLM."""
     return VisualTokens(
         jnp.concatenate([memory.values for memory in memories]),
         jnp.concatenate([memory.keep for memory in memories]),
-        jnp.concatenate([deep(memory) for memory in memories], axis=1) if layers else None,
     )
 
 

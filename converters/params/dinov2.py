@@ -13,7 +13,8 @@ def read(hf: Values) -> DINOv2Config:
     """From the keys of transformers' Dinov2Config, or Dinov2WithRegistersConfig.
 
     `input_size`, which no Hugging Face config has, is the side of the pictures that are fed; the
-    loader sets it from the preprocessor (tables trained at 518 are commonly fed 224).
+    loader sets it from the preprocessor (tables trained at 518 are commonly fed 224). So is
+    `position_offset`, of the position table's interpolation, which members of older code have.
     """
     registers = "registers" in hf.text("model_type")
     sized, swiglu = sizes(hf), hf.flag("use_swiglu_ffn", False)
@@ -31,6 +32,7 @@ def read(hf: Values) -> DINOv2Config:
         qkv_bias=hf.flag("qkv_bias", True),
         mask_token=registers or hf.flag("use_mask_token", True),
         eps=hf.number("layer_norm_eps", 1e-6),
+        offset=hf.number("position_offset", 0.0),
     )
 
 

@@ -15,6 +15,7 @@ def read(hf: Values) -> SigLIPConfig:
         image_size=hf.side("image_size", 224),
         act=hf.activation("hidden_act", "gelu_pytorch_tanh"),
         eps=hf.number("layer_norm_eps", 1e-6),
+        batch_axis=False,
     )
 
 

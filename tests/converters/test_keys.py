@@ -89,7 +89,10 @@ FORMATS: dict[str, tuple[Any, Any, dict[str, Any]]] = {
 }
 """`model_type` -> transformers' classes, a tiny config."""
 
-OTHERS = {"clip", "siglip", "open_clip_convnext", "mlp", "mining", "slime", "comm", "onevision"}
+OTHERS = {
+    *("clip", "siglip", "open_clip_convnext", "open_clip_siglip"),
+    *("mlp", "mining", "slime", "comm", "onevision", "sva"),
+}
 """Tables whose configs are halves of these, not of transformers, or ours."""
 
 IN_FAMILIES = {

@@ -18,6 +18,7 @@ from vfjax.architectures.base import (
     Run,
     VisualTokens,
 )
+from vfjax.architectures.cambrian import Cambrian, SVAConfig, TowerConfig
 from vfjax.architectures.combine import Combine
 from vfjax.architectures.comm import Comm, COMMConfig, MergeConfig
 from vfjax.architectures.dense_connector import dense
@@ -40,6 +41,7 @@ __all__ = [
     "Architecture",
     "Branch",
     "COMMConfig",
+    "Cambrian",
     "Combine",
     "Comm",
     "DeepMergersConfig",
@@ -71,9 +73,11 @@ __all__ = [
     "QwenVL",
     "Rows",
     "Run",
+    "SVAConfig",
     "SliMEConfig",
     "Slime",
     "Tapped",
+    "TowerConfig",
     "VisualTokens",
     "VocabularyConfig",
     "dense",

@@ -87,12 +87,15 @@ class VisualTokens:
         keep: bool[m], False at tokens that the connector leaves out.
         deep: [k, m, d], what is added to the hidden states after each of the LLM's first k layers;
             None: nothing.
+        seen: what `Branch.within` reads of the first tokens, arrays that have these on their first
+            axis; None: it is not asked.
         stages: what was computed on the way, by the names of the authors' code; for comparisons.
     """
 
     values: Array
     keep: Array
     deep: Array | None = None
+    seen: tuple[Array, ...] | None = None
     stages: dict[str, Array] = dataclasses.field(default_factory=dict)
 
 
@@ -130,6 +133,7 @@ class Gather:
             more(tokens.values),
             jnp.concatenate([tokens.keep, keep.all(axis=1)]),
             None if tokens.deep is None else more(tokens.deep),
+            tokens.seen,
             tokens.stages,
         )
 
@@ -338,6 +342,27 @@ class Branch(nnx.Module):
         """
         del embed, prompt, key
         return self.connector(encoded.states)
+
+    @property
+    def layers(self) -> tuple[int, ...]:
+        """Layers of the LLM, from 0, after which `within` is called."""
+        return ()
+
+    def within(self, layer: int, x: Array, seen: tuple[Array, ...]) -> Array:
+        """What visual tokens are given within the LLM, of families that have such a thing.
+
+        The tokens may stand anywhere in the text. The module that answers stays the branch's own
+        when LLMs are merged.
+
+        Args:
+            layer: of `layers`.
+            x: [m, d], the hidden states of the branch's first m tokens after it.
+            seen: `VisualTokens.seen`.
+
+        Returns:
+            [m, d], what is added to x.
+        """
+        raise NotImplementedError
 
 
 def bucket(count: int) -> int:

@@ -66,9 +66,9 @@ class MiningConfig(Projecting):
 class Asker(nnx.Module):
     """Layer norm, then a dense layer: [..., din] -> [..., dout]."""
 
-    def __init__(self, din: int, dout: int, *, rngs: nnx.Rngs):
+    def __init__(self, din: int, dout: int, *, bias: bool = True, rngs: nnx.Rngs):
         self.norm = layer_norm(din, 1e-5, rngs=rngs)
-        self.dense = linear(din, dout, (None, "embed"), rngs=rngs)
+        self.dense = linear(din, dout, (None, "embed"), bias=bias, rngs=rngs)
 
     def __call__(self, x: Array) -> Array:
         return self.dense(self.norm(x))

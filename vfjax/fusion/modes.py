@@ -89,7 +89,8 @@ class CacheFusion(nnx.Module):
             for branch, llm in zip(branches, llms, strict=True)
         ]
         tokens = jnp.asarray(batch.tokens)
-        x, mask, deep = splice(merged.llm.embed(tokens), batch, memories)
+        x, mask = splice(merged.llm.embed(tokens), batch, memories)
+        deep = merged.deep(batch, mask, memories)
         segments = jnp.asarray(batch.segments)
         positions = parallel(segments, mask, len(branches), batch.place, batch.steps)
         text, pictured = segments == 0, jnp.cumsum(segments, axis=1) > 0
@@ -98,7 +99,7 @@ class CacheFusion(nnx.Module):
         joined = empty = merged.llm.new_cache(len(tokens), size)
         hidden = jnp.zeros_like(x)
         for k, llm in enumerate(llms):
-            theirs, _, _ = splice(llm.embed(tokens), batch, memories)
+            theirs, _ = splice(llm.embed(tokens), batch, memories)
             own = segments == k + 1
             state, cache = llm(theirs, mask & (text | own), empty, positions, deep=deep)
             assert cache is not None

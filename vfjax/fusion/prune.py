@@ -16,6 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from vfjax.errors import InputError, check, counted, one_of
+from vfjax.fusion.deep import Deep
 from vfjax.fusion.splice import Slots
 from vfjax.llm.llama import Attention, Llama, Step
 from vfjax.llm.watch import watched, weights
@@ -100,8 +101,8 @@ def pruned(
     mask: Array,
     segments: Array,
     positions: Array | None,
-    deep: Array | None = None,
-) -> tuple[Array, Array, Array, Array, Array | None]:
+    deep: Deep | None = None,
+) -> tuple[Array, Array, Array, Array, Deep | None]:
     """What the LLM reads, without the tokens that go.
 
     Args:
@@ -113,7 +114,7 @@ def pruned(
         mask: bool[b, t].
         segments: int32[b, t] of the batch.
         positions: int32[p, b, t], None counts real tokens.
-        deep: [k, b, t, d], see `Llama`.
+        deep: what visual tokens are given within the LLM.
 
     Returns:
         x, mask, segments, positions and deep of `groups.length` tokens a row, in their order.
@@ -137,7 +138,7 @@ def pruned(
     mask, segments = (jnp.take_along_axis(a, order, axis=1) for a in (stay, segments))
     positions = jnp.take_along_axis(positions, order[None], axis=2)
     if deep is not None:
-        deep = jnp.take_along_axis(deep, order[None, ..., None], axis=2)
+        deep = deep.ordered(order, mask)
     return jnp.take_along_axis(x, order[..., None], axis=1), mask, segments, positions, deep
 
 
@@ -184,7 +185,7 @@ def looked_at(
     positions: Array,
     segments: Array | None,
     depth: int,
-    deep: Array | None = None,
+    deep: Deep | None = None,
 ) -> Array:
     """Attention from each row's last token, float32[b, t], the mean over heads of layer `depth`.
 
@@ -195,7 +196,7 @@ def looked_at(
         positions: int32[p, b, t].
         segments: as `Llama` takes them.
         depth: from 1; a shallower LLM gives its last layer's.
-        deep: [k, b, t, d], see `Llama`.
+        deep: what visual tokens are given within the LLM.
     """
     last = (mask.shape[1] - 1 - jnp.argmax(mask[:, ::-1], axis=1))[:, None]
     found: list[Array] = []

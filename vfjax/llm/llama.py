@@ -5,6 +5,7 @@ their own: a subclass of `LlamaConfig` names them, the rest of `Llama` serves al
 """
 
 import dataclasses
+import functools
 from collections.abc import Callable
 
 import jax
@@ -276,7 +277,7 @@ class Llama(nnx.Module):
         cache: Cache | None = None,
         positions: Array | None = None,
         segments: Array | None = None,
-        deep: Array | None = None,
+        deep: Callable[[int, Array], Array] | None = None,
     ) -> tuple[Array, Cache | None]:
         """Runs all blocks and the final norm.
 
@@ -288,7 +289,8 @@ class Llama(nnx.Module):
             positions: int32[p, b, t], p 1, or 3 with M-RoPE; None counts real tokens.
             segments: int32[b, t]; tokens of two, neither of them 0, don't see each other
                 (`vfjax.fusion.segments.block`). None: they do. With a cache, a new one only.
-            deep: [k, b, t, d], added to what the first k blocks give (DeepStack, arXiv 2406.04334).
+            deep: (number of a block, [b, t, d] that it gives) -> what the next one reads; see
+                `vfjax.fusion.deep`. None: the same.
 
         Returns:
             [b, t, d] hidden states (undefined at padding) and the cache with x in it.
@@ -317,8 +319,9 @@ class Llama(nnx.Module):
             else:
                 x, kv = block(x, i, step)
                 kept.append(kv)
-            if deep is not None and i < len(deep):
-                x = x + deep[i]
+            if deep is not None:
+                given = functools.partial(deep, i)
+                x = jax.checkpoint(given)(x) if self.remat else given(x)
         if cache is not None:
             keys, values = zip(*kept, strict=True)
             cache = dataclasses.replace(cache, k=keys, v=values)

@@ -1,8 +1,8 @@
 """Conversation templates and chunk-wise tokenisation; `vfjax.text.labels` has training labels.
 
 A fused model speaks the prompt format its members were trained with, so the templates here are
-literal copies of what LLaVA, Mini-Gemini (MGM), SliME, Dense Connector and InternVL feed their
-LLMs, odd parts included: the Llama-3 templates of MGM and Dense Connector call the assistant
+literal copies of what LLaVA, Mini-Gemini (MGM), SliME, Dense Connector, InternVL and Cambrian feed
+their LLMs, odd parts included: the Llama-3 templates of MGM and Dense Connector call the assistant
 `system`, and that is what the checkpoints learnt. "Upstream" below means `conversation.py`,
 `mm_utils.py` and `train/train.py` of those repositories.
 """
@@ -171,20 +171,36 @@ def _chatml(name: str, system: str, line: str = "") -> Template:
     )
 
 
-def _llama_3(name: str, bos: str = "", answers: str = "system") -> Template:
+def _llama_3(
+    name: str, bos: str = "", answers: str = "system", said: str = _VISION, line: str = "\n\n"
+) -> Template:
     """Llama-3 style; of MGM and Dense Connector the assistant's header says `system`."""
     user, system, answer = (
-        f"<|start_header_id|>{role}<|end_header_id|>\n\n" for role in ("user", "system", answers)
+        f"<|start_header_id|>{role}<|end_header_id|>{line}" for role in ("user", "system", answers)
     )
     return Template(
         name=name,
-        head=f"{bos}{system}{_VISION}<|eot_id|>{user}",
+        head=f"{bos}{system}{said}<|eot_id|>{user}",
         middle=f"<|eot_id|>{answer}",
         tail="<|eot_id|>",
         again=user,
         stop=("<|eot_id|>",),
         trained_tail="<|eot_id|>",
         auto_bos=not bos,
+    )
+
+
+def _phi3(name: str, system: str, line: str = "") -> Template:
+    """Phi-3 style; Microsoft's has a newline after `<|end|>`, `line`."""
+    user = f"{line}<|user|>\n"
+    return Template(
+        name=name,
+        head=f"<|system|>\n{system}<|end|>{user}",
+        middle=f"<|end|>{line}<|assistant|>\n",
+        tail="<|end|>",
+        again=user,
+        stop=("<|end|>",),
+        trained_tail="<|end|>",
     )
 
 
@@ -198,6 +214,14 @@ _WANXIANG = (
     "联合开发的多模态大语言模型。"
 )
 _HUMAN, _USER = _CURIOUS.format("human"), _CURIOUS.format("user")
+# Cambrian cambrian/conversation.py, whose source breaks the lines of Llama-3's.
+_CAMBRIAN = (
+    "You are Cambrian, a highly intelligent multimodal AI trained by NYU Vision X. \n    As a "
+    "multimodal AI, you have the ability to process and analyze images. Whenever an image is "
+    "present in the conversation, very carefully examine it and consider its content when "
+    "formulating your response.\n    You should give concise responses to very simple questions, "
+    "but provide thorough responses to more complex and open-ended questions. "
+)
 _SLIME_USER = "<|start_header_id|>user<|end_header_id|>\n\n"
 _DEFAULT = _single("default", _HUMAN, _ENERGY)
 _VICUNA = _two("vicuna_v1", _USER)
@@ -249,6 +273,14 @@ TEMPLATES: Mapping[str, Template] = MappingProxyType(
             stop=("<|eot_id|>",),
             trained_tail="<|eot_id|>",
         ),
+        "llama_3_cambrian": _llama_3(
+            "llama_3_cambrian", "<|begin_of_text|>", "assistant", said=_CAMBRIAN, line=""
+        ),
+        "chatml_direct_cambrian": _chatml(
+            "chatml_direct_cambrian",
+            _CAMBRIAN.replace(" \n    ", " ").replace("\n    ", " ").strip(),
+        ),
+        "phi3": _phi3("phi3", "You are a helpful AI assistant.", line="\n"),
         "gemma": Template(
             name="gemma",
             head="<start_of_turn>user\n",
@@ -270,15 +302,7 @@ TEMPLATES: Mapping[str, Template] = MappingProxyType(
             again="<human>: ",
             stop=("</s>",),
         ),
-        "phi3-chat": Template(
-            name="phi3-chat",
-            head=f"<|system|>\n{_SHUSHENG}<|end|><|user|>\n",
-            middle="<|end|><|assistant|>\n",
-            tail="<|end|>",
-            again="<|user|>\n",
-            stop=("<|end|>",),
-            trained_tail="<|end|>",
-        ),
+        "phi3-chat": _phi3("phi3-chat", _SHUSHENG),
         "plain": _PLAIN,
         "v0_plain": _PLAIN,
     }

@@ -99,13 +99,14 @@ class ImageSpec:
             or, for "squash", both. DINOv2: 256, cropped to 224.
         resize: "shortest" keeps the aspect (CLIP, DINOv2), "squash" does not (SigLIP); "native" is
             about the picture's own size (Qwen2-VL), see `vfjax.vision.native`.
-        aspect: "pad" first puts the picture on a square of the mean colour (LLaVA-1.5), "crop"
-            loses what is outside the centre crop.
+        aspect: "pad" first puts the picture on a square of one colour (LLaVA-1.5), "crop" loses
+            what is outside the centre crop.
         mean, std: per channel, of pixels times `rescale`.
         resample: Pillow filter: 0 nearest, 1 lanczos, 2 bilinear, 3 bicubic, 4 box, 5 hamming.
         rescale: factor on uint8 pixels.
         convert: how a picture becomes RGB, see `Convert`.
         pixels: of "native" the fewest and the most that a picture has once it is resized, about.
+        border: of "pad" the colour around the picture, in shares of 255; None: the mean.
     """
 
     size: int
@@ -118,6 +119,7 @@ class ImageSpec:
     rescale: float = 1 / 255
     convert: Convert = "drop"
     pixels: tuple[int, int] = (0, 0)
+    border: tuple[float, float, float] | None = None
 
 
 def open_image(
@@ -341,12 +343,12 @@ def _resized(size: tuple[int, int], spec: ImageSpec) -> tuple[int, int]:
 
 
 def _pad_and_resize(image: Image.Image, spec: ImageSpec) -> Image.Image:
-    """Pads to a square of the mean colour and resizes that to `edge`.
+    """Pads to a square of one colour and resizes that to `edge`.
 
     Pillow resizes all rows, then all columns. Doing the two passes by hand, the rows in bands,
     gives the same bytes without ever holding the square, which for a long strip is gigabytes.
     """
-    colour = tuple(int(255 * mean) for mean in spec.mean)
+    colour = tuple(int(255 * share) for share in spec.border or spec.mean)
     width, height = image.size
     side = max(width, height)
     left, top = (side - width) // 2, (side - height) // 2

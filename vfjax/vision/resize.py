@@ -29,14 +29,17 @@ def bilinear(source: int, target: int) -> np.ndarray:
     return weights
 
 
-def bicubic(source: int, target: int, *, antialias: bool) -> np.ndarray:
+def bicubic(
+    source: int, target: int, *, antialias: bool = False, offset: float = 0.0
+) -> np.ndarray:
     """Weights float64[target, source] of torch's bicubic resize along one axis.
 
     torch's `interpolate(mode="bicubic", align_corners=False)` uses a = -0.75 with clamped borders;
     with `antialias=True` a = -0.5, a support widened when shrinking, and weights renormalised at
-    the borders. `jax.image.resize` has only the latter kind.
+    the borders. `jax.image.resize` has only the latter kind. With a `scale_factor` of
+    (target + offset) / source torch steps by that, not by the sizes.
     """
-    scale = source / target
+    scale = source / (target + offset)
     stretch = max(scale, 1.0) if antialias else 1.0
     a = -0.5 if antialias else -0.75
     centre = (np.arange(target) + 0.5) * scale - 0.5

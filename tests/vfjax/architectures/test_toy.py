@@ -47,6 +47,7 @@ from vfjax.architectures.boxes import WHOLE, cut
 from vfjax.architectures.combine import Combine
 from vfjax.architectures.tapped import Shown, Tapped, frames_of
 from vfjax.atomic import read_json
+from vfjax.fusion.deep import Deep
 from vfjax.fusion.segments import parallel, running
 from vfjax.llm import LlamaConfig
 from vfjax.model import BranchConfig, ModelConfig, forward
@@ -197,7 +198,7 @@ def by_hand(model: Model, row: list, positions: np.ndarray) -> np.ndarray:
     embedded = jnp.asarray(np.array(x), jnp.float32)[None]
     more = jnp.asarray(np.array(deep), jnp.float32)[None, None]
     mask = jnp.ones((1, len(row)), bool)
-    hidden, _ = model.llm(embedded, mask, None, jnp.asarray(positions)[:, None], deep=more)
+    hidden, _ = model.llm(embedded, mask, None, jnp.asarray(positions)[:, None], deep=Deep(more))
     return np.asarray(model.llm.logits(hidden))[0]
 
 

@@ -60,7 +60,7 @@ def test_every_recorded_template_is_known(prompts):
     recorded = {
         VARIANTS.get((base, name), name) for base in BASES for name in prompts["templates"][base]
     }
-    assert recorded == set(TEMPLATES) - set(NEXT) - set(INTERNVL)
+    assert recorded == set(TEMPLATES) - set(NEXT) - set(INTERNVL) - set(CAMBRIAN)
 
 
 VISION = (
@@ -81,9 +81,32 @@ NEXT = {
 """LLaVA-NeXT's (llava/conversation.py), which none of the recorded code bases has."""
 
 
-@pytest.mark.parametrize("name", NEXT)
-def test_prompts_of_llava_next(name):
-    assert render(get_template(name), [("a", "b"), ("c", None)]) == NEXT[name]
+CAMBRIAN = {
+    "llama_3_cambrian": "<|begin_of_text|><|start_header_id|>system<|end_header_id|>You are "
+    "Cambrian, a highly intelligent multimodal AI trained by NYU Vision X. \n    As a multimodal "
+    "AI, you have the ability to process and analyze images. Whenever an image is present in the "
+    "conversation, very carefully examine it and consider its content when formulating your "
+    "response.\n    You should give concise responses to very simple questions, but provide "
+    "thorough responses to more complex and open-ended questions. <|eot_id|>"
+    "<|start_header_id|>user<|end_header_id|>a<|eot_id|><|start_header_id|>assistant"
+    "<|end_header_id|>b<|eot_id|><|start_header_id|>user<|end_header_id|>c<|eot_id|>"
+    "<|start_header_id|>assistant<|end_header_id|>",
+    "chatml_direct_cambrian": "<|im_start|>system\nYou are Cambrian, a highly intelligent "
+    "multimodal AI trained by NYU Vision X. As a multimodal AI, you have the ability to process "
+    "and analyze images. Whenever an image is present in the conversation, very carefully examine "
+    "it and consider its content when formulating your response. You should give concise responses "
+    "to very simple questions, but provide thorough responses to more complex and open-ended "
+    "questions.<|im_end|><|im_start|>user\na<|im_end|><|im_start|>assistant\nb<|im_end|>"
+    "<|im_start|>user\nc<|im_end|><|im_start|>assistant\n",
+    "phi3": "<|system|>\nYou are a helpful AI assistant.<|end|>\n<|user|>\na<|end|>\n"
+    "<|assistant|>\nb<|end|>\n<|user|>\nc<|end|>\n<|assistant|>\n",
+}
+"""Cambrian's (cambrian/conversation.py), as its get_prompt writes them."""
+
+
+@pytest.mark.parametrize(("name", "text"), [*NEXT.items(), *CAMBRIAN.items()])
+def test_prompts_of_other_code(name, text):
+    assert render(get_template(name), [("a", "b"), ("c", None)]) == text
 
 
 def test_stop_strings(prompts):

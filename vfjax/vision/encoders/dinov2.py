@@ -14,7 +14,8 @@ from vfjax.vision.encoders.vit import ViT
 class DINOv2Config:
     """Sizes of a DINOv2 tower; the defaults are ViT-L/14 without registers.
 
-    `image_size` is what the position table was trained for, `input_size` what is fed.
+    `image_size` is what the position table was trained for, `input_size` what is fed. `offset` is
+    that of the table's interpolation: 0.1 in DINO's own code and in transformers before 4.46.
     """
 
     width: int = 1024
@@ -30,6 +31,7 @@ class DINOv2Config:
     qkv_bias: bool = True
     mask_token: bool = True
     eps: float = 1e-6
+    offset: float = 0.0
 
     @property
     def prefix(self) -> int:
@@ -47,6 +49,7 @@ class DINOv2Config:
             mask_token=self.mask_token,
             registers=self.registers,
             antialias=self.registers > 0,
+            offset=self.offset,
             layer_scale=True,
             qkv_bias=self.qkv_bias,
             swiglu=self.swiglu,

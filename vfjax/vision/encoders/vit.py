@@ -67,6 +67,7 @@ class ViT(nnx.Module):
         interpolate: take pictures of any size, the position table interpolated to their grid of
             patches; otherwise only of `image_size`.
         antialias: of that interpolation.
+        offset: of its steps, see `bicubic`.
         pre_norm: a norm stands before the blocks.
         layer_scale: the blocks scale what they add.
         qkv_bias: queries, keys and values have a bias.
@@ -88,6 +89,7 @@ class ViT(nnx.Module):
         registers: int = 0,
         interpolate: bool = True,
         antialias: bool = False,
+        offset: float = 0.0,
         pre_norm: bool = False,
         layer_scale: bool = False,
         qkv_bias: bool = True,
@@ -98,7 +100,7 @@ class ViT(nnx.Module):
         rngs: nnx.Rngs,
     ):
         c = self.config = config
-        self.interpolate, self.antialias = interpolate, antialias
+        self.interpolate, self.antialias, self.offset = interpolate, antialias, offset
         self.class_token, self.register_tokens, self.pre_normed = class_token, registers, pre_norm
 
         def tokens(*shape: int) -> nnx.Param:
@@ -179,7 +181,8 @@ class ViT(nnx.Module):
         if not self.interpolate or (h, w) == (side, side):
             return table
         rows, cols = (
-            jnp.asarray(bicubic(side, k, antialias=self.antialias), jnp.float32) for k in (h, w)
+            jnp.asarray(bicubic(side, k, antialias=self.antialias, offset=self.offset), jnp.float32)
+            for k in (h, w)
         )
         grid = table[0, 1:].reshape(side, side, -1).astype(jnp.float32)
         grid = jnp.einsum("yi,xj,ijd->yxd", rows, cols, grid, precision="highest")

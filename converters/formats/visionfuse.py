@@ -130,6 +130,7 @@ def _is_llm(config: Mapping[str, JSON]) -> bool:
 
 UNUSED = (
     *("architectures", "dtype", "recipe", "torch_dtype", "transformers_version"),
+    *("pad_token_id", "use_cache"),  # of a training in transformers
     *("auto_map", "plain"),  # of folders with code, which says the same (`converters.hf.remote`)
 )
 """Keys of a fused folder's config.json without effect here."""

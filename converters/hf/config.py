@@ -25,6 +25,7 @@ class VisionFuseConfig(PreTrainedConfig):
     """
 
     model_type = "visionfuse"
+    keys_to_ignore_at_inference = ["cache", "attention_mask", "position_ids"]
     sub_configs_defaults = {
         "text_config": SubConfigSpec(config_class=AutoConfig, model_type="llama")
     }
@@ -42,6 +43,10 @@ class VisionFuseConfig(PreTrainedConfig):
     def tie_word_embeddings(self) -> bool:
         """Whether the LLM's head is its embedding table."""
         return bool(self.text_config.tie_word_embeddings)
+
+    @tie_word_embeddings.setter
+    def tie_word_embeddings(self, tied: bool) -> None:
+        self.text_config.tie_word_embeddings = tied
 
     def vfjax(self) -> ModelConfig:
         """The model's config in vfjax.

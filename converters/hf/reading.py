@@ -21,8 +21,8 @@ from converters.towers import Towers
 from vfjax import Processor
 from vfjax.model import ModelConfig
 
-KEYS = ("branches", "template", "image_token", "tokenizer", "positions", "mask", "recipe")
-"""Of a fused folder's config.json, beside `text_config`."""
+OTHERS = frozenset(PreTrainedConfig().to_dict()) - {"model_type"} | {"quantization_config"}
+"""Keys of any config.json that transformers itself knows."""
 
 
 class Member(NamedTuple):
@@ -102,7 +102,6 @@ def spare(config: PreTrainedConfig) -> set[str]:
 
 def _source(config: PreTrainedConfig, folder: str | Path) -> Source:
     """The folder in normal form, without tensors."""
-    found = config.to_dict()
-    known = {key: found[key] for key in ("model_type", "text_config", *KEYS)}
+    own = {key: x for key, x in config.to_dict().items() if key not in OTHERS}
     (layout,) = (layout for layout in LAYOUTS if layout.name == config.model_type)
-    return layout.open(Path(folder), known, Towers({}, "auto"))
+    return layout.open(Path(folder), own, Towers({}, "auto"))

@@ -12,7 +12,7 @@ from safetensors.torch import load_file, save_file
 import converters
 from converters import hf
 from converters.hf import VisionFuseForConditionalGeneration, branch
-from tests.checkpoints import reference_logits, upstream_llava_folder
+from tests.checkpoints import changed, reference_logits, upstream_llava_folder
 from tests.torch_fused import assert_same, logits_of, open_in_torch, picture, toy_folder
 from vfjax import InputError
 
@@ -74,14 +74,25 @@ def test_tensors_that_do_not_fit(pair: Path, tmp_path: Path) -> None:
     weights.unlink()
     tensors = load_file(pair / "model.safetensors")
     name = "branches.clip.connector.2.bias"
-    for changed, found in (
+    for other, found in (
         ({name: None}, f"{name}: found 1 tensor missing"),
         ({"more": torch.zeros(2)}, "more: found 1 tensor unknown"),
         ({name: torch.zeros(2)}, f"{name}: found 1 tensor of another shape"),
     ):
-        new = {key: x for key, x in (tensors | changed).items() if x is not None}
+        new = {key: x for key, x in (tensors | other).items() if x is not None}
         save_file(new, weights, {"format": "pt"})
         assert found in refused(tmp_path)
+
+
+def test_keys_that_are_not_known(pair: Path, tmp_path: Path) -> None:
+    """As `converters.load` refuses them; what a training leaves there is none of these."""
+    for i, (key, found) in enumerate(
+        [("prune", "prune: found 1, expected no such key"), ("mask", "mask: found 1, expected")]
+    ):
+        assert found in refused(changed(pair, tmp_path / str(i), "config.json", {key: 1}))
+    folder = changed(pair, tmp_path / "left", "config.json", {"use_cache": False})
+    open_in_torch(folder)
+    assert converters.load(folder)[0].config.mask == "causal"
 
 
 def test_architecture_that_torch_lacks(pair: Path, monkeypatch: pytest.MonkeyPatch) -> None:

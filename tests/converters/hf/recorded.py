@@ -10,10 +10,11 @@ from safetensors.numpy import load_file
 import converters
 from converters import hf
 from converters.folder import open_source
+from converters.hf.processor import tensors
 from converters.load import model_config
 from converters.processor import processor
 from tests.torch_fused import greedy, logits_of
-from vfjax import Processor
+from vfjax import Batch, Processor
 
 LIMIT = 1e-4
 
@@ -52,3 +53,12 @@ def assert_as_recorded(model: transformers.PreTrainedModel, process: Processor, 
         assert np.abs(found - expected).max() <= LIMIT * np.abs(expected).max(), sample
         generated = outputs[f"{sample}.generated"].tolist()
         assert greedy(model, batch, len(generated)) == [generated], sample
+
+
+def assert_connectors_learn(model: transformers.PreTrainedModel, batch: Batch) -> None:
+    """In training, noise of connectors and all: gradients reach each of their parameters."""
+    model.train()(**tensors(batch)).logits.square().sum().backward()
+    for name, branch in model.branches.items():
+        for part, p in branch.connector.named_parameters():
+            if p.requires_grad:
+                assert p.grad is not None and p.grad.isfinite().all() and p.grad.any(), (name, part)

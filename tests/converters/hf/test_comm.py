@@ -13,6 +13,7 @@ import converters
 from converters.formats.comm import TABLE
 from converters.hf.comm import COMM
 from tests.checkpoints import llama_folder, tower_folder
+from tests.converters.hf.recorded import assert_connectors_learn
 from tests.torch_fused import assert_same, open_in_torch, picture
 from vfjax.architectures import COMMConfig, MergeConfig
 
@@ -54,12 +55,13 @@ def test_a_fused_folder_equals_vfjax(tmp_path: Path) -> None:
     tower_folder(tmp_path / "clip", "clip", 2, num_hidden_layers=2)
     tower_folder(tmp_path / "dino", "dinov2", 3, num_hidden_layers=2)
     parts = [tmp_path / name for name in ("llm", "clip", "dino")]
-    model, _ = converters.create(*parts[:2], {"kind": "comm"}, aux=parts[2])
+    how = {"kind": "comm", "layers_aux": [1, 2]}
+    model, _ = converters.create(*parts[:2], how, aux=parts[2])
     converters.export(model, tmp_path / "member")
     fused = tmp_path / "fused"
     converters.fuse({"comm": tmp_path / "member"}, fused, method="passthrough", family=False)
     pictures = [picture(40, 30), picture(25, 50, 1), picture(30, 30, 2)]
     rows = [[1, 40, -200, 60, -200, 62, 63], [1, -200, 70], [1, 7]]
-    assert_same(
-        converters.load(fused), open_in_torch(fused), pictures, rows, sides=("left",), new=0
-    )
+    loaded, made = converters.load(fused), open_in_torch(fused)
+    assert_same(loaded, made, pictures, rows, sides=("left",), new=0)
+    assert_connectors_learn(made, loaded[1](pictures[:1], input_ids=[[1, -200, 7]]))

@@ -3,7 +3,13 @@
 from pathlib import Path
 
 from converters.hf import VisionFuseForConditionalGeneration, VisionFuseProcessor
-from tests.converters.hf.recorded import assert_as_recorded, assert_recorded
+from tests.converters.hf.recorded import (
+    assert_as_recorded,
+    assert_connectors_learn,
+    assert_recorded,
+    opened,
+)
+from tests.torch_fused import picture
 
 
 def test_authors_folder(shared: Path) -> None:
@@ -16,3 +22,5 @@ def test_authors_folder(shared: Path) -> None:
 def test_fused_folder(shared: Path, tmp_path: Path) -> None:
     """Four crops and the whole picture."""
     assert_recorded(shared / "golden" / "mgm_hd", tmp_path / "fused")
+    model, processor = opened(tmp_path / "fused")
+    assert_connectors_learn(model, processor([picture(40, 30)], input_ids=[[1, -200, 7]]))

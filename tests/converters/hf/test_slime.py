@@ -6,7 +6,12 @@ import numpy as np
 import transformers
 
 from converters.hf import VisionFuseForConditionalGeneration, VisionFuseProcessor
-from tests.converters.hf.recorded import assert_as_recorded, assert_recorded, opened
+from tests.converters.hf.recorded import (
+    assert_as_recorded,
+    assert_connectors_learn,
+    assert_recorded,
+    opened,
+)
 from tests.torch_fused import logits_of, picture
 
 
@@ -28,3 +33,4 @@ def test_fused_folder(shared: Path, tmp_path: Path) -> None:
     batch = processor([picture(40, 30)], input_ids=[[1, -200, 7]])
     assert {p.device.type for p in away.parameters()} == {"meta"}
     np.testing.assert_array_equal(logits_of(away, batch), logits_of(model, batch))
+    assert_connectors_learn(model, batch)

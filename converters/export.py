@@ -110,6 +110,7 @@ def export(
     if remote_code:
         from converters.hf import remote  # torch, which takes seconds
 
+        remote.check_place(out)
         remote.check(open_source(origin.home))
     repo = None
     if push_to_hub is not None:

@@ -150,6 +150,7 @@ def fuse(
     if remote_code:
         from converters.hf import remote  # torch, which takes seconds
 
+        remote.check_place(out)
         remote.check(fusion.result)
     readme = None if repo is None else fusion.readme(repo.name, remote_code)
     fusion.write(progress, resume, readme)

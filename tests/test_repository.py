@@ -141,7 +141,7 @@ ELSEWHERE = {
     "vfjax/train": "flops",
     # Glue: by the command line's tests.
     "experiments": "signals stderr_filter",
-    "experiments/bench": "basic common costs gpu llamas load merge saving train",
+    "experiments/bench": "basic buckets common costs gpu llamas load merge saving train",
     "experiments/family": "encoders language members optim study",
     "experiments/serve": "pictures refused request",
     "experiments/tasks": "chips common demo fuse generate programs seen serve shapes",

@@ -18,7 +18,7 @@ from converters.load import model_config
 from converters.processor import processor
 from converters.source import Source
 from vfjax import InputError, Processor
-from vfjax.atomic import JSON, read_json, replacing, temporary
+from vfjax.atomic import JSON, read_json, replacing, store_of, temporary
 from vfjax.model import ModelConfig
 
 Definition = type | Callable[..., object]
@@ -54,6 +54,7 @@ def add_code(folder: str | Path) -> None:
         InputError: another folder, an architecture that torch lacks, a tokenizer that can't be
             written so.
     """
+    check_place(folder)
     folder = Path(folder)
     source = open_source(folder)
     config = check(source)
@@ -85,6 +86,17 @@ def add_code(folder: str | Path) -> None:
     if own.tokenizer is not None:
         for name in set(TOKENIZER_FILES) - kept:
             (folder / name).unlink(missing_ok=True)
+
+
+def check_place(folder: str | Path) -> None:
+    """Raises InputError for a folder in a bucket."""
+    if store_of(folder):
+        raise InputError(
+            "remote_code",
+            found=f"a folder in a bucket, {folder}",
+            expected="one on a disk",
+            fix="write it there, and copy it to the bucket",
+        )
 
 
 def check(source: Source) -> ModelConfig:

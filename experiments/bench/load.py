@@ -134,7 +134,7 @@ def bench_start(folder: Path, repeats: int, notes: dict[str, object]) -> list[Ro
     return [row("second start, to an answer", second, first, "first")]
 
 
-def child(what: str, folder: Path, **environment: str) -> str:
+def child(what: str, folder: Path | str, **environment: str) -> str:
     """The last line of what a process of this file prints.
 
     Raises:

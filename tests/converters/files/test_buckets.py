@@ -46,6 +46,13 @@ def test_a_missing_extra(monkeypatch, scheme, package):
         converters.load(f"{scheme}://{BUCKET}/x")
 
 
+def test_no_code_is_added_in_a_bucket():
+    from converters.hf import remote
+
+    with pytest.raises(InputError, match="^remote_code: found a folder in a bucket"):
+        remote.check_place(f"s3://{BUCKET}/out")
+
+
 class Busy(http.server.BaseHTTPRequestHandler):
     """Refuses every request as S3 does where there are too many."""
 

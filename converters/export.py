@@ -130,7 +130,8 @@ def export(
     if repo is not None:
         recipe = origin.config.get("recipe")
         merge = recipe if origin.kind == "fused" and isinstance(recipe, Mapping) else None
-        files[README] = readme(repo.name, origin.kind, origin.made_of, merge, remote_code)
+        kind = {"hf": "transformers", "llava": "authors"}.get(layout or "", origin.kind)
+        files[README] = readme(repo.name, kind, origin.made_of, merge, remote_code)
     write_folder(out, weights, files=files, shard_bytes=shard_bytes, progress=progress)
     if remote_code:
         remote.add_code(out)

@@ -126,6 +126,12 @@ def test_an_export_is_sent(server: Hub, tmp_path: Path):
     assert (card["library_name"], card["license"]) == ("transformers", "apache-2.0")
 
 
+def test_the_card_is_of_the_layout_that_is_sent(server: Hub, tmp_path: Path):
+    checkpoints.upstream_llava_folder(tmp_path / "authors", 1)
+    converters.export(tmp_path / "authors", tmp_path / "out", layout="hf", push_to_hub="me/hf")
+    assert front(sent(server, "me/hf")["README.md"])["library_name"] == "transformers"
+
+
 @pytest.mark.parametrize(
     ("account", "name", "found"),
     [

@@ -13,6 +13,7 @@ import gguf
 import numpy as np
 import torch
 import transformers
+from transformers.convert_slow_tokenizer import bytes_to_unicode
 from transformers.initialization import no_init_weights
 
 from tests.checkpoints import randomize
@@ -51,7 +52,7 @@ def make(kind: str, **options: Any) -> Any:
 @functools.cache
 def alphabet() -> list[str]:
     """Three special tokens, the letters that stand for bytes, and two words."""
-    letters = sorted(transformers.convert_slow_tokenizer.bytes_to_unicode().values())
+    letters = sorted(bytes_to_unicode().values())
     return ["<pad>", "<s>", "</s>", *letters, "th", "the"]
 
 

@@ -43,8 +43,9 @@ Files = dict[str, Mapping[str, Any] | bytes]
 """Path in a folder -> a JSON file, or another one's content."""
 
 UNPADDING = (
-    "of pictures of some sizes one row or column of tokens more or less is read: transformers "
-    "rounds their sides to 7 decimals before it cuts them to whole tokens, LLaVA's authors don't"
+    "of pictures of few sizes, fewer than 1 in 10,000, as 376x47, a row or column of tokens is "
+    "read more or less: transformers rounds their sides to 7 decimals before it cuts them to whole "
+    "tokens, LLaVA's authors don't"
 )
 PENALTY = (
     "repetition_penalty of generation_config.json counts the words of the prompt in transformers, "
@@ -102,7 +103,7 @@ def relaid(
             source.path, found="an LLM without a head", expected="one with logits", fix=KEEP
         )
     own = processor(source, model)
-    rows, tensors = _cut(source, model.llm.vocab, tensors)
+    rows = model.llm.vocab if writer.tokens else _own_rows(source, model.llm.vocab, tensors["llm"])
     tokenizer = tokenizer_of(source)
     ids, rows = tokens_for(tokenizer, writer.tokens, rows)
     tensors = {**tensors, "llm": _resized(source, tensors["llm"], rows)}
@@ -110,7 +111,7 @@ def relaid(
     wanted = dataclasses.replace(model, llm=dataclasses.replace(model.llm, vocab=rows))
     written = writer.write(said, wanted, ids)
     config, files = dict(written.config), dict[str, Mapping[str, Any] | bytes](written.files)
-    notes, whole = list(_notes(layout, own, source)), kind == "hf"
+    notes, whole = list(_notes(own)), kind == "hf"
     if whole and own.template == CHAT_TEMPLATE:
         template = source.chat_template
     elif whole:
@@ -172,14 +173,14 @@ def _layout(source: Source, model: ModelConfig, kind: str) -> tuple[Layout, Writ
     )
 
 
-def _notes(layout: Layout, own: Processor, source: Source) -> Iterator[str]:
+def _notes(own: Processor) -> Iterator[str]:
     """What both layouts say and their codes do otherwise in a detail."""
     made = own.config.branches[0].architecture
     if hasattr(made, "decimals"):
         yield UNPADDING
     if own.settings.repetition_penalty != 1:
         yield PENALTY
-    if layout.writer is not None and len(layout.writer.tokens) > 1 or "most" in vars(made):
+    if hasattr(made, "most"):  # LLaVA-OneVision's
         yield FRAMES
 
 
@@ -252,19 +253,17 @@ def _differences(one: object, other: object, where: str) -> Iterator[tuple[str, 
         yield where, one, other
 
 
-def _cut(
-    source: Source, rows: int, tensors: Mapping[str, Tensors]
-) -> tuple[int, Mapping[str, Tensors]]:
-    """Without the rows that a conversion appended for the picture token, see `_Longer`."""
+def _own_rows(source: Source, rows: int, llm: Tensors) -> int:
+    """Of a vocabulary's rows those that no conversion appended for the picture, see `_Longer`."""
     key = next((k for k in ("image_token_id", "image_token_index") if k in source.config), "")
     first = source.config.get(key)
     if not isinstance(first, int) or not 0 < first < rows:
-        return rows, tensors
-    for tensor in _vocabulary(source, tensors["llm"]).values():
+        return rows
+    for tensor in _vocabulary(source, llm).values():
         longer = _Longer(_Shorter(tensor, first), rows)
         if not np.array_equal(longer[first:rows], tensor[first:rows]):
-            return rows, tensors
-    return first, tensors
+            return rows
+    return first
 
 
 def _vocabulary(source: Source, tensors: Tensors) -> Tensors:

@@ -26,7 +26,7 @@ NEXT = {
     "image_grid_pinpoints": [[28, 56], [56, 28], [56, 56]],
     "mm_patch_merge_type": "spatial_unpad",
 }
-pytestmark = pytest.mark.filterwarnings("ignore:of pictures of some sizes", "ignore:frames of")
+pytestmark = pytest.mark.filterwarnings("ignore:of pictures of few sizes", "ignore:frames of")
 
 
 def same_tensors(one: Path, other: Path) -> None:

@@ -48,6 +48,10 @@ class VisionFuseConfig(PreTrainedConfig):
     def tie_word_embeddings(self, tied: bool) -> None:
         self.text_config.tie_word_embeddings = tied
 
+    def to_dict(self) -> dict[str, Any]:
+        """See transformers; without what is for a folder's own code, where that does not run."""
+        return {key: x for key, x in super().to_dict().items() if key not in reading.UNREAD}
+
     def vfjax(self) -> ModelConfig:
         """The model's config in vfjax.
 

@@ -25,6 +25,10 @@ OTHERS = frozenset(PreTrainedConfig().to_dict()) - {"model_type"} | {"quantizati
 """Keys of any config.json that transformers itself knows."""
 
 
+UNREAD = frozenset({"auto_map", "plain"})
+"""Keys of a folder with code of its own, which a folder that is saved here does not get."""
+
+
 class Member(NamedTuple):
     """One member's folder, in any layout, as a fused one.
 

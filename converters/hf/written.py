@@ -19,6 +19,9 @@ KEY = "plain"
 PROCESSOR = ("template", "stop_ids", "image_token", "settings")
 """Fields of `Processor` that are written."""
 
+UNREAD: frozenset[str] = frozenset()
+"""Keys that are not saved: the code is saved with the folder, and reads them."""
+
 CLASSES: dict[str, type] = {}
 """Classes of the configs by their names; the end of the file that is made of this fills it."""
 

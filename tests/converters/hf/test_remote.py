@@ -28,6 +28,7 @@ model = AutoModelForImageTextToText.from_pretrained(folder, trust_remote_code=Tr
 processor = AutoProcessor.from_pretrained(folder, trust_remote_code=True)
 batch = processor(images=[[picture, picture], []], text=prompts)
 logits = model(**batch).logits.detach().numpy()
+model.save_pretrained(out + ".saved")
 np.save(out, logits[batch["attention_mask"].bool().numpy()])
 """
 
@@ -54,6 +55,11 @@ def test_without_vfjax(fused: Path, tmp_path: Path):
     expected = np.asarray(vfjax.forward(model, batch))[np.asarray(batch.mask)]
     found = np.load(tmp_path / "out.npy")
     np.testing.assert_allclose(found, expected, rtol=0, atol=1e-4 * np.abs(expected).max())
+    saved = tmp_path / "out.npy.saved"
+    assert (saved / remote.FILE).read_bytes() == (fused / remote.FILE).read_bytes()
+    assert read_json(saved / "config.json")["plain"] == read_json(fused / "config.json")["plain"]
+    VisionFuseConfig.from_pretrained(fused).save_pretrained(tmp_path / "own")  # without the code
+    assert {"auto_map", "plain"}.isdisjoint(read_json(tmp_path / "own" / "config.json"))
 
 
 def test_what_is_written_is_what_vfjax_reads(fused: Path, monkeypatch: pytest.MonkeyPatch):

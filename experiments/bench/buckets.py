@@ -5,6 +5,7 @@
 The bucket is a server of this file on loopback, which speaks as much of S3 as reading takes: there
 is no network to wait for, so what is measured is the work of the reader. The plain read is one
 request a file, for the range of all its bytes, by Python's own client into memory that is kept.
+Beside it stands a process's second load, whose programs are compiled, and its first.
 """
 
 import argparse
@@ -69,12 +70,18 @@ def bench(folder: Path, address: str, repeats: int, notes: dict[str, object]) ->
     plain: list[float] = []
     for _ in range(repeats):
         plain.append(plain_read(folder, address))
-        loads.append(json.loads(child("load", f"s3://{BUCKET}/{folder.name}", **environment)))
+        loads.append(json.loads(child("again", f"s3://{BUCKET}/{folder.name}", **environment)))
     notes |= {"loads": loads, "seconds of a plain read": plain}
     name = f"load from a bucket, {DEVICES} devices"
     beyond = [max(x["beyond"] / MIB, 1) for x in loads]
     return [
-        row(f"{name}: wall", [x["seconds"] for x in loads], plain, "plain read"),
+        row(f"{name}: wall", [x["again"] for x in loads], plain, "plain read"),
+        row(
+            f"{name}, the first of a process: wall",
+            [x["seconds"] for x in loads],
+            plain,
+            "plain read",
+        ),
         row(f"{name}: memory beyond the arrays", beyond, [MEMORY], "limit", "MiB"),
     ]
 

@@ -25,6 +25,7 @@ import numpy as np
 from flax import nnx
 
 import converters
+from converters import open_source
 from experiments.bench.common import Row, forget, report, row
 from experiments.bench.llamas import LLAMA3, QUICK, Shape, llama, write_model
 from experiments.bench.merge import read
@@ -153,13 +154,25 @@ def child(what: str, folder: Path | str, **environment: str) -> str:
 
 def load_once(folder: str) -> None:
     """Prints the seconds and CPU seconds of a load, and its peak of memory beyond the arrays."""
+    print(json.dumps(loaded(folder)))
+
+
+def load_again(folder: str) -> None:
+    """Prints the same of a load, of what is imported and compiled before, and the next one's."""
+    open_source(folder)
+    first = loaded(folder)
+    print(json.dumps({**first, "again": loaded(folder)["seconds"]}))
+
+
+def loaded(folder: str) -> dict[str, float]:
+    """Seconds and CPU seconds of a load, and its peak of memory beyond the arrays."""
     mesh = make_mesh(model=jax.device_count()) if jax.device_count() > 1 else None
     Path("/proc/self/clear_refs").write_text("5")  # the peak starts anew
     before, busy, begin = status("VmRSS"), time.process_time(), time.perf_counter()
     model, _ = jax.block_until_ready(converters.load(folder, mesh=mesh))
     seconds, cpu = time.perf_counter() - begin, time.process_time() - busy
     beyond = status("VmHWM") - before - nbytes(nnx.state(model))
-    print(json.dumps({"seconds": seconds, "cpu": cpu, "beyond": beyond}))
+    return {"seconds": seconds, "cpu": cpu, "beyond": beyond}
 
 
 def keep_once(folder: str) -> None:
@@ -185,7 +198,7 @@ def status(key: str) -> int:
     raise KeyError(key)
 
 
-CHILDREN = {"load": load_once, "keep": keep_once, "start": start_once}
+CHILDREN = {"load": load_once, "again": load_again, "keep": keep_once, "start": start_once}
 
 
 if __name__ == "__main__":

@@ -301,27 +301,31 @@ def upload(hub: Hub, oid: str, size: int) -> dict[str, Any]:
 
 
 @contextlib.contextmanager
-def serving(cache: Path) -> Iterator[Hub]:
-    """A hub that huggingface_hub asks in this process, with an empty cache and no login."""
+def serving(cache: Path, patch: pytest.MonkeyPatch) -> Iterator[Hub]:
+    """A hub that huggingface_hub asks in this process, with an empty cache and no login.
+
+    Args:
+        cache: folder.
+        patch: the test's own: two would not be undone in their order.
+    """
     hub = Hub()
     server = ThreadingHTTPServer(("127.0.0.1", 0), handler(hub))
     server.daemon_threads = True
     hub.url = f"http://127.0.0.1:{server.server_port}"
     thread = threading.Thread(target=lambda: server.serve_forever(poll_interval=0.02), daemon=True)
     thread.start()
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(constants, "ENDPOINT", hub.url)
-        template = hub.url + "/{repo_id}/resolve/{revision}/{filename}"
-        patch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", template)
-        patch.setattr(constants, "HF_HUB_CACHE", str(cache))
-        patch.setattr(constants, "HF_TOKEN_PATH", str(cache / "token"))
-        patch.setattr(constants, "HF_HUB_OFFLINE", False)
-        patch.setattr(constants, "HF_HUB_DISABLE_XET", True)
-        patch.setattr(constants, "DOWNLOAD_CHUNK_SIZE", 1000)
-        patch.delenv("HF_TOKEN", raising=False)
-        huggingface_hub.utils.disable_progress_bars()
-        try:
-            yield hub
-        finally:
-            server.shutdown()
-            server.server_close()
+    patch.setattr(constants, "ENDPOINT", hub.url)
+    template = hub.url + "/{repo_id}/resolve/{revision}/{filename}"
+    patch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", template)
+    patch.setattr(constants, "HF_HUB_CACHE", str(cache))
+    patch.setattr(constants, "HF_TOKEN_PATH", str(cache / "token"))
+    patch.setattr(constants, "HF_HUB_OFFLINE", False)
+    patch.setattr(constants, "HF_HUB_DISABLE_XET", True)
+    patch.setattr(constants, "DOWNLOAD_CHUNK_SIZE", 1000)
+    patch.delenv("HF_TOKEN", raising=False)
+    huggingface_hub.utils.disable_progress_bars()
+    try:
+        yield hub
+    finally:
+        server.shutdown()
+        server.server_close()

@@ -200,7 +200,7 @@ class Model(nnx.Module):
         return [self.memory(name, images, self.llm.lookup) for name in names]
 
     def visual_tokens(self, images: Mapping[str, Pictures]) -> VisualTokens:
-        """All branches' memories one after another."""
+        """All branches' memories one after another, without what `deep` adds within the LLM."""
         return _concatenate(self.memories(images))
 
     def deep(self, batch: Batch, mask: Array, memories: Sequence[VisualTokens]) -> Deep | None:

@@ -139,7 +139,8 @@ def read_weights(folder: Path, stems: Sequence[str] = STEMS) -> dict[str, Stored
         raise InputError(
             folder,
             found="no weights",
-            expected=" or ".join(_names(stems)) + ", or their .index.json",
+            expected=" or ".join(x for x in _names(stems) if not x.endswith(".gguf"))
+            + ", or their .index.json",
             fix="check the path, or download the missing files",
         )
     return _sharded(folder / name) if name.endswith(INDEX) else read_file(folder / name)

@@ -121,9 +121,11 @@ def test_a_shard_reads_its_rows_alone(small: None):
     assert read == [(6, 9)]
 
 
-def test_the_host_holds_two_parameters_and_a_block_a_thread(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, small: None
+@pytest.mark.parametrize(("ahead", "held"), [(0, 2), (1 << 30, 21)])
+def test_the_host_holds_two_parameters_or_small_ones_and_a_block_a_thread(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, small: None, ahead: int, held: int
 ):
+    monkeypatch.setattr(load_params, "AHEAD", ahead)
     llama_folder(tmp_path)
     live: list[weakref.ref[np.ndarray]] = []
     blocks, waiting, most = [], 0, []
@@ -150,7 +152,7 @@ def test_the_host_holds_two_parameters_and_a_block_a_thread(
     monkeypatch.setattr(load_params, "start", started)
     converters.load(tmp_path, dtype="bfloat16", mesh=make_mesh(4, 2))
     assert len(most) == 21
-    assert max(most) == 2
+    assert max(most) == held
     assert max(blocks) <= load_params.THREADS
 
 

@@ -66,7 +66,7 @@ def split(folder: Path) -> None:
 def server(models: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Hub]:
     """All of them at org/NAME, and nobody waits for a busy hub."""
     monkeypatch.setattr(time, "sleep", lambda seconds: None)
-    with serving(tmp_path / "cache") as found:
+    with serving(tmp_path / "cache", monkeypatch) as found:
         for folder in models.iterdir():
             found.add(f"org/{folder.name}", folder)
         yield found

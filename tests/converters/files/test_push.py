@@ -39,7 +39,7 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def server(models: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Hub]:
     """The members are there; a login that may write as "me" and for "team"."""
     monkeypatch.setattr(time, "sleep", lambda seconds: None)
-    with serving(tmp_path / "cache") as found:
+    with serving(tmp_path / "cache", monkeypatch) as found:
         for folder in models.iterdir():
             found.add(f"org/{folder.name}", folder)
         found.accounts["t"] = Account(orgs={"team": "write", "club": "read"})

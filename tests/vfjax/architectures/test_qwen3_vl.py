@@ -184,7 +184,7 @@ def test_tower_mergers_and_what_the_llm_adds(port: Port):
     taps = jax.jit(lambda b, x: b.encoder(x.pixels, (1, 2, 3, 4), **x.where))(branch, seen.given)
     for k, (found, expected) in enumerate(zip(taps, states, strict=True)):
         assert_close(np.asarray(found)[0, :count], expected, k)
-    memory = jax.jit(Model.visual_tokens)(port.model, batch.images)
+    (memory,) = jax.jit(Model.memories)(port.model, batch.images)
     at = batch.visual[batch.visual >= 0]
     assert_close(np.asarray(memory.values)[at], out.pooler_output.numpy())
     for k, expected in enumerate(out.deepstack_features):

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from converters.files import gguf
-from converters.files.gguf import Header
+from converters.files.gguf import Header, Names
 from converters.registry import find
 from converters.values import ANY, REQUIRED, Unused, Values
 from vfjax import InputError
@@ -63,8 +63,8 @@ LLAMA3 = {"low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_positio
 """Of all of Llama 3.1 to 3.3; the file does not say them."""
 
 
-def write(header: Header, folder: Path) -> None:
-    """Writes a file's config.json, tokenizer, and the names of its tensors into a folder.
+def write(header: Header, folder: Path) -> Names:
+    """Writes a file's config.json and tokenizer into a folder; the names of its tensors.
 
     Raises:
         InputError: an architecture, a key, a tensor or a tokenizer that is not known.
@@ -77,7 +77,7 @@ def write(header: Header, folder: Path) -> None:
         config |= kept
         (folder / "generation_config.json").write_text(json.dumps(kept))
     (folder / "config.json").write_text(json.dumps(config, indent=2))
-    (folder / gguf.NAMES).write_text(json.dumps(names))
+    return names
 
 
 def config_of(header: Header) -> dict[str, Any]:
@@ -214,10 +214,8 @@ def _llama3(header: Header, theta: float, size: int) -> dict[str, Any]:
     return {"rope_type": "llama3", "factor": round(factor, 4), **LLAMA3}
 
 
-def tensor_names(header: Header, config: Mapping[str, Any]) -> dict[str, tuple[str, int, float]]:
-    """HF name of each tensor -> its name in the file, heads and what to take off it.
-
-    See `converters.files.gguf.GGUFTensor` for the last two.
+def tensor_names(header: Header, config: Mapping[str, Any]) -> Names:
+    """HF name of each tensor, see `Names`.
 
     Raises:
         InputError: a tensor that no name of the model's table fits.

@@ -7,9 +7,7 @@ removed at the process's end. The header is read here, within the file's bounds,
 
 import dataclasses
 import functools
-import json
 import math
-import os
 import struct
 import tempfile
 from collections.abc import Callable, Iterable, Mapping
@@ -242,29 +240,20 @@ class GGUFTensor:
         return raw
 
 
-NAMES = "model.gguf.json"
-"""Beside a link to a file: HF name -> name in the file, heads and what to take off, as JSON."""
-
-
 def read_tensors(path: Path) -> dict[str, GGUFTensor]:
     """The tensors of a folder's `model.gguf` by their HF names, none of them read yet.
 
     Raises:
-        InputError: as `read_header`; a file that was not opened by itself.
+        InputError: a file that was not opened by itself.
     """
-    names = path.with_name(NAMES)
-    if not names.is_file():
+    if path not in _TENSORS:
         raise InputError(
             path,
             found="a GGUF file among others",
             expected="it alone",
             fix=f"pass the file, {path}",
         )
-    header = read_header(path)
-    return {
-        name: tensor(header, own, heads=heads, less=less)
-        for name, (own, heads, less) in json.loads(names.read_text()).items()
-    }
+    return _TENSORS[path]
 
 
 def tensor(header: Header, name: str, *, heads: int = 0, less: float = 0.0) -> GGUFTensor:
@@ -292,8 +281,14 @@ def _root() -> Path:
 _KEPT: list[object] = []
 _MADE: dict[tuple[Path, int, int], Path] = {}
 
-Writer = Callable[[Header, Path], None]
-"""Writes the JSON files of a header into a folder."""
+_TENSORS: dict[Path, dict[str, GGUFTensor]] = {}
+"""Link in a folder -> the tensors of its file."""
+
+Names = Mapping[str, tuple[str, int, float]]
+"""HF name of a tensor -> its name in the file, heads and what to take off, see `GGUFTensor`."""
+
+Writer = Callable[[Header, Path], Names]
+"""Writes the JSON files of a header into a folder; the names of its tensors."""
 
 
 def folder(path: Path, write: Writer) -> Path:
@@ -312,9 +307,15 @@ def folder(path: Path, write: Writer) -> Path:
     if key not in _MADE:
         place = Path(tempfile.mkdtemp(dir=_root())) / path.name
         place.mkdir()
-        write(read_header(path), place)
-        (place / "model.gguf").symlink_to(path)
-        SHOWN[f"{place}{os.sep}model.gguf"] = str(path)
+        header, link = read_header(path), place / "model.gguf"
+        names = write(header, place)
+        link.symlink_to(path)
+        header = dataclasses.replace(header, path=link)
+        _TENSORS[link] = {
+            name: tensor(header, own, heads=heads, less=less)
+            for name, (own, heads, less) in names.items()
+        }
+        SHOWN[str(link)] = str(path)
         SHOWN[str(place)] = str(path)
         _MADE[key] = place
     return _MADE[key]

@@ -6,25 +6,26 @@ The processor is Qwen2.5-VL's with patches of one frame (ds/merge_model.py).
 from pathlib import Path
 
 from converters import registry
-from converters.chat import read_chat_template
 from converters.formats.qwen_vl import (
     END,
     IMAGE,
+    MERGER,
     START,
     VIDEO,
     check_patches,
+    normal,
     recorded,
     shown,
     token_id,
     videos,
+    with_dtype,
 )
-from converters.params.table import Layered, Names, Table, dense, norm
+from converters.params.table import Layered, Names, Table
 from converters.preprocessor import read_preprocessor
-from converters.source import Branch, Layout, Source, tokenizer_class
+from converters.source import Branch, Layout, Source
 from converters.towers import Towers
 from converters.values import ANY, PRETRAINED, Values
 from vfjax.architectures import MergerConfig, OneVision15
-from vfjax.text.chat import CHAT_TEMPLATE
 from vfjax.vision.encoders import QwenViTConfig
 from vfjax.vision.images import ImageSpec
 
@@ -44,9 +45,7 @@ def describe(folder: Path, config: Values, towers: Towers) -> Source:
     vision = {"model_type": "rice_vit", **config.mapping("vision_config")}
     llm = {"model_type": "LLaVAOneVision1_5_text", **config.mapping("text_config")}
     llm.pop("architectures", None)  # the whole model's
-    for key in ("torch_dtype", "dtype"):
-        if key in config:
-            llm.setdefault(key, config.any(key))
+    llm = with_dtype(config, llm)
     encoder = registry.find(vision, where).config(vision, where)
     decoder = registry.find(llm, config.where).config(llm, f"{config.where}: text_config")
     own = Values(vision, where)
@@ -69,19 +68,8 @@ def describe(folder: Path, config: Values, towers: Towers) -> Source:
         found, _ = videos(folder, encoder.patch * encoder.merge)
         films = found.get("temporal_patch_size", 2) == encoder.time
         connector |= {"videos": found, "films": films}
-    chat = read_chat_template(folder)
-    return Source(
-        folder,
-        "onevision15",
-        dict(config.data),
-        llm,
-        (Branch("rice", vision, images, "crop", connector, code="transformers"),),
-        CHAT_TEMPLATE if chat else "plain",
-        tokenizer=tokenizer_class(config.data),
-        chat_template=chat,
-        image_token=IMAGE[1],
-        image_id=image,
-    )
+    branch = Branch("rice", vision, images, "crop", connector, code="transformers")
+    return normal(folder, "onevision15", config, llm, branch, image)
 
 
 def read(hf: Values) -> MergerConfig:
@@ -106,11 +94,7 @@ TABLE = Table(
     ids={"start": True, "end": True, "placeholders": False},
     path=path,
     recorded=recorded,
-    rules=(
-        *norm("ln_q", "norm"),
-        *dense("mlp.0", "fc1"),
-        *dense("mlp.2", "fc2"),
-    ),
+    rules=MERGER,
 )
 
 

@@ -4,7 +4,6 @@ from pathlib import Path
 from typing import Any
 
 from converters import registry
-from converters.chat import read_chat_template
 from converters.formats.qwen_vl import (
     BESIDE,
     END,
@@ -12,19 +11,20 @@ from converters.formats.qwen_vl import (
     START,
     VIDEO,
     check_patches,
+    normal,
     recorded,
     section,
     shown,
     token_id,
     video_processor,
+    with_dtype,
 )
 from converters.params.table import Layered, Names, Table, dense, norm
 from converters.preprocessor import read_preprocessor
-from converters.source import Branch, Layout, Source, tokenizer_class
+from converters.source import Branch, Layout, Source
 from converters.towers import Towers
 from converters.values import ANY, Values
 from vfjax.architectures import DeepMergersConfig, Frames, Qwen3VL
-from vfjax.text.chat import CHAT_TEMPLATE
 from vfjax.vision.encoders import QwenViTConfig
 from vfjax.vision.images import ImageSpec
 
@@ -68,19 +68,8 @@ def describe(folder: Path, config: Values, towers: Towers) -> Source:
     if images:
         connector |= _videos(folder, encoder)
         check_patches(images, encoder, f"{folder}: image processor")
-    chat = read_chat_template(folder)
-    return Source(
-        folder,
-        "qwen3-vl-hf",
-        dict(config.data),
-        llm,
-        (Branch(KIND, vision, images, "crop", connector, code="transformers"),),
-        CHAT_TEMPLATE if chat else "plain",
-        tokenizer=tokenizer_class(config.data),
-        chat_template=chat,
-        image_token=IMAGE[1],
-        image_id=image,
-    )
+    branch = Branch(KIND, vision, images, "crop", connector, code="transformers")
+    return normal(folder, "qwen3-vl-hf", config, llm, branch, image)
 
 
 def _llm(config: Values) -> dict[str, Any]:
@@ -88,10 +77,9 @@ def _llm(config: Values) -> dict[str, Any]:
     config.mapping("text_config")  # without it another model, of the class's defaults, is meant
     llm = section(config, "text_config", f"{KIND}_text")
     llm.pop("architectures", None)  # the whole model's
-    for key in ("torch_dtype", "dtype"):
-        if key in config:
-            llm.setdefault(key, config.any(key))
-    return llm | {"tie_word_embeddings": config.flag("tie_word_embeddings", False, null=True)}
+    return with_dtype(config, llm) | {
+        "tie_word_embeddings": config.flag("tie_word_embeddings", False, null=True)
+    }
 
 
 VIDEOS = {

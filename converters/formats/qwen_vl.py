@@ -89,19 +89,42 @@ def describe(folder: Path, config: Values, towers: Towers) -> Source:
         connector |= {"videos": found} | ({} if budget is None else {"budget": budget})
         for settings, what in ((images, "image"), (found, "video")):
             check_patches(settings, encoder, f"{folder}: {what} processor")
+    branch = Branch(kind, vision, images, "crop", connector, code="transformers")
+    return normal(folder, "qwen-vl-hf", config, llm, branch, ids[IMAGE[0]])
+
+
+def normal(
+    folder: Path, layout: str, config: Values, llm: dict[str, Any], branch: Branch, image: int
+) -> Source:
+    """Normal form of a folder with one branch and marks as Qwen-VL's.
+
+    Args:
+        folder: of the model.
+        layout: its name.
+        config: config.json.
+        llm: its LLM's config.
+        branch: its only one.
+        image: id of a picture's token.
+    """
     chat = read_chat_template(folder)
     return Source(
         folder,
-        "qwen-vl-hf",
+        layout,
         dict(config.data),
         llm,
-        (Branch(kind, vision, images, "crop", connector, code="transformers"),),
+        (branch,),
         CHAT_TEMPLATE if chat else "plain",
         tokenizer=tokenizer_class(config.data),
         chat_template=chat,
         image_token=IMAGE[1],
-        image_id=ids[IMAGE[0]],
+        image_id=image,
     )
+
+
+def with_dtype(config: Values, llm: dict[str, Any]) -> dict[str, Any]:
+    """An LLM's config with the dtype of the whole model's where it says none."""
+    found = {key: config.any(key) for key in ("torch_dtype", "dtype") if key in config}
+    return {**llm, **found, **llm}
 
 
 def section(config: Values, key: str, kind: str) -> dict[str, Any]:
@@ -128,9 +151,7 @@ def text_config(config: Values, kind: str) -> dict[str, Any]:
         llm = section(config, "text_config", f"{kind}_text")
         llm.pop("architectures", None)  # the whole model's
         config.rest([key for key in config.data if key not in LLM])
-    for key in ("torch_dtype", "dtype"):
-        if key in config:
-            llm.setdefault(key, config.any(key))
+    llm = with_dtype(config, llm)
     if config.flag("tie_word_embeddings", False, null=True):
         llm["tie_word_embeddings"] = True  # the text's own true holds beside a false one, too
     return llm
@@ -290,6 +311,13 @@ def recorded(config: object, inputs: Inputs, stages: Arrays) -> Arrays:
     return {**stages, "pixel_values": np.asarray(inputs.pixels)}
 
 
+MERGER = (
+    *norm("ln_q", "norm"),
+    *dense("mlp.0", "fc1"),
+    *dense("mlp.2", "fc2"),
+)
+"""Of a norm and two layers behind it."""
+
 TABLE = Table(
     types=("qwen_merger",),
     read=read,
@@ -297,11 +325,7 @@ TABLE = Table(
     ids={"start": True, "end": True, "placeholders": False},
     path=path,
     recorded=recorded,
-    rules=(
-        *norm("ln_q", "norm"),
-        *dense("mlp.0", "fc1"),
-        *dense("mlp.2", "fc2"),
-    ),
+    rules=MERGER,
 )
 
 

@@ -318,6 +318,19 @@ def tokenizer_files(path: Path) -> None:
 SIZES = ((336, 336), (1024, 768), (500, 3000))
 
 
+def assert_listed(name: str, folder: Path, count: int) -> None:
+    """The folder's tensors are the model's, so many parameters, and its rows are in MODELS.md."""
+    source = open_source(folder)
+    params = shapes(source)
+    check(source, params)
+    assert sum(math.prod(p.shape) for p in params.values()) == count
+    (branch,) = model_config(source).branches
+    counts = [str(len(branch.architecture.regions(size))) for size in SIZES]
+    lines = MODELS.read_text().splitlines()
+    assert row(name, source) in lines
+    assert f"| {' | '.join([name, *counts])} |" in lines
+
+
 @pytest.mark.parametrize("name", PORTS)
 def test_port(tmp_path: Path, name: str):
     """Every tensor of the class is a parameter, and the other way round."""
@@ -333,15 +346,7 @@ def test_port(tmp_path: Path, name: str):
     if given["model_type"] in ("idefics3", "smolvlm"):
         tokenizer_files(tmp_path)
     header_file(tmp_path / "model.safetensors", named)
-    source = open_source(tmp_path)
-    params = shapes(source)
-    check(source, params)
-    assert sum(math.prod(p.shape) for p in params.values()) == theirs.num_parameters()
-    (branch,) = model_config(source).branches
-    counts = [str(len(branch.architecture.regions(size))) for size in SIZES]
-    lines = MODELS.read_text().splitlines()
-    assert row(name, source) in lines
-    assert f"| {' | '.join([name, *counts])} |" in lines
+    assert_listed(name, tmp_path, theirs.num_parameters())
 
 
 @pytest.mark.parametrize("kind", ["llava_qwen", "llava"])
@@ -396,15 +401,7 @@ def test_authors_onevision(tmp_path: Path, kind: str):
     }
     write_json(tmp_path / "config.json", {**text, **own})
     header_file(tmp_path / "model.safetensors", {n: ("BF16", list(x)) for n, x in named.items()})
-    source = open_source(tmp_path)
-    params = shapes(source)
-    check(source, params)
-    assert sum(math.prod(p.shape) for p in params.values()) == sum(map(math.prod, named.values()))
-    (branch,) = model_config(source).branches
-    counts = [str(len(branch.architecture.regions(size))) for size in SIZES]
-    lines = MODELS.read_text().splitlines()
-    assert row(name, source) in lines
-    assert f"| {' | '.join([name, *counts])} |" in lines
+    assert_listed(name, tmp_path, sum(map(math.prod, named.values())))
 
 
 def test_onevision15(tmp_path: Path):
@@ -425,12 +422,4 @@ def test_onevision15(tmp_path: Path):
     images = {**onevision15.IMAGES, "patch_size": 14, "size": pixels}
     write_json(tmp_path / "preprocessor_config.json", images)
     header_file(tmp_path / "model.safetensors", {n: ("BF16", list(x)) for n, x in named.items()})
-    source = open_source(tmp_path)
-    params = shapes(source)
-    check(source, params)
-    assert sum(math.prod(p.shape) for p in params.values()) == sum(map(math.prod, named.values()))
-    (branch,) = model_config(source).branches
-    counts = [str(len(branch.architecture.regions(size))) for size in SIZES]
-    lines = MODELS.read_text().splitlines()
-    assert row(name, source) in lines
-    assert f"| {' | '.join([name, *counts])} |" in lines
+    assert_listed(name, tmp_path, sum(map(math.prod, named.values())))

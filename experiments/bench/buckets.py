@@ -10,7 +10,6 @@ Beside it stands a process's second load, whose programs are compiled, and its f
 
 import argparse
 import contextlib
-import dataclasses
 import http.client
 import http.server
 import json
@@ -30,8 +29,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 import numpy as np
 
 from experiments.bench.common import Row, report, row
-from experiments.bench.llamas import LLAMA3, QUICK, write_model
-from experiments.bench.load import arguments, child, room
+from experiments.bench.llamas import write_model
+from experiments.bench.load import arguments, asked, child, room
 
 PACKAGES = ("jax", "jaxlib", "numpy", "s3fs", "tensorstore", "vfjax")
 MIB = 1 << 20
@@ -44,10 +43,7 @@ MEMORY = 64
 
 def main(args: argparse.Namespace) -> None:
     """Measures, prints the table, writes the file."""
-    config = {**LLAMA3.config, "num_hidden_layers": args.layers}
-    shape = QUICK if args.quick else dataclasses.replace(LLAMA3, config=config)
-    notes = {**dataclasses.asdict(shape), "bytes": 2 * shape.size, "repeats": args.repeats}
-    notes["load average before"] = os.getloadavg()[0]
+    shape, notes = asked(args)
     args.work.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix="buckets-", dir=args.work) as name:
         folder = Path(name)

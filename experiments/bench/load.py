@@ -44,10 +44,7 @@ TOKENS = 8
 
 def main(args: argparse.Namespace) -> None:
     """Measures everything, prints the table, writes the file."""
-    config = {**LLAMA3.config, "num_hidden_layers": args.layers}
-    shape = QUICK if args.quick else dataclasses.replace(LLAMA3, config=config)
-    notes = {**dataclasses.asdict(shape), "bytes": 2 * shape.size, "repeats": args.repeats}
-    notes["load average before"] = os.getloadavg()[0]
+    shape, notes = asked(args)
     args.work.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix="load-", dir=args.work) as name:
         folder = Path(name)
@@ -69,6 +66,15 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--repeats", type=int, default=3, help="timed runs of each")
     parser.add_argument("--work", type=Path, default=Path("outputs"), help="for the models")
     return parser.parse_args()
+
+
+def asked(args: argparse.Namespace) -> tuple[Shape, dict[str, object]]:
+    """The shape of the model that is loaded, and notes on the run."""
+    config = {**LLAMA3.config, "num_hidden_layers": args.layers}
+    shape = QUICK if args.quick else dataclasses.replace(LLAMA3, config=config)
+    notes = {**dataclasses.asdict(shape), "bytes": 2 * shape.size, "repeats": args.repeats}
+    notes["load average before"] = os.getloadavg()[0]
+    return shape, notes
 
 
 def room(folder: Path, need: int) -> None:

@@ -21,23 +21,37 @@ def main() -> int:
     look.add_argument("path")
     made = verbs.add_parser(
         "export",
-        help="write a model's folder in another layout",
-        description="Writes a LLaVA-1.5, LLaVA-1.6 or LLaVA-OneVision in another layout, block by "
-        "block. The new folder answers as the old one; what its layout cannot say is refused.",
+        help="write a model's folder in another layout, with code, to the hub",
+        description="Writes a model in another layout, block by block: the new folder answers as "
+        "the old one, and what its layout cannot say is refused. Without --layout it is loaded, "
+        "and written as it came.",
         epilog="examples:\n"
         "  python -m converters export llava-v1.5-7b llava-v1.5-7b-hf --layout=hf\n"
         "  python -m converters export llava-v1.6-vicuna-7b out --layout=hf \\\n"
         "      --towers openai/clip-vit-large-patch14-336=clip\n"
-        "  python -m converters export llava-onevision-hf llava-onevision --layout=llava",
+        "  python -m converters export llava-onevision-hf llava-onevision --layout=llava\n"
+        "  python -m converters export fused fused-with-code --remote_code --push_to_hub=me/fused",
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     made.add_argument("path", help="the model's folder")
     made.add_argument("out", help="folder to make")
     made.add_argument(
         "--layout",
-        required=True,
         choices=("hf", "llava"),
         help="hf: transformers'; llava: that of LLaVA's authors",
+    )
+    made.add_argument(
+        "--remote_code",
+        action="store_true",
+        help="add code, so that transformers runs a fused folder without vfjax (needs torch)",
+    )
+    made.add_argument(
+        "--push_to_hub", metavar="ORG/NAME", help="send the new folder there, with a model card"
+    )
+    made.add_argument(
+        "--private",
+        action=argparse.BooleanOptionalAction,
+        help="whether others may not see what is made there; else as the account has it",
     )
     for verb in (look, made):
         verb.add_argument("--base", help="folder of the model that an adapter or projector is for")
@@ -64,9 +78,19 @@ def main() -> int:
             with warnings.catch_warnings(record=True) as notes:
                 warnings.simplefilter("always", UserWarning)
                 towers = dict(args.towers)
-                export(args.path, args.out, layout=args.layout, towers=towers, base=args.base)
+                export(
+                    args.path,
+                    args.out,
+                    layout=args.layout,
+                    towers=towers,
+                    base=args.base,
+                    remote_code=args.remote_code,
+                    push_to_hub=args.push_to_hub,
+                    private=args.private,
+                )
             for note in notes:
-                print(f"note: {note.message}", file=sys.stderr)
+                if issubclass(note.category, UserWarning):
+                    print(f"note: {note.message}", file=sys.stderr)
             return 0
         from converters.verify import run
 

@@ -24,6 +24,7 @@ from converters.load import (
     Params,
     check,
     flatten,
+    load,
     model_config,
     part_of,
     structure,
@@ -72,8 +73,8 @@ def export(
     the way back.
 
     Args:
-        model: made by `converters.load`; its parameters may have changed. With `layout` also a
-            folder, which is then read block by block.
+        model: made by `converters.load`; its parameters may have changed. Or its folder, which is
+            read block by block with `layout`, and loaded without.
         out: folder to make.
         layout: "hf" or "llava"; None: the one that the model came in.
         like: the model that was loaded, where `model` is another object of its structure, as
@@ -95,13 +96,15 @@ def export(
             where torch lacks a branch. No login, or one that may not write to `push_to_hub`, before
             anything is done; or the hub refuses it then: `out` is whole.
     """
-    if remote_code and (layout is not None or not isinstance(model, Model)):
+    if remote_code and layout is not None:
         raise InputError(
             "remote_code",
             found=f"True, and layout {layout!r}",
             expected="one of them: other layouts are of classes that transformers has",
             fix="leave one out",
         )
+    if layout is None and not isinstance(model, Model):
+        model, _ = load(model, towers=towers, base=base)
     if isinstance(model, Model):
         source, origin = None, _origin(model, like)
     else:

@@ -127,7 +127,7 @@ ELSEWHERE = {
     "vfjax/analysis": "draw report search",
     "vfjax/eval": "data extras judge predict videoqa",
     # By the model's tests (test_model.py), each against its twin in vfjax on one folder.
-    "converters/hf": "branch config convnext llava plain reading state written",
+    "converters/hf": "branch config convnext llava plain state written",
     # By the engine's and the methods' tests as a whole, against mergekit and closed forms.
     "vfjax/merge": "parse tensors",
     "vfjax/merge/engine": "account kernels operation reductions",

@@ -81,6 +81,21 @@ class Repo:
         return self.name if self.revision is None else f"{self.name}@{self.revision}"
 
 
+@dataclasses.dataclass(frozen=True)
+class Access:
+    """How huggingface_hub is asked, where that is not as its settings say.
+
+    Attributes:
+        cache_dir: in place of its cache.
+        token: in place of its login; False: none.
+        force_download: get files that are in the cache, too.
+    """
+
+    cache_dir: str | os.PathLike[str] | None = None
+    token: str | bool | None = None
+    force_download: bool = False
+
+
 def parse(text: str | os.PathLike[str]) -> Repo | None:
     """The repository that a text of the form `org/name[@revision]` names; None of any other."""
     found = _NAME.fullmatch(os.fspath(text))
@@ -132,7 +147,13 @@ def named(path: Path) -> str | None:
 
 
 def fetch(
-    repo: Repo, where: str, *, weights: bool = True, local: bool = False, more: Sequence[str] = ()
+    repo: Repo,
+    where: str,
+    *,
+    weights: bool = True,
+    local: bool = False,
+    more: Sequence[str] = (),
+    access: Access = Access(),
 ) -> Path:
     """The folder of a repository in the cache, completed by what it lacks.
 
@@ -144,6 +165,7 @@ def fetch(
         weights: whether its weights are needed; else the files beside them.
         local: take what is in the cache, and ask nobody.
         more: patterns of other files that are needed.
+        access: see `Access`.
 
     Raises:
         Absent: there is no such repository, or neither a network nor a whole copy.
@@ -153,16 +175,17 @@ def fetch(
     from huggingface_hub import HfApi, constants, errors, get_cached_repo_tree, snapshot_download
 
     def ask(call: Callable[[], Result]) -> Result:
-        return asked(repo, where, call)
+        return asked(repo, where, call, token=access.token)
 
     local = local or constants.HF_HUB_OFFLINE
-    api = HfApi(library_name="vfjax")
-    revision = ask(
-        lambda: api.resolve_revision(repo.name, revision=repo.revision, local_files_only=local)
-    )
+    api = HfApi(library_name="vfjax", token=access.token)
+    place: dict[str, Any] = {"cache_dir": access.cache_dir}
+    asking = {**place, "local_files_only": local}
+    revision = ask(lambda: api.resolve_revision(repo.name, revision=repo.revision, **asking))
 
     def get(patterns: Collection[str]) -> Path:
-        options: dict[str, Any] = {"revision": revision, "local_files_only": local}
+        options = {**asking, "revision": revision, "token": access.token}
+        options |= {"force_download": access.force_download and not local}
         options |= {"allow_patterns": list(patterns), "library_name": "vfjax"}
         return Path(ask(lambda: snapshot_download(repo.name, **options)))
 
@@ -171,7 +194,7 @@ def fetch(
     if not weights:
         return home
     try:
-        tree = get_cached_repo_tree(repo.name, revision=revision)
+        tree = get_cached_repo_tree(repo.name, revision=revision, **place)
         names = {file.path for file in tree}
     except errors.CachedRepoTreeNotFoundError:  # an older cache
         names = {path.relative_to(home).as_posix() for path in home.rglob("*")}
@@ -225,7 +248,13 @@ def _shards(home: Path, name: str) -> list[str]:
     return [f"{inner}/{x}" if inner else x for x in sorted(set(weight_map(home / name).values()))]
 
 
-def asked(repo: Repo, where: str, call: Callable[[], Result], more: str = "") -> Result:
+def asked(
+    repo: Repo,
+    where: str,
+    call: Callable[[], Result],
+    more: str = "",
+    token: str | bool | None = None,
+) -> Result:
     """What a call of huggingface_hub returns; it is repeated while the hub is busy.
 
     Args:
@@ -233,6 +262,7 @@ def asked(repo: Repo, where: str, call: Callable[[], Result], more: str = "") ->
         where: what to call that in errors.
         call: what is called.
         more: what else to do if it fails.
+        token: see `Access`.
 
     Raises:
         InputError: it is refused, see `fetch`.
@@ -243,7 +273,7 @@ def asked(repo: Repo, where: str, call: Callable[[], Result], more: str = "") ->
         except Exception as error:  # of several libraries, which share no class
             status, said = _answer(error)
             if pause is None or status not in BUSY:
-                raise refusal(repo, where, error, more) from error
+                raise refusal(repo, where, error, more, token) from error
             seconds = min(float(said) if said.isdigit() else pause, LONGEST)
             LOG.warning("%s: the hub is busy (%s), asked again in %g s", repo, status, seconds)
             time.sleep(seconds)
@@ -259,27 +289,33 @@ def _answer(error: BaseException | None) -> tuple[int, str]:
     return 0, ""
 
 
-def refusal(repo: Repo, where: str, error: Exception, more: str = "") -> InputError:
+def refusal(
+    repo: Repo, where: str, error: Exception, more: str = "", token: str | bool | None = None
+) -> InputError:
     """What to tell a user of an error of huggingface_hub; arguments as of `asked`."""
     from huggingface_hub import constants, errors, get_token
 
+    anonymous = not (token if isinstance(token, str) or token is False else get_token())
     page = f"{constants.ENDPOINT}/{repo.name}"
     status, _ = _answer(error)
     expected, absent = "an answer of the hub", False
     match error:
         case errors.GatedRepoError():
             expected = "access to it"
-            if get_token() is None:
+            if anonymous:
                 found = "a gated repository, and no login"
                 fix = f"accept its conditions at {page}, then run hf auth login"
             else:
                 found = "a gated repository, which this login may not read"
                 fix = f"accept its conditions at {page} with the account of hf auth login"
+        case errors.LocalTokenNotFoundError():
+            found, expected = "no login, which token=True asks for", "one"
+            fix = "run hf auth login"
         case errors.RepositoryNotFoundError():
             absent, found = True, f"no folder, and no such repository at {constants.ENDPOINT}"
             expected = "one of the two"
             fix = "check the spelling; a private repository needs hf auth login" + (
-                "" if get_token() is None else " with an account that may read it"
+                "" if anonymous else " with an account that may read it"
             )
         case errors.RevisionNotFoundError():
             found, expected = f"no revision {repo.revision!r}", f"one of {repo.name}"

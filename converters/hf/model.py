@@ -22,7 +22,6 @@ from converters.hf import reading
 from converters.hf.branch import Branch, Prompt, VisualTokens, gathered, joined
 from converters.hf.config import VisionFuseConfig
 from converters.hf.segments import block, parallel, running
-from converters.hf.state import small_files
 from vfjax import InputError
 from vfjax.errors import counted
 
@@ -106,14 +105,17 @@ class VisionFuseForConditionalGeneration(VisionFusePreTrainedModel, GenerationMi
     ) -> PreTrainedModel:
         """See transformers; also of one member's folder in any layout that `converters.load` reads.
 
-        Answers end at the stops of the folder's tokenizer and template, too.
+        A name on the hub may end in `@revision`. Answers end at the stops of the folder's tokenizer
+        and template, too.
 
         Raises:
             InputError: tensors that are missing, unknown or of another shape than by the config; of
-                a member's folder as `converters.load`.
+                a member's folder, and of what the hub refuses, as `converters.load`.
         """
-        path, given = pretrained_model_name_or_path, dict(kwargs)
-        member = None if path is None else reading.member(path, given)
+        name, given = pretrained_model_name_or_path, dict(kwargs)
+        path = None if name is None else reading.whole(name, given)
+        opened = isinstance(given.get("config"), VisionFuseConfig) or "state_dict" in given
+        member = None if path is None or name is None or opened else reading.member(path, name)
         if member is not None:
             given |= {"config": VisionFuseConfig(**member.config), "state_dict": member.state()}
             path = None
@@ -130,14 +132,16 @@ class VisionFuseForConditionalGeneration(VisionFusePreTrainedModel, GenerationMi
             if found:
                 first = min(str(key if isinstance(key, str) else key[0]) for key in found)
                 raise InputError(
-                    f"{pretrained_model_name_or_path}: {first}",
+                    f"{name}: {first}",
                     found=f"{counted(len(found), 'tensor')} {kind}",
                     expected="each parameter's tensor and no other",
                     fix="check that config.json belongs to these weights",
                 )
         own = member and member.processor
         if path is not None:
-            own = reading.processor_of(model.config, small_files(path, given))
+            own = reading.processor_of(model.config, reading.small(path, given))
+        if name is not None:
+            model.name_or_path = model.config.name_or_path = str(name)
         if own is not None and own.stops:
             model.generation_config.eos_token_id = list(own.stops)
         return (model, info) if output_loading_info else model

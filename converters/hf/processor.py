@@ -21,7 +21,6 @@ from transformers.image_utils import load_image
 from converters.files.names import TOKENIZER_FILES
 from converters.hf import reading
 from converters.hf.config import VisionFuseConfig
-from converters.hf.state import small_files
 from vfjax import InputError, Processor, Video, open_video
 from vfjax.architectures.base import Inputs
 from vfjax.errors import cut
@@ -71,10 +70,10 @@ class VisionFuseProcessor(ProcessorMixin):
         Raises:
             InputError: as `converters.load`.
         """
-        path = pretrained_model_name_or_path
-        if member := reading.member(path, kwargs):
+        name = pretrained_model_name_or_path
+        folder = reading.small(name, kwargs)
+        if member := reading.member(folder, name):
             return cls(member.processor, VisionFuseConfig(**member.config), member.home)
-        folder = small_files(path, kwargs)
         config = VisionFuseConfig.from_pretrained(folder)
         return cls(reading.processor_of(config, folder), config, folder)
 

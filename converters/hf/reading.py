@@ -3,6 +3,7 @@
 `converters.hf.written` has the same functions for folders that hold code of their own.
 """
 
+import os
 import re
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -12,13 +13,15 @@ from torch import Tensor
 from transformers import PreTrainedConfig
 
 from converters import processor
+from converters.files import hub
 from converters.folder import open_source
 from converters.formats.visionfuse import LAYOUTS, fused_config
-from converters.hf.state import Place, is_fused, state_of
+from converters.hf.state import state_of
 from converters.load import model_config as read_config
 from converters.source import Source
 from converters.towers import Towers
-from vfjax import Processor
+from vfjax import InputError, Processor
+from vfjax.atomic import read_json
 from vfjax.model import ModelConfig
 
 OTHERS = frozenset(PreTrainedConfig().to_dict()) - {"model_type"} | {"quantization_config"}
@@ -27,6 +30,10 @@ OTHERS = frozenset(PreTrainedConfig().to_dict()) - {"model_type"} | {"quantizati
 
 UNREAD = frozenset({"auto_map", "plain"})
 """Keys of a folder with code of its own, which a folder that is saved here does not get."""
+
+
+Place = str | os.PathLike[str]
+"""A folder, or a name on the hub."""
 
 
 class Member(NamedTuple):
@@ -45,20 +52,66 @@ class Member(NamedTuple):
     home: Path
 
 
-def member(path: Place, kwargs: Mapping[str, object]) -> Member | None:
-    """A member's folder; None for a fused one, or a name on the hub.
+def files(path: Place, kwargs: Mapping[str, Any], *, weights: bool) -> Path:
+    """The folder that `from_pretrained` is asked for; of a name on the hub in its cache.
 
     Args:
-        path: the folder or name.
-        kwargs: of `from_pretrained`.
+        path: the folder, or `org/name[@revision]`.
+        kwargs: of `from_pretrained`, some of which say how the hub is asked.
+        weights: whether its weights are needed; else the files beside them.
+
+    Raises:
+        InputError: two revisions; or as `converters.files.hub.fetch`.
+    """
+    repo = hub.parse(path)
+    if repo is None or Path(path).exists():
+        return Path(path)
+    given = {key: kwargs.get(key) for key in ("cache_dir", "token", "force_download")}
+    asked = kwargs.get("revision")
+    if None not in (asked, repo.revision) and asked != repo.revision:
+        raise InputError(
+            path, found=f"revision {asked!r}, too", expected="one of them", fix="leave one out"
+        )
+    return hub.fetch(
+        hub.Repo(repo.name, repo.revision or asked),
+        str(path),
+        weights=weights,
+        local=bool(kwargs.get("local_files_only")),
+        access=hub.Access(**{key: x for key, x in given.items() if x is not None}),
+    )
+
+
+def whole(path: Place, kwargs: Mapping[str, Any]) -> Path:
+    """`files` with weights."""
+    return files(path, kwargs, weights=True)
+
+
+def small(path: Place, kwargs: Mapping[str, Any]) -> Path:
+    """`files` without weights, unless it is a member's folder, whose tensors say what it is."""
+    found = files(path, kwargs, weights=False)
+    return found if is_fused(found) else whole(path, kwargs)
+
+
+def is_fused(folder: Path) -> bool:
+    """Whether a folder is for transformers to open by itself."""
+    file = folder / "config.json"  # an adapter has none
+    return file.is_file() and read_json(file).get("model_type") == "visionfuse"
+
+
+def member(folder: Path, name: Place) -> Member | None:
+    """A member's folder; None for a fused one.
+
+    Args:
+        folder: of `whole`, or `small`.
+        name: what it was asked for by.
 
     Raises:
         InputError: as `converters.load`.
     """
-    if is_fused(path, kwargs):
+    if is_fused(folder):
         return None
-    source = open_source(Path(path))
-    config = {**fused_config(source, {}), "name_or_path": str(path)}
+    source = open_source(folder)
+    config = {**fused_config(source, {}), "name_or_path": str(name)}
     made = processor.processor(source, read_config(source))
     return Member(config, lambda: state_of(source), made, source.home)
 

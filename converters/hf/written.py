@@ -3,13 +3,16 @@
 In the file that `converters.hf.remote` writes this takes the place of `converters.hf.reading`.
 """
 
+import os
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
+from huggingface_hub import snapshot_download
 from transformers import PreTrainedConfig, PreTrainedTokenizerFast
 
+from converters.files.names import TOKENIZER_FILES
 from converters.hf.plain import from_plain
-from converters.hf.state import Place
 from vfjax import Processor
 from vfjax.model import ModelConfig
 
@@ -26,9 +29,36 @@ CLASSES: dict[str, type] = {}
 """Classes of the configs by their names; the end of the file that is made of this fills it."""
 
 
-def member(path: Place, kwargs: Mapping[str, object]) -> None:
+Place = str | os.PathLike[str]
+"""A folder, or a name on the hub."""
+
+HUB = ("cache_dir", "force_download", "local_files_only", "revision", "token")
+"""Arguments of `from_pretrained` that say how files of the hub are found."""
+
+
+def whole(path: Place, kwargs: Mapping[str, Any]) -> Place:
+    """The folder or name itself: transformers gets its weights."""
+    del kwargs
+    return path
+
+
+def small(path: Place, kwargs: Mapping[str, Any]) -> Path:
+    """The folder of config.json and the tokenizer; of a name on the hub in its cache.
+
+    Args:
+        path: the folder or name.
+        kwargs: of `from_pretrained`.
+    """
+    if Path(path).is_dir():
+        return Path(path)
+    given = {key: kwargs[key] for key in HUB if key in kwargs}
+    files = ["config.json", *TOKENIZER_FILES]
+    return Path(snapshot_download(str(path), allow_patterns=files, **given))
+
+
+def member(folder: Place, name: Place) -> None:
     """None: no folder of another layout can be read."""
-    del path, kwargs
+    del folder, name
 
 
 def model_config(config: PreTrainedConfig) -> ModelConfig:

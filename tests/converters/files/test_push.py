@@ -2,6 +2,7 @@
 
 import re
 import shutil
+import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -12,6 +13,7 @@ from huggingface_hub import constants, get_token
 
 import converters
 from converters import open_source
+from converters.__main__ import main
 from converters.files.push import check_push, push
 from converters.model_card import readme
 from tests import checkpoints
@@ -124,6 +126,23 @@ def test_an_export_is_sent(server: Hub, tmp_path: Path):
     card = front(files["README.md"])
     assert card["base_model"] == ["org/base"] and "base_model_relation" not in card
     assert (card["library_name"], card["license"]) == ("transformers", "apache-2.0")
+
+
+def test_the_command(server: Hub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys):
+    """A folder is sent as it came; nothing is there where the token may not write."""
+
+    def run(*words: object) -> int:
+        monkeypatch.setattr(sys, "argv", ["converters", "export", *map(str, words)])
+        return main()
+
+    assert run("org/base", tmp_path / "out", "--push_to_hub=me/copy", "--private") == 0
+    assert sent(server, "me/copy") == files_of(tmp_path / "out")
+    assert server.repositories["me/copy"].private
+    server.accounts["t"] = Account(role="read")
+    assert run("org/base", tmp_path / "none", "--push_to_hub=me/other") == 2
+    line = capsys.readouterr().err
+    assert "found a token of me that may not write to me/other" in line and line.count("\n") == 1
+    assert not (tmp_path / "none").exists()
 
 
 def test_the_card_is_of_the_layout_that_is_sent(server: Hub, tmp_path: Path):

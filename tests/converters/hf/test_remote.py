@@ -10,6 +10,7 @@ from PIL import Image
 
 import converters
 import vfjax
+from converters.__main__ import main
 from converters.hf import VisionFuseConfig, remote, written
 from converters.hf.plain import classes_of
 from vfjax import InputError
@@ -82,9 +83,10 @@ def test_what_is_written_is_what_vfjax_reads(fused: Path, monkeypatch: pytest.Mo
     assert list(map(processor.tokenize, texts)) == list(map(again.tokenize, texts))
 
 
-def test_export_writes_code_too(fused: Path, tmp_path: Path):
-    model, _ = converters.load(fused)
-    converters.export(model, tmp_path / "out", remote_code=True)
+def test_export_writes_code_too(fused: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    words = ["converters", "export", str(fused), str(tmp_path / "out"), "--remote_code"]
+    monkeypatch.setattr(sys, "argv", words)
+    assert main() == 0
     for name in (remote.FILE, "processor_config.json", "tokenizer.json", "tokenizer_config.json"):
         assert (tmp_path / "out" / name).read_bytes() == (fused / name).read_bytes(), name
     first, second = (read_json(each / "config.json") for each in (fused, tmp_path / "out"))

@@ -7,25 +7,22 @@ all other files, for readers of other libraries. A run that is killed leaves tha
 
 import contextlib
 import hashlib
-import io
 import os
 import secrets
 import shutil
 import threading
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Protocol
 
 from converters.files.buckets import asking, file_system
+from converters.files.direct import Write, new_file
 from converters.files.paths import UNWRITTEN, url_of
 from converters.files.shards import Shard
 from vfjax import InputError
 from vfjax.atomic import UNFINISHED, claim, empty, lock
-
-Write = Callable[[memoryview], None]
-"""Appends bytes to a file."""
 
 PART = 16 << 20
 """Bytes of a part of an object on its way to a bucket, of which one is in memory."""
@@ -161,8 +158,8 @@ class _Folder:
         with writing(self.out / path, size):
             place.parent.mkdir(parents=True, exist_ok=True)
             part = place.with_name(place.name + ".part")
-            with part.open("wb", buffering=0) as file:
-                yield lambda data: write_all(file, data)
+            with new_file(part, size) as write:
+                yield write
             sync(part)
             part.rename(place)  # which says that it is whole
 
@@ -359,12 +356,6 @@ def writing(path: Path, need: int = 0) -> Iterator[None]:
             expected=f"permission, and room for {need:,} bytes" if need else "permission and room",
             fix="free some space or choose another output",
         ) from error
-
-
-def write_all(file: io.RawIOBase, data: memoryview) -> None:
-    """Unbuffered, so that a refused write is not tried again when the file is closed."""
-    while data:
-        data = data[file.write(data) :]
 
 
 def sync(path: Path) -> None:

@@ -17,7 +17,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers import AutoModelForCausalLM, LlamaConfig
 
-from converters.files import output, writer
+from converters.files import direct, output, writer
 from converters.files.paths import sha256
 from converters.files.reader import DTYPES, read_weights
 from converters.files.writer import write_folder
@@ -278,7 +278,7 @@ def test_too_little_room_is_said_before_any_work(tmp_path):
 @pytest.mark.parametrize("nth", [1, 2, 4])
 def test_a_full_disk_leaves_nothing(tmp_path, monkeypatch, code, nth):
     calls = 0
-    write = output.write_all
+    write = direct.write_all
 
     def failing(file, data):
         nonlocal calls
@@ -287,7 +287,7 @@ def test_a_full_disk_leaves_nothing(tmp_path, monkeypatch, code, nth):
             raise OSError(code, os.strerror(code))
         write(file, data)
 
-    monkeypatch.setattr(output, "write_all", failing)
+    monkeypatch.setattr(direct, "write_all", failing)
     monkeypatch.setattr(lazy, "BLOCK", 10)
     message = f"out/model.safetensors: found {os.strerror(code)} while writing, expected .* bytes"
     with pytest.raises(InputError, match=message):

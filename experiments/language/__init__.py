@@ -1,0 +1,1 @@
+"""What an LLM knows of plain language: texts from packages, questions of fact, instructions."""

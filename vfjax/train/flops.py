@@ -34,7 +34,10 @@ def peak() -> float | None:
 
 
 def step_flops(graph: nnx.GraphDef, params: nnx.State, frozen: nnx.State, batches: Batch) -> float:
-    """What a step must compute, without rematerialisation, for model FLOPs utilisation.
+    """What a step computes without rematerialisation, for model FLOPs utilisation.
+
+    The head counts for all positions, as is usual, though the loss leaves out those without a
+    label.
 
     XLA counts the forward passes of the encoders, E, and of the LLM, L, attention included (all of
     its square, masked or not). A backward pass is as much for the gradients of the inputs and, of

@@ -23,6 +23,10 @@ Sums = tuple[Array, Array, nnx.State]
 """A loss, of how many tokens, and its gradients."""
 LOGITS = 2**28
 """Logits, of all rows, that are in memory at once."""
+CHUNKS = 8
+"""Parts of a row that logits are computed of, where each still has `ROWS` positions in all rows."""
+ROWS = 256
+"""Positions that reading the head's weights once is worth."""
 
 
 @jax.tree_util.register_dataclass
@@ -123,7 +127,9 @@ def answer_loss(model: Model, batch: Batch) -> tuple[Array, Array]:
     """Summed cross-entropy of the labelled tokens, float32[], and their number, float32[].
 
     Position i predicts label i + 1, as in transformers' LlamaForCausalLM. Logits are computed a
-    chunk at a time and again in the backward pass, so that [b, t, vocab] never exists.
+    chunk at a time and again in the backward pass, so that [b, t, vocab] never exists. Positions
+    with a label come first in their row, and a chunk without any is skipped: pictures, questions
+    and padding cost no logits.
 
     Args:
         model: any.
@@ -133,24 +139,31 @@ def answer_loss(model: Model, batch: Batch) -> tuple[Array, Array]:
     t = mask.shape[1] - 1
     # What predicts a token is the last one that was read before it: a connector may leave some out.
     last = jax.lax.cummax(jnp.where(mask, jnp.arange(t + 1), 0), axis=1)[:, :-1]
-    hidden = jnp.take_along_axis(hidden, last[..., None], axis=1)
     labels = jnp.asarray(batch.labels)[:, 1:]
-    size = max(1, min(t, LOGITS // (len(labels) * model.config.llm.vocab)))
+    order = jnp.argsort(labels == IGNORE, axis=1, stable=True)
+    last, labels = (jnp.take_along_axis(x, order, axis=1) for x in (last, labels))
+    hidden = jnp.take_along_axis(hidden, last[..., None], axis=1)
+    b, vocab = len(labels), model.config.llm.vocab
+    size = max(-(-t // CHUNKS), -(-ROWS // b))
+    size = max(1, min(t, size, LOGITS // (b * vocab)))
     rest = -t % size
     hidden = jnp.pad(hidden, ((0, 0), (0, rest), (0, 0)))
     labels = jnp.pad(labels, ((0, 0), (0, rest)), constant_values=IGNORE)
 
-    @jax.checkpoint
-    def add(total: Array, part: tuple[Array, Array]) -> tuple[Array, None]:
-        x, y = part
+    def summed(x: Array, y: Array) -> Array:
         losses = optax.softmax_cross_entropy_with_integer_labels(
             model.llm.logits(x), jnp.maximum(y, 0)
         )
-        return total + jnp.where(y == IGNORE, 0.0, losses).sum(), None
+        return jnp.where(y == IGNORE, 0.0, losses).sum()
+
+    @jax.checkpoint
+    def add(total: Array, part: tuple[Array, Array]) -> tuple[Array, None]:
+        some = (part[1] != IGNORE).any()
+        return total + jax.lax.cond(some, summed, lambda *_: jnp.zeros(()), *part), None
 
     def chunks(x: Array) -> Array:
         """Along the sequence: rows stay where the mesh has them."""
-        return x.reshape(len(x), -1, size, *x.shape[2:]).swapaxes(0, 1)
+        return x.reshape(b, -1, size, *x.shape[2:]).swapaxes(0, 1)
 
     total, _ = jax.lax.scan(add, jnp.zeros(()), (chunks(hidden), chunks(labels)))
     return total, (labels != IGNORE).sum().astype(jnp.float32)

@@ -18,6 +18,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 import converters
 from tests.checkpoints import make_llama, upstream_llava_folder
 from vfjax import Batch, InputError
+from vfjax.llm.llama import Llama
 from vfjax.sharding import by_token, divides, make_mesh, place
 from vfjax.train import (
     Group,
@@ -31,6 +32,7 @@ from vfjax.train import (
     merge_lora,
     split,
 )
+from vfjax.train import step as steps
 from vfjax.train.flops import step_flops
 from vfjax.train.optim import name_of
 
@@ -404,6 +406,33 @@ def test_an_answer_behind_a_token_that_is_left_out(folder) -> None:
     expected = -sum(jax.nn.log_softmax(logits[16 + i])[9 + i] for i in range(3))
     assert abs(float(found) / float(expected) - 1) < 1e-5
     assert abs(float(whole) / float(expected) - 1) > 1e-3
+
+
+def test_logits_of_labelled_positions_alone(folder, monkeypatch) -> None:
+    """In chunks, of which those without a label are left out; the loss and its gradients stay."""
+    _, processor = converters.load(folder[0], dtype="float32")
+    batches = stacked(batch_of(processor, 0))
+    longest = max(len(row) - row.count(IGNORE) for row in rows(0)[2])
+
+    def found() -> tuple[jax.Array, nnx.State]:
+        model, _ = converters.load(folder[0], dtype="float32")
+        graph, params, frozen = split(model, GROUPS["projector"])
+        return jax.jit(lambda *x: gradients(graph, *x, batches, jnp.float32))(params, frozen)
+
+    whole = found()
+    monkeypatch.setattr(steps, "CHUNKS", batches.labels.shape[-1])
+    monkeypatch.setattr(steps, "ROWS", 1)
+    logits, seen = Llama.logits, []
+
+    def counted(self, hidden: jax.Array) -> jax.Array:
+        jax.debug.callback(lambda: seen.append(hidden.shape[1]))
+        return logits(self, hidden)
+
+    monkeypatch.setattr(Llama, "logits", counted)
+    for a, b in zip(*map(jax.tree.leaves, (whole, found())), strict=True):
+        np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-6)
+    jax.effects_barrier()
+    assert sum(seen) == 2 * longest  # forward, and again in the backward pass
 
 
 def test_operations_of_a_step(folder) -> None:

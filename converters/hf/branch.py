@@ -45,11 +45,13 @@ class VisualTokens(NamedTuple):
         values: [m, d] in the LLM's width.
         keep: bool[m], False at tokens that the connector leaves out.
         deep: [k, m, d], what is added after each of the LLM's first k layers; None: nothing.
+        seen: of the first of the tokens, what `Branch.within` reads; None: nothing.
     """
 
     values: Tensor
     keep: Tensor
     deep: Tensor | None = None
+    seen: tuple[Tensor, ...] | None = None
 
 
 class Branch(nn.Module):
@@ -79,6 +81,19 @@ class Branch(nn.Module):
             )
             for name, config in self.architecture.encoders.items()
         }
+
+    layers: tuple[int, ...] = ()
+    """Of the LLM, behind which its tokens ask for more."""
+
+    def within(self, layer: int, x: Tensor, seen: Sequence[Tensor]) -> Tensor:
+        """What is added to hidden states of the LLM at the branch's own tokens.
+
+        Args:
+            layer: behind which, one of `layers`.
+            x: [k, d] of these tokens.
+            seen: of `VisualTokens.seen` the rows of these tokens.
+        """
+        raise NotImplementedError
 
     def visual_tokens(
         self, states: States, embed: Embed, prompt: Prompt | None = None
@@ -125,11 +140,15 @@ def gathered(memory: VisualTokens, indices: Tensor, weights: Tensor | None) -> V
     if weights is not None:
         keep = keep | (weights == 0)
     deep = None if memory.deep is None else more(memory.deep)
-    return VisualTokens(more(memory.values), torch.cat([memory.keep, keep.all(1)]), deep)
+    kept = torch.cat([memory.keep, keep.all(1)])
+    return VisualTokens(more(memory.values), kept, deep, memory.seen)
 
 
 def joined(memories: Sequence[VisualTokens]) -> VisualTokens:
-    """One memory of all; what some add to more layers than others is zero in these."""
+    """One memory of all, of what is seen none.
+
+    What some add to more layers than others is zero in these.
+    """
     device = memories[0].values.device
     layers = max(0 if m.deep is None else len(m.deep) for m in memories)
 

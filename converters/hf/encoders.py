@@ -1,12 +1,17 @@
 """Vision encoders as transformers' own modules, and how their hidden states are tapped."""
 
 import dataclasses
+import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 import transformers
 from torch import Tensor, nn
+from transformers.models.dinov2.modeling_dinov2 import Dinov2Embeddings
+from transformers.models.dinov2_with_registers.modeling_dinov2_with_registers import (
+    Dinov2WithRegistersEmbeddings,
+)
 
 from vfjax import InputError
 from vfjax.vision import encoders as own
@@ -61,9 +66,36 @@ def _clip(config: own.CLIPConfig) -> nn.Module:
     return transformers.CLIPVisionModel(transformers.CLIPVisionConfig(**keys))
 
 
-def _siglip(config: own.SigLIPConfig) -> nn.Module:
-    keys = {**vit(config), "intermediate_size": config.mlp, "vision_use_head": False}
-    return transformers.SiglipVisionModel(transformers.SiglipVisionConfig(**keys))
+class Shifted(nn.Module):
+    """DINOv2's embeddings whose positions are interpolated as transformers before 4.46 did it."""
+
+    offset: float
+    antialias = False
+
+    def interpolate_pos_encoding(self, embeddings: Tensor, height: int, width: int) -> Tensor:
+        """The position table [1, 1 + h * w, width] for pictures of height x width pixels."""
+        table = self.position_embeddings
+        side = math.isqrt(table.shape[1] - 1)
+        grid = height // self.patch_size, width // self.patch_size
+        if grid == (side, side):
+            return table
+        found = torch.nn.functional.interpolate(
+            table[:, 1:].float().transpose(1, 2).unflatten(2, (side, side)),
+            scale_factor=[(k + self.offset) / side for k in grid],
+            mode="bicubic",
+            antialias=self.antialias,
+        )
+        return torch.cat([table[:, :1], found.flatten(2).transpose(1, 2).to(table.dtype)], dim=1)
+
+
+class ShiftedPatches(Shifted, Dinov2Embeddings):
+    """Without registers."""
+
+
+class ShiftedRegisters(Shifted, Dinov2WithRegistersEmbeddings):
+    """With them."""
+
+    antialias = True
 
 
 def _dinov2(config: own.DINOv2Config) -> nn.Module:
@@ -72,9 +104,15 @@ def _dinov2(config: own.DINOv2Config) -> nn.Module:
     keys["mlp_ratio"] = round((1.5 if config.swiglu else 1) * config.mlp / config.width)
     if config.registers:
         keys["num_register_tokens"] = config.registers
-        return transformers.Dinov2WithRegistersModel(transformers.Dinov2WithRegistersConfig(**keys))
-    keys["use_mask_token"] = config.mask_token
-    return transformers.Dinov2Model(transformers.Dinov2Config(**keys))
+        made = transformers.Dinov2WithRegistersModel(transformers.Dinov2WithRegistersConfig(**keys))
+        shifted: type[Shifted] = ShiftedRegisters
+    else:
+        keys["use_mask_token"] = config.mask_token
+        made, shifted = transformers.Dinov2Model(transformers.Dinov2Config(**keys)), ShiftedPatches
+    if config.offset:
+        made.embeddings = shifted(made.config)
+        made.embeddings.offset = config.offset
+    return made
 
 
 def _dino(config: own.DINOConfig) -> nn.Module:
@@ -100,7 +138,6 @@ ENCODERS: dict[type, Kind] = {
     own.CLIPConfig: Kind(_clip),
     own.DINOConfig: Kind(_dino, _resized),
     own.DINOv3Config: Kind(_dinov3),
-    own.SigLIPConfig: Kind(_siglip),
     own.DINOv2Config: Kind(_dinov2),
 }
 """Class of vfjax's config -> its kind."""
@@ -142,3 +179,9 @@ def tapped(config: object, module: nn.Module, pixels: Tensor, taps: Sequence[int
         taps: see `vfjax.vision.encoders.vit.run`.
     """
     return _kind(config).tap(module, torch.as_tensor(pixels), taps)
+
+
+def final_norm(module: nn.Module) -> nn.Module:
+    """The norm behind a transformer's blocks."""
+    names = ("layernorm", "norm", "post_layernorm")
+    return next(module.get_submodule(name) for name in names if hasattr(module, name))

@@ -89,9 +89,9 @@ class Mining(nn.Module):
         return views
 
 
-def asker(din: int, dout: int) -> nn.Sequential:
+def asker(din: int, dout: int, *, bias: bool = True) -> nn.Sequential:
     """Layer norm, then a dense layer: [..., din] -> [..., dout]."""
-    return nn.Sequential(nn.LayerNorm(din), nn.Linear(din, dout))
+    return nn.Sequential(nn.LayerNorm(din), nn.Linear(din, dout, bias=bias))
 
 
 def bilinear(source: int, target: int, device: torch.device) -> Tensor:

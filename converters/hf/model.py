@@ -22,6 +22,7 @@ from converters.hf import reading
 from converters.hf.branch import Branch, Prompt, VisualTokens, gathered, joined
 from converters.hf.config import VisionFuseConfig
 from converters.hf.segments import block, parallel, running
+from converters.hf.within import ASKED, Asked, asking, listen
 from vfjax import InputError
 from vfjax.errors import counted
 
@@ -60,11 +61,13 @@ class Spliced(NamedTuple):
         embeds: [b, t, d].
         mask: bool[b, t], False where nothing is read.
         deep: [k, b, t, d], see `VisualTokens`; None: nothing.
+        asked: what is asked for within the LLM; None: nothing.
     """
 
     embeds: Tensor
     mask: Tensor
     deep: Tensor | None
+    asked: Asked | None
 
 
 class VisionFusePreTrainedModel(PreTrainedModel):
@@ -89,6 +92,7 @@ class VisionFuseForConditionalGeneration(VisionFusePreTrainedModel, GenerationMi
         self.branches = nn.ModuleDict(
             {b.name: contract.build(b.architecture, f"branch {b.name!r}") for b in own.branches}
         )
+        listen(self.model, self.branches.values())
         self.scaled = {b.name: b.scaled for b in own.branches}
         self._tied_weights_keys = {"lm_head.weight": "model.embed_tokens.weight"}
         self._keys_to_ignore_on_load_unexpected = reading.spare(config)
@@ -179,9 +183,9 @@ class VisionFuseForConditionalGeneration(VisionFusePreTrainedModel, GenerationMi
             return memory
         return gathered(memory, shown["gather.indices"], shown.get("gather.weights"))
 
-    def visual_tokens(self, pictures: Pictures) -> VisualTokens:
-        """All branches' memories one after another, where the first is."""
-        return joined([self.memory(branch["name"], pictures) for branch in self.config.branches])
+    def memories(self, pictures: Pictures) -> list[VisualTokens]:
+        """All branches' memories."""
+        return [self.memory(branch["name"], pictures) for branch in self.config.branches]
 
     def splice(
         self, text: Tensor, mask: Tensor, visual: Tensor, pictures: Pictures | None
@@ -194,19 +198,19 @@ class VisionFuseForConditionalGeneration(VisionFusePreTrainedModel, GenerationMi
             visual: int64[b, t], see `vfjax.model.Batch`.
             pictures: None or {} where no row has one.
         """
-        mask, deep = mask.to(text.device).bool(), None
+        mask, deep, asked = mask.to(text.device).bool(), None, None
         if pictures:
-            memory = self.visual_tokens(pictures)
+            memories = self.memories(pictures)
+            memory = joined(memories)
             visual = visual.to(text.device)
             seen, at = visual >= 0, visual.clamp(min=0)
-            memory = VisualTokens(*(x if x is None else x.to(text.device) for x in memory))
-            values = memory.values.to(text.dtype)
-            text = torch.where(seen[..., None], values[at], text)
-            mask = mask & (~seen | memory.keep[at])
+            text = torch.where(seen[..., None], memory.values.to(text)[at], text)
+            mask = mask & (~seen | memory.keep.to(text.device)[at])
             if memory.deep is not None:
                 read = (seen & mask)[..., None]
-                deep = torch.where(read, memory.deep.to(text.dtype)[:, at], 0)
-        return Spliced(torch.where(mask[..., None], text, 0), mask, deep)
+                deep = torch.where(read, memory.deep.to(text)[:, at], 0)
+            asked = asking(visual, mask, memories, self.branches.values())
+        return Spliced(torch.where(mask[..., None], text, 0), mask, deep, asked)
 
     def positions(
         self, mask: Tensor, segments: Tensor, place: Tensor | None, steps: Tensor | None
@@ -268,12 +272,16 @@ class VisionFuseForConditionalGeneration(VisionFusePreTrainedModel, GenerationMi
             rows = {k: _longer(x, text, ROWS[k]) for k, x in rows.items() if x is not None}
             if attention_mask is None:
                 attention_mask = torch.ones(text.shape[:2], dtype=torch.long)
-            text, mask, deep = self.splice(text, attention_mask, rows.pop("visual"), pictures)
+            text, mask, deep, asked = self.splice(
+                text, attention_mask, rows.pop("visual"), pictures
+            )
             order = rows.get("segments", torch.zeros_like(mask, dtype=torch.long))
             if position_ids is None:
                 position_ids = self.positions(mask, order, rows.get("place"), rows.get("steps"))
             out.attention_mask, out.position_ids = mask.long(), position_ids
             read = self._mask(text, mask, order, cache, position_ids)
+            if asked is not None:
+                kwargs[ASKED] = asked
             if deep is not None:
                 kwargs["visual_pos_masks"] = mask
                 kwargs["deepstack_visual_embeds"] = [each[mask] for each in deep]

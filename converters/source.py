@@ -12,7 +12,7 @@ from typing import Any, Literal
 from converters import registry
 from converters.files.names import PAIR, TOKENIZERS
 from converters.params.table import Names, Table
-from converters.towers import Prefixes, Tensors, Tower, Towers
+from converters.towers import Prefixes, Tensors, Tower, Towers, open_clip_type
 from converters.values import Unused, Values
 from vfjax.architectures import Architecture
 from vfjax.atomic import JSON
@@ -372,8 +372,11 @@ def layout_of(config: Config) -> Layout | None:
 
 def is_tower(config: Config) -> bool:
     """Whether a config.json, or OpenCLIP's, is of a vision tower that has a table."""
-    half = config.get("vision_config")
+    half, open_clip = config.get("vision_config"), config.get("model_cfg")
     kind = (half if isinstance(half, dict) else config).get("model_type", config.get("model_type"))
-    table = registry.TABLES.get("open_clip_convnext" if "model_cfg" in config else str(kind))
+    if isinstance(open_clip, dict):
+        vision = open_clip.get("vision_cfg")
+        kind = open_clip_type(vision if isinstance(vision, dict) else {})
+    table = registry.TABLES.get(str(kind))
     model = layout_of(config) is not None
     return not model and table is not None and not table.architecture and table.path is None

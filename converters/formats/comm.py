@@ -17,7 +17,7 @@ from converters.formats.llava import (
     upstream_tower,
 )
 from converters.params import mlp
-from converters.params.mlp import groups
+from converters.params.mlp import group
 from converters.params.table import Rule, Table, dense, norm
 from converters.preprocessor import from_preprocessor
 from converters.source import Layout, New, Source
@@ -36,7 +36,7 @@ OPTIONS = ("layers", "layers_aux", "merge", "blocks", "ratio", "join")
 def read(hf: Values) -> COMMConfig:
     """Layers and widths of both encoders; the MLPs stand behind the second one only."""
     merge = hf.choice("merge", MERGES)
-    encoder = MergeConfig(hf.whole("din"), groups(hf)[0], hf.whole("drop", least=0), merge)
+    encoder = MergeConfig(hf.whole("din"), group(hf), hf.whole("drop", least=0), merge)
     aux = None
     if "layers_aux" in hf:
         layers, drop = (

@@ -41,10 +41,9 @@ def read(hf: Values) -> PixelShuffleConfig:
     din = hf.whole("din")
     if din % factor**2:
         raise hf.error("din", f"a multiple of {factor**2}, the patches of a block")
-    (groups,) = mlp.groups(hf)
     return PixelShuffleConfig(
         MLPConfig(din, hf.whole("dout"), act=hf.activation("act", "gelu")),
-        Combine((groups,), drop=1),
+        Combine((mlp.group(hf),), drop=1),
         factor,
         transposed=hf.flag("transposed", False),
     )

@@ -17,7 +17,7 @@ from converters.formats.llava import (
     upstream_tower,
 )
 from converters.params import llama
-from converters.params.mlp import combine, projector, projector_rules
+from converters.params.mlp import combine, group, projector, projector_rules
 from converters.params.table import TRANSPOSE, Arrays, Names, Rule, Table, dense, norm
 from converters.source import Layout, Made, New, Source
 from converters.towers import Towers
@@ -47,11 +47,14 @@ def read(hf: Values) -> SliMEConfig:
     """Options under the checkpoint's names; missing ones as its code has them.
 
     Raises:
-        InputError: queries that are no grid.
+        InputError: queries that are no grid, or features of several groups of layers, or resized.
     """
     queries = hf.whole("mm_resampler_dim", 144)
     if math.isqrt(queries) ** 2 != queries:
         raise hf.error("mm_resampler_dim", "a square number")
+    group(hf)
+    if hf.whole("side", 0, least=0):
+        raise hf.error("side", "0, as this connector reads all patches")
     return SliMEConfig(
         projector=projector(hf),
         width=hf.whole("din"),

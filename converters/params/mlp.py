@@ -76,6 +76,18 @@ def groups(hf: Values) -> tuple[tuple[int, ...], ...]:
     return tuple(each.wholes(i, least=-DEEPEST, most=DEEPEST) for i in each.data)
 
 
+def group(hf: Values) -> tuple[int, ...]:
+    """`groups` of a connector that reads one.
+
+    Raises:
+        InputError: there are several.
+    """
+    first, *others = groups(hf)
+    if others:
+        raise hf.error("groups", "one list of layers, all that this connector reads")
+    return first
+
+
 def config(hf: Values) -> ProjectorConfig:
     """A projector on joined hidden states; see `projector` and `combine`."""
     newline = hf.choice("merge", MERGES, "flat") == "spatial_unpad"

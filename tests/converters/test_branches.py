@@ -1,5 +1,6 @@
 """Branches of a fused folder: as the members have them, under their names."""
 
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -7,7 +8,10 @@ import pytest
 
 import converters
 from converters.files.reader import read_weights
+from converters.formats import comm, internvl, slime
+from converters.values import Values
 from tests.converters.fusing import assert_merged, llm_of
+from vfjax import InputError
 
 PICTURE = np.random.default_rng(0).integers(0, 256, (40, 60, 3), dtype=np.uint8)
 
@@ -86,3 +90,12 @@ def test_all_listed_models_keep_their_branches(family: Path, tmp_path: Path, met
     for name in ("up2", "up3"):
         copied = (found == llm_of(family / name)["model.embed_tokens.weight"]).all()
         assert copied == (method == "ties" and name == "up2")
+
+
+@pytest.mark.parametrize("read", [comm.read, internvl.read, slime.read])
+def test_several_groups_for_a_connector_of_one(read: Callable[[Values], object]):
+    """Of a config.json written by hand: none is left out."""
+    keys = {"din": 16, "dout": 8, "factor": 2, "drop": 1, "merge": "mean"}
+    given = Values({**keys, "groups": [[-2], [-1]]}, "connector")
+    with pytest.raises(InputError, match=r"groups: found \[\[-2\], \[-1\]\], expected one list"):
+        read(given)

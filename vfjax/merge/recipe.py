@@ -18,7 +18,10 @@ from vfjax.merge import parse
 from vfjax.merge.methods.registry import METHODS, Each, Weights, find
 
 CONFIG_KEYS = ("method", "base", "members", "params", "rules")
-LAYER = re.compile(r"((?:.*?[./])?(?:layers?|blocks|stages|deepstack_merger_list)\.)(\d+)(\..+)")
+LAYER = re.compile(
+    r"(?!(?:.*[./])?vision_sampler_)"  # Cambrian's connector numbers samplers so
+    r"((?:.*?[./])?(?:layers?|blocks|stages|deepstack_merger_list)\.)(\d+)(\..+)"
+)
 """Name of a layer's tensor: what is before its number, the number, what is behind."""
 LAST = re.compile(r"visual\.merger\.mlp\.")
 """Tensors outside the layers that gradients see at 1: mergekit has them as two layers of one name,

@@ -65,8 +65,9 @@ def render(
 ) -> str:
     """What transformers' apply_chat_template makes of a conversation.
 
-    A template that knows parts decides where pictures stand. One that takes texts alone is given
-    each picture as `image_token` and a newline.
+    A template that knows parts decides where pictures stand. One that takes texts alone, or writes
+    nothing for a picture, is given each picture as `image_token` and a newline: transformers gives
+    all templates parts, of which such a one would write what Python prints of a list.
 
     Args:
         tokenizer: of transformers, which runs templates in Jinja's sandbox.
@@ -77,7 +78,8 @@ def render(
         variables: more of the template's, none of which is an argument of apply_chat_template.
 
     Raises:
-        InputError: the template fails, or writes another number of pictures.
+        InputError: the template fails, on a part that is a picture too if it takes parts; or it
+            writes another number of pictures.
     """
     if not _knows_parts(tokenizer, template, image_token):
         messages = [{**m, "content": _as_text(m["content"], image_token)} for m in messages]
@@ -113,11 +115,29 @@ def _apply(
 
 
 def _knows_parts(tokenizer: Tokenizer, template: str, image_token: str) -> bool:
-    asked: Messages = [{"role": "user", "content": [PICTURE, words("x")]}]
+    """Whether a template writes pictures that are parts.
+
+    Raises:
+        InputError: it takes parts, as it writes a text alike as one, but fails on a picture.
+    """
+
+    def said(content: object) -> str:
+        return _apply(tokenizer, template, [{"role": "user", "content": content}], True)
+
     try:
-        return _apply(tokenizer, template, asked, True).count(image_token) == 1
+        return image_token in said([PICTURE, words("x")])
+    except Exception as error:  # what a template raises is its own affair
+        failed = error
+    try:
+        takes_parts = said([words("x")]) == said("x")
     except Exception:  # as of a list added to a text
-        return False
+        takes_parts = False
+    if takes_parts:
+        raise _wrong(
+            f"one that takes parts and fails on a picture ({type(failed).__name__}: {failed})",
+            "one that writes it",
+        ) from failed
+    return False
 
 
 def _as_text(parts: Sequence[dict[str, str]], image_token: str) -> str:

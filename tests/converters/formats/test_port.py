@@ -228,6 +228,14 @@ def test_placeholders_in_peoples_words_are_words(folders: dict[str, Path], templ
     assert said in text and 32000 not in ids
 
 
+TEXTS_AND_PARTS = (
+    "{% for m in messages %}{% if m.content is string %}{{ m.content }}{% else %}"
+    "{% for p in m.content %}{% if p.type == 'text' %}{{ p.text }}"
+    "{% else %}{{ raise_exception('no picture first') }}{% endif %}{% endfor %}"
+    "{% endif %}{% endfor %}"
+)
+
+
 def test_templates_that_fail(folders: dict[str, Path]):
     ours = ours_of(folders["llava"])
     for template, line in (
@@ -235,6 +243,7 @@ def test_templates_that_fail(folders: dict[str, Path]):
         ("{% for m in", r"fails \(TemplateSyntaxError: "),
         ("{{ messages.__class__.__mro__ }}", r"fails \(SecurityError: "),
         ("hello", "writes 0 <image> for 1 picture"),
+        (TEXTS_AND_PARTS, r"takes parts and fails on a picture \(TemplateError: no picture"),
     ):
         ours.chat_template = template
         with pytest.raises(InputError, match=f"chat_template: found one that {line}"):

@@ -267,6 +267,7 @@ def test_rules():
         ([f"model.visual.deepstack_merger_list.{i}.norm.bias" for i in range(3)], [0, 0.5, 1]),
         (["visual.merger.ln_q.weight", "visual.merger.mlp.2.bias"], [0, 1]),
         (["multi_modal_projector.linear_1.weight", "mm_projector.2.bias"], [0, 0]),
+        (["vision_sampler_0.layers.1.x", "model.vision_sampler_layers.3.layers.0.x"], [0, 0]),
     ],
 )
 def test_gradients_run_over_the_layers_of_a_module(found: list[str], expected: list[float]):

@@ -35,8 +35,9 @@ def llm() -> transformers.LlamaModel:
 
 def ask(visual: Tensor, mask: Tensor | None = None) -> dict:
     """Five tokens of another branch, then four, of which three have seen something."""
-    other, own = (VisualTokens(torch.zeros(k, 8), torch.ones(k).bool()) for k in (5, 4))
-    own = own._replace(seen=(torch.arange(24.0).reshape(3, 8),))
+    seen = (torch.arange(24.0).reshape(3, 8),)
+    other = VisualTokens(torch.zeros(5, 8), torch.ones(5).bool())
+    own = VisualTokens(torch.zeros(4, 8), torch.ones(4).bool(), seen=seen)
     mask = torch.ones_like(visual).bool() if mask is None else mask
     return {ASKED: asking(visual, mask, [other, own], [Asker(), Asker()])}
 

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from converters import adapters
 from converters.adapted import completed
-from converters.files import hub
+from converters.files import gguf, hub
 from converters.files.others import TOWER, no_model
 from converters.params.table import Place, placed
 from converters.source import LAYOUTS, TEMPLATE, Layout, Source, is_tower, layout_of
@@ -33,15 +33,15 @@ def open_source(
             `base`.
         towers: name of a vision tower in config.json -> the folder where it is; so too of the base.
         tower_source: see `Towers.source`.
-        base: folder of that base LLM, in place of the one that the configs name; a folder that is
-            complete does not read it.
+        base: folder of that base LLM, in place of the one that the configs name; of an `mmproj`
+            file its LLM's GGUF file. A folder that is complete does not read it.
 
     Raises:
         InputError: no such folder, a config of no known layout, unreadable weights, a vision tower
             or base that is nowhere to be found, or tensors that don't fit the base; or the hub
             refuses one of them.
     """
-    path = hub.folder(path)
+    path = hub.folder(gguf.joined(path, base))
     if not path.is_dir() or not adapters.is_part(path) and not (path / "config.json").exists():
         raise no_model(path)
     places = Towers(towers or {}, tower_source)

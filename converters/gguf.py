@@ -1,5 +1,7 @@
 """GGUF files of causal LMs as HF folders: config.json, tokenizer, names of tensors.
 
+What an LLM sees with, in a file of its own, is in `converters.mmproj`.
+
 As llama.cpp writes and reads them (its gguf-py/gguf/constants.py and tensor_mapping.py, which the
 package `gguf` is; src/llama-model.cpp). The tokenizer is built by transformers
 (integrations/gguf/gguf_tokenizer_mapping.py), but for how BPEs split text, see `SPLITS`.
@@ -7,14 +9,15 @@ package `gguf` is; src/llama-model.cpp). The tokenizer is built by transformers
 
 import json
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from converters import mmproj
 from converters.files import gguf
-from converters.files.gguf import Header, Names
+from converters.files.gguf import Header
 from converters.registry import find
 from converters.values import ANY, REQUIRED, Unused, Values
 from vfjax import InputError
@@ -63,21 +66,29 @@ LLAMA3 = {"low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_positio
 """Of all of Llama 3.1 to 3.3; the file does not say them."""
 
 
-def write(header: Header, folder: Path) -> Names:
-    """Writes a file's config.json and tokenizer into a folder; the names of its tensors.
+def write(headers: Sequence[Header], folder: Path) -> dict[str, gguf.Held]:
+    """Writes a model's config.json and tokenizer into a folder; its tensors by HF names.
+
+    Args:
+        headers: of its LLM's file, and of its `mmproj` file.
+        folder: what they stand for.
 
     Raises:
         InputError: an architecture, a key, a tensor or a tokenizer that is not known.
     """
+    header = headers[0]
     config = config_of(header)
-    names = tensor_names(header, config)
+    tensors = tensors_of(header, config)
     tokenizer = tokenizer_of(header)
     if tokenizer is not None:
         kept = tokenizer_files(header, tokenizer, folder)
         config |= kept
-        (folder / "generation_config.json").write_text(json.dumps(kept))
+        settings = json.dumps({**kept, **sampling(header)})
+        (folder / "generation_config.json").write_text(settings)
+    if headers[1:]:
+        config, tensors = mmproj.seeing(headers[1], header, config, tensors, folder)
     (folder / "config.json").write_text(json.dumps(config, indent=2))
-    return names
+    return tensors
 
 
 def config_of(header: Header) -> dict[str, Any]:
@@ -89,14 +100,11 @@ def config_of(header: Header) -> dict[str, Any]:
     whole = Values(header.values, str(header.path))
     kind = whole.text("general.architecture")
     if kind not in KINDS:
-        hint = (
-            "take it as the second file of its model" if kind == "clip" else "take its repository"
-        )
         raise InputError(
             f"{header.path}: general.architecture",
             found=repr(kind)[:60],
             expected=", ".join(KINDS),
-            fix=f"not supported: {hint}",
+            fix="not supported: take its repository",
         )
     own = {
         key.removeprefix(f"{kind}."): value
@@ -214,8 +222,8 @@ def _llama3(header: Header, theta: float, size: int) -> dict[str, Any]:
     return {"rope_type": "llama3", "factor": round(factor, 4), **LLAMA3}
 
 
-def tensor_names(header: Header, config: Mapping[str, Any]) -> Names:
-    """HF name of each tensor, see `Names`.
+def tensors_of(header: Header, config: Mapping[str, Any]) -> dict[str, gguf.Held]:
+    """HF name -> tensor, of a causal LM.
 
     Raises:
         InputError: a tensor that no name of the model's table fits.
@@ -229,14 +237,15 @@ def tensor_names(header: Header, config: Mapping[str, Any]) -> Names:
         "attn_q": config["num_attention_heads"] * (kind == "llama"),
         "attn_k": config["num_key_value_heads"] * (kind == "llama"),
     }
-    out: dict[str, tuple[str, int, float]] = {}
+    out: dict[str, gguf.Held] = {}
     for name in _names(config, layers):
         own = known.get_name(name, try_suffixes=(".weight", ".bias"))
         if own in header.tensors:
             swapped = re.search(r"\.(attn_[qk])\.", own)
             less = float(kind == "gemma" and "norm" in own)
-            out[name] = (own, heads[swapped[1]] if swapped else 0, less)
-    left = set(header.tensors) - {own for own, _, _ in out.values()}
+            pairs = heads[swapped[1]] if swapped else 0
+            out[name] = gguf.tensor(header, own, heads=pairs, less=less)
+    left = set(header.tensors) - {tensor.name for tensor in out.values()}
     left -= {FACTORS, "rope_factors_long.weight", "rope_factors_short.weight"}
     if left:
         raise InputError(
@@ -260,8 +269,16 @@ def _names(config: Mapping[str, Any], layers: int) -> Iterator[str]:
 SPLITS = ("smollm", "starcoder", "refact", "command-r", "codeshell", "exaone", "minerva-7b")
 """`tokenizer.ggml.pre` of BPEs that take each digit by itself; transformers does not know them."""
 
-WHOLE = ("default", "gpt-2", "gpt2", "olmo", "jais", "mpt", "phi-2", "granite-docling", "trillion")
+WHOLE = ("gpt-2", "gpt2", "olmo", "jais", "mpt", "phi-2", "granite-docling", "trillion")
 """Those that split as GPT-2's."""
+
+DEFAULT = (
+    r"[\p{P}\$\+<=>\^~\|]+",
+    r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)",
+    r"\p{N}+",
+    r"[0-9][0-9][0-9]",
+)
+"""How llama.cpp splits for "default", or a file that does not say how, one after another."""
 
 COMPOSED = ("qwen2", "deepseek-r1-qwen")
 """Those whose letters are composed first (NFC)."""
@@ -273,7 +290,7 @@ def tokenizer_of(header: Header) -> "tokenizers.Tokenizer | None":
     Raises:
         InputError: one of a kind, or that splits text in a way, that is not known.
     """
-    from tokenizers import normalizers, pre_tokenizers
+    from tokenizers import Regex, normalizers, pre_tokenizers
     from transformers.integrations.gguf import gguf_tokenizer_mapping as theirs
 
     values = Values(header.values, str(header.path))
@@ -281,19 +298,19 @@ def tokenizer_of(header: Header) -> "tokenizers.Tokenizer | None":
     if kind in (None, "none", "no_vocab"):
         return None
     split = values.text("tokenizer.ggml.pre", "default")
-    known = (*SPLITS, *WHOLE, *theirs.GGUF_PRE_TOKENIZER_SPLITS)
+    known = ("default", *SPLITS, *WHOLE, *theirs.GGUF_PRE_TOKENIZER_SPLITS)
     if kind not in ("gpt2", "llama"):
         raise values.error("tokenizer.ggml.model", "'gpt2' or 'llama'")
     if kind == "gpt2" and split not in known:
         raise values.error("tokenizer.ggml.pre", ", ".join(known), "take its repository")
     renamed = theirs.GGUF_TOKENIZER_MAPPING["tokenizer"]
-    parts = {
+    given = {
         name: header.values[f"tokenizer.{key}"]
         for key, name in renamed.items()
         if f"tokenizer.{key}" in header.values
     }
     try:
-        made, _ = theirs.convert_gguf_tokenizer(header.values["general.architecture"], parts)
+        made, _ = theirs.convert_gguf_tokenizer(header.values["general.architecture"], given)
     except Exception as error:  # of a vocabulary that does not fit itself
         raise InputError(
             f"{header.path}: tokenizer.ggml",
@@ -305,6 +322,10 @@ def tokenizer_of(header: Header) -> "tokenizers.Tokenizer | None":
         bytes_ = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=True)
         digits = pre_tokenizers.Digits(individual_digits=True)
         made.pre_tokenizer = pre_tokenizers.Sequence([digits, bytes_])
+    if kind == "gpt2" and split == "default":
+        parts = [pre_tokenizers.Split(Regex(x), behavior="isolated") for x in DEFAULT]
+        bytes_ = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+        made.pre_tokenizer = pre_tokenizers.Sequence([*parts, bytes_])
     if kind == "gpt2" and split in COMPOSED:
         made.normalizer = normalizers.NFC()
     if kind == "llama":  # transformers' leaves a space out where a text begins with one
@@ -313,6 +334,83 @@ def tokenizer_of(header: Header) -> "tokenizers.Tokenizer | None":
         made.normalizer = normalizers.Sequence([*first, normalizers.Replace(" ", "\u2581")])
         made.pre_tokenizer = None
     return made
+
+
+NAMED = {"bos": "bos", "eos": "eos", "pad": "padding", "unk": "unknown", "eot": "eot", "eom": "eom"}
+"""A special token -> what the file calls it."""
+
+STOPS = ("eos", "eot", "eom")
+"""Those that end an answer."""
+
+READ = (
+    *("model", "pre", "tokens", "token_type", "scores", "merges"),
+    *("bos_token_id", "eos_token_id", "eot_token_id", "eom_token_id"),
+    *("padding_token_id", "unknown_token_id", "add_bos_token", "add_eos_token", "add_space_prefix"),
+)
+"""Keys behind "tokenizer.ggml." that are read; the space's of SentencePiece alone."""
+
+IDLE: Unused = {
+    "add_sep_token": (False,),
+    "remove_extra_whitespaces": (False,),
+    "token_type_count": ANY,  # BERT's
+    **dict.fromkeys(f"fim_{x}_token_id" for x in ("pre", "suf", "mid", "pad", "rep", "sep")),
+    **dict.fromkeys(("prefix_token_id", "suffix_token_id", "middle_token_id")),  # older words
+    **dict.fromkeys(("seperator_token_id", "cls_token_id", "mask_token_id")),
+}
+"""Other keys there without effect on a causal LM that is asked."""
+
+
+def _check_keys(header: Header) -> None:
+    """Whether all keys of the tokenizer are known.
+
+    Raises:
+        InputError: one is not.
+    """
+    start = "tokenizer.ggml."
+    own = {k.removeprefix(start): v for k, v in header.values.items() if k.startswith(start)}
+    values = Values(own, f"{header.path}: {start[:-1]}")
+    for key in READ:
+        values.any(key)
+    values.done(IDLE)
+    templates = ("tokenizer.chat_template", "tokenizer.huggingface.json", start)
+    for key in header.values:
+        if key.startswith("tokenizer.") and not key.startswith(templates):
+            raise Values(header.values, str(header.path)).error(key, "no such key")
+
+
+SAMPLING = {
+    "temp": "temperature",
+    "top_k": "top_k",
+    "top_p": "top_p",
+    "min_p": "min_p",
+    "penalty_repeat": "repetition_penalty",
+}
+"""Keys behind "general.sampling." -> generation_config.json's."""
+
+
+def sampling(header: Header) -> dict[str, JSON]:
+    """How answers are drawn, for generation_config.json; empty if the file does not say.
+
+    Raises:
+        InputError: it asks for what is not supported.
+    """
+    start = "general.sampling."
+    own = {k.removeprefix(start): v for k, v in header.values.items() if k.startswith(start)}
+    values = Values(own, f"{header.path}: {start[:-1]}")
+    found = {name: values.number(key) for key, name in SAMPLING.items() if key in values}
+    values.done({})
+    out: dict[str, JSON] = {
+        name: int(x) if name == "top_k" else float(str(np.float32(x))) for name, x in found.items()
+    }
+    return {"do_sample": found.get("temperature", 1.0) > 0, **out} if out else {}
+
+
+def _templates(values: Values) -> str | dict[str, str] | None:
+    """The chat template, or templates by name, the file's own as "default"."""
+    start = "tokenizer.chat_template."
+    named = {k.removeprefix(start): values.text(k) for k in values.data if k.startswith(start)}
+    found = values.text("tokenizer.chat_template", None)
+    return {"default": found, **named} if found and named else found
 
 
 def tokenizer_files(
@@ -326,33 +424,44 @@ def tokenizer_files(
     from tokenizers import processors
     from transformers import PreTrainedTokenizerFast
 
+    _check_keys(header)
     values = Values(header.values, str(header.path))
     tokens = values.any("tokenizer.ggml.tokens", REQUIRED)
     ids: dict[str, JSON] = {}
+    ends: list[int] = []
     named = {}
-    for name, key in (("bos", "bos"), ("eos", "eos"), ("pad", "padding"), ("unk", "unknown")):
-        found = values.whole(f"tokenizer.ggml.{key}_token_id", None, least=0)
+    for name, key in NAMED.items():
+        found = values.whole(f"tokenizer.ggml.{key}_token_id", None, least=0, most=0xFFFFFFFF)
         if found is None or found == 0xFFFFFFFF:
             continue
         if found >= len(tokens):
             raise values.error(f"tokenizer.ggml.{key}_token_id", f"below {len(tokens)}")
+        if name in STOPS:
+            ends.append(found)
+        if name in STOPS[1:]:
+            continue
         named[f"{name}_token"] = tokens[found]
         if name != "unk":
             ids[f"{name}_token_id"] = found
+    if len(ends := list(dict.fromkeys(ends))) > 1:
+        ids["eos_token_id"] = ends
     spm = header.values["tokenizer.ggml.model"] == "llama"
     starts = values.flag("tokenizer.ggml.add_bos_token", spm) and "bos_token" in named
-    ends = values.flag("tokenizer.ggml.add_eos_token", False) and "eos_token" in named
-    around = [*(["bos"] * starts), "$", *(["eos"] * ends)]
-    if starts or ends:
+    ended = values.flag("tokenizer.ggml.add_eos_token", False) and "eos_token" in named
+    around = [*(["bos"] * starts), "$", *(["eos"] * ended)]
+    if starts or ended:
         words = [named[f"{x}_token"] if x != "$" else "$A" for x in around]
         both = [named[f"{x}_token"] if x != "$" else "$B" for x in around]
         tokenizer.post_processor = processors.TemplateProcessing(
             single=" ".join(words) if " " not in "".join(words) else words,
             pair=[*words, *(f"{x}:1" for x in both)],
-            special_tokens=[(named[f"{x}_token"], ids[f"{x}_token_id"]) for x in {*around} - {"$"}],
+            special_tokens=[
+                (named[f"{x}_token"], tokens.index(named[f"{x}_token"]))
+                for x in sorted({*around} - {"$"})
+            ],
         )
     made = PreTrainedTokenizerFast(tokenizer_object=tokenizer, **named)
-    made.chat_template = values.text("tokenizer.chat_template", None)
+    made.chat_template = _templates(values)
     made.save_pretrained(folder)
     return ids
 

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from converters.adapter_config import read_settings
-from converters.files import hub
+from converters.files import gguf, hub
 from converters.files.names import SETTINGS
 from converters.files.others import TOWER
 from converters.folder import open_source
@@ -41,7 +41,7 @@ def inspect(
     Raises:
         InputError: what `converters.load`, or `load_encoder`, would say of it.
     """
-    path = hub.folder(path)
+    path = hub.folder(gguf.joined(path, base))
     if file := tower_file(path):
         return shown(_tower(path, file))
     source = open_source(path, towers=towers, base=base)

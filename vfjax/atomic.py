@@ -50,7 +50,8 @@ def store_of(path: str | os.PathLike[str]) -> Store | None:
 
 
 FOLDERS: dict[str, Callable[[Path], Path]] = {}
-"""Ending of a file that stands for a folder (".gguf") -> what returns the folder."""
+"""Ending of a file that stands for a folder (".gguf"), or "/" of folders that may stand for another
+-> what returns the folder."""
 
 
 def contents(path: str | os.PathLike[str]) -> bytes:
@@ -121,7 +122,8 @@ def findable(path: str | os.PathLike[str], where: object = "path") -> Path:
         raise InputError(
             where, found=f"{shown}, which may not be read", expected="a folder", fix="open it to us"
         )
-    if stat.S_ISREG(mode) and (opened := FOLDERS.get(Path(path).suffix)):
+    kind = "/" if stat.S_ISDIR(mode) else Path(path).suffix if stat.S_ISREG(mode) else ""
+    if opened := FOLDERS.get(kind):
         return opened(Path(path))
     return Path(path)
 

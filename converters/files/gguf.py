@@ -1,8 +1,9 @@
 """GGUF files (llama.cpp's) of causal LMs: their headers as configs, their tensors by HF names.
 
-A file stands for a folder: its config.json, tokenizer and a link to it, made when it is opened and
-removed at the process's end. The header is read here, within the file's bounds, as the format says
-(github.com/ggml-org/ggml, docs/gguf.md); the package `gguf` names the tensors and dequantises them.
+A file, or an LLM's beside the `mmproj` file of what it sees with, stands for a folder: its
+config.json, tokenizer and links to them, made when it is opened and removed at the process's end.
+The header is read here, within the file's bounds, as the format says (github.com/ggml-org/ggml,
+docs/gguf.md); the package `gguf` names the tensors and dequantises them.
 """
 
 import dataclasses
@@ -10,7 +11,8 @@ import functools
 import math
 import struct
 import tempfile
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from os import PathLike
 from pathlib import Path
 from types import EllipsisType, ModuleType
 from typing import Any
@@ -240,8 +242,27 @@ class GGUFTensor:
         return raw
 
 
-def read_tensors(path: Path) -> dict[str, GGUFTensor]:
-    """The tensors of a folder's `model.gguf` by their HF names, none of them read yet.
+@dataclasses.dataclass(frozen=True)
+class Filled:
+    """A tensor of one value, that a file leaves out as nothing reads it."""
+
+    path: Path
+    shape: tuple[int, ...]
+    value: float
+    dtype: np.dtype = np.dtype(np.float32)
+    name: str = ""
+
+    def __getitem__(self, index: slice | EllipsisType) -> np.ndarray:
+        """Rows of the first axis as a new array."""
+        rows = len(range(self.shape[0])[slice(None) if index is ... else index])
+        return np.full((rows, *self.shape[1:]), self.value, self.dtype)
+
+
+Held = GGUFTensor | Filled
+
+
+def read_tensors(path: Path) -> dict[str, Held]:
+    """The tensors of a folder's GGUF file by their HF names, none of them read yet.
 
     Raises:
         InputError: a file that was not opened by itself.
@@ -256,11 +277,41 @@ def read_tensors(path: Path) -> dict[str, GGUFTensor]:
     return _TENSORS[path]
 
 
+def read_folder(path: Path) -> dict[str, Held]:
+    """Those of all files of a folder, of its `model.gguf`; errors as `read_tensors`."""
+    beside = _TENSORS.get(path.with_name(LINKS[1]), {})
+    return {**read_tensors(path), **beside}
+
+
 def tensor(header: Header, name: str, *, heads: int = 0, less: float = 0.0) -> GGUFTensor:
-    """A tensor of a file by its name there; see `GGUFTensor`."""
+    """A tensor of a file by its name there; see `GGUFTensor`.
+
+    Raises:
+        InputError: it is of a type that `gguf` does not dequantise.
+    """
     shape, kind, offset = header.tensors[name]
+    if kind not in PLAIN and not _known(kind):
+        raise InputError(
+            f"{header.path}: {name}",
+            found=f"a tensor of type {kind}, which the package gguf does not dequantise",
+            expected="another",
+            fix="take a file of another quantisation, or update gguf",
+        )
     dtype = PLAIN.get(kind, np.dtype(np.float32))
     return GGUFTensor(header.path, shape, dtype, kind, offset, name, heads=heads, less=less)
+
+
+@functools.cache
+def _known(kind: str) -> bool:
+    """Whether the package dequantises a type."""
+    import gguf
+
+    number = gguf.GGMLQuantizationType[kind]
+    try:
+        gguf.dequantize(np.zeros(gguf.GGML_QUANT_SIZES[number][1], np.uint8), number)
+    except NotImplementedError:
+        return False
+    return True
 
 
 def quantised(tensors: Iterable[object]) -> tuple[str, ...]:
@@ -279,48 +330,97 @@ def _root() -> Path:
 
 
 _KEPT: list[object] = []
-_MADE: dict[tuple[Path, int, int], Path] = {}
+_MADE: dict[tuple[tuple[Path, int, int], ...], Path] = {}
 
-_TENSORS: dict[Path, dict[str, GGUFTensor]] = {}
-"""Link in a folder -> the tensors of its file."""
+_TENSORS: dict[Path, dict[str, Held]] = {}
+"""Link in a folder -> the tensors of its files."""
 
-Names = Mapping[str, tuple[str, int, float]]
-"""HF name of a tensor -> its name in the file, heads and what to take off, see `GGUFTensor`."""
+Writer = Callable[[Sequence[Header], Path], dict[str, Held]]
+"""Writes the JSON files of an LLM's header, and of an `mmproj` file's beside, into a folder; their
+tensors by HF names."""
 
-Writer = Callable[[Header, Path], Names]
-"""Writes the JSON files of a header into a folder; the names of its tensors."""
+LINKS = ("model.gguf", "mmproj.gguf")
+"""Names of the files in their folder."""
 
 
-def folder(path: Path, write: Writer) -> Path:
-    """The folder that a GGUF file stands for: its JSON files, and a link to it, `model.gguf`.
+def folder(paths: Sequence[Path], write: Writer) -> Path:
+    """The folder that GGUF files stand for: their JSON files, and links to them, see `LINKS`.
 
     Args:
-        path: of the file.
+        paths: of an LLM's file, and of an `mmproj` file.
         write: see `Writer`.
 
     Raises:
         InputError: as `read_header`, or by `write`.
     """
-    path = path.resolve()
-    facts = path.stat()
-    key = (path, facts.st_size, facts.st_mtime_ns)
+    paths = [path.resolve() for path in paths]
+    facts = [path.stat() for path in paths]
+    key = tuple((p, f.st_size, f.st_mtime_ns) for p, f in zip(paths, facts, strict=True))
     if key not in _MADE:
-        place = Path(tempfile.mkdtemp(dir=_root())) / path.name
+        place = Path(tempfile.mkdtemp(dir=_root())) / paths[-1].name
         place.mkdir()
-        header, link = read_header(path), place / "model.gguf"
-        names = write(header, place)
-        link.symlink_to(path)
-        header = dataclasses.replace(header, path=link)
-        _TENSORS[link] = {
-            name: tensor(header, own, heads=heads, less=less)
-            for name, (own, heads, less) in names.items()
-        }
-        SHOWN[str(link)] = str(path)
-        SHOWN[str(place)] = str(path)
+        headers = []
+        for path, name in zip(paths, LINKS, strict=False):
+            link = place / name
+            link.symlink_to(path)
+            SHOWN[str(link)] = str(path)  # before its folder, the first that fits is said
+            headers.append(dataclasses.replace(read_header(path), path=link))
+        SHOWN[str(place)] = str(paths[-1])
+        tensors = write(headers, place)
+        for header in headers:
+            own = {name: tensor for name, tensor in tensors.items() if tensor.path == header.path}
+            _TENSORS[header.path] = own
         _MADE[key] = place
     return _MADE[key]
 
 
+PROJECTOR = "clip"
+"""`general.architecture` of `mmproj` files."""
+
+
+def is_projector(path: Path) -> bool:
+    """Whether a file is an `mmproj`; errors as `read_header`."""
+    return read_header(path).values.get("general.architecture") == PROJECTOR
+
+
+def pair(folder: Path) -> list[Path]:
+    """A folder's LLM and what it sees with, if its weights are one GGUF file of each.
+
+    As llama.cpp tells them apart, by "mmproj" in the name (common/download.cpp).
+    """
+    names = sorted(folder.glob("*.gguf"))
+    seen = [name for name in names if "mmproj" in name.name.lower()]
+    alone = len(seen) == 1 and len(names) == 2 and not (folder / "config.json").exists()
+    return [next(name for name in names if name not in seen), *seen] if alone else []
+
+
 def register(write: Writer) -> None:
-    """Lets a GGUF file be named wherever a folder is."""
-    FOLDERS[".gguf"] = lambda path: folder(path, write)
+    """Lets GGUF files be named wherever a folder is."""
+
+    def opened(path: Path) -> Path:
+        if path.is_dir():
+            return folder(found, write) if (found := pair(path)) else path
+        if not is_projector(path):
+            return folder([path], write)
+        if not (found := pair(path.parent)):
+            raise InputError(
+                path,
+                found="what an LLM sees with, alone",
+                expected="its LLM, the only other GGUF file beside it",
+                fix="pass base=LLM.gguf",
+            )
+        return folder(found, write)
+
+    FOLDERS[".gguf"] = FOLDERS["/"] = opened
+    _WRITERS.append(write)
+
+
+_WRITERS: list[Writer] = []
+
+
+def joined(path: str | PathLike[str], base: str | PathLike[str] | None) -> str | PathLike[str]:
+    """The folder of an `mmproj` file with the LLM that is named as its base; else the path."""
+    files = [Path(x) for x in (base, path) if x is not None]
+    if len(files) < 2 or not all(x.suffix == ".gguf" and x.is_file() for x in files):
+        return path
+    return folder(files, _WRITERS[0]) if is_projector(files[1]) else path

@@ -26,8 +26,10 @@ def _in_folder(path: Path) -> tuple[str, str]:
     names = sorted(x.name for x in path.iterdir())
     if not names:
         return "an empty folder", "download the checkpoint into it"
-    if file := next((name for name in names if name.endswith(".gguf")), None):
-        return f"GGUF weights, {file}", f"pass the file, {path / file}"
+    if files := [name for name in names if name.endswith(".gguf")]:
+        return f"GGUF weights, {', '.join(files)}", f"pass the file, {path / files[0]}" + (
+            ", or an mmproj and base=LLM.gguf" if files[1:] else ""
+        )
     if "open_clip_config.json" in names:
         return "a vision tower, of OpenCLIP", TOWER
     if has_weights(path):

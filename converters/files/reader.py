@@ -119,7 +119,7 @@ class TorchTensor:
         return part.numpy().copy()
 
 
-Stored = FileTensor | TorchTensor | gguf.GGUFTensor
+Stored = FileTensor | TorchTensor | gguf.Held
 """A tensor in a file."""
 
 
@@ -143,6 +143,8 @@ def read_weights(folder: Path, stems: Sequence[str] = STEMS) -> dict[str, Stored
             + ", or their .index.json",
             fix="check the path, or download the missing files",
         )
+    if name.endswith(".gguf"):
+        return dict(gguf.read_folder(folder / name))
     return _sharded(folder / name) if name.endswith(INDEX) else read_file(folder / name)
 
 

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 import converters
-from converters.files.gguf import read_header
+from converters.files.gguf import read_header, tensor
 from converters.gguf import config_of
 from tests.gguf import SIZES, make, write
 from vfjax import InputError
@@ -31,6 +31,61 @@ def test_values_are_gguf_s(tmp_path: Path, kind: str):
         np.testing.assert_array_equal(np.asarray(found[...], np.float32), expected)
         np.testing.assert_array_equal(np.asarray(found[37:61], np.float32), expected[37:61])
         assert found.dtype == {"F16": "float16", "BF16": "bfloat16"}.get(kind, "float32")
+
+
+def of_type(path: Path, kind: gguf.GGMLQuantizationType, rows: int, wide: int) -> np.ndarray:
+    """A file with a matrix of random bytes; those, one row a row."""
+    block, stored = gguf.GGML_QUANT_SIZES[kind]
+    raw = np.random.default_rng(kind).integers(0, 256, (rows, wide // block * stored), np.uint8)
+    writer = gguf.GGUFWriter(path, "llama")
+    writer.add_tensor("blk.0.attn_q.weight", raw, raw_dtype=kind)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    return raw
+
+
+UNKNOWN = ("Q8_1", "Q8_K", "Q1_0", "I8", "I16", "I32", "I64")
+"""Types that gguf does not dequantise: of intermediate values, or not yet."""
+TYPES = [x for x in gguf.GGML_QUANT_SIZES if x.name not in (*UNKNOWN, "F32", "F64", "F16", "BF16")]
+
+
+@pytest.mark.parametrize("kind", TYPES, ids=lambda x: x.name)
+def test_random_blocks_of_every_type(tmp_path: Path, kind: gguf.GGMLQuantizationType):
+    """Blocks that gguf's own quantiser can't make, too: as gguf dequantises them, bit for bit."""
+    rows, wide = 12, 512
+    raw = of_type(tmp_path / "m.gguf", kind, rows, wide)
+    with np.errstate(all="ignore"):
+        expected = gguf.dequantize(raw, kind)
+        header = read_header(tmp_path / "m.gguf")
+        plain = tensor(header, "blk.0.attn_q.weight")
+        pairs = tensor(header, "blk.0.attn_q.weight", heads=2)
+        parts = [plain[0:5], plain[5:6], plain[6:12]]
+        found = pairs[...]
+        part = pairs[4:11]
+    assert expected.shape == (rows, wide) and np.isfinite(expected).mean() > 0.5
+    np.testing.assert_array_equal(np.concatenate(parts).view(np.uint32), expected.view(np.uint32))
+    order = [0, 2, 4, 1, 3, 5, 6, 8, 10, 7, 9, 11]  # halves of a head's rows, one after another
+    np.testing.assert_array_equal(found.view(np.uint32), expected[order].view(np.uint32))
+    np.testing.assert_array_equal(part.view(np.uint32), found[4:11].view(np.uint32))
+
+
+@pytest.mark.parametrize("name", UNKNOWN)
+def test_types_that_gguf_does_not_dequantise(tmp_path: Path, name: str):
+    of_type(tmp_path / "m.gguf", gguf.GGMLQuantizationType[name], 4, 512)
+    header = read_header(tmp_path / "m.gguf")
+    with pytest.raises(InputError, match=f"attn_q.weight: found a tensor of type {name}, which"):
+        tensor(header, "blk.0.attn_q.weight")
+
+
+def test_a_file_that_is_cut_after_it_was_opened(tmp_path: Path):
+    write(tmp_path / "m.gguf", make("llama"), "llama", "Q8_0")
+    tensors = converters.open_source(tmp_path / "m.gguf").parts["llm"]
+    whole = (tmp_path / "m.gguf").read_bytes()
+    (tmp_path / "m.gguf").write_bytes(whole[: len(whole) // 2])
+    with pytest.raises(InputError, match=r"m.gguf: found fewer bytes than its header says"):
+        _ = [tensor[...] for tensor in tensors.values()]
 
 
 @pytest.fixture(scope="module")

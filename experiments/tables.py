@@ -18,6 +18,7 @@ ROOT = Path(__file__).resolve().parents[1]
 
 RESULTS = ROOT / "experiments" / "bench" / "results"
 FAMILY = ROOT / "experiments" / "family"
+LANGUAGE = ROOT / "experiments" / "language"
 
 CARDS = ("clip", "dino")
 """Members whose cards have a score."""
@@ -139,6 +140,34 @@ def ways() -> list[str]:
     return markdown(head, [[", ".join(found["members"]), best, *fused.values()]])
 
 
+SPOKEN = (
+    ("descriptions", "perplexity", "data sets", ".1f"),
+    ("manual", "perplexity", "manual", ".1f"),
+    ("facts", "chosen", "facts chosen", ".0f"),
+    ("facts", "answered", "facts answered", ".0f"),
+    ("instructions", "followed", "instructions", ".0f"),
+)
+"""Part and metric of `language.py`'s results, their column's head and format."""
+
+
+def spoken() -> list[str]:
+    """Plain language of a base; of its members and their merges, with what differs from it."""
+    rows = []
+    for name, parts in read(LANGUAGE / "results.json")["rows"].items():
+        cells = []
+        for part, key, _, style in SPOKEN:
+            found = parts[part][key]
+            gap = found.get("to base", {})
+            span = f"{found['low']:{style}} to {found['high']:{style}}"
+            if "ratio" in gap:
+                span = f"\u00d7 {gap['ratio']:.2f}, {gap['low']:.2f} to {gap['high']:.2f}"
+            elif gap:
+                span = f"{gap['difference']:+.0f}, {gap['low']:+.0f} to {gap['high']:+.0f}"
+            cells.append(f"{found['value']:{style}} ({span})")
+        rows.append([name, *cells])
+    return markdown(["", *(head for _, _, head, _ in SPOKEN)], rows)
+
+
 TABLES: dict[str, Callable[[], list[str]]] = {
     "basic": basic,
     "merge": merge,
@@ -146,12 +175,14 @@ TABLES: dict[str, Callable[[], list[str]]] = {
     "saving": saving,
     "demo": demo,
     "ways": ways,
+    "spoken": spoken,
     **{f"card-{name}": functools.partial(card, name) for name in CARDS},
 }
 """Name -> lines."""
 
 DOCUMENTS = (
     *(ROOT / name for name in ("README.md", "BUILD.md")),
+    LANGUAGE / "README.md",
     *(FAMILY / name for name in ("README.md", *(f"models/{name}/README.md" for name in CARDS))),
 )
 

@@ -11,10 +11,10 @@ def get_config() -> ConfigDict:
             "members": (),  # ("folder", ...) or ("name=folder", ...): tuned from the base
             "method": "task_arithmetic",  # of vfjax.merge.METHODS, one with weights
             "weights": (0.25, 0.5, 0.75, 1.0),  # of each member, a merged LLM each
-            "window": 256,  # tokens that are read together, for perplexity
-            "tokens": 256,  # of each document, from its beginning
+            "window": 128,  # tokens that are read together, for perplexity
+            "tokens": 128,  # of each document, from its beginning
             "documents": 24,  # of each kind of text, at most
-            "limit": config_dict.placeholder(int),  # facts and instructions of each kind
+            "limit": 12,  # facts and instructions of each kind, at most
             "batch": 16,  # rows read together
             "max_new_tokens": 48,  # of an answer to an instruction
             "dtype": "float32",  # of all LLMs

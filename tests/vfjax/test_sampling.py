@@ -88,12 +88,10 @@ def test_filters_equal_transformers(llm):
     ]
     column = {key: np.array([[each[key]] for each in hows], np.float32) for key in hows[0]}
     ks = np.where(column["top_k"] == 0, v, column["top_k"]).astype(np.int32)
-    order, ranked = filtered(
+    found = filtered(
         penalise(jnp.asarray(logits), seen, column["repetition_penalty"]),
         column["temperature"], ks, column["top_p"], column["min_p"],
     )  # fmt: skip
-    found = np.full_like(logits, -np.inf)
-    np.put_along_axis(found, np.asarray(order), np.asarray(ranked), axis=1)
     for i, each in enumerate(hows):
         config = GenerationConfig(do_sample=True, **each)
         processors = theirs._get_logits_processor(
@@ -112,6 +110,29 @@ def test_a_rows_draw_does_not_depend_on_the_others():
     every = compiled_sample(jax.random.key(1), logits, 1.0, None, 1.0)
     some = compiled_sample(jax.random.key(1), logits[:7], 1.0, None, 1.0)
     np.testing.assert_array_equal(some, every[:7])
+
+
+def test_filters_of_any_numbers() -> None:
+    """What stays has less than k, or p, above it; huge, tiny and equal numbers, both zeros."""
+    rng = np.random.default_rng(2)
+    rows = [
+        rng.normal(size=64) * 10.0 ** rng.integers(-30, 30, 64),
+        np.repeat([3.0, -np.inf], 32),
+        np.tile([0.0, -0.0, 1e-30, -1e-30], 16),
+        np.where(rng.random(64) < 0.5, -np.inf, rng.normal(size=64)),
+        -np.arange(64.0),
+        np.full(64, -7.0),
+    ]
+    logits = np.array(rows, np.float32)
+    for k, p in ((1, 1.0), (5, 1.0), (64, 1.0), (64, 0.3), (64, 0.999), (7, 0.5)):
+        found = np.isfinite(jax.jit(filtered)(logits, 1.0, k, p, 0.0))
+        for row, kept in zip(logits, found, strict=True):
+            first = (row[None] > row[:, None]).sum(axis=1) < k
+            share = np.where(first, np.exp(row.astype(np.float64) - row.max()), 0)
+            above = np.where(row[None] > row[:, None], share / share.sum(), 0).sum(axis=1)
+            np.testing.assert_array_equal(
+                kept, first & (above < (p if p < 1 else 2)) & np.isfinite(row)
+            )
 
 
 def test_ties_with_the_kth_stay() -> None:

@@ -159,6 +159,7 @@ def main(argv: Sequence[str]) -> None:
         with working(WORKDIR.value, write=alone or not jax.process_index()) as folder:
             task.run(config, folder)
         signals.ready.clear()
+        signals.finish()
     except KeyboardInterrupt as error:
         number = error.args[0] if error.args else signal.SIGINT
         if alone:  # threads that still compute are not waited for

@@ -105,6 +105,16 @@ def leave(number: int, notes: Iterable[str] = ()) -> NoReturn:
     os._exit(128 + number)
 
 
+def finish() -> None:
+    """Ends the process well if it stopped while a program compiled: Python would wait for that."""
+    stop = sys.modules.get("vfjax.train.stop")
+    if stop is not None and stop.compiling():
+        sys.stdout.flush()
+        for line in leftovers():
+            say(line + "\n")
+        os._exit(0)
+
+
 def say(text: str) -> None:
     """Writes to stderr, whoever holds its lock, unless that would wait for a reader or has none."""
     with contextlib.suppress(AttributeError, OSError, ValueError):  # none, a terminal that is gone

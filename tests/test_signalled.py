@@ -151,3 +151,21 @@ print("goes on")
     command = [sys.executable, "-c", code]
     done = subprocess.run(command, timeout=30, check=False, capture_output=True, text=True)
     assert (done.returncode, done.stdout, done.stderr) == (143, "", "ended by Terminated\n")
+
+
+def test_a_task_that_stopped_while_a_program_compiled() -> None:
+    """Nobody waits for the program."""
+    code = f"""
+import sys, threading, time
+sys.path.insert(0, {str(ROOT)!r})
+from experiments import signals
+from vfjax.train import stop
+signals.finish()
+threading.Thread(target=time.sleep, args=(600,), name=stop.THREAD).start()
+print("stopped")
+signals.finish()
+print("goes on")
+"""
+    command = [sys.executable, "-c", code]
+    done = subprocess.run(command, timeout=300, check=False, capture_output=True, text=True)
+    assert (done.returncode, done.stdout, done.stderr) == (0, "stopped\n", "")

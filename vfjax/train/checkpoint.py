@@ -86,6 +86,10 @@ class Checkpoints:
         """Of the newest state, None without one."""
         return None if self.files.latest is None else self.files.latest.step
 
+    def saved(self) -> int | None:
+        """Of the newest state that is whole; `step` may still be on its way."""
+        return max((int(x.name) for x in self.folder.glob("*") if x.name.isdigit()), default=None)
+
     def save(self, step: int, state: State) -> None:
         """Starts writing; returns once the arrays are copied."""
         self.files.save_checkpointables_async(step, {"state": named(state)})

@@ -4,10 +4,6 @@ import contextlib
 import dataclasses
 import itertools
 import math
-import os
-import select
-import signal
-import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 
@@ -21,13 +17,14 @@ from jax.typing import DTypeLike
 from vfjax.atomic import publish
 from vfjax.errors import InputError, counted, require
 from vfjax.model import Batch, Model
-from vfjax.processes import agreeing, preempted
+from vfjax.processes import agreeing
 from vfjax.sharding import by_token, mesh_of, row_axes, row_shards
 from vfjax.train.checkpoint import Checkpoints
 from vfjax.train.flops import step_flops
 from vfjax.train.optim import Group, Optim
 from vfjax.train.record import Record, Tracker
 from vfjax.train.step import init, make_step, split
+from vfjax.train.stop import Programs, Stopped, StopSignals, resumes
 
 Data = Callable[[int], Iterator[Batch]]
 """Step -> this process's batches from there on, those of several accumulated parts with a leading
@@ -75,10 +72,6 @@ class Options:
         require(floating, "dtype", self.dtype, "bfloat16, float16 or float32")
 
 
-class Stopped(Exception):
-    """The run was asked to end by a signal and saved its state; the step is its argument."""
-
-
 def fit(
     model: Model,
     data: Data,
@@ -109,7 +102,8 @@ def fit(
         InputError: the folder's states are of another config, a group names nothing, a loss is not
             finite, a step has nothing to learn, the data end, or processes disagree or have
             folders of their own.
-        Stopped: on SIGTERM, SIGHUP or Ctrl-C, once the state is on disk.
+        Stopped: on SIGTERM, SIGHUP or Ctrl-C, once the state is on disk; see
+            `vfjax.train.stop.StopSignals` for when there is none.
     """
     with agreeing("fit", folder=folder) as facts:
         same = {"groups": groups, "optim": optim, "options": options, **(config or {})}
@@ -124,31 +118,40 @@ def fit(
     del params  # the state has its arrays
     step = make_step(graph, tx, state, dtype=options.dtype, mesh=mesh, seed=options.seed)
     states = Checkpoints(folder / "states", config or {}, keep=options.keep)
-    with states, stop_signals() as stop_requested, contextlib.ExitStack() as stack:
+    with (
+        resumes(states.saved),
+        states,
+        StopSignals() as stop,
+        contextlib.ExitStack() as stack,
+    ):
         done = states.step or 0
         if done:
             state = states.restore(state)
+            stop.saves()
         pending = _Pending(folder, done, optim, groups, options.log_every, trackers)
         stack.callback(pending.close)
         profile = _Profile(folder / "profile", options.profile)
         stack.callback(profile.stop)
-        stop = False
+        programs, stops = Programs(step, stop), False
         for batches in itertools.islice(data(done), max(optim.steps - done, 0)):
             profile.at(done + 1)
             batches = put(batches, mesh)
-            flops = pending.flops(graph, state.params, frozen, batches)
-            state, metrics = step(state, frozen, batches)
-            done += 1
-            pending.add(done, metrics, flops)
-            stop = stop_requested(done)
-            if stop or done == optim.steps or done % options.save_every == 0:
+            program = programs.find(state, frozen, batches)
+            if program is not None:
+                flops = pending.flops(graph, state.params, frozen, batches)
+                state, metrics = program(state, frozen, batches)
+                done += 1
+                pending.add(done, metrics, flops)
+            stops = program is None or stop.asked(done)
+            if stops or done == optim.steps or done % options.save_every == 0:
                 pending.flush()  # a loss that is not finite is found before it is saved
                 pending.publish()
-                states.save(done, state)
-            if stop:
+                if done != states.step:
+                    states.save(done, state)
+            if stops:
                 break
         states.wait()
-        if stop:
+        if stops:
             raise Stopped(done)
         if done < optim.steps:
             raise InputError(
@@ -309,73 +312,3 @@ def _check(step: int, row: Mapping[str, float]) -> None:
             expected="an answer in some row",
             fix="raise the length that rows are cut to, or look at the data",
         )
-
-
-@contextlib.contextmanager
-def stop_signals() -> Iterator[Callable[[int], bool]]:
-    """Yields step -> whether SIGTERM, SIGHUP or Ctrl-C came; on several processes, at a step that
-    all agree on, SIGTERM alone.
-
-    Until it is asked first, behind the first step, they end the process at once: nothing is lost,
-    and the step's program compiles for minutes, while Python handles no signal. So does a second
-    one, whatever is going on: the thread that counts them does not wait for the main one.
-    """
-    if jax.process_count() > 1:
-
-        def agreed(step: int) -> bool:
-            if stop := preempted(step):
-                signal.signal(signal.SIGTERM, signal.SIG_DFL)  # a second one waits for no save
-            return stop
-
-        yield agreed
-        return
-    came: list[int] = []
-    numbers = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
-    before = {each: signal.getsignal(each) for each in numbers}  # ignored ones, as by nohup, stay
-    before = {each: old for each, old in before.items() if old not in (None, signal.SIG_IGN)}
-    for each, old in before.items():
-        if old in (signal.SIG_DFL, signal.default_int_handler):
-            signal.signal(each, signal.SIG_DFL)
-    undo: list[Callable[[], object]] = []
-
-    def requested(step: int) -> bool:
-        if not undo:
-            undo.append(_second_ends(tuple(before)))
-            for each in before:
-                signal.signal(each, lambda number, _: came.append(number))
-        return bool(came)
-
-    try:
-        yield requested
-    finally:
-        for call in undo:
-            call()
-        for each, old in before.items():
-            signal.signal(each, old)
-
-
-def _second_ends(numbers: Sequence[int]) -> Callable[[], object]:
-    """Has the second of these signals end the process; returns what undoes it."""
-    reader, writer = os.pipe()
-    os.set_blocking(writer, False)
-
-    def count() -> None:
-        seen = 0
-        while number := os.read(reader, 1):
-            seen += number[0] in numbers
-            if seen == 2:
-                what = signal.strsignal(number[0])
-                line = f"ended by {what}: the step's state is not saved; the one before is\n"
-                if select.select([], [2], [], 0)[1]:  # else nobody reads it
-                    os.write(2, line.encode())
-                os._exit(128 + number[0])
-        os.close(reader)
-
-    threading.Thread(target=count, name="vfjax-signals", daemon=True).start()
-    others = signal.set_wakeup_fd(writer, warn_on_full_buffer=False)
-
-    def undo() -> None:
-        signal.set_wakeup_fd(others)
-        os.close(writer)
-
-    return undo

@@ -2,7 +2,7 @@
 
 import dataclasses
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any, TypeVar
 
 import jax
@@ -10,6 +10,7 @@ import jax.numpy as jnp
 import optax
 from flax import nnx
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jax.stages import Wrapped
 from jax.typing import DTypeLike
 
 from vfjax.errors import InputError
@@ -232,7 +233,7 @@ def make_step(
     dtype: DTypeLike = jnp.float32,
     mesh: Mesh | None = None,
     seed: int | None = None,
-) -> Callable[[State, nnx.State, Batch], tuple[State, dict[str, Array]]]:
+) -> Wrapped:
     """The compiled step: (state, frozen, batches) -> (state, metrics).
 
     Args:

@@ -29,6 +29,9 @@ BLOCK = 4 << 20
 
 ROWS = 256
 
+FAR_ROWS = 32
+"""The same of a bucket's file: of a bfloat16, as many as a line of the processor's cache has."""
+
 TILE = 512
 """Rows and columns that are transposed at a time: they stay in the processor's cache."""
 
@@ -162,7 +165,9 @@ def copies(tensor: LazyTensor, rule: Rule, shards: Shards) -> Iterator[Callable[
     for (low, high), into in by_rows.items():
         part = tensor.shape[0] // rule.part[1] * rule.part[0]
         size = math.prod(tensor.shape[1:]) * tensor.dtype.itemsize
-        count = max(BLOCK // max(size, 1), ROWS)
+        far = isinstance(tensor, FileTensor) and paths.in_bucket(tensor.path)
+        block, least = (paths.PIECE, FAR_ROWS) if far else (BLOCK, ROWS)
+        count = max(block // max(size, 1), least)
         for start in range(low, high, count):
             stop = min(start + count, high)
             views = [(columns, array[start - low : stop - low]) for columns, array in into]
@@ -181,7 +186,7 @@ def copy(
     Raises:
         InputError: there is a NaN or infinity in them; it names the tensor.
     """
-    block = np.asarray(tensor[rows])
+    block = tensor.peek(rows) if isinstance(tensor, FileTensor) else np.asarray(tensor[rows])
     if has_nonfinite(block):  # while it is in the processor's cache
         if isinstance(tensor, FileTensor | TorchTensor):
             name = f"{tensor.path}: {tensor.name}"

@@ -10,9 +10,12 @@ import stat
 import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple, TypeAlias
+from typing import TYPE_CHECKING, Any, NamedTuple, TypeAlias
 
 from vfjax.errors import InputError, cut
+
+if TYPE_CHECKING:
+    import tensorstore
 
 JSON: TypeAlias = None | bool | int | float | str | Sequence["JSON"] | Mapping[str, "JSON"]
 """What JSON can hold."""
@@ -31,11 +34,13 @@ class Store(NamedTuple):
         local: URL, or path of a local folder that stands for one -> that folder, as it is now.
         read: local file -> the bytes of what it stands for.
         publish: copies a local file to where what it stands for should be.
+        objects: local folder -> where training states are written, if Orbax can't write there.
     """
 
     local: Callable[[str], Path]
     read: Callable[[Path], bytes]
     publish: Callable[[Path], None]
+    objects: "Callable[[Path], tensorstore.KvStore] | None" = None
 
 
 STORES: dict[str, Store] = {}

@@ -28,6 +28,7 @@ from converters.files.buckets import (
     is_url,
     read_range,
     split,
+    store,
 )
 from vfjax import InputError
 from vfjax.atomic import STORES, UNFINISHED, Store
@@ -35,6 +36,7 @@ from vfjax.errors import SHOWN
 
 if TYPE_CHECKING:
     import fsspec
+    import tensorstore
 
 COPIED = (".jinja", ".json", ".jsonl", ".model", ".txt", ".yaml", ".yml")
 """Endings of files that are copied with their folder; others wait until they are asked for."""
@@ -42,10 +44,10 @@ COPIED = (".jinja", ".json", ".jsonl", ".model", ".txt", ".yaml", ".yml")
 UNWRITTEN = ".vfjax-unfinished"
 """An object that is in a folder until all others are."""
 
-PIECE = 4 << 20
-"""Bytes of a request."""
+PIECE = 1 << 20
+"""Bytes of a request. What waits for a thread is there twice: as it came, and as Python's bytes."""
 
-REQUESTS = 8
+REQUESTS = 16
 """That wait for a bucket at a time."""
 
 
@@ -59,7 +61,7 @@ def _root() -> Path:
     for scheme in KINDS:
         prefix = f"{root / scheme}{os.sep}"
         SHOWN[prefix] = f"{scheme}://"
-        STORES[prefix] = STORE
+        STORES[prefix] = KNOWN[scheme]
     return root
 
 
@@ -197,8 +199,17 @@ def working(path: str | os.PathLike[str], write: bool = True) -> Iterator[Path]:
 _PUBLISHED: dict[Path, tuple[int, int]] = {}
 """Local file -> its size and time when it was last as in its bucket."""
 
-STORE = Store(local, contents, publish)
-STORES |= {f"{scheme}://": STORE for scheme in KINDS}
+
+def objects(folder: Path) -> "tensorstore.KvStore":
+    """TensorStore's view of what a local folder stands for; raises InputError as `local`."""
+    url = url_of(folder)
+    scheme, bucket, key = split(url)
+    with asking(url):
+        return store(scheme, bucket) / f"{key}/"
+
+
+KNOWN = {"gs": Store(local, contents, publish), "s3": Store(local, contents, publish, objects)}
+STORES |= {f"{scheme}://": known for scheme, known in KNOWN.items()}
 
 
 def _settle(place: Path, wanted: dict[Path, Object], files: "fsspec.AbstractFileSystem") -> None:
@@ -304,6 +315,23 @@ def read_into(path: Path, into: memoryview, offset: int) -> int:
     finally:
         os.close(file)
     return done
+
+
+def answer(path: Path, offset: int, count: int) -> bytes | None:
+    """Bytes of a bucket's file that one request brings, as they come; fewer at the file's end.
+
+    None: of a file on the disk, or of more bytes. Raises InputError as `read_into`.
+    """
+    what = _OBJECTS.get(path)
+    if what is None or count > PIECE:
+        return None
+    stop = min(offset + count, what.size)
+    return read_range(what, offset, stop).result() if offset < stop else b""
+
+
+def in_bucket(path: Path) -> bool:
+    """Whether a file's bytes come from a bucket."""
+    return path in _OBJECTS
 
 
 def sha256(path: Path) -> str:

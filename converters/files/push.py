@@ -41,8 +41,8 @@ def check_push(name: str, out: str | Path, private: bool | None = None) -> Repo:
         raise InputError(
             WHERE,
             found=f"a folder in a bucket, {out}, to send",
-            expected="one on a disk",
-            fix="write it there",
+            expected="one on a disk, as the hub's client reads files",
+            fix=f"write it there; or leave this out, copy it from there, and hf upload {repo} COPY",
         )
     if constants.HF_HUB_OFFLINE:
         raise InputError(WHERE, found="HF_HUB_OFFLINE set", expected="a network", fix="unset it")

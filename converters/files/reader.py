@@ -68,25 +68,44 @@ class FileTensor:
         Raises:
             InputError: the file is shorter than its header said.
         """
+        shape, offset, count = self._place(index)
+        flat = aligned(math.prod(shape), self.dtype)
+        if count and paths.read_into(self.path, flat.view(np.uint8).data, offset) < count:
+            raise self._cut_short(offset + count)
+        return flat.reshape(shape)
+
+    def peek(self, index: slice | EllipsisType) -> np.ndarray:
+        """The same rows to be copied elsewhere: where a bucket's one request brings them, its
+        answer itself, which can't be written to.
+
+        Raises:
+            InputError: as `[]`.
+        """
+        shape, offset, count = self._place(index)
+        found = paths.answer(self.path, offset, count) if count else None
+        if found is None:
+            return self[index]
+        if len(found) < count:
+            raise self._cut_short(offset + count)
+        return np.frombuffer(found, self.dtype).reshape(shape)
+
+    def _place(self, index: slice | EllipsisType) -> tuple[tuple[int, ...], int, int]:
+        """Shape of some rows, and the offset and number of their bytes in the file."""
         start, stop = 0, self.shape[0] if self.shape else 1
         if isinstance(index, slice):
             start, stop, step = index.indices(stop)
             assert step == 1, "only contiguous rows"
         shape = (stop - start, *self.shape[1:]) if self.shape else ()
-        row = int(np.prod(self.shape[1:], dtype=np.int64)) * self.dtype.itemsize
-        offset, size = self.offset + start * row, int(np.prod(shape, dtype=np.int64))
-        if not size:
-            return np.empty(shape, self.dtype)
-        count = size * self.dtype.itemsize
-        flat = aligned(size, self.dtype)
-        if paths.read_into(self.path, flat.view(np.uint8).data, offset) < count:
-            raise InputError(
-                self.path,
-                found=f"{paths.size(self.path)} bytes",
-                expected=f"{offset + count}",
-                fix="the file was cut short; copy it again",
-            )
-        return flat.reshape(shape)
+        row = math.prod(self.shape[1:]) * self.dtype.itemsize
+        return shape, self.offset + start * row, math.prod(shape) * self.dtype.itemsize
+
+    def _cut_short(self, end: int) -> InputError:
+        return InputError(
+            self.path,
+            found=f"{paths.size(self.path)} bytes",
+            expected=f"{end}",
+            fix="the file was cut short; copy it again",
+        )
 
 
 def inner(tensor: LazyTensor, index: int, start: int, stop: int) -> LazyTensor:

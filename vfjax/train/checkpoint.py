@@ -1,15 +1,20 @@
-"""A stage's state on disk, or in a bucket: Orbax, asynchronous, each process its shards."""
+"""A stage's state on disk, or in a bucket: asynchronous, each process its shards.
 
+Orbax writes it, but to S3, which it does not know: there `Objects` does.
+"""
+
+import contextlib
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 import jax
 from orbax.checkpoint import v1 as ocp
 
-from vfjax.atomic import lock, read_json, refuse_link, replacing
+from vfjax.atomic import lock, read_json, refuse_link, replacing, store_of
 from vfjax.errors import InputError, shown
+from vfjax.train.objects import Objects
 from vfjax.train.optim import named
 from vfjax.train.step import State
 
@@ -20,8 +25,8 @@ class Checkpoints:
     """The last states of a stage, in a folder of its own.
 
     The state is all there is: the data's order (`vfjax.data.Batches`) and what the model draws
-    follow from the step. An unfinished save has a temporary name, so that a killed
-    run leaves the ones before.
+    follow from the step. An unfinished save is no state, so that a killed run leaves
+    the ones before.
     """
 
     def __init__(self, folder: Path, config: Mapping[str, object], *, keep: int = 2):
@@ -38,13 +43,6 @@ class Checkpoints:
                 no config: Orbax would remove them.
         """
         self.folder = folder
-        if shown(folder).startswith("s3://"):
-            raise InputError(
-                folder,
-                found="a bucket of S3",
-                expected="a folder, or a bucket of Google's (gs://): Orbax writes states there",
-                fix="pass another --workdir",
-            )
         for path in (folder, *folder.glob("*")):
             refuse_link(path)
         odd = (
@@ -66,6 +64,11 @@ class Checkpoints:
             except InputError:
                 os.close(self.handle)
                 raise
+        self.objects: Objects | None = None
+        known = store_of(folder)
+        if known is not None and known.objects is not None:
+            self.objects = Objects(known.objects(folder), keep)
+            return
         decisions, latest = ocp.training.save_decision_policies, ocp.training.preservation_policies
         self.files = ocp.training.Checkpointer(
             shown(folder.absolute()),
@@ -77,13 +80,15 @@ class Checkpoints:
         return self
 
     def __exit__(self, *error: object) -> None:
-        self.files.close()
+        (self.objects or self.files).close()
         if self.handle is not None:
             os.close(self.handle)
 
     @property
     def step(self) -> int | None:
         """Of the newest state, None without one."""
+        if self.objects:
+            return self.objects.step
         return None if self.files.latest is None else self.files.latest.step
 
     def saved(self) -> int | None:
@@ -92,6 +97,10 @@ class Checkpoints:
 
     def save(self, step: int, state: State) -> None:
         """Starts writing; returns once the arrays are copied."""
+        if self.objects:
+            with self._writing():
+                self.objects.save(step, named(state))
+            return
         self.files.save_checkpointables_async(step, {"state": named(state)})
 
     def restore(self, state: State) -> State:
@@ -111,7 +120,10 @@ class Checkpoints:
         for x in old.values():
             x.delete()
         try:
-            found = self.files.load_checkpointables(self.step, {"state": like})["state"]
+            if self.objects:
+                found = self.objects.restore(like)
+            else:
+                found = self.files.load_checkpointables(self.step, {"state": like})["state"]
         except (ValueError, KeyError, OSError) as error:
             raise InputError(
                 self.folder / str(self.step),
@@ -125,7 +137,23 @@ class Checkpoints:
 
     def wait(self) -> None:
         """Returns when all is on disk."""
+        if self.objects:
+            with self._writing():
+                self.objects.wait()
+            return
         self.files.wait()
+
+    @contextlib.contextmanager
+    def _writing(self) -> Iterator[None]:
+        try:
+            yield
+        except (ValueError, OSError) as error:
+            raise InputError(
+                self.folder,
+                found=f"a bucket that refuses a state ({str(error).splitlines()[0][:200]})",
+                expected="room for it, and access",
+                fix="mend it, then run again: the state before is whole",
+            ) from error
 
 
 def same_config(folder: Path, config: Mapping[str, object]) -> None:

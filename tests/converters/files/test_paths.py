@@ -74,8 +74,9 @@ def test_weights_of_a_bucket_are_read_where_they_are_asked_for(folder, monkeypat
     asked.clear()
     rows = tensor[5:9]
     assert [stop - start for start, stop in asked] == [rows.nbytes]
+    assert np.array_equal(tensor.peek(slice(5, 9)), rows) and len(asked) == 2
     monkeypatch.setattr(paths, "PIECE", 100)
-    assert np.array_equal(tensor[5:9], rows)
+    assert np.array_equal(tensor[5:9], rows) and np.array_equal(tensor.peek(slice(5, 9)), rows)
     monkeypatch.setattr(paths, "PIECE", 1 << 16)
     assert len(asked) > 2 and (place / "model.safetensors").stat().st_size == 0
     assert paths.sha256(place / "model.safetensors") == paths.sha256(folder / "model.safetensors")
@@ -131,20 +132,25 @@ def test_training_data_in_a_bucket(tmp_path):
         Conversations(f"{url}/rows.json", url)
 
 
-def test_states_are_kept_in_buckets_of_google_alone(tmp_path):
+@pytest.mark.parametrize("scheme", ["s3", "gs"])
+def test_states_in_a_bucket(scheme):
     """A state is read back by another process, which has another local folder."""
-    with working(f"gs://{BUCKET}/states") as place, Checkpoints(place / "a", {"x": 1}) as states:
-        states.save(3, {"x": jnp.arange(4.0)})
+    url, state = f"{scheme}://{BUCKET}/states", {"x": jnp.arange(4.0), "n": jnp.int32(7)}
+    with working(url) as place, Checkpoints(place / "a", {"x": 1}, keep=1) as states:
+        states.save(3, jax.tree.map(jnp.zeros_like, state))
+        states.save(5, state)
         states.wait()
     shutil.rmtree(place)
-    with working(f"gs://{BUCKET}/states") as place:
-        with pytest.raises(InputError, match=f"^gs://{BUCKET}/states/a/config.json: x: found 1"):
+    with working(url) as place:
+        with pytest.raises(InputError, match=f"^{url}/a/config.json: x: found 1"):
             Checkpoints(place / "a", {"x": 2})
         with Checkpoints(place / "a", {"x": 1}) as states:
-            assert states.step == 3
-            assert states.restore({"x": jnp.zeros(4)})["x"].tolist() == [0, 1, 2, 3]
-    with (
-        working(f"s3://{BUCKET}/states") as place,
-        pytest.raises(InputError, match=f"^s3://{BUCKET}/states/a: found a bucket of S3"),
-    ):
-        Checkpoints(place / "a", {})
+            assert states.step == 5
+            found = states.restore(jax.tree.map(jnp.zeros_like, state))
+            assert (found["x"].tolist(), found["n"].tolist()) == ([0, 1, 2, 3], 7)
+        with (
+            pytest.raises(InputError, match=f"^{url}/a/5: found a state that does not fit"),
+            Checkpoints(place / "a", {"x": 1}) as states,
+        ):
+            states.restore({"x": jnp.zeros(5), "n": jnp.int32(0)})
+    assert {name.split("/")[1] for name in read(url)} == {"config.json", "5"}

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from vfjax.merge.methods.registry import Array, Flags, Method
-from vfjax.merge.methods.requests import Answer, Block, Largest, Request, Sorted, Sum
+from vfjax.merge.methods.requests import Answer, Block, Kept, Largest, Request, Sorted, Sum
 
 LANES = 1024
 """Partial sums of a block: element i goes to lane i mod 1024, in order."""
@@ -21,7 +21,7 @@ STATIC = ("method", "flags", "has_base", "dtype", "width", "is_vector")
 def block_kernel(
     sources: Sequence[Array],
     values: Mapping[str, Array],
-    answers: Sequence[Answer],
+    answers: Sequence[Answer | None],
     start: Array,
     words: jax.Array | None,
     *,
@@ -31,15 +31,15 @@ def block_kernel(
     dtype: np.dtype,
     width: int | None,
     is_vector: bool,
-) -> jax.Array:
+) -> jax.Array | tuple[jax.Array, ...]:
     """A block of the result, in its dtype, or what the block adds to the next answer.
 
     Args:
         sources: flat arrays, see `advance`.
         values: numbers of the method.
-        answers: to its first requests.
+        answers: to its first requests; None to a `Sorted` that no later step needs.
         start: flat index in the tensor of the block's first element.
-        words: random, of `draw`; None for methods that draw none.
+        words: random, of `draw`; None where none are drawn.
         method: see `advance`.
         flags: see `advance`.
         has_base: see `advance`.
@@ -80,11 +80,13 @@ def whole_kernel(
 
 
 @functools.partial(jax.jit, static_argnames=("size",))
-def draw(start: jax.Array, keys: jax.Array, size: int) -> jax.Array:
-    """Random words of a block: Threefry 2x32 with the flat index as counter.
+def draw(start: Array, keys: Array, size: int) -> jax.Array:
+    """Random words of a block: Threefry 2x32 with half of the flat index as counter.
 
-    So a draw depends on the key and the index alone, not on how the tensor is cut. The caller hands
-    the words to `block_kernel`: drawn inside it, XLA would draw again for every use.
+    So a draw depends on the key and the index alone, not on how the tensor is cut. A counter makes
+    two words, of an even index and the odd one behind it: those of JAX's own generator, which is
+    called for whole arrays alone, and takes twice the time. The caller hands the words to
+    `block_kernel`: in one fusion with a gather, XLA's CPU backend would draw them one by one.
 
     Args:
         start: uint32, flat index in the tensor of the block's first element.
@@ -94,20 +96,29 @@ def draw(start: jax.Array, keys: jax.Array, size: int) -> jax.Array:
     Returns:
         uint32[m, size].
     """
-    first, rest = start // 2, start % 2  # a count makes two words
-    words = []
-    for key in keys:
-        state = jnp.concatenate([key, first[None], jnp.zeros(1, jnp.uint32)])
-        algorithm = jax.lax.RandomAlgorithm.RNG_THREE_FRY
-        drawn = jax.lax.rng_bit_generator(state, (size + 2,), jnp.uint32, algorithm)[1]
-        words.append(jax.lax.dynamic_slice(drawn, (rest,), (size,)))
+    index = jnp.asarray(start, jnp.uint32) + jnp.arange(size, dtype=jnp.uint32)
+    words = [jnp.where(index % 2 == 0, *_threefry(key, index // 2)) for key in keys]
     return jnp.stack(words)
+
+
+def _threefry(key: Array, count: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """Twenty rounds of Threefry 2x32 (Salmon et al. 2011, "Parallel random numbers")."""
+    turns = ((13, 15, 26, 6), (17, 29, 16, 24))
+    schedule = (key[0], key[1], key[0] ^ key[1] ^ np.uint32(0x1BD11BDA))
+    x, y = count + schedule[0], jnp.zeros_like(count) + schedule[1]
+    for i in range(5):
+        for turn in turns[i % 2]:
+            x += y
+            y = x ^ (y << turn | y >> 32 - turn)
+        x += schedule[(i + 1) % 3]
+        y += schedule[(i + 2) % 3] + np.uint32(i + 1)
+    return x, y
 
 
 def advance(
     sources: Sequence[Array],
     values: Mapping[str, Array],
-    answers: Sequence[Answer],
+    answers: Sequence[Answer | None],
     start: Array | int,
     words: jax.Array | None,
     *,
@@ -122,9 +133,9 @@ def advance(
     Args:
         sources: flat arrays, the base first if `has_base`.
         values: numbers of the method.
-        answers: to its first requests.
+        answers: to its first requests; None to a `Sorted` that no later step needs.
         start: flat index in the tensor of the block's first element.
-        words: random, of `draw`; None for methods that draw none.
+        words: random, of `draw`; None where none are drawn.
         method: what to run.
         flags: its switches.
         has_base: the first source is the base.
@@ -144,10 +155,15 @@ def advance(
     try:
         request = next(steps)
         for answer in answers:
-            request = steps.send(answer)
+            request = steps.send(_zeros(request) if answer is None else answer)
     except StopIteration as stop:
         return stop.value.reshape(-1)
     return request
+
+
+def _zeros(request: Request) -> jax.Array:
+    assert isinstance(request, Sorted)
+    return jnp.zeros_like(jnp.stack([x for x in request.values if x is not None]))
 
 
 def bare(request: Request | jax.Array) -> Request | None:
@@ -156,6 +172,8 @@ def bare(request: Request | jax.Array) -> Request | None:
         return dataclasses.replace(request, terms=(None,) * len(request.terms))
     if isinstance(request, Largest | Sorted):
         return dataclasses.replace(request, values=(None,) * len(request.values))
+    if isinstance(request, Kept):
+        return dataclasses.replace(request, masks=(None,) * len(request.masks))
     return None
 
 
@@ -165,13 +183,15 @@ def lanes(terms: jax.Array) -> jax.Array:
     return terms.reshape(len(terms), -1, LANES).sum(1)
 
 
-def partial_answer(request: Request, width: int | None) -> jax.Array:
+def partial_answer(request: Request, width: int | None) -> jax.Array | tuple[jax.Array, ...]:
     """What a block adds to the answer to a request, to be computed under jit.
 
     Returns:
-        `Sum`: float32[len(terms), LANES], or [len(terms), width] of columns. Otherwise the values,
-        float32[len(values), size].
+        `Sum`: float32[len(terms), LANES], or [len(terms), width] of columns. `Kept`: the masks,
+        bool[size]. Otherwise the values, float32[len(values), size].
     """
+    if isinstance(request, Kept):
+        return tuple(x.reshape(-1) for x in request.masks if x is not None)
     if isinstance(request, Sum):
         terms = jnp.stack([term.reshape(-1) for term in request.terms if term is not None])
         if request.columns:

@@ -21,7 +21,7 @@ from vfjax.merge.engine.account import Account, account
 from vfjax.merge.engine.operation import Operation
 from vfjax.merge.engine.reductions import RankGroup
 from vfjax.merge.methods.registry import Params
-from vfjax.merge.methods.requests import SORTED, Answer, Request
+from vfjax.merge.methods.requests import KEPT, SORTED, Answer, Request
 from vfjax.merge.tensors import (
     LazyTensor,
     blocks,
@@ -33,7 +33,6 @@ from vfjax.merge.tensors import (
 
 _SMALLEST = 1 << 12
 """Elements of the smallest block that a kernel is compiled for."""
-
 Labelled = tuple[str, LazyTensor]
 """A tensor with the name that errors give its source."""
 Find = Callable[["Computed", Request, list[Answer]], Answer]
@@ -127,6 +126,7 @@ class Computed(Merged):
     def _finished(self, rows: slice | EllipsisType, answers: Sequence[Answer]) -> np.ndarray:
         arrays, count = self._read(rows), self.row_count(rows)
         result = self._run(arrays, rows, answers)[:count]
+        self.operation.masks.drop(self._key(rows))
         if has_nonfinite(result):
             self.blame()
         if self.operation.accounts:  # while the arrays are in the cache
@@ -205,14 +205,27 @@ class Computed(Merged):
         self, arrays: Sequence[np.ndarray], rows: slice | EllipsisType, answers: Sequence[Answer]
     ) -> np.ndarray:
         start = _first(rows) * math.prod(self.shape[1:])
-        known: list[Answer] = []
-        for each in answers:
-            if each is SORTED:
-                values = self.operation.run(arrays, known, start, self)
+        known: list[Answer | None] = []
+        run, key = self.operation.run, self._key(rows)
+        after = [i for i, each in enumerate(answers) if each is KEPT]
+        masks = self.operation.masks.get(key) if after else None
+        for i, each in enumerate(answers):
+            if masks is not None and i < after[0]:
+                known.append(None if each is SORTED else each)  # what the masks were made of
+            elif each is SORTED:
+                values = run(arrays, known, start, self, draws=False)
                 known.append(np.sort(values.reshape(len(values), -1, self.width), axis=-1))
+            elif each is KEPT:
+                if masks is None:
+                    masks = run(arrays, known, start, self)
+                    self.operation.masks.put(key, masks)
+                known.append(masks)
             else:
                 known.append(each)
-        return self.operation.run(arrays, known, start, self)
+        return run(arrays, known, start, self, draws=not after)
+
+    def _key(self, rows: slice | EllipsisType) -> tuple[object, int, int]:
+        return self, _first(rows), self.row_count(rows)
 
     def padded_size(self, count: int) -> int:
         """Elements that a kernel is run on: powers of two, so that few are compiled."""

@@ -15,7 +15,7 @@ from numpy.typing import DTypeLike
 from vfjax.errors import InputError
 from vfjax.merge.compatibility import check_shape, check_tensors
 from vfjax.merge.engine.merged import Computed, Labelled, Merged, Unmerged
-from vfjax.merge.engine.operation import Operation
+from vfjax.merge.engine.operation import Masks, Operation
 from vfjax.merge.engine.reductions import RankGroup
 from vfjax.merge.methods.registry import METHODS, Flags, Numbers, find
 from vfjax.merge.tensors import EXPONENTS, LazyTensor, Tensors
@@ -97,6 +97,7 @@ class Merger:
         self.dtype = None if dtype is None else _checked("dtype", dtype)
         self.seed = seed
         self._operations: dict[tuple[object, ...], Operation] = {}
+        self._masks = Masks()
         self._groups: dict[Kind, tuple[dict[str, bytes], RankGroup]] = {}
 
     def add(
@@ -145,7 +146,14 @@ class Merger:
         if key not in self._operations:
             group = self._group(name, kind, values)
             self._operations[key] = Operation(
-                found, values, flags, self.seed, has_base, self.accounts and has_base, group
+                found,
+                values,
+                flags,
+                self.seed,
+                has_base,
+                self.accounts and has_base,
+                group,
+                self._masks,
             )
         operation = self._operations[key]
         sources = everything if has_base else members

@@ -21,7 +21,7 @@ from vfjax.merge.engine.merged import Computed, Unmerged
 from vfjax.merge.engine.merger import merge
 from vfjax.merge.engine.reductions import ALL, Blockwise, order_answer, solve_sum
 from vfjax.merge.methods.registry import Array
-from vfjax.merge.methods.requests import SORTED, Answer, Request, Sorted, Sum
+from vfjax.merge.methods.requests import KEPT, SORTED, Answer, Kept, Request, Sorted, Sum
 from vfjax.merge.tensors import block_rows
 
 Arrays = Mapping[str, jax.Array]
@@ -127,6 +127,8 @@ class _Sharded:
     def _answer(self, tensor: Computed, request: Request, earlier: list[Answer]) -> Answer:
         if isinstance(request, Sorted):
             return SORTED
+        if isinstance(request, Kept):
+            return KEPT
         if isinstance(request, Sum):
             parts = jax.device_put(self.evaluate(earlier), self.everywhere)
             return solve_sum(request, list(np.asarray(parts)[: self.count]), tensor)
@@ -181,10 +183,10 @@ class _Sharded:
         return _evaluate(
             self.sources,
             operation.values,
-            [each for each in answers if each is not SORTED],
+            [each for each in answers if not isinstance(each, Sorted | Kept)],
             self.starts(),
             operation.keys(tensor.name),
-            is_sorted=tuple(each is SORTED for each in answers),
+            found=tuple(each if isinstance(each, Sorted | Kept) else None for each in answers),
             blocked=(self._padded_count, self.height, self._rows, tensor.padded_size(block)),
             width=tensor.width,
             over=self.over,
@@ -205,7 +207,7 @@ def _bisect(bits: int, like: np.ndarray, keep: Callable[[np.ndarray], np.ndarray
     return found
 
 
-@functools.partial(jax.jit, static_argnames=("is_sorted", "blocked", "width", "over", "static"))
+@functools.partial(jax.jit, static_argnames=("found", "blocked", "width", "over", "static"))
 def _evaluate(
     sources: Sequence[jax.Array],
     values: Mapping[str, Array],
@@ -213,7 +215,7 @@ def _evaluate(
     starts: jax.Array,
     keys: jax.Array,
     *,
-    is_sorted: tuple[bool, ...],
+    found: tuple[Sorted | Kept | None, ...],
     blocked: tuple[int, int, int, int],
     width: int,
     over: NamedSharding,
@@ -233,17 +235,17 @@ def _evaluate(
         keys: jax.Array,
     ) -> jax.Array:
         arrays, start = block
-        size = arrays[0].size
-        words = draw(start, keys, size) if dict(static)["method"].random else None
+        words = draw(start, keys, arrays[0].size) if dict(static)["method"].random else None
         known: list[Answer] = []
         rest = iter(answers)
-        for needs_sort in is_sorted:
-            if needs_sort:
-                x = block_kernel(arrays, values, known, start, words, **dict(static))
-                known.append(jnp.sort(x.reshape(x.shape[0], -1, width), axis=-1))
-            else:
+        for each in found:
+            if each is None:
                 known.append(next(rest))
-        return block_kernel(arrays, values, known, start, words, **dict(static))
+                continue
+            x: Any = block_kernel(arrays, values, known, start, words, **dict(static))
+            is_sorted = isinstance(each, Sorted)
+            known.append(jnp.sort(x.reshape(len(x), -1, width), axis=-1) if is_sorted else x)
+        return cast(jax.Array, block_kernel(arrays, values, known, start, words, **dict(static)))
 
     def local(
         arrays: list[jax.Array],

@@ -4,7 +4,7 @@ import dataclasses
 import hashlib
 import threading
 from collections import OrderedDict
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -14,7 +14,46 @@ import numpy as np
 from vfjax.merge.engine import kernels
 from vfjax.merge.engine.reductions import Blockwise, RankGroup
 from vfjax.merge.methods.registry import Array, Flags, Method, Numbers, Params
-from vfjax.merge.methods.requests import SORTED, Answer, Request
+from vfjax.merge.methods.requests import KEPT, SORTED, Answer, Request
+
+
+class Masks:
+    """Answers to `Kept`, as bits, from a tensor's first pass to its last; the oldest go first.
+
+    Attributes:
+        room: elements whose bits are held; 32 MiB by default.
+    """
+
+    def __init__(self, room: int = 1 << 28) -> None:
+        self.room = room
+        self._bits: OrderedDict[Hashable, np.ndarray] = OrderedDict()
+        self._lock = threading.Lock()
+
+    def get(self, key: Hashable) -> np.ndarray | None:
+        """The masks of a block, if they are still there."""
+        with self._lock:
+            bits = self._bits.get(key)
+        return None if bits is None else np.unpackbits(bits, axis=-1).view(np.bool_)
+
+    def put(self, key: Hashable, masks: np.ndarray) -> None:
+        """Holds a block's masks, bool[m, size], if their size is a multiple of 8."""
+        if masks.shape[-1] % 8:
+            return
+        bits = np.packbits(masks, axis=-1)
+        with self._lock:
+            self._bits[key] = bits
+            self.room -= 8 * bits.size
+            while self.room < 0:
+                self._free(next(iter(self._bits)))
+
+    def drop(self, key: Hashable) -> None:
+        """Forgets a block."""
+        with self._lock:
+            if key in self._bits:
+                self._free(key)
+
+    def _free(self, key: Hashable) -> None:
+        self.room += 8 * self._bits.pop(key).size
 
 
 @dataclasses.dataclass(eq=False)
@@ -29,6 +68,7 @@ class Operation:
         has_base: the first source is the base.
         accounts: its tensors count what their sources did to the base, as they are merged.
         group: its tensors, and those of other operations that are ranked with them.
+        masks: of all tensors of the merge.
         params: numbers and switches together.
     """
 
@@ -39,6 +79,7 @@ class Operation:
     has_base: bool
     accounts: bool
     group: RankGroup
+    masks: Masks
 
     def __post_init__(self) -> None:
         self.params: Params = {**self.values, **dict(self.flags)}
@@ -49,19 +90,31 @@ class Operation:
         self._values = jax.device_put(self.values, cpu)
 
     def run(
-        self, arrays: Sequence[np.ndarray], answers: Sequence[Answer], start: int, tensor: Blockwise
+        self,
+        arrays: Sequence[np.ndarray],
+        answers: Sequence[Answer | None],
+        start: int,
+        tensor: Blockwise,
+        draws: bool = True,
     ) -> np.ndarray:
-        """The formula on a block of a tensor that starts at a flat index, or on all of it."""
+        """The formula on a block of a tensor that starts at a flat index, or on all of it.
+
+        Args:
+            arrays: the sources' blocks, flat.
+            answers: to its first requests; None for those that are needed no more.
+            start: the flat index.
+            tensor: whose block it is.
+            draws: what is computed may be random.
+        """
         if self.method.whole:
             return np.asarray(kernels.whole_kernel(arrays, self._values, **self.static(tensor)))
-        first, size = np.uint32(start), arrays[0].size
-        words = (
-            kernels.draw(first, self.keys(tensor.name), size=size) if self.method.random else None
+        first, known, words = np.uint32(start), tuple(answers), None
+        if self.method.random and draws:
+            words = kernels.draw(first, self.keys(tensor.name), size=arrays[0].size)
+        found = kernels.block_kernel(
+            arrays, self._values, known, first, words, **self.static(tensor)
         )
-        known = tuple(answers)
-        return np.asarray(
-            kernels.block_kernel(arrays, self._values, known, first, words, **self.static(tensor))
-        )
+        return np.stack(found) if isinstance(found, tuple) else np.asarray(found)
 
     @property
     def is_joint(self) -> bool:
@@ -114,7 +167,9 @@ class Operation:
         arrays = [jax.ShapeDtypeStruct((size,), each.dtype) for _, each in tensor.sources]
         members = len(arrays) - self.has_base
         rows = jax.ShapeDtypeStruct((members, size // tensor.width, tensor.width), np.float32)
-        jax.eval_shape(look, arrays, [rows if each is SORTED else each for each in answers])
+        masks = jax.ShapeDtypeStruct((members, size), np.bool_)
+        known = [rows if x is SORTED else masks if x is KEPT else x for x in answers]
+        jax.eval_shape(look, arrays, known)
         return kernels.bare(found[0])
 
     def recent(self, name: str, compute: Callable[[], np.ndarray]) -> np.ndarray:

@@ -19,7 +19,7 @@ from typing import Protocol, TypeVar
 import numpy as np
 
 from vfjax.merge.methods.registry import Params
-from vfjax.merge.methods.requests import SORTED, Answer, Largest, Request, Sorted, Sum
+from vfjax.merge.methods.requests import KEPT, SORTED, Answer, Kept, Largest, Request, Sorted, Sum
 from vfjax.merge.tensors import LazyTensor
 
 ALL = np.uint32(0xFFFFFFFF)
@@ -124,6 +124,8 @@ def answer(tensor: Blockwise, request: Request, earlier: Sequence[Answer]) -> An
     """The answer to a request of a tensor's method, given those before it."""
     if isinstance(request, Sorted):
         return SORTED
+    if isinstance(request, Kept):
+        return KEPT
     if isinstance(request, Sum):
         parts = _map(lambda rows: tensor.evaluate(rows, earlier), tensor.blocks())
         return solve_sum(request, list(parts), tensor)
@@ -320,7 +322,8 @@ def _window(low: int, high: int) -> _Window:
 
 def _count(bits: np.ndarray, window: _Window) -> _Count:
     offset = bits - np.uint32(window.low)
-    inside = offset[offset <= np.uint32(window.high - window.low)]
+    # by indices, as numpy takes few elements by a mask at half the speed
+    inside = offset[np.flatnonzero(offset <= np.uint32(window.high - window.low))]
     above = int(np.count_nonzero(bits > np.uint32(window.high)))
     values, times = np.unique(inside >> np.uint32(window.shift), return_counts=True)
     return _Count(above, values, times)

@@ -1,7 +1,7 @@
 """What a formula may ask of a whole tensor, and the block of the tensor that it sees.
 
-A formula that asks is a generator: it yields a request and is sent the answer, numbers of the whole
-tensor (`Sum`, `Largest`) or of its rows (`Sorted`), as a tree of float32 and uint32 arrays.
+A formula that asks is a generator: it yields a request and is sent the answer: of the whole tensor
+(`Sum`, `Largest`), of its rows (`Sorted`) or of its elements (`Kept`), as a tree of arrays.
 `vfjax.merge.engine` answers, by blocks that are read one after another (`reductions`) or that lie
 on a mesh (`mesh`), to the same bits: sums are kept in fixed lanes, everything else is exact.
 """
@@ -26,7 +26,7 @@ class Block:
 
     Attributes:
         start: uint32, flat index in the tensor of its first element.
-        words: uint32[ceil(K / 2), size], random; None for methods that draw none.
+        words: uint32[ceil(K / 2), size], random; None where nothing that is computed is of them.
         size: number of elements, with those that pad the block at its end.
         is_vector: the tensor has one axis, or none.
     """
@@ -43,7 +43,8 @@ class Block:
 
     def noise(self, member: int) -> jax.Array:
         """uint32[size], uniform in 0..65535; two members share a word, of which each has a half."""
-        assert self.words is not None
+        if self.words is None:
+            return jnp.zeros(self.size, jnp.uint32)
         word = self.words[member // 2]
         return word >> 16 if member % 2 else word & 0xFFFF
 
@@ -89,17 +90,30 @@ class Sorted:
     """Each row of a block in ascending order; the answer is float32[m, rows, width].
 
     Attributes:
-        values: m arrays, float32 [rows, width], at least 0.
+        values: m arrays, float32 [rows, width], at least 0; not of the block's noise.
     """
 
     values: Sequence[jax.Array | None]
 
 
-Request = Sum | Largest | Sorted
+@dataclasses.dataclass(frozen=True)
+class Kept:
+    """Masks that are found once: later passes read their bits, not what they were made of.
+
+    What is behind it may use no answer to `Sorted` and no noise from before it.
+
+    Attributes:
+        masks: m bool arrays of the block's shape; the answer is bool[m, size].
+    """
+
+    masks: Sequence[jax.Array | None]
+
+
+Request = Sum | Largest | Sorted | Kept
 """Without arrays, as the host has them, each is None."""
 
-Answer = Array | np.generic | tuple[Array, Array] | Sorted
-"""`Sum`'s, `Largest`'s, and on the host `SORTED`."""
+Answer = Array | np.generic | tuple[Array, Array] | Sorted | Kept
+"""`Sum`'s, `Largest`'s, and on the host `SORTED` and `KEPT`."""
 
 Steps = Generator[Request, Any, Any]
 """A formula that asks: a generator of requests that returns the result. What it is sent depends on
@@ -107,6 +121,9 @@ the request before, which no type can say."""
 
 SORTED = Sorted(())
 """Stands for the answer to `Sorted`, which is found anew for each block."""
+
+KEPT = Kept(())
+"""Stands for the answer to `Kept`, which is another for each block."""
 
 
 def above(values: jax.Array, index: jax.Array, cut: tuple[Array, Array]) -> jax.Array:

@@ -27,7 +27,7 @@ import numpy as np
 from vfjax.errors import InputError
 from vfjax.merge.methods.elementwise import divisor, from_base, select, weighted_sum
 from vfjax.merge.methods.registry import Array, Each, Params, Weights, register
-from vfjax.merge.methods.requests import Answers, Block, Largest, Sorted, Steps, Sum, above
+from vfjax.merge.methods.requests import Answers, Block, Kept, Largest, Sorted, Steps, Sum, above
 
 Rescale = Literal["none", "density", "norm"]
 """What the kept deltas are multiplied by: nothing; the inverse of their probability of being kept,
@@ -320,6 +320,9 @@ def _rescaled(
     deltas: list[jax.Array], masks: list[jax.Array], kept: Sequence[Any], rescale: Rescale
 ) -> Steps:
     """The masked deltas, rescaled."""
+    if rescale == "norm":  # in two passes, of which the second need not draw, sort or rank again
+        found = yield Kept(masks)
+        masks = [mask.reshape(d.shape) for d, mask in zip(deltas, found, strict=True)]
     masked = [select(mask, d) for d, mask in zip(deltas, masks, strict=True)]
     if rescale == "density":
         return [d / jnp.maximum(p, 1e-6) for d, p in zip(masked, kept, strict=True)]

@@ -5,8 +5,9 @@ from hypothesis import strategies as st
 
 from tests.vfjax.merge.families import BF16, F16, F32, Spy, arguments, family, run
 from vfjax import InputError
-from vfjax.merge import METHODS, merge
+from vfjax.merge import METHODS, Merger, merge
 from vfjax.merge import tensors as lazy
+from vfjax.merge.engine import kernels
 
 pytestmark = pytest.mark.usefixtures("optimised")
 
@@ -29,6 +30,32 @@ def test_how_it_is_cut_does_not_change_a_byte(method, data):
         patch.setattr(lazy, "BLOCK", block)
         parts = [tensor[a:b] for a, b in zip([0, *cuts], [*cuts, shape[0]], strict=True)]
     assert np.concatenate(parts).tobytes() == whole.tobytes()
+
+
+@pytest.mark.parametrize("method", ["dare_ties", "della"])
+def test_what_a_draw_keeps_is_found_once(method, monkeypatch):
+    """The second pass reads the bits that the first left; without room for them it draws again."""
+    monkeypatch.setattr(lazy, "BLOCK", 64)
+    base, members = family(3, n=8 * 64)
+    draw, calls = kernels.draw, []
+
+    def drawn(start, keys, size):
+        calls.append(int(start))
+        return draw(start, keys, size)
+
+    monkeypatch.setattr(kernels, "draw", drawn)
+    params = {"weights": (0.5, 0.3, 0.2), "density": 0.6, "rescale": "norm"}
+    named = [(f"m{i}", x.reshape(16, 32)) for i, x in enumerate(members)]
+    results = {}
+    for room, times in ((1 << 28, 1), (0, 2), (5 * 3 * 64, 2)):
+        merger = Merger()
+        tensor = merger.add("w", method, params, named, ("base", base.reshape(16, 32)))
+        tensor.operation.masks.room = room
+        calls.clear()
+        results[room] = tensor[...].tobytes()
+        assert len(calls) == 8 * times or (room and 8 < len(calls) <= 16)
+        assert tensor.operation.masks.room == room  # all is given back
+    assert len(set(results.values())) == 1
 
 
 def test_scalars_and_empty_tensors():

@@ -15,6 +15,7 @@ from converters.adapter_config import Settings, read_settings
 from converters.files import hub
 from converters.files.names import ADAPTER, EXTRA, PROJECTOR, SETTINGS
 from converters.files.reader import Stored, has_weights, read_config, read_weights
+from converters.quantised.folder import read_folder
 from converters.towers import Towers
 from converters.values import Values
 from vfjax import InputError
@@ -63,22 +64,22 @@ def read(path: Path, base: str | Path | None, towers: Towers) -> Contents:
             base that is nowhere to be found, or one that the folder's tensors don't fit.
     """
     if not is_part(path):
-        config, own = read_config(path / "config.json"), read_weights(path)
-        return Contents(path, config, path, dict(own), {x.path.name: x.path for x in own.values()})
+        config, whole, files = read_folder(path)
+        return Contents(path, config, path, whole, files)
     settings = read_settings(path)
     added = _own_tensors(path, settings)
     found = _base(path, base, towers)
-    config, home = read_config(found / "config.json"), found
+    (config, below, files), home = read_folder(found), found
     if (path / "config.json").is_file():
         own = read_json(path / "config.json")
         _check_base(path, found, _resized(config, added), _resized(own, added))
         if set(added) != {ADAPTER} or own.get("model_type") != config.get("model_type"):
             # LLaVA's code reads it, PEFT does not.
             config, home = read_config(path / "config.json"), path
-    below, config = read_weights(found), _resized(config, added)
-    files = {f"base/{x.path.name}": x.path for x in below.values()}
+    config = _resized(config, added)
+    files = {f"base/{name}": file for name, file in files.items()}
     files |= {x.path.name: x.path for tensors in added.values() for x in tensors.values()}
-    return Contents(path, config, home, dict(below), files, found, settings, added)
+    return Contents(path, config, home, below, files, found, settings, added)
 
 
 def named_base(

@@ -10,6 +10,7 @@ from converters.adapted import completed
 from converters.files import gguf, hub
 from converters.files.others import TOWER, no_model
 from converters.params.table import Place, placed
+from converters.quantised import lazy
 from converters.source import LAYOUTS, TEMPLATE, Layout, Source, is_tower, layout_of
 from converters.towers import Prefixes, Tensors, Tower, Towers, pairs
 from converters.values import Values
@@ -77,7 +78,10 @@ def open_source(
     if contents.base is not None:
         tied = source.config_of("llm").tied
         tensors = completed(contents, layout.prefixes(source), tied=tied)
-    return settled(assigned(source, layout, tensors, tower_source))
+    source = settled(assigned(source, layout, tensors, tower_source))
+    found = [contents.tensors, *(tower.tensors for tower in source.towers.values())]
+    every = (tensor for tensors in found for tensor in tensors.values())
+    return dataclasses.replace(source, quantised=lazy.kinds(every))
 
 
 def open_members(

@@ -25,7 +25,6 @@ from converters.chat import read_chat_template
 from converters.export import to_bytes
 from converters.files import hub
 from converters.files.checksums import audit, mapped, unread
-from converters.files.gguf import quantised
 from converters.files.names import README
 from converters.files.output import stage_of
 from converters.files.paths import stand_in, stat
@@ -403,7 +402,7 @@ class Fusion:
             label: Listed(
                 hub.named(source.path) or source.path.name,
                 {n: digests.get(f"{label}/{n}") for n in self._weight_files(label)},
-                quantised(x for part in source.parts.values() for x in part.values()),
+                source.quantised,
             )
             for label, source in self.opened.items()
         }

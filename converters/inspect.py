@@ -57,6 +57,8 @@ def inspect(
         + (", no head" if llm.headless else ""),
         f"base: {source.base or source.config.get('base_model') or 'not said in the checkpoint'}",
     ]
+    if source.quantised:
+        lines.append(f"quantised: {', '.join(source.quantised)}; read as plain weights")
     if (path / SETTINGS).is_file():
         settings = read_settings(path)
         kind = "DoRA" if settings.get("use_dora") else "LoRA"

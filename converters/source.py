@@ -119,6 +119,7 @@ class Source:
         own_head: whether the LLM has a head of its own under a config that ties it, see `settle`.
         same: tensors of the LLM that are left out -> those that they equal, see `settle`.
         files: the folder's weights files, and its base's, by name.
+        quantised: how those of its tensors are that its files, or its base's, hold quantised.
         base: folder of the LLM that this one adapts or adds to, see `converters.adapters`.
         created: only the LLM's files are this folder's, see `converters.create`.
         positions: where the branches' tokens stand, see `vfjax.model.ModelConfig`.
@@ -147,6 +148,7 @@ class Source:
     own_head: bool = False
     same: Mapping[str, str] = dataclasses.field(default_factory=dict)
     files: Mapping[str, Path] = dataclasses.field(default_factory=dict)
+    quantised: tuple[str, ...] = ()
     base: Path | None = None
     created: bool = False
     positions: str = "running"

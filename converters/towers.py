@@ -9,9 +9,10 @@ from converters import registry
 from converters.files import hub
 from converters.files.names import KINDS, PREPROCESSOR, SLOT
 from converters.files.paths import nearby
-from converters.files.reader import has_weights, read_config, read_weights
+from converters.files.reader import has_weights
 from converters.params.table import rename
 from converters.preprocessor import read_preprocessor
+from converters.quantised.folder import read_folder
 from converters.values import ANY, Values
 from vfjax import InputError
 from vfjax.atomic import JSON, findable, read_json
@@ -172,14 +173,14 @@ def read_tower(path: Path, file: str, slot: str = "", *, weights: bool = True) -
         InputError: a file is absent or unreadable, or there is no table for it.
     """
     start = f"{slot}_" if slot else ""
-    whole = read_config(path / f"{start}{file}")
+    stems = ((slot,) if slot else KINDS[file]) if weights else None
+    whole, raw, files = read_folder(path, f"{start}{file}", stems)
     config = vision_config(whole, str(path / f"{start}{file}"))
     preprocessor = read_preprocessor(path)
     if slot:
         beside = path / f"{start}{PREPROCESSOR}"
         preprocessor = read_json(beside) if beside.is_file() else {}
     table = registry.find(config, str(path))
-    raw = read_weights(path, (slot,) if slot else KINDS[file]) if weights else {}
     renamed = rename(raw, table.prefixes)
     spare = {old for old, (new, _) in renamed.items() if table.ignores(new)}
     own = {old: pair for old, pair in renamed.items() if old not in spare}
@@ -187,7 +188,7 @@ def read_tower(path: Path, file: str, slot: str = "", *, weights: bool = True) -
         config=config,
         preprocessor=preprocessor,
         path=path,
-        files={tensor.path.name: tensor.path for tensor in raw.values()},
+        files=files,
         tensors={new: raw[old] for old, (new, _) in own.items()},
         spare={old: raw[old] for old in spare},
         json={file: whole} | ({PREPROCESSOR: preprocessor} if preprocessor else {}),

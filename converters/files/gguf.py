@@ -11,7 +11,7 @@ import functools
 import math
 import struct
 import tempfile
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from os import PathLike
 from pathlib import Path
 from types import EllipsisType, ModuleType
@@ -312,12 +312,6 @@ def _known(kind: str) -> bool:
     except NotImplementedError:
         return False
     return True
-
-
-def quantised(tensors: Iterable[object]) -> tuple[str, ...]:
-    """The types of those that a GGUF file holds quantised, each once."""
-    kinds = {x.kind for x in tensors if isinstance(x, GGUFTensor)}
-    return tuple(sorted(kinds - PLAIN.keys()))
 
 
 @functools.cache

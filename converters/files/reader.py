@@ -31,6 +31,7 @@ DTYPES: dict[str, np.dtype] = {
     "BF16": np.dtype(ml_dtypes.bfloat16),
     "F8_E4M3": np.dtype(ml_dtypes.float8_e4m3fn),
     "F8_E5M2": np.dtype(ml_dtypes.float8_e5m2),
+    "F8_E8M0": np.dtype(ml_dtypes.float8_e8m0fnu),
     "I64": np.dtype(np.int64),
     "I32": np.dtype(np.int32),
     "I16": np.dtype(np.int16),
@@ -135,6 +136,8 @@ class TorchTensor:
         part = self.tensor[index].contiguous()
         if part.dtype == torch.bfloat16:
             return part.view(torch.int16).numpy().view(self.dtype)
+        if part.is_floating_point() and part.itemsize == 1:
+            return part.view(torch.uint8).numpy().view(self.dtype)
         return part.numpy().copy()
 
 
@@ -347,12 +350,20 @@ QUANTISED = ("quantization_config", "compression_config", "quantization")
 
 
 def read_config(path: Path) -> dict[str, Any]:
-    """A config.json, or another model's config; errors as `read_json`.
+    """A config.json, or another model's config, of plain weights; errors as `read_json`.
 
     Raises:
         InputError: its weights are quantised.
     """
-    config = read_json(path)
+    return refuse_quantised(read_json(path), path)
+
+
+def refuse_quantised(config: dict[str, Any], path: Path) -> dict[str, Any]:
+    """A config that does not say that its weights are quantised.
+
+    Raises:
+        InputError: it does, in a place or way in which `converters.quantised` can't read them.
+    """
     for part in (config, *(value for value in config.values() if isinstance(value, dict))):
         for key in QUANTISED:
             if found := part.get(key):

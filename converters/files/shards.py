@@ -17,7 +17,7 @@ from vfjax import InputError
 from vfjax.merge import LazyTensor
 
 NAMES = {dtype: name for name, dtype in DTYPES.items()}
-ORDER = ["BOOL", "U8", "I8", "F8_E5M2", "F8_E4M3", "I16", "U16", "F16", "BF16"]
+ORDER = ["BOOL", "U8", "I8", "F8_E5M2", "F8_E4M3", "F8_E8M0", "I16", "U16", "F16", "BF16"]
 ORDER += ["I32", "U32", "F32", "F64", "I64", "U64"]
 """The library sorts tensors by dtype, the last of these first, then by name."""
 

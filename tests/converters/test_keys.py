@@ -253,9 +253,6 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return root
 
 
-FP8 = {"quant_method": "compressed-tensors", "format": "float-quantized"}
-
-
 @pytest.mark.parametrize(
     ("name", "changes", "line"),
     [
@@ -265,16 +262,16 @@ FP8 = {"quant_method": "compressed-tensors", "format": "float-quantized"}
         ("up", {"s2": True, "s2_scales": "336,672"}, "config.json: s2: found True, expected False"),
         ("up", {"model_type": "llava", "architectures": ["LlavaMptForCausalLM"]}, "LlavaMpt is"),
         ("llm", {"architectures": ["LlamaBidirectionalModel"]}, "architectures: found ['LlamaBi"),
-        ("llm", {"quantization_config": FP8}, "quantised by compressed-tensors, expected plain"),
+        ("llm", {"quantization_config": {"quant_method": "hqq"}}, "quantised by hqq, expected"),
         (
             "hf",
             {"quantization_config": {"quant_method": "awq"}},
-            "awq is not supported: dequantise",
+            "weights quantised by awq, by the config, expected tensors that are",
         ),
         (
             "up",
             {"quantization_config": {"load_in_4bit": True}},
-            "a method that is not named is not",
+            "weights quantised by bitsandbytes, by the config, expected tensors",
         ),
         (
             "llm",

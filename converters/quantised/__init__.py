@@ -1,0 +1,1 @@
+"""Quantised checkpoint folders: their weights as plain tensors, dequantised when they are read."""

@@ -54,11 +54,6 @@ def store_of(path: str | os.PathLike[str]) -> Store | None:
     return next((store for start, store in STORES.items() if text.startswith(start)), None)
 
 
-FOLDERS: dict[str, Callable[[Path], Path]] = {}
-"""Ending of a file that stands for a folder (".gguf"), or "/" of folders that may stand for another
--> what returns the folder."""
-
-
 def contents(path: str | os.PathLike[str]) -> bytes:
     """The bytes of a regular file; pipes and devices, which may never end, are not opened.
 
@@ -103,12 +98,12 @@ def findable(path: str | os.PathLike[str], where: object = "path") -> Path:
     """A path that can be looked up, whether there is something or not.
 
     Args:
-        path: as a user, or a file, names it; a URL of `STORES`, a file of `FOLDERS`.
+        path: as a user, or a file, names it; a URL of `STORES`.
         where: what to call that in errors.
 
     Raises:
         InputError: a name that no file can have, links in a circle, or a folder that is closed to
-            us; a URL whose server refuses; a file of `FOLDERS` that can't be read.
+            us; a URL whose server refuses.
     """
     if store := store_of(path):
         path = store.local(str(path))
@@ -127,9 +122,6 @@ def findable(path: str | os.PathLike[str], where: object = "path") -> Path:
         raise InputError(
             where, found=f"{shown}, which may not be read", expected="a folder", fix="open it to us"
         )
-    kind = "/" if stat.S_ISDIR(mode) else Path(path).suffix if stat.S_ISREG(mode) else ""
-    if opened := FOLDERS.get(kind):
-        return opened(Path(path))
     return Path(path)
 
 

@@ -22,7 +22,7 @@ import numpy as np
 
 from converters.files import paths
 from vfjax import InputError
-from vfjax.atomic import FOLDERS, JSON, UNFINISHED
+from vfjax.atomic import JSON, UNFINISHED
 from vfjax.errors import SHOWN, cut
 
 MAGIC = b"GGUF"
@@ -388,24 +388,32 @@ def pair(folder: Path) -> list[Path]:
     return [next(name for name in names if name not in seen), *seen] if alone else []
 
 
+def opened(path: Path) -> Path:
+    """The folder that a GGUF file, or a folder of an LLM's and an `mmproj` file, stands for.
+
+    Any other path is returned as it is.
+
+    Raises:
+        InputError: as `folder`, or an `mmproj` file without its LLM.
+    """
+    if path.is_dir():
+        return folder(found, _WRITERS[0]) if (found := pair(path)) else path
+    if path.suffix != ".gguf" or not path.is_file():
+        return path
+    if not is_projector(path):
+        return folder([path], _WRITERS[0])
+    if not (found := pair(path.parent)):
+        raise InputError(
+            path,
+            found="what an LLM sees with, alone",
+            expected="its LLM, the only other GGUF file beside it",
+            fix="pass base=LLM.gguf",
+        )
+    return folder(found, _WRITERS[0])
+
+
 def register(write: Writer) -> None:
     """Lets GGUF files be named wherever a folder is."""
-
-    def opened(path: Path) -> Path:
-        if path.is_dir():
-            return folder(found, write) if (found := pair(path)) else path
-        if not is_projector(path):
-            return folder([path], write)
-        if not (found := pair(path.parent)):
-            raise InputError(
-                path,
-                found="what an LLM sees with, alone",
-                expected="its LLM, the only other GGUF file beside it",
-                fix="pass base=LLM.gguf",
-            )
-        return folder(found, write)
-
-    FOLDERS[".gguf"] = FOLDERS["/"] = opened
     _WRITERS.append(write)
 
 

@@ -15,6 +15,7 @@ from collections.abc import Callable, Collection, Iterator, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
+from converters.files import gguf
 from converters.files.names import (
     ADAPTER,
     EXTRA,
@@ -126,9 +127,9 @@ def folder(
         The path itself where nothing has that name, and it has not that form.
 
     Raises:
-        InputError: see `findable` and `fetch`.
+        InputError: see `findable`, `gguf.opened` and `fetch`.
     """
-    found = findable(path, where)
+    found = gguf.opened(findable(path, where))
     repo = parse(path)
     return (
         found

@@ -3,7 +3,8 @@
     python experiments/bench/merge.py [--quick] [--peer=PATH/TO/mergekit-yaml] --out=FILE.json
 
 Weights are random, shapes those of published models. mergekit is slow, so its slower methods are
-run once by default. A copy of the same bytes says how far from the disk's speed a merge is.
+run once by default. A copy of the same bytes, written past the page cache as ours are, says how
+far from the disk's speed a merge is.
 """
 
 import argparse
@@ -23,6 +24,7 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
+from converters.files.direct import BUFFER, new_file
 from experiments.bench.common import Row, report, row
 from experiments.bench.llamas import LLAMA3, MODELS, QUICK, SMALL, TINY, models
 from vfjax import InputError
@@ -35,6 +37,9 @@ PACKAGES = ("jax", "jaxlib", "numpy", "vfjax")
 
 COUNTED = ", counted"
 """After the name of ours with MERGE.md's counts: the default, of which mergekit has none."""
+
+BEFORE = ", before"
+"""After the name of that of another checkout."""
 
 MIB = 1 << 20
 CHUNK = 16 * MIB
@@ -101,6 +106,7 @@ def arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--quick", action="store_true", help="toy sizes, to see that it runs")
     parser.add_argument("--out", type=Path, required=True, help="JSON file to write")
     parser.add_argument("--peer", type=Path, help="mergekit-yaml; without it a copy is the peer")
+    parser.add_argument("--before", type=Path, help="checkout of another vfjax, run in turn")
     parser.add_argument("--shape", choices=SHAPES, default="tinyllama")
     parser.add_argument("--methods", help=f"some of {','.join(CASES)}; default: the shape's")
     parser.add_argument("--repeats", type=int, help="timed runs of each; default: 3, quick 1")
@@ -165,12 +171,19 @@ def bench(name: str, folder: Path, args: argparse.Namespace, warm: bool, notes: 
     case = CASES[name]
     ours: dict[str, Callable[[Path], Run]] = {
         f"{label}{COUNTED if account else ''}": functools.partial(
-            run_ours, case, params, folder, warm, account
+            run_ours, ROOT, case, params, folder, warm, account
         )
         for label, params in our_params(name, case).items()
         for account in (False, True)
     }
     runs = dict(ours)
+    if args.before:
+        runs |= {
+            f"{label}{BEFORE}": functools.partial(
+                run_ours, args.before.resolve(), case, params, folder, warm, False
+            )
+            for label, params in our_params(name, case).items()
+        }
     runs["copy"] = functools.partial(copy, [folder / source for source in case.sources])
     repeats = dict.fromkeys(runs, args.repeats)
     if args.peer:
@@ -184,10 +197,13 @@ def bench(name: str, folder: Path, args: argparse.Namespace, warm: bool, notes: 
         with tempfile.TemporaryDirectory(prefix="run-", dir=folder) as temporary:
             result = runs[label](Path(temporary) / "merged")
         who = f"ours as {label}" if label in ours else label
-        print(f"{name}: {who}: {result.wall:.2f} s", flush=True)
+        print(f"{name}: {who}: {result.wall:.2f} s, of CPU {result.cpu:.2f} s", flush=True)
         return result
 
     first = {label: measure(label) for label in ours} if warm else {}
+    for label in runs if warm else ():
+        if label.endswith(BEFORE):  # its checksums are kept elsewhere
+            measure(label)
     results: dict[str, list[Run]] = {label: [] for label in runs}
     for i in range(max(repeats.values())):
         for label in runs:
@@ -225,6 +241,11 @@ def compare(label: str, results: Mapping[str, Sequence[Run]], notes: Notes) -> l
                 "MiB",
             ),
         ]
+    if f"{label}{BEFORE}" in results:
+        before = results[f"{label}{BEFORE}"]
+        rows.append(row(f"{label}: wall", wall, [each.wall for each in before], "before"))
+        cpu = [each.cpu for each in ours], [each.cpu for each in before]
+        rows.append(row(f"{label}: CPU", *cpu, "before"))
     copies = [each.wall for each in results["copy"]]
     rows.append(row(f"{label}: wall beside a copy", wall, copies, "copy"))
     notes["times a copy"][label] = 1 / rows[-1]["ratio"]
@@ -233,6 +254,7 @@ def compare(label: str, results: Mapping[str, Sequence[Run]], notes: Notes) -> l
 
 
 def run_ours(
+    root: Path,
     case: Case,
     params: Mapping[str, Any],
     folder: Path,
@@ -240,8 +262,8 @@ def run_ours(
     account: bool,
     out: Path,
 ) -> Run:
-    """The task `fuse`."""
-    experiments = ROOT / "experiments"
+    """The task `fuse` of a checkout."""
+    experiments = root / "experiments"
     command = [
         *(sys.executable, str(experiments / "run.py")),
         f"--config={experiments / 'configs' / 'fuse.py'}",
@@ -256,7 +278,8 @@ def run_ours(
         command.append(f"--config.base={folder / MODELS[0]}")
     if case.weighted:
         command.append("--config.weights=(0.5,0.5)")
-    return run(command + [f"--config.params.{key}={value}" for key, value in params.items()])
+    command += [f"--config.params.{key}={value}" for key, value in params.items()]
+    return run(command, PYTHONPATH=str(root))
 
 
 def run_peer(peer: Path, case: Case, folder: Path, out: Path) -> Run:
@@ -324,17 +347,20 @@ def watch(pid: int, peaks: dict[str, float], done: threading.Event) -> None:
 
 
 def copy(sources: Sequence[Path], out: Path) -> Run:
-    """Reads the files of all sources and writes those of the first, synced to disk.
+    """Reads the files of all sources and writes those of the first, past the page cache.
 
-    Its memory is given as that of its buffer.
+    Its memory is given as that of its buffers.
     """
+    size = sum(path.stat().st_size for path in sources[0].glob("*.safetensors"))
     start, busy = time.perf_counter(), time.process_time()
-    with out.open("xb", buffering=0) as file:
+    with new_file(out, size) as write:
         for i, source in enumerate(sources):
-            read(source, file.write if i == 0 else len)
-        os.fsync(file.fileno())
+            read(source, write if i == 0 else len)
+    with out.open("rb") as file:
+        os.fsync(file.fileno())  # the name and the size
     wall, cpu = time.perf_counter() - start, time.process_time() - busy
-    return Run(wall, cpu, CHUNK / MIB, CHUNK / MIB)
+    buffers = (CHUNK + BUFFER) / MIB
+    return Run(wall, cpu, buffers, buffers)
 
 
 def read(folder: Path, use: Callable[[memoryview], object] = len) -> None:

@@ -1,19 +1,26 @@
-"""Encode, prefill and decode at published shapes, beside what the device could and transformers.
+"""Models at published shapes on one GPU, beside what the device could and transformers.
 
-    python experiments/bench/gpu.py [--quick] --out=FILE.json
+    python experiments/bench/gpu.py [--quick] [--seconds=660] --out=FILE.json
 
-For one accelerator of 80 GB or more; weights are random, bfloat16. "roofline" rows compare with the
-least time that the data sheet allows, so that their ratio is the share reached: of operations for
-encode and prefill, of memory traffic for decode. transformers runs on the same GPU, where torch
-sees one: SDPA, and for text a static cache and torch.compile.
+For one accelerator of 80 GB or more; weights are random, bfloat16. The lines are run in the order
+of their worth: encode, prefill and decode of a fused pair, then of its first member alone, a
+training step with one, two and three encoders, merges on the device, LLaVA-1.5. The file is written
+after each, and none is begun after `--seconds`.
+
+"roofline" rows compare with the least time that the data sheet allows, so that their ratio is the
+share reached: of operations for encode, prefill and training, of memory traffic for decode and
+merges. transformers runs on the same GPU, where torch sees one: SDPA, and for text a static cache
+and torch.compile.
 """
 
 import argparse
 import dataclasses
 import functools
+import gc
 import os
 import sys
-from collections.abc import Mapping
+import time
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -23,20 +30,36 @@ import jax
 import numpy as np
 import torch
 import transformers
+from jax.sharding import Mesh
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 from converters.load import abstract, join
-from experiments.bench.common import Row, arguments, interleaved, report, row
+from experiments.bench.common import Row, interleaved, report, row, save
+from experiments.configs.train import ADAPTERS, CONNECTOR
 from experiments.tasks.chips import CHIPS, Chip
 from experiments.tasks.shapes import llava, model_config
 from vfjax import Batch, Model, Processor, encode, generate_ids
 from vfjax.architectures import MLPConfig
+from vfjax.merge import merge_arrays
 from vfjax.model import ModelConfig
-from vfjax.sharding import nbytes
+from vfjax.sharding import AXES, nbytes
+from vfjax.train import Group, LoRAConfig, Optim, add_lora, init, make_step, split
+from vfjax.train.flops import step_flops
 from vfjax.vision.encoders import CLIPConfig
 
-FULL = ("llava@vicuna-7b", "llava@llama-3-8b", "llava+dense-clip@llama-3-8b")
+PAIR, FIRST, OLD = "llava+dense-clip@llama-3-8b", "llava@llama-3-8b", "llava@vicuna-7b"
+TRAINED = (FIRST, PAIR, "llava+dense-clip+dense-siglip@llama-3-8b")
+"""Models of one, two and three encoders' branches."""
+
+LINES = (
+    "pair",
+    "first member",
+    *(f"training, {k} encoders" for k in (1, 2, 3)),
+    "merges",
+    "LLaVA-1.5",
+)
+METHODS = ("linear", "task_arithmetic", "ties", "dare_ties")
 BATCHES = (1, 8)
 WORDS = 128
 STEPS = 64
@@ -64,13 +87,6 @@ class Case:
     llm: Any
     steps: int
 
-    def batch(self, rows: int) -> Batch:
-        """One picture and `WORDS` tokens of text a row, on the device."""
-        rng = np.random.default_rng(0)
-        pictures = list(rng.integers(0, 256, (rows, 336, 336, 3), np.uint8))
-        ids = rng.integers(3, self.model.config.llm.vocab - 1, (rows, WORDS)).tolist()
-        return jax.device_put(self.processor(pictures, input_ids=[[1, -200, *row] for row in ids]))
-
 
 @dataclasses.dataclass(frozen=True)
 class Least:
@@ -81,45 +97,173 @@ class Least:
     token: float
 
 
+Found = dict[tuple[str, int], tuple[dict[str, list[float]], Least]]
+"""Name and rows -> seconds of each, and the least."""
+
+
+def arguments() -> argparse.Namespace:
+    """The command line."""
+    parser = argparse.ArgumentParser(description="models on one GPU, beside its data sheet")
+    parser.add_argument("--quick", action="store_true", help="toy sizes, to see that it runs")
+    parser.add_argument("--only", nargs="+", choices=LINES, default=LINES, help="lines to run")
+    parser.add_argument("--seconds", type=float, default=660, help="no line is begun after them")
+    parser.add_argument("--out", type=Path, required=True, help="JSON file to write")
+    return parser.parse_args()
+
+
 def main(args: argparse.Namespace) -> None:
-    device = jax.devices()[0]
+    start, device = time.monotonic(), jax.devices()[0]
     chip = next((c for name, c in CHIPS.items() if name in device.device_kind.lower()), None)
     if chip is None:
         chip = CHIPS["h100"]
         print(f"{device.device_kind} is not in CHIPS: shares are of an H100")
+    found: Found = {}
+    model = functools.partial(bench_model, chip=chip, found=found, quick=args.quick)
+    training = functools.partial(bench_training, chip=chip, quick=args.quick)
+    runs: tuple[Callable[[], list[Row]], ...] = (
+        lambda: model(PAIR),
+        lambda: model(FIRST),
+        *(functools.partial(training, name) for name in TRAINED),
+        lambda: bench_merges(chip, quick=args.quick),
+        lambda: model(OLD),
+    )
+    lines = {name: run for name, run in zip(LINES, runs, strict=True) if name in args.only}
     rows: list[Row] = []
-    found: dict[tuple[str, int], tuple[dict[str, list[float]], Least]] = {}
-    names, batches = (FULL[:1], (1,)) if args.quick else (FULL, BATCHES)
-    for name in names:
-        case = make_case(name, quick=args.quick)
-        for b in batches:
-            seconds = timed(case, b, 1 if args.quick else REPEATS)
-            found[name, b] = seconds, least(case, b, chip)
-            rows += figures(f"{name}, batch {b}", *found[name, b])
-        del case
-    if not args.quick:
-        rows += [row for b in batches for row in fused(b, *(found[name, b] for name in FULL[1:]))]
-    notes = {"device": device.device_kind, "words": WORDS, "steps": STEPS}
+    notes: dict[str, Any] = {"device": device.device_kind, "words": WORDS, "steps": STEPS}
+    notes |= {"seconds of each line": {}, "not begun": list(lines)}
+    for name, line in lines.items():
+        begun = time.monotonic()
+        if begun - start > args.seconds:
+            break
+        print(f"{begun - start:.0f} s: {name}", flush=True)
+        rows += line()
+        gc.collect()  # models and their owners refer to each other
+        notes["seconds of each line"][name] = time.monotonic() - begun
+        notes["not begun"].remove(name)
+        save({"rows": rows}, notes, PACKAGES, args.out)
     report(rows, notes, PACKAGES, args.out)
 
 
-def make_case(name: str, *, quick: bool) -> Case:
-    """Random weights for both libraries; quick: narrow ones, float32."""
-    config, dtype = model_config(name), "bfloat16"
-    if quick:
-        llm = dataclasses.replace(
-            config.llm, vocab=320, width=64, layers=2, heads=2, kv_heads=1, head_dim=32, mlp=128
+def bench_model(name: str, chip: Chip, found: Found, *, quick: bool) -> list[Row]:
+    """Encode, prefill and decode; of two branches beside one, where both were run."""
+    case, rows = make_case(name, quick=quick), list[Row]()
+    for b in (1,) if quick else BATCHES:
+        seconds = timed(case, b, 1 if quick else REPEATS)
+        found[name, b] = seconds, least(case, b, chip)
+        rows += figures(f"{name}, batch {b}", *found[name, b])
+        if (PAIR, b) in found and name == FIRST:
+            rows += fused(b, found[FIRST, b], found[PAIR, b])
+    return rows
+
+
+def bench_training(name: str, chip: Chip, *, quick: bool) -> list[Row]:
+    """A step of connectors and adapters of rank 16, each LLM block computed again in the backward
+    pass, beside `vfjax.train.flops`, which does not count that.
+    """
+    config, dtype = sized(name, quick=quick)
+    model = random_model(config, dtype)
+    model.llm.remat = True
+    add_lora(model, LoRAConfig(16, 32.0))
+    groups = (Group(CONNECTOR, 1e-3), Group(ADAPTERS, 1e-3))
+    graph, params, frozen = split(model, groups)
+    tx = Optim(1000, warmup=0.0, schedule="constant").build(groups)
+    state = init(params, tx, None)
+    step = make_step(graph, tx, state, dtype=dtype)
+    rows = 1 if quick else 8
+    batch = sample(Processor(config, lengths=tuple(range(64, 8192, 64))), rows, labelled=True)
+    batches = jax.tree.map(lambda x: x[None], batch)
+    bound = [1e3 * step_flops(graph, params, frozen, batches) / chip.flops]
+
+    def once() -> None:
+        nonlocal state
+        state, metrics = step(state, frozen, batches)
+        jax.block_until_ready(metrics)
+
+    times = interleaved({"step": once}, 1 if quick else REPEATS)["step"].rest
+    label = f"training, {len(config.branches)} encoders, {rows} rows"
+    return [row(label, [1e3 * x for x in times], bound, "roofline", "ms")]
+
+
+def bench_merges(chip: Chip, *, quick: bool) -> list[Row]:
+    """Two members of eight layers of Llama-3-8B, merged where they lie.
+
+    Beside the least traffic: both members and the base read once, the result written once.
+    """
+    width, mlp, layers = (64, 128, 1) if quick else (4096, 14336, 8)
+    shapes = {"up_proj": (mlp, width), "down_proj": (width, mlp), "q_proj": (width, width)}
+    mesh = Mesh(np.reshape(jax.devices()[:1], (1,) * len(AXES)), AXES)
+    names = [f"model.layers.{i}.{name}.weight" for i in range(layers) for name in shapes]
+    draw = jax.jit(
+        lambda key, shape: (0.02 * jax.random.normal(key, shape)).astype("bfloat16"),
+        static_argnums=1,
+    )
+
+    def weights(seed: int) -> dict[str, jax.Array]:
+        keys = jax.random.split(jax.random.key(seed), len(names))
+        sizes = [shapes[name.split(".")[3]] for name in names]
+        with jax.set_mesh(mesh):
+            return {n: draw(k, s) for n, k, s in zip(names, keys, sizes, strict=True)}
+
+    base, members = weights(0), {"a": weights(1), "b": weights(2)}
+    values, rows = sum(x.size for x in base.values()), []
+    for method in METHODS:
+        params: dict[str, Any] = {"weights": (0.5, 0.5)}
+        if method.endswith("ties"):
+            params["density"] = 0.5
+        read = 3 if method == "linear" else 4  # and the one that is written
+        reference = None if method == "linear" else base
+        merge = functools.partial(merge_arrays, reference, members, method, params, mesh)
+        run = functools.partial(waited, merge)
+        times = interleaved({method: run}, 1 if quick else REPEATS)[method].rest
+        bound = [1e3 * read * 2 * values / chip.bytes]
+        rows.append(
+            row(
+                f"{method}, {values / 1e9:.1f} B", [1e3 * x for x in times], bound, "roofline", "ms"
+            )
         )
-        branch = llava(llm.width)
-        path: Any = branch.architecture
-        tower = dataclasses.replace(path.encoder, width=64, heads=2, mlp=128)
-        connector = dataclasses.replace(path.connector, projector=MLPConfig(tower.width, llm.width))
-        path = dataclasses.replace(path, encoder=tower, connector=connector)
-        branch = dataclasses.replace(branch, architecture=path)
-        config, dtype = ModelConfig((branch,), llm), "float32"
+    return rows
+
+
+def waited(run: Callable[[], object]) -> None:
+    """Runs it, until its arrays are there."""
+    jax.block_until_ready(run())
+
+
+def make_case(name: str, *, quick: bool) -> Case:
+    """Random weights for both libraries."""
+    config, dtype = sized(name, quick=quick)
     processor = Processor(config, lengths=tuple(range(64, 8192, 64)))
     theirs = peers(config, getattr(torch, dtype))
     return Case(name, random_model(config, dtype), processor, *theirs, 4 if quick else STEPS)
+
+
+def sized(name: str, *, quick: bool) -> tuple[ModelConfig, str]:
+    """A model's config and dtype; quick: narrow ones, as many branches of LLaVA, float32."""
+    config, labels = model_config(name), name.partition("@")[0].split("+")
+    llm, branches, dtype = config.llm, config.branches, "bfloat16"
+    if quick:
+        llm = dataclasses.replace(
+            llm, vocab=320, width=64, layers=2, heads=2, kv_heads=1, head_dim=32, mlp=128
+        )
+        branch, dtype = llava(llm.width), "float32"
+        path: Any = branch.architecture
+        tower = dataclasses.replace(path.encoder, width=64, heads=2, mlp=128, layers=2)
+        connector = dataclasses.replace(path.connector, projector=MLPConfig(tower.width, llm.width))
+        path = dataclasses.replace(path, encoder=tower, connector=connector)
+        branches = (dataclasses.replace(branch, architecture=path),) * len(branches)
+    pairs = zip(branches, labels, strict=True)
+    named = tuple(dataclasses.replace(branch, name=label) for branch, label in pairs)
+    return ModelConfig(named, llm), dtype
+
+
+def sample(processor: Processor, rows: int, *, labelled: bool = False) -> Batch:
+    """One picture and `WORDS` tokens of text a row, on the device."""
+    rng = np.random.default_rng(0)
+    pictures = list(rng.integers(0, 256, (rows, 336, 336, 3), np.uint8))
+    words = rng.integers(3, processor.config.llm.vocab - 1, (rows, WORDS)).tolist()
+    ids = [[1, -200, *row] for row in words]
+    labels = [[-100, -100, *row] for row in words] if labelled else None
+    return jax.device_put(processor(pictures, input_ids=ids, labels=labels))
 
 
 def random_model(config: ModelConfig, dtype: str) -> Model:
@@ -167,7 +311,7 @@ def peers(config: ModelConfig, dtype: torch.dtype) -> tuple[Any, Any]:
 
 def timed(case: Case, b: int, repeats: int) -> dict[str, list[float]]:
     """Seconds of "encode", "prefill" and "token", and of the same of "peer ..."."""
-    batch, more = case.batch(b), 1 + case.steps
+    batch, more = sample(case.processor, b), 1 + case.steps
     text = dataclasses.replace(encode(case.model, batch), labels=None)
     ids = torch.randint(3, case.llm.config.vocab_size - 1, (b, text.read), device=case.llm.device)
     pixels = torch.randn(b, 3, 336, 336, dtype=case.llm.dtype, device=case.llm.device)
@@ -262,4 +406,4 @@ def fused(
 
 
 if __name__ == "__main__":
-    main(arguments(__doc__.splitlines()[0]))
+    main(arguments())

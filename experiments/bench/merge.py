@@ -155,7 +155,9 @@ def main(args: argparse.Namespace) -> None:
         notes["mergekit"] = "not run, as --peer was not given: rows compare with a copy only"
         print(f"mergekit: {notes['mergekit']}")
     rows: list[Row] = []
-    with models(args.work, shape, args.keep) as folder:
+    with models(args.work, shape, args.keep) as folder, tempfile.TemporaryDirectory() as caches:
+        # What is known of the sources is kept in a form of each checkout's own.
+        args.caches = Path(caches)
         warm = len(MODELS) * 2 * shape.size < memory() / 2
         notes["sources"] = "in the page cache" if warm else "from disk, larger than half the memory"
         for name in args.methods:
@@ -171,7 +173,7 @@ def bench(name: str, folder: Path, args: argparse.Namespace, warm: bool, notes: 
     case = CASES[name]
     ours: dict[str, Callable[[Path], Run]] = {
         f"{label}{COUNTED if account else ''}": functools.partial(
-            run_ours, ROOT, case, params, folder, warm, account
+            run_ours, ROOT, args.caches / "now", case, params, folder, warm, account
         )
         for label, params in our_params(name, case).items()
         for account in (False, True)
@@ -180,7 +182,14 @@ def bench(name: str, folder: Path, args: argparse.Namespace, warm: bool, notes: 
     if args.before:
         runs |= {
             f"{label}{BEFORE}": functools.partial(
-                run_ours, args.before.resolve(), case, params, folder, warm, False
+                run_ours,
+                args.before.resolve(),
+                args.caches / "before",
+                case,
+                params,
+                folder,
+                warm,
+                False,
             )
             for label, params in our_params(name, case).items()
         }
@@ -202,7 +211,7 @@ def bench(name: str, folder: Path, args: argparse.Namespace, warm: bool, notes: 
 
     first = {label: measure(label) for label in ours} if warm else {}
     for label in runs if warm else ():
-        if label.endswith(BEFORE):  # its checksums are kept elsewhere
+        if label.endswith(BEFORE):
             measure(label)
     results: dict[str, list[Run]] = {label: [] for label in runs}
     for i in range(max(repeats.values())):
@@ -255,6 +264,7 @@ def compare(label: str, results: Mapping[str, Sequence[Run]], notes: Notes) -> l
 
 def run_ours(
     root: Path,
+    cache: Path,
     case: Case,
     params: Mapping[str, Any],
     folder: Path,
@@ -279,7 +289,7 @@ def run_ours(
     if case.weighted:
         command.append("--config.weights=(0.5,0.5)")
     command += [f"--config.params.{key}={value}" for key, value in params.items()]
-    return run(command, PYTHONPATH=str(root))
+    return run(command, PYTHONPATH=str(root), XDG_CACHE_HOME=str(cache))
 
 
 def run_peer(peer: Path, case: Case, folder: Path, out: Path) -> Run:

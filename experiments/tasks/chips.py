@@ -72,7 +72,9 @@ def make_mesh(topology: str, model: int, fsdp: int) -> tuple[Mesh, Chip]:
             if len(devices) < int(shape):
                 raise ValueError(f"{len(devices)} CPU devices to stand for them")
         else:
-            devices = topologies.get_topology_desc(platform="tpu", topology_name=topology).devices
+            # A v4 chip's two cores are one device, as they are for who runs on it.
+            one = {"chip_config_name": "megacore"} if kind == "v4" else {}
+            devices = topologies.get_topology_desc(topology, platform="tpu", **one).devices
     except (KeyError, RuntimeError, ValueError) as error:
         raise InputError(
             "config.topology",

@@ -7,6 +7,7 @@ their own: a subclass of `LlamaConfig` names them, the rest of `Llama` serves al
 import dataclasses
 import functools
 from collections.abc import Callable
+from typing import TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -21,6 +22,7 @@ from vfjax.nn.layers import GatedMLP, RMSNorm, attend, linear, param, rotate
 from vfjax.sharding import by_row, divides
 
 Array = jax.Array
+Tree = TypeVar("Tree")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -158,7 +160,8 @@ class Attention(nnx.Module):
 
     def heads(self, x: Array, step: Step) -> tuple[Array, Array, Array]:
         """Queries [b, t, n, h], rotated, keys [b, t, g, h], rotated, and values of x [b, t, d]."""
-        q, k, v = (y.reshape(*x.shape[:2], -1, self.config.head_dim) for y in self.project(x))
+        projected = apart(x.shape[1], self.project(x))
+        q, k, v = (y.reshape(*x.shape[:2], -1, self.config.head_dim) for y in projected)
         if self.config.qk_norm:
             q, k = self.q_norm(q), self.k_norm(k)
         return _rotate_part(q, step.cos, step.sin), _rotate_part(k, step.cos, step.sin), v
@@ -175,6 +178,16 @@ class Attention(nnx.Module):
         causal = 1 < t == seen
         y = attend(q, *read, step.see, causal=causal, real=step.real, segments=step.segments)
         return self.out(y.reshape(b, t, -1)), kept
+
+
+def apart(t: int, x: Tree) -> Tree:
+    """`x`, which XLA does not fuse with what reads it where t, the tokens of a row, is one.
+
+    Where a product's result is split into heads with an axis of one token, XLA for TPUs transposes
+    the kernel, in memory, in each step of decoding; a norm before the head is computed again for
+    each tile of the vocabulary (libtpu 0.0.42.1).
+    """
+    return jax.lax.optimization_barrier(x) if t == 1 else x
 
 
 def _rotate_part(x: Array, cos: Array, sin: Array) -> Array:
@@ -325,7 +338,7 @@ class Llama(nnx.Module):
         if cache is not None:
             keys, values = zip(*kept, strict=True)
             cache = dataclasses.replace(cache, k=keys, v=values)
-        return self.norm(x), cache
+        return apart(x.shape[1], self.norm(x)), cache
 
     def _by_axis(self, x: Array) -> Array:
         """Cosines or sines [p, b, t, f], of each frequency those of its own position: [b, t, f]."""

@@ -2,7 +2,11 @@
 
 import dataclasses
 import functools
+import json
+import os
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import jax
@@ -14,6 +18,7 @@ import transformers
 
 import converters
 from converters.params.llama import TABLE
+from tests import decoding
 from tests.checkpoints import LLAMA, llama_folder
 from vfjax import InputError
 from vfjax.llm import Cache, Llama, LlamaConfig
@@ -288,3 +293,21 @@ def test_true_width(wide):
     for at in (126, 127):
         logits, cache = extend(ours, ids[:, at : at + 1], np.ones((1, 1), bool), cache)
         assert_close(logits[:, 0], expected[:, at], at)
+
+
+def test_a_step_of_decoding_copies_no_parameter() -> None:
+    """By the TPU compiler, which needs no TPU; in a process of its own, as it is a platform."""
+    home = Path(sys.prefix) / "tpu"
+    if not (home / "libtpu").is_dir():
+        pytest.skip(f"no TPU compiler in {home}; make test installs it there")
+    paths = [str(Path(__file__).parents[3]), str(home)]
+    done = subprocess.run(
+        [sys.executable, "-m", "tests.decoding"],
+        env=os.environ | {"PYTHONPATH": os.pathsep.join(paths), "JAX_PLATFORMS": "cpu"},
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stderr[-2000:]
+    found = json.loads(done.stdout)
+    assert len(found) == len(decoding.CASES)
+    assert found == dict.fromkeys(found, [])

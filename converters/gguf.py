@@ -16,8 +16,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from converters import mmproj
-from converters.files import gguf
-from converters.files.gguf import Header
+from converters.files import gguf, gguf_header
+from converters.files.gguf_header import Header
 from converters.registry import find
 from converters.values import ANY, REQUIRED, Unused, Values
 from vfjax import InputError
@@ -114,14 +114,14 @@ def config_of(header: Header) -> dict[str, Any]:
     others = [
         key
         for key in header.values
-        if not key.startswith((f"{kind}.", "general.", "tokenizer.", "quantize.", "split."))
+        if not key.startswith((f"{kind}.", "general.", "tokenizer.", "quantize."))
     ]
-    if others or header.values.get("split.count", 1) > 1:
+    if others:
         raise InputError(
-            f"{header.path}: {others[0] if others else 'split.count'}",
-            found="one of several files" if not others else "a key that is not known",
-            expected="a whole model in one file",
-            fix="join them with llama-gguf-split --merge" if not others else "take its repository",
+            f"{header.path}: {others[0]}",
+            found="a key that is not known",
+            expected=f"those of {kind}",
+            fix="take its repository",
         )
     values = Values(own, f"{header.path}: {kind}")
     model_type, architecture = KINDS[kind]
@@ -228,7 +228,7 @@ def tensors_of(header: Header, config: Mapping[str, Any]) -> dict[str, gguf.Held
     Raises:
         InputError: a tensor that no name of the model's table fits.
     """
-    package = gguf.package(header.path)
+    package = gguf_header.package(header.path)
     kind = header.values["general.architecture"]
     arch = next(x for x, name in package.MODEL_ARCH_NAMES.items() if name == kind)
     layers = config["num_hidden_layers"]

@@ -15,7 +15,8 @@ from typing import Any
 import numpy as np
 
 from converters.files import gguf
-from converters.files.gguf import Header, Held
+from converters.files.gguf import Held
+from converters.files.gguf_header import Header
 from converters.towers import PREPROCESSOR
 from converters.values import ANY, DEEPEST, Unused, Values
 from vfjax import InputError

@@ -48,7 +48,8 @@ class Processor:
         template: name of the prompt template (`vfjax.text.prompts.TEMPLATES`), or "chat_template",
             the folder's own.
         stop_ids: token ids that end an answer, whatever the template.
-        lengths: sequence lengths that batches are padded to; one compilation each.
+        lengths: sequence lengths that batches are padded to, rows longer than all of them to the
+            LLM's whole context; one compilation each.
         chat_template: the folder's own, Jinja; "" if it has none.
         image_token: what stands for a picture in prompts that are tokenised whole, as transformers'
             processors do; "": text around each `<image>` is tokenised by itself, as authors do.

@@ -2,36 +2,27 @@
 
 A file, or an LLM's beside the `mmproj` file of what it sees with, stands for a folder: its
 config.json, tokenizer and links to them, made when it is opened and removed at the process's end.
-The header is read here, within the file's bounds, as the format says (github.com/ggml-org/ggml,
-docs/gguf.md); the package `gguf` names the tensors and dequantises them.
+The package `gguf` names the tensors and dequantises them; headers are read by `gguf_header`.
 """
 
 import dataclasses
 import functools
 import math
-import struct
+import re
 import tempfile
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from os import PathLike
 from pathlib import Path
-from types import EllipsisType, ModuleType
-from typing import Any
+from types import EllipsisType
 
 import ml_dtypes
 import numpy as np
 
 from converters.files import paths
+from converters.files.gguf_header import Header, join, package, parts, read_header
 from vfjax import InputError
-from vfjax.atomic import JSON, UNFINISHED
-from vfjax.errors import SHOWN, cut
-
-MAGIC = b"GGUF"
-SCALARS = dict(zip(range(13), (*"BbHhIif?", "", "", *"Qqd"), strict=True))
-"""Number of a value's type -> its `struct` format; 8 is a text, 9 an array."""
-
-TEXT, ARRAY = 8, 9
-NESTED = 4
-"""Arrays within arrays, at most."""
+from vfjax.atomic import UNFINISHED
+from vfjax.errors import SHOWN
 
 PLAIN: dict[str, np.dtype] = {
     "F64": np.dtype(np.float64),
@@ -43,131 +34,6 @@ PLAIN: dict[str, np.dtype] = {
 
 PIECE = 1 << 22
 """Elements that are dequantised at once."""
-
-
-@dataclasses.dataclass(frozen=True)
-class Header:
-    """What a file says before its tensors.
-
-    Attributes:
-        path: of the file.
-        values: its keys.
-        tensors: name -> its shape as numpy has it, type, and offset in the file.
-    """
-
-    path: Path
-    values: Mapping[str, Any]
-    tensors: Mapping[str, tuple[tuple[int, ...], str, int]]
-
-
-def package(path: Path) -> ModuleType:
-    """The package `gguf`.
-
-    Raises:
-        InputError: it is not installed.
-    """
-    try:
-        import gguf
-    except ImportError as error:
-        raise InputError(
-            path,
-            found="no package gguf to read it with",
-            expected="it",
-            fix="pip install 'vfjax[gguf]'",
-        ) from error
-    return gguf
-
-
-class _Bytes:
-    """A file's bytes, read one after another and never beyond its end."""
-
-    def __init__(self, path: Path, data: np.ndarray):
-        self.path, self.data, self.at = path, data, 0
-
-    def take(self, size: int) -> np.ndarray:
-        if size > len(self.data) - self.at:
-            raise self.error(f"{len(self.data)} bytes, and a header that is longer")
-        self.at += size
-        return self.data[self.at - size : self.at]
-
-    def number(self, form: str) -> int:
-        """A number in a `struct` format; a float, or True or False, in theirs."""
-        return struct.unpack(f"<{form}", self.take(struct.calcsize(f"<{form}")).data)[0]
-
-    def text(self) -> str:
-        found = bytes(self.take(self.number("Q")))
-        try:
-            return found.decode()
-        except UnicodeDecodeError:  # a vocabulary may hold halves of letters
-            return found.decode(errors="replace")
-
-    def value(self, kind: int, depth: int = 0) -> JSON:
-        if kind == TEXT:
-            return self.text()
-        if kind != ARRAY:
-            if kind not in SCALARS:
-                raise self.error(f"a value of type {kind}")
-            return self.number(SCALARS[kind])
-        kind, count = self.number("I"), self.number("Q")
-        if SCALARS.get(kind):
-            form = f"<{SCALARS[kind]}".replace("b", "i1").replace("B", "u1")
-            return np.frombuffer(self.take(count * struct.calcsize(form[:2])), form).tolist()
-        least = 8 if kind == TEXT else 12
-        if depth >= NESTED or count * least > len(self.data) - self.at:
-            raise self.error(f"an array of {count} values")
-        return [self.value(kind, depth + 1) for _ in range(count)]
-
-    def error(self, found: str) -> InputError:
-        return InputError(
-            self.path, found=found, expected="a whole GGUF file", fix="download it again"
-        )
-
-
-def read_header(path: Path) -> Header:
-    """A file's keys and where its tensors are.
-
-    Raises:
-        InputError: `gguf` is not installed, no GGUF file, another version or byte order, or one
-            that is cut short or whose header does not fit it.
-    """
-    gguf = package(path)
-    size = path.stat().st_size
-    data = np.memmap(path, np.uint8, "r") if size else np.zeros(0, np.uint8)
-    file = _Bytes(path, data)
-    if bytes(data[:4]) != MAGIC:
-        raise file.error(f"{size} bytes that are no GGUF file")
-    file.at = 4
-    version = file.number("I")
-    if version not in (2, 3):
-        odd = version & 0xFFFF == 0
-        raise file.error("numbers with the highest byte first" if odd else f"version {version}")
-    count, keys = file.number("Q"), file.number("Q")
-    values = {}
-    for _ in range(keys):
-        key = file.text()
-        values[key] = file.value(file.number("I"))
-    found = []
-    for _ in range(count):
-        name, dims = file.text(), file.number("I")
-        if not 0 < dims <= 4:
-            raise file.error(f"{cut(repr(name))} of {dims} dimensions")
-        shape = tuple(file.number("Q") for _ in range(dims))[::-1]
-        found.append((name, shape, file.number("I"), file.number("Q")))
-    align = values.get("general.alignment", 32)
-    if not isinstance(align, int) or not 0 < align <= 1 << 20:
-        raise file.error(f"general.alignment {cut(repr(align))}")
-    start = -(-file.at // align) * align
-    tensors = {}
-    for name, shape, number, offset in found:
-        try:
-            kind = gguf.GGMLQuantizationType(number)
-        except ValueError:
-            raise file.error(f"{cut(name)} of type {number}, which gguf does not know") from None
-        block, stored = gguf.GGML_QUANT_SIZES[kind]
-        if shape[-1] % block or start + offset + math.prod(shape) // block * stored > size:
-            raise file.error(f"{size} bytes, and {cut(name)} of shape {shape} beyond them")
-        tensors[name] = (shape, kind.name, start + offset)
-    return Header(path, values, tensors)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -298,7 +164,8 @@ def tensor(header: Header, name: str, *, heads: int = 0, less: float = 0.0) -> G
             fix="take a file of another quantisation, or update gguf",
         )
     dtype = PLAIN.get(kind, np.dtype(np.float32))
-    return GGUFTensor(header.path, shape, dtype, kind, offset, name, heads=heads, less=less)
+    path = header.files.get(name, header.path)
+    return GGUFTensor(path, shape, dtype, kind, offset, name, heads=heads, less=less)
 
 
 @functools.cache
@@ -347,23 +214,27 @@ def folder(paths: Sequence[Path], write: Writer) -> Path:
     Raises:
         InputError: as `read_header`, or by `write`.
     """
-    paths = [path.resolve() for path in paths]
-    facts = [path.stat() for path in paths]
-    key = tuple((p, f.st_size, f.st_mtime_ns) for p, f in zip(paths, facts, strict=True))
+    # by the names that were given: in the hub's cache they are links to others
+    files = [[part.resolve() for part in parts(path)] for path in paths]
+    facts = [(path, path.stat()) for each in files for path in each]
+    key = tuple((path, stat.st_size, stat.st_mtime_ns) for path, stat in facts)
     if key not in _MADE:
-        place = Path(tempfile.mkdtemp(dir=_root())) / paths[-1].name
+        own = files[-1][0]
+        place = Path(tempfile.mkdtemp(dir=_root())) / own.name
         place.mkdir()
         headers = []
-        for path, name in zip(paths, LINKS, strict=False):
-            link = place / name
-            link.symlink_to(path)
-            SHOWN[str(link)] = str(path)  # before its folder, the first that fits is said
-            headers.append(dataclasses.replace(read_header(path), path=link))
-        SHOWN[str(place)] = str(paths[-1])
+        for each, name in zip(files, LINKS, strict=False):
+            links = [place / name, *(place / f"{n}-{name}" for n in range(2, len(each) + 1))]
+            for path, link in zip(each, links, strict=True):
+                link.symlink_to(path)
+                SHOWN[str(link)] = str(path)  # before its folder, the first that fits is said
+            found = zip(map(read_header, each), links, strict=True)
+            headers.append(join([dataclasses.replace(head, path=link) for head, link in found]))
+        SHOWN[str(place)] = str(own)
         tensors = write(headers, place)
         for header in headers:
-            own = {name: tensor for name, tensor in tensors.items() if tensor.path == header.path}
-            _TENSORS[header.path] = own
+            held = {header.path, *header.files.values()}
+            _TENSORS[header.path] = {n: each for n, each in tensors.items() if each.path in held}
         _MADE[key] = place
     return _MADE[key]
 
@@ -378,11 +249,12 @@ def is_projector(path: Path) -> bool:
 
 
 def pair(folder: Path) -> list[Path]:
-    """A folder's LLM and what it sees with, if its weights are one GGUF file of each.
+    """A folder's LLM and what it sees with, if its weights are one GGUF model of each.
 
     As llama.cpp tells them apart, by "mmproj" in the name (common/download.cpp).
     """
-    names = sorted(folder.glob("*.gguf"))
+    later = re.compile(r".+-(?!00001)\d{5}-of-\d{5}\.gguf")  # parts but the first
+    names = sorted(name for name in folder.glob("*.gguf") if not later.fullmatch(name.name))
     seen = [name for name in names if "mmproj" in name.name.lower()]
     alone = len(seen) == 1 and len(names) == 2 and not (folder / "config.json").exists()
     return [next(name for name in names if name not in seen), *seen] if alone else []

@@ -18,7 +18,7 @@ from transformers.convert_slow_tokenizer import bytes_to_unicode
 
 import converters
 from converters.chat import read_chat_template
-from converters.files.gguf import Header, read_header
+from converters.files.gguf_header import Header, read_header
 from converters.gguf import config_of, tokenizer_of
 from converters.gguf import write as open_gguf
 from tests.gguf import KINDS, SIZES, logits, make, write
@@ -98,7 +98,7 @@ def refusal(path: Path) -> str:
         ({"llama.expert_count": 8}, "llama: expert_count: found 8"),
         ({"llama.nobody": 1}, "nobody"),
         ({"llama.rope.dimension_count": 4}, "a head's size"),
-        ({"split.count": 3}, "one of several files"),
+        ({"split.count": 3}, "one of 3 parts"),
     ],
 )
 def test_keys_that_are_refused(tmp_path: Path, keys: dict, line: str):

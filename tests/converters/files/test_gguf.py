@@ -9,7 +9,8 @@ import numpy as np
 import pytest
 
 import converters
-from converters.files.gguf import read_header, tensor
+from converters.files.gguf import tensor
+from converters.files.gguf_header import read_header
 from converters.gguf import config_of
 from tests.gguf import SIZES, make, write
 from vfjax import InputError

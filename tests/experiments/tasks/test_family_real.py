@@ -8,7 +8,7 @@ import torch
 import transformers
 
 from converters import gguf
-from converters.files.gguf import read_header
+from converters.files.gguf_header import read_header
 from experiments.configs.family_real import get_config
 from experiments.family.real import packages, photos
 from experiments.tasks import family_real

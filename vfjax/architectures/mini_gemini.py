@@ -95,12 +95,21 @@ class Mining(nnx.Module):
         n, s, d = tokens.shape
         side = math.isqrt(s)
         found = jnp.concatenate([resized(m, *w) for m, w in zip(maps, weights, strict=True)], -1)
+        found = standardised(found, self.key.norm.epsilon)
         cell = found.shape[1] // side
-        found = found.reshape(n, side, cell, side, cell, -1).swapaxes(2, 3)
-        found = found.reshape(n, s, cell * cell, -1)
-        scores = jnp.einsum("nsd,nscd->nsc", self.query(tokens), self.key(found)) / math.sqrt(d)
-        shares = jax.nn.softmax(jnp.nan_to_num(scores), axis=-1)
-        return jnp.einsum("nsc,nscd->nsd", shares, self.value(found))
+        found = found.reshape(n, side, cell, side, cell, -1)
+        # Keys and values are dense layers of the pixels. A token's question goes back through the
+        # keys' layer, and the mean of what it finds forward through the values': per token, where
+        # a key and a value of each pixel would be as many times more as a cell has pixels. What
+        # the keys' layer adds to all pixels of a cell alike does not change their shares.
+        nothing = jnp.zeros((n, s, found.shape[-1]), found.dtype)
+        (asked,) = jax.vjp(self.key.dense, nothing)[1](self.query(tokens))
+        asked = (asked * affine(self.key.norm, asked)[0]).reshape(n, side, side, -1)
+        scores = jnp.einsum("nyxd,nyaxbd->nyxab", asked, found) / math.sqrt(d)
+        shares = jax.nn.softmax(jnp.nan_to_num(scores), axis=(-2, -1))
+        mean = jnp.einsum("nyxab,nyaxbd->nyxd", shares, found).reshape(n, s, -1)
+        scale, bias = affine(self.value.norm, mean)
+        return self.value.dense(mean * scale + bias)
 
     def __call__(self, states: Mapping[str, Sequence[Array]]) -> VisualTokens:
         """The memory, the whole view of each picture first.
@@ -146,6 +155,19 @@ class Mining(nnx.Module):
             shrink = bilinear(side, part)
             views.append([(shrink @ w, shrink @ w) for w in full])
         return views
+
+
+def standardised(x: Array, eps: float) -> Array:
+    """`x` less its mean over the last axis, in units of its deviation; reduced in float32."""
+    wide = x.astype(jnp.float32)
+    wide -= wide.mean(axis=-1, keepdims=True)
+    return (wide * jax.lax.rsqrt((wide * wide).mean(axis=-1, keepdims=True) + eps)).astype(x.dtype)
+
+
+def affine(norm: nnx.LayerNorm, like: Array) -> tuple[Array, Array]:
+    """Scale and bias [d] of a layer norm, in the dtype of `like`."""
+    assert norm.scale is not None and norm.bias is not None
+    return norm.scale[...].astype(like.dtype), norm.bias[...].astype(like.dtype)
 
 
 def joined_map(maps: Sequence[Array]) -> Array:

@@ -253,6 +253,7 @@ def bench_data(folder: Path, sizes: Sizes, step: Row, notes: dict[str, object]) 
     (folder / "rows.json").write_text(json.dumps(talks))
     _, processor = converters.load(folder / "llava", dtype="float32")
     processor.tokenizer = cast(Tokenizer, Words())  # templates ask for no more of it
+    processor.image_token = ""  # which only a tokenizer with special tokens has
     data = Conversations(folder / "rows.json", folder / "pictures")
     batches = Batches([(data, 1.0)], processor, batch=8, seed=0, steps=40, window=1)
     stream = iter(batches.to_iter())

@@ -35,6 +35,7 @@ def get_config(job: str = "generate") -> ConfigDict:
             # the two, as all layers are alike. () compiles it all, which takes minutes.
             "depths": (2, 4),
             "largest": False,  # the largest batch that fits, too: compiles twice as much
+            "explain": False,  # the lines of source that cost most cycles, by the TPU's compiler
             "dtype": "bfloat16",  # of parameters and computation
             "out": config_dict.placeholder(str),  # default: WORKDIR/plan.json
         }

@@ -34,6 +34,10 @@ class Chip:
             "network": moved / self.network,
         }
 
+    def floor(self, program: Mapping[str, float]) -> float:
+        """Seconds of a perfect program: its operations by shapes, or what it moves, each once."""
+        return max(program["least flops"] / self.flops, program["least traffic"] / self.bytes)
+
 
 CHIPS = {
     "v4": Chip(32, 275e12, 1228e9, 300e9),

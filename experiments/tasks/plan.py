@@ -13,6 +13,7 @@ from ml_collections import ConfigDict
 
 from converters.export import to_bytes
 from experiments.tasks.chips import COLLECTIVES, GPUS, Chip, make_mesh
+from experiments.tasks.floor import costliest
 from experiments.tasks.programs import (
     JOBS,
     Programs,
@@ -33,6 +34,8 @@ GIB = 2**30
 
 Needs = dict[int, dict[str, dict[str, float]]]
 """Depth of the LLM -> name of a program -> what it needs."""
+Lines = dict[str, list[tuple[str, int]]]
+"""Name of a program -> its costliest lines of source, and their cycles."""
 
 
 def run(config: ConfigDict, workdir: Path) -> None:
@@ -45,7 +48,8 @@ def run(config: ConfigDict, workdir: Path) -> None:
     if config.mask:
         whole = dataclasses.replace(whole, mask=config.mask)
     depths = config.depths or (whole.llm.layers,)
-    found = compiled(config, whole, mesh, config.batch, depths)
+    lines: Lines | None = {} if config.explain else None
+    found = compiled(config, whole, mesh, config.batch, depths, lines=lines)
     programs = {
         name: at_depth(found, name, whole.llm.layers) for name in next(iter(found.values()))
     }
@@ -53,7 +57,8 @@ def run(config: ConfigDict, workdir: Path) -> None:
     for program in programs.values():
         seconds = chip.seconds(program)
         program |= {f"{key} seconds": value for key, value in seconds.items()}
-        program["bound"] = max(seconds.values())
+        program["bound"], program["floor"] = max(seconds.values()), chip.floor(program)
+        program["share"] = program["floor"] / (program["compiler seconds"] or program["bound"])
         program["rows a second, at most"] = config.batch / program["bound"]
     if config.job != "train":
         needed = {"encode": 1, "prefill": 1, "token": config.new_tokens - 1}
@@ -61,6 +66,8 @@ def run(config: ConfigDict, workdir: Path) -> None:
         record["answers a second, at most"] = config.batch / whole_time
     need = max(program["bytes"] for program in programs.values()) / GIB
     record |= {"programs": programs, "fits": need <= chip.memory}
+    if lines is not None:
+        record["costliest"] = lines
     if config.largest:
         twice = compiled(config, whole, mesh, 2 * config.batch, depths)
         record["largest batch"] = largest(config.batch, found, twice, whole, chip, mesh)
@@ -80,23 +87,32 @@ def compiled(
     batch: int,
     depths: Sequence[int],
     known: "Programs | None" = None,
+    lines: "Lines | None" = None,
 ) -> Needs:
-    """What a program needs, by the LLM's depth and its name.
+    """What a program needs, by the LLM's depth and its name; says what it compiles.
 
     `known` has, or gets, the program of the pictures, which branches and batch alone tell apart.
+    `lines` gets the costliest lines of each, at the last depth.
     """
     out: Needs = {}
     known = {} if known is None else known
     inputs = batch_of(config, whole, mesh, batch)
+    jobs = [] if config.job == "train" or known else ["the pictures' program"]
+    jobs += [f"the LLM's of {counted(depth, 'layer')}" for depth in depths]
+    steps = (f"compiles {each}, {i} of {len(jobs)}" for i, each in enumerate(jobs, 1))
     for depth in depths:
         llm = dataclasses.replace(whole.llm, layers=depth)
         made = dataclasses.replace(whole, llm=llm)
         model = model_of(config, made, mesh, lora=config.job == "train" and config.trains == "lora")
         if config.job != "train" and not known:  # once: no depth of the LLM changes it
+            print(next(steps), flush=True)
             known |= plan_encode(model, mesh, inputs)
+        print(next(steps), flush=True)
         programs = known | JOBS[config.job](config, model, mesh, inputs)
         held = resident(model)
         out[depth] = {name: measured(program, held) for name, program in programs.items()}
+        if lines is not None:
+            lines |= {name: costliest(program.text) for name, program in programs.items()}
     return out
 
 
@@ -117,6 +133,11 @@ def report(record: Mapping[str, Any], mesh: Mapping[str, int], chip: Chip, need:
     print(f"{record['model']}, {record['job']} on {record['topology']}, mesh {mesh}")
     for name, program in record["programs"].items():
         print(f"  {name}: " + ", ".join(said(program, record["batch"])))
+        if lines := record.get("costliest", {}).get(name):
+            print("    cycles by line, at the last depth compiled:")
+            print("\n".join(f"    {cycles:>12,} {line}" for line, cycles in lines))
+        elif "costliest" in record:
+            print("    its compiler gives no cycles of lines")
     if "answers a second, at most" in record:
         of = f"of {record['new_tokens']} tokens"
         print(f"  {record['answers a second, at most']:.1f} answers {of} a second at most")
@@ -173,6 +194,9 @@ def said(program: Mapping[str, float], batch: int) -> list[str]:
     times = f"at best {1e3 * program['bound']:.2f} ms ({by})"
     if program["compiler seconds"] > 0:
         times += f", {1e3 * program['compiler seconds']:.2f} ms by the compiler"
+    times += (
+        f"; a perfect program's {1e3 * program['floor']:.2f} ms are {program['share']:.0%} of it"
+    )
     return [
         f"{program['bytes'] / GIB:.1f} GiB a device ({program['arguments'] / GIB:.1f} arguments)",
         f"{program['flops'] / 1e12:.2f} TFLOP a device",

@@ -1,6 +1,7 @@
 """The programs of a job, compiled from shapes alone, and what each needs."""
 
 import dataclasses
+import functools
 import math
 import re
 from typing import TYPE_CHECKING, Any, Self
@@ -17,6 +18,7 @@ from tokenizers.models import WordLevel
 
 from converters.load import abstract, join
 from experiments.tasks.chips import COLLECTIVES, stand_ins
+from experiments.tasks.floor import moved, operations
 from vfjax import Batch, InputError, Model, Processor
 from vfjax.architectures import Pictures
 from vfjax.model import ModelConfig
@@ -87,12 +89,14 @@ class Program:
         compiled: it.
         given: shapes of what it is given besides the model.
         kernels: operations a device of what the compiler does not look into.
+        least: operations a device, and bytes, of a perfect program (`experiments.tasks.floor`).
         narrow: bytes of the program that is meant, for each of the compiled one.
     """
 
     compiled: Any  # jax.stages.Compiled: what it tells of itself depends on the platform
     given: object
     kernels: float
+    least: tuple[float, float]
     narrow: float = 1.0
 
     @classmethod
@@ -106,7 +110,20 @@ class Program:
             wide = cls.of(function, given, mesh, *cast(args, "float32"))
             return dataclasses.replace(wide, narrow=0.5)
         traced = function.trace(*args)
-        return cls(traced.lower().compile(), given, kernel_flops(traced.jaxpr))
+        compiled, kernels = traced.lower().compile(), kernel_flops(traced.jaxpr)
+        lie = [x.sharding for x in jax.tree.leaves(args)]
+        made = jax.tree.leaves(compiled.output_shardings)
+        flops = operations(traced.jaxpr, mesh.size) + kernels
+        return cls(compiled, given, kernels, (flops, moved(traced.jaxpr, lie, made)))
+
+    @functools.cached_property
+    def text(self) -> str:
+        """Of the compiled program; empty where this jaxlib cannot read that compiler's."""
+        try:
+            return self.compiled.as_text()
+        except jax.errors.JaxRuntimeError as error:
+            print(f"collectives are not counted: {str(error).splitlines()[0][:120]}")
+            return ""
 
 
 Programs = dict[str, Program]
@@ -181,11 +198,6 @@ def measured(program: Program, held: int) -> dict[str, float]:
     """
     compiled, arguments = program.compiled, held + resident(program.given)
     memory = compiled.memory_analysis()
-    try:
-        text = compiled.as_text()
-    except jax.errors.JaxRuntimeError as error:  # this jaxlib cannot read that compiler's text
-        print(f"collectives are not counted: {str(error).splitlines()[0][:120]}")
-        text = ""
     made = memory.output_size_in_bytes - memory.alias_size_in_bytes + memory.temp_size_in_bytes
     cost = compiled.cost_analysis()
     out = {
@@ -194,9 +206,11 @@ def measured(program: Program, held: int) -> dict[str, float]:
         "flops": cost.get("flops", 0.0) + program.kernels,
         "traffic": program.narrow * cost.get("bytes accessed", 0.0),
         "compiler seconds": cost.get("optimal_seconds", 0.0),
+        "least flops": program.least[0],
+        "least traffic": program.narrow * program.least[1],
     }
     for kind in COLLECTIVES:
-        sizes = collectives(text, kind)
+        sizes = collectives(program.text, kind)
         out |= {kind: len(sizes), f"{kind} bytes": program.narrow * sum(sizes)}
     return out
 

@@ -67,6 +67,24 @@ def test_dense_connector_on_mined_features():
     np.testing.assert_allclose(features["dense"], expected, atol=1e-6)
 
 
+def test_mining_is_attention_of_each_token_to_its_cell():
+    """As the paper has it: every pixel through the dense layers of keys and values, a softmax."""
+    rng = np.random.default_rng(0)
+    connector = MiningConfig(MLPConfig(8, 6, 2), width=8, aux_width=16).build(rngs=nnx.Rngs(3))
+    for asker in (connector.query, connector.key, connector.value):
+        for p in (asker.dense.bias, asker.norm.scale, asker.norm.bias):
+            p[...] = jnp.asarray(rng.normal(size=p.shape), jnp.float32)
+    tokens = jnp.asarray(rng.normal(size=(2, 4, 8)), jnp.float32)
+    maps = [jnp.asarray(rng.normal(size=(2, 8, 8, 16)), jnp.float32)]
+    weights = [(np.eye(8), np.eye(8))]
+    cells = maps[0].reshape(2, 2, 4, 2, 4, 16).swapaxes(2, 3).reshape(2, 4, 16, 16)
+    q, k, v = connector.query(tokens), connector.key(cells), connector.value(cells)
+    shares = jax.nn.softmax(jnp.einsum("nsd,nscd->nsc", q, k) / 8**0.5)
+    expected = jnp.einsum("nsc,nscd->nsd", shares, v)
+    found = connector.mine(tokens, maps, weights)
+    np.testing.assert_allclose(found, expected, rtol=1e-5, atol=1e-5)
+
+
 def test_new_weights_are_torchs():
     """A projector's output and its weights are as large as those of torch's new modules."""
     torch.manual_seed(0)

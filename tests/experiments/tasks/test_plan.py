@@ -44,6 +44,9 @@ def test_generation(tmp_path, capsys, job):
     assert list(programs) == ["encode", "prefill", "token"]
     assert record["fits"] and "fits" in capsys.readouterr().out
     assert (tmp_path / "plan.png").stat().st_size > 1000
+    for program in programs.values():
+        assert program["share"] == program["floor"] / program["bound"] > 0
+        assert program["least flops"] <= 1.01 * program["flops"]
     layers = model_config(str(FAMILY / "clip")).llm.layers
     # An attention's and a feed-forward's sum each layer over the devices that share a product.
     assert programs["prefill"]["all-reduce"] >= 2 * layers
@@ -96,10 +99,12 @@ def test_training(tmp_path):
 
 def test_what_does_not_fit(tmp_path, capsys, monkeypatch):
     monkeypatch.setitem(chips.CHIPS, "h100", chips.Chip(0.0001, 1e12, 1e12, 1e12))
-    record = planned(tmp_path, small("generate", largest=True))
+    record = planned(tmp_path, small("generate", largest=True, explain=True))
     assert not record["fits"]
     assert record["largest batch"] == 0
     assert "does NOT fit" in (out := capsys.readouterr().out)
+    assert "compiles the LLM's of 2 layers, 3 of 3" in out
+    assert out.count("gives no cycles of lines") == 3  # for CPUs, which stand for these GPUs
     assert "--config.model_axis=" in out
 
 

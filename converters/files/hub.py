@@ -138,6 +138,35 @@ def folder(
     )
 
 
+def by_names(items: Sequence[str], where: str) -> dict[str, str]:
+    """("name=folder", "folder", ...) -> name -> folder; a bare folder is named by its last part.
+
+    Of a name on the hub that is without the revision.
+
+    Args:
+        items: as a user names them.
+        where: what to call them in errors.
+
+    Raises:
+        InputError: two have the same name.
+    """
+    out: dict[str, str] = {}
+    for item in items:
+        name, equals, folder = item.rpartition("=")
+        repo = parse(folder)
+        last = (repo.name if repo else folder.rstrip("/")).split("/")[-1]
+        name = name if equals else last.replace(".", "-")
+        if name in out:
+            raise InputError(
+                where,
+                found=f"two items named {name!r}",
+                expected="different names",
+                fix="write a=FOLDER b=FOLDER, with names of your own",
+            )
+        out[name] = folder
+    return out
+
+
 def named(path: Path) -> str | None:
     """`org/name@commit` of a folder in a cache of huggingface_hub, None of any other."""
     for inner in (path.absolute(), *path.absolute().parents):

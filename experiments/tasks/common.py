@@ -19,28 +19,8 @@ FAMILY = Path(__file__).resolve().parents[1] / "family" / "models"
 
 
 def named(key: str, items: Sequence[str]) -> dict[str, str]:
-    """("name=folder", "folder", ...) -> name -> folder; a bare folder is named by its last part.
-
-    Of a name on the hub that is without the revision.
-
-    Raises:
-        InputError: two have the same name.
-    """
-    out: dict[str, str] = {}
-    for item in items:
-        name, equals, folder = item.rpartition("=")
-        repo = hub.parse(folder)
-        last = (repo.name if repo else folder.rstrip("/")).split("/")[-1]
-        name = name if equals else last.replace(".", "-")
-        if name in out:
-            raise InputError(
-                f"config.{key}",
-                found=f"two items named {name!r}",
-                expected="different names",
-                fix=f"write {key}=('a=folder', 'b=folder')",
-            )
-        out[name] = folder
-    return out
+    """`converters.files.hub.by_names` of a key of the config."""
+    return hub.by_names(items, f"config.{key}")
 
 
 def required(config: ConfigDict, *keys: str) -> None:

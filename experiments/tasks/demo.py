@@ -1,7 +1,8 @@
 """Fuses the shipped family, measures everybody on held-out pictures, and shows one answer each."""
 
+import textwrap
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -28,6 +29,10 @@ def run(config: ConfigDict, workdir: Path) -> None:
             raise InputError(
                 "config.members", found=repr(name), expected=f"some of {shipped}", fix="correct it"
             )
+    print(
+        f"asks {' and '.join(config.members)}, and fusions of them, about {config.scenes} pictures"
+    )
+    print("this takes one to two minutes on two cores; nothing is trained", flush=True)
     empty(workdir)
     members = {name: FAMILY / name for name in config.members}
     scenes.write(workdir / "scenes", "test", config.scenes, config.seed, turns=1)
@@ -43,7 +48,8 @@ def run(config: ConfigDict, workdir: Path) -> None:
         f"\n{FUSED}: {gain['difference']:+.1f} points over {best}, the best member; 95 % interval "
         f"{gain['interval'][0]:.1f} to {gain['interval'][1]:.1f}, p = {gain['p']:.4f}"
     )
-    draw(workdir / "results.png", {who: rows[who] for who in (*members, FUSED)})
+    print(f"\n{reading(config.members)}")
+    draw(workdir / "results.png", {who: rows[who] for who in (*members, FUSED, *ways)})
     answers = ask(members, workdir, test)
     record: JSON = {
         "members": {name: rows[name]["mean"] for name in members},
@@ -60,6 +66,35 @@ def run(config: ConfigDict, workdir: Path) -> None:
         part.write_bytes(to_bytes(record))
     print(f"\n{workdir}/fused is the fused model; results.json and results.png lie beside it")
     print(f"{time.perf_counter() - start:.0f} s")
+
+
+COLUMNS = {
+    "locdig": "where a digit is",
+    "loccol": "where a colour is",
+    "ocr": "which digit has a colour",
+    "colour": "which colour a digit has",
+    "count": "how many there are",
+    "exist": "is there one",
+    "compare": "which is largest",
+}
+
+
+def reading(members: Sequence[str]) -> str:
+    """What the table's columns and rows mean, in words."""
+    columns = ", ".join(f"{name} ({what})" for name, what in COLUMNS.items())
+    return "\n".join(
+        (
+            textwrap.fill(f"Columns, the kinds of questions: {columns}; and their mean.", 100),
+            f"  {' and '.join(members)}: the members, each with its own eyes.",
+            f"  {FUSED}: VisionFuse; one merged LLM reads the tokens of all eyes.",
+            "  ... parallel and block: the same model, each member's tokens at the positions that",
+            "    it was trained with and out of the others' sight. The one to choose.",
+            "  base LLM, LLM of ...: controls that read the same tokens without the merge. The row",
+            "    of the base says what it is worth to read with all eyes: most of the gain.",
+            "  cache, logits: other ways to combine; they cost a prefill or a decode a member.",
+            "  merged LLM, ... alone: what the merge does to one member's own tokens.",
+        )
+    )
 
 
 def ask(members: Mapping[str, Path], workdir: Path, test: Quiz) -> dict[str, dict[str, str]]:
@@ -85,13 +120,14 @@ def ask(members: Mapping[str, Path], workdir: Path, test: Quiz) -> dict[str, dic
 def draw(file: Path, rows: Mapping[str, Mapping[str, float]]) -> None:
     """Bars of the scores by kind of question."""
     kinds = list(next(iter(rows.values())))
-    figure = Figure(figsize=(9, 3.5), layout="constrained")
+    figure = Figure(figsize=(9, 4), layout="constrained")
     axes = figure.subplots()
     width = 0.8 / len(rows)
     for i, (who, row) in enumerate(rows.items()):
         at = np.arange(len(kinds)) + (i - (len(rows) - 1) / 2) * width
         axes.bar(at, [row[kind] for kind in kinds], width, label=who)
-    axes.set_xticks(np.arange(len(kinds)), kinds)
+    names = [textwrap.fill(COLUMNS.get(kind, kind), 12) for kind in kinds]
+    axes.set_xticks(np.arange(len(kinds)), names)
     axes.set(ylabel="right answers (%)", ylim=(0, 100))
     axes.legend(frameon=False, ncols=len(rows))
     with replacing(file) as part:

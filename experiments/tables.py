@@ -159,8 +159,9 @@ def ways() -> list[str]:
     means = {who: f"{mean(row):.1f}" for who, row in found["by_task"].items()}
     best = max((means[name] for name in found["members"]), key=float)
     fused = {who.removeprefix("fused: "): x for who, x in means.items() if "fused: " in who}
-    head = ["per cent right", "the better member", *fused]
-    return markdown(head, [[", ".join(found["members"]), best, *fused.values()]])
+    head = ["per cent right", "the better member", "control: base LLM, all tokens", *fused]
+    control = means["base LLM, all branches"]
+    return markdown(head, [[", ".join(found["members"]), best, control, *fused.values()]])
 
 
 SPOKEN = (
@@ -206,6 +207,7 @@ TABLES: dict[str, Callable[[], list[str]]] = {
 
 DOCUMENTS = (
     *(ROOT / name for name in ("README.md", "BUILD.md")),
+    *sorted((ROOT / "docs").glob("*.md")),
     LANGUAGE / "README.md",
     *(
         FAMILY / name

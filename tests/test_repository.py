@@ -305,12 +305,18 @@ def test_public_functions_name_their_arguments(package: ModuleType) -> None:
             assert inspect.Parameter.VAR_KEYWORD not in kinds, name
 
 
-def test_names_in_the_readme_are_there() -> None:
-    """As it writes them: `vfjax.generate`, `converters.load`."""
-    names = set(
-        re.findall(r"\b(?:vfjax|converters)(?:\.[A-Za-z_]\w*)+", (ROOT / "README.md").read_text())
-    )
-    assert len(names) > 5
+def documents() -> list[Path]:
+    return [path for path in files() if path.suffix == ".md"]
+
+
+def test_names_in_documents_are_there() -> None:
+    """As README and docs write them: `vfjax.generate`, `converters.load`."""
+    pages = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+    found = [
+        re.findall(r"\b(?:vfjax|converters)(?:\.[A-Za-z_]\w*)+", path.read_text()) for path in pages
+    ]
+    names = {name for each in found for name in each}
+    assert len(names) > 10
     for name in names:
         found: object = importlib.import_module(name.partition(".")[0])
         for part in name.split(".")[1:]:
@@ -338,6 +344,29 @@ def test_signatures_say_their_types() -> None:
     assert counts["converters"] > 0
     over = {name: count for name, count in counts.items() if count > BARE[name]}
     assert not over, "say what the values are"
+
+
+def anchors(text: str) -> set[str]:
+    """Of a page's headings, as GitHub names them."""
+    heads = re.findall(r"^#+ (.+)$", re.sub(r"^```.*?^```", "", text, flags=re.M | re.S), re.M)
+    return {re.sub(r"[^\w\- ]", "", head.lower()).replace(" ", "-") for head in heads}
+
+
+def test_links_hold() -> None:
+    """Between documents, with what they point to within a page."""
+    broken = []
+    for path in documents():
+        for link in re.findall(r"\]\((?!https?:|mailto:)([^)\s]+)\)", path.read_text()):
+            name, _, part = link.partition("#")
+            target = path.parent / name if name else path
+            if not target.exists() or (part and part not in anchors(target.read_text())):
+                broken.append(f"{path.relative_to(ROOT)}: {link}")
+    assert not broken
+
+
+def test_readme_is_short() -> None:
+    """A newcomer reads it whole; everything else is in docs."""
+    assert len((ROOT / "README.md").read_text().splitlines()) <= 150
 
 
 def test_readme_commands_are_make_targets() -> None:

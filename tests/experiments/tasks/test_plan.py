@@ -172,3 +172,15 @@ def test_gpus_from_the_command_line():
         [*run, *asked], cwd=root, env=env, capture_output=True, text=True, check=False
     )
     assert done.returncode and "config.model: found 'none'" in done.stdout + done.stderr
+
+
+def test_prefetches_are_counted() -> None:
+    """What libtpu's text says of a copy to VMEM, and of one within HBM."""
+    layout = "{1,0:T(8,128)(2,1)S(1)}"
+    plain = layout.replace("S(1)", "")
+    text = (
+        f"  %a = (bf16[8,128]{layout}, bf16[8,128]{plain}, u32[]{{:S(2)}}) copy-start(%p)\n"
+        f"  %b = (bf16[8,128]{plain}, bf16[8,128]{plain}, u32[]{{:S(2)}}) copy-start(%q)\n"
+        f"  %c = bf16[8,128]{layout} copy-done(%a)\n"
+    )
+    assert programs.prefetched(text) == 2 * 8 * 128

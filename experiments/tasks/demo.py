@@ -29,11 +29,11 @@ def run(config: ConfigDict, workdir: Path) -> None:
             raise InputError(
                 "config.members", found=repr(name), expected=f"some of {shipped}", fix="correct it"
             )
+    empty(workdir)
     print(
         f"asks {' and '.join(config.members)}, and fusions of them, about {config.scenes} pictures"
     )
     print("this takes one to two minutes on two cores; nothing is trained", flush=True)
-    empty(workdir)
     members = {name: FAMILY / name for name in config.members}
     scenes.write(workdir / "scenes", "test", config.scenes, config.seed, turns=1)
     test = Quiz.read(workdir / "scenes")

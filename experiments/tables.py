@@ -192,11 +192,26 @@ def spoken() -> list[str]:
     return markdown(["", *(head for _, _, head, _ in SPOKEN)], rows)
 
 
+def buckets() -> list[str]:
+    """A load from a bucket beside one plain read of its bytes."""
+    record = read(RESULTS / "buckets-amd.json")
+    again, first, memory = record["rows"]
+    plain = record["notes"]["seconds of a plain read"]
+    return [
+        "Of a model of 2.5 GB, from a server on the same two cores, a load takes",
+        f"{again['ours']:.1f} seconds where one plain read takes {again['peer']:.1f}",
+        f"({again['ratio']:.2f} of its throughput; the reads took {min(plain):.1f} to",
+        f"{max(plain):.1f}), a process's first load {first['ours']:.1f}. It takes",
+        f"{memory['ours']:.0f} MiB beyond the arrays (`experiments/bench/buckets.py --layers=1`).",
+    ]
+
+
 TABLES: dict[str, Callable[[], list[str]]] = {
     "basic": basic,
     "merge": merge,
     "costs": costs,
     "saving": saving,
+    "buckets": buckets,
     "demo": demo,
     "real": real,
     "ways": ways,

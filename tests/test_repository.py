@@ -28,6 +28,7 @@ MACHINE_PATHS = tuple(f"/{name}/".encode() for name in ("work", "root"))
 UNTRACKED = {"__pycache__", "build", "dist", "outputs"}
 
 CHECKS = {
+    "codespell": ["-m", "codespell_lib"],
     "ruff check": ["-m", "ruff", "check"],
     "ruff format": ["-m", "ruff", "format", "--check"],
     "mypy": ["-m", "mypy"],
